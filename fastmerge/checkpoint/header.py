@@ -1,0 +1,313 @@
+"""The strict safetensors header parser: hostile input in, checked tensor places out.
+
+A file is 8 bytes of header length (little-endian), the header (JSON), and the data. Whatever this parser
+accepts, the ``safetensors`` library accepts too, with the same tensors at the same bytes. Beyond it, it
+refuses: duplicate keys, unknown fields, empty names, names over 512 bytes, control characters in names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+import os
+import re
+import stat
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from fastmerge.checkpoint.system import open_many
+from fastmerge.dtypes import BY_TAG, DType
+from fastmerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+MAX_HEADER = 100_000_000
+"""Bytes; the same cap as the safetensors library's."""
+
+MAX_NAME = 512
+"""Bytes of UTF-8 in a tensor name."""
+
+MAX_RANK = 64
+"""Dimensions; torch allows no more."""
+
+LISTED = 20
+"""Names spelled out per kind of problem; the rest is counted."""
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_LIMIT = 1 << 63
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: as in the header.
+        dtype: element type.
+        shape: sizes; ``()`` for a scalar.
+        file: position in the checkpoint's ``files``.
+        offset: first byte, absolute in the file.
+        nbytes: length in bytes.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A checked header.
+
+    Attributes:
+        tensors: in the order of their bytes.
+        metadata: the file's ``__metadata__``.
+        digest: sha256 of the header's bytes, in hex.
+        size: bytes of the file.
+        identity: (device, inode, size, mtime_ns) of the file that was read.
+    """
+
+    tensors: tuple[TensorInfo, ...]
+    metadata: dict[str, str]
+    digest: str
+    size: int
+    identity: tuple[int, int, int, int]
+
+
+def name_problem(name: str) -> str | None:
+    """What is wrong with a tensor name; None where nothing is."""
+    if not name:
+        return "empty tensor name"
+    if name.isascii() and len(name) <= MAX_NAME and name.isprintable():
+        return None
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        return f"tensor name {name!r} is not valid Unicode"
+    if size > MAX_NAME:
+        return f"tensor name {name[:40]!r}... has {size} bytes; expected at most {MAX_NAME}"
+    if _CONTROL.search(name):
+        return f"tensor name {name!r} holds a control character"
+    return None
+
+
+def listing(names: Sequence[str]) -> str:
+    """The first names of a list, quoted, and how many more there are."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(repr(n) for n in names[:LISTED]) + more
+
+
+def parse_json(text: str) -> Any:
+    """JSON without duplicate keys and without NaN or infinities.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    # Python reads "-0" as the integer 0, which other readers refuse; only a text with one pays for the check.
+    hooks: dict[str, Any] = {"parse_int": _integer} if "-0" in text else {}
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_constant, **hooks)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _integer(digits: str) -> int | float:
+    return -0.0 if digits == "-0" else int(digits)
+
+
+def _constant(word: str) -> Any:
+    raise ValueError(f"{word} is not JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = [k for k, _ in pairs if k in seen or seen.add(k)]  # type: ignore[func-returns-value]
+        raise ValueError(f"duplicate keys: {listing(twice)}")
+    return found
+
+
+def parse(raw: bytes, data_start: int, data_bytes: int, *, where: str, file: int = 0) -> Header:
+    """Checks the JSON of a header.
+
+    Args:
+        raw: the header without its 8 bytes of length.
+        data_start: absolute offset of the data in the file.
+        data_bytes: bytes of the file after the header.
+        where: the file's name, for messages.
+        file: what ``TensorInfo.file`` shall say.
+
+    Raises:
+        CheckpointError: with every problem found.
+    """
+    with _without_gc():
+        return _parse(raw, data_start, data_bytes, where, file)
+
+
+@contextlib.contextmanager
+def _without_gc() -> Iterator[None]:
+    """Hundreds of thousands of new objects, none of them garbage: looking for some takes 40 % of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _parse(raw: bytes, data_start: int, data_bytes: int, where: str, file: int) -> Header:
+    try:
+        text = raw.decode()
+        entries = parse_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: header is not valid: {error}") from None
+    if not text.startswith("{"):
+        raise CheckpointError(f"{where}: header is not valid: expected '{{' first")
+    metadata = entries.pop("__metadata__", {})
+    problems = []
+    if not _is_text_map(metadata):
+        problems.append(f"{where}: __metadata__: expected a map from strings to strings")
+        metadata = {}
+    rows: list[tuple[int, int, str, DType, tuple[int, ...]]] = []
+    for name, info in entries.items():
+        # The common case in few steps; anything odd is explained by _problem.
+        try:
+            begin, end = info["data_offsets"]
+            shape = info["shape"]
+            dtype = BY_TAG[info["dtype"]]
+            fine = (
+                type(shape) is list
+                and len(shape) <= MAX_RANK
+                and all([type(d) is int and d >= 0 for d in shape])  # noqa: C419 - a list is faster here
+                and type(begin) is type(end) is int
+                and 0 <= begin <= end <= data_bytes
+                and end - begin == prod(shape) * dtype.size
+                and (begin < end or _prod_nonzero(shape) < _LIMIT)
+                and len(info) == 3
+                and name_problem(name) is None
+            )
+        except (KeyError, TypeError, ValueError, IndexError):
+            fine = False
+        if fine:
+            rows.append((begin, end, name, dtype, tuple(shape)))
+        else:
+            problems.append(f"{where}: {_problem(name, info, data_bytes)}")
+    if not problems:
+        rows.sort(key=lambda row: row[:2])
+        problems = _coverage(rows, data_bytes, where)
+    if problems:
+        if len(problems) > LISTED:
+            problems[LISTED:] = [f"{where}: and {len(problems) - LISTED} more problems"]
+        raise CheckpointError(problems)
+    tensors = tuple([TensorInfo(n, t, s, file, data_start + b, e - b) for b, e, n, t, s in rows])
+    size = data_start + data_bytes
+    return Header(tensors, metadata, hashlib.sha256(raw).hexdigest(), size, (0, 0, size, 0))
+
+
+def _is_text_map(value: Any) -> bool:
+    if type(value) is not dict:
+        return False
+    try:
+        for key, text in value.items():
+            key.encode(), text.encode()
+    except (AttributeError, UnicodeEncodeError):
+        return False
+    return True
+
+
+def _prod_nonzero(shape: list[int]) -> int:
+    return prod([d for d in shape if d])
+
+
+def _problem(name: str, info: Any, data_bytes: int) -> str:
+    """What is wrong with one entry of a header, in words."""
+    said = name_problem(name)
+    if said:
+        return said
+    tensor = f"tensor {name!r}"
+    if type(info) is not dict or set(info) != _FIELDS:
+        got = sorted(info) if type(info) is dict else type(info).__name__
+        return f"{tensor}: expected the fields dtype, shape and data_offsets, got {got!r:.200}"
+    tag, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if type(tag) is not str or tag not in BY_TAG:
+        return f"{tensor}: unknown dtype {tag!r:.80}; expected one of {', '.join(BY_TAG)}"
+    if type(shape) is not list or len(shape) > MAX_RANK or not all(type(d) is int and 0 <= d < _LIMIT for d in shape):
+        return f"{tensor}: expected a shape of at most {MAX_RANK} sizes >= 0, got {shape!r:.200}"
+    if type(offsets) is not list or len(offsets) != 2 or not all(type(d) is int and 0 <= d < _LIMIT for d in offsets):
+        return f"{tensor}: expected two data_offsets >= 0, got {offsets!r:.200}"
+    begin, end = offsets
+    nbytes = prod(shape) * BY_TAG[tag].size
+    if nbytes >= _LIMIT or _prod_nonzero(shape) >= _LIMIT:
+        return f"{tensor}: shape {shape} overflows 63 bits"
+    if end - begin != nbytes:
+        return f"{tensor}: {tag} of shape {shape} takes {nbytes} bytes, but data_offsets {offsets} hold {end - begin}"
+    return f"{tensor}: data ends at byte {end}, but the file holds only {data_bytes} bytes of data: truncated"
+
+
+def _coverage(rows: list[tuple[int, int, str, DType, tuple[int, ...]]], data_bytes: int, where: str) -> list[str]:
+    """Sorted ranges must cover the data exactly: no hole, no overlap, no tail."""
+    at = 0
+    for begin, end, name, _, _ in rows:
+        if begin != at:
+            kind = "overlaps the tensor before it" if begin < at else "leaves a hole before it"
+            return [f"{where}: tensor {name!r} starts at data byte {begin}, expected {at}: it {kind}"]
+        at = end
+    if at != data_bytes:
+        return [f"{where}: expected {at} bytes of data, got {data_bytes}"]
+    return []
+
+
+def read_header(path: Path, *, file: int = 0) -> Header:
+    """Reads and checks the header of one file; never its data.
+
+    Raises:
+        CheckpointError: the file is missing, not regular, truncated or malformed; all problems of its header.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        fd = open_many(lambda: os.open(path, flags))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot open: {error.strerror}") from None
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise CheckpointError(f"{path}: expected a regular file")
+        if info.st_size < 8:
+            raise CheckpointError(f"{path}: expected a safetensors file, got {info.st_size} bytes: truncated")
+        length = int.from_bytes(_read(fd, path, 8, 0), "little")
+        if length > MAX_HEADER:
+            raise CheckpointError(f"{path}: header of {length} bytes; expected at most {MAX_HEADER}")
+        if length > info.st_size - 8:
+            raise CheckpointError(f"{path}: header of {length} bytes in a file of {info.st_size} bytes: truncated")
+        raw = _read(fd, path, length, 8)
+    finally:
+        os.close(fd)
+    header = parse(raw, 8 + length, info.st_size - 8 - length, where=str(path), file=file)
+    identity = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
+    return Header(header.tensors, header.metadata, header.digest, header.size, identity)
+
+
+def _read(fd: int, path: Path, nbytes: int, offset: int) -> bytes:
+    parts = []
+    while nbytes:
+        try:
+            part = os.pread(fd, nbytes, offset)
+        except OSError as error:
+            raise CheckpointError(f"{path}:{offset}: cannot read the header: {error.strerror}") from None
+        if not part:
+            raise CheckpointError(f"{path}:{offset}: the file shrank while its header was read")
+        parts.append(part)
+        offset += len(part)
+        nbytes -= len(part)
+    return b"".join(parts)

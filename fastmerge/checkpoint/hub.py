@@ -1,0 +1,122 @@
+"""Hub ids (``org/name[@revision]``) to a local snapshot of one commit, through huggingface_hub."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastmerge.errors import CheckpointError
+
+PATTERNS = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+)
+"""Files of a snapshot that are fetched: weights, configuration, tokenizer."""
+
+IGNORED = ("*/*", "*.py", "*.bin", "*.pt", "*.pth", "*.onnx", "*.gguf", "consolidated*.safetensors")
+"""Never fetched, whatever the patterns say: code, pickles, other formats, second copies, sub-directories."""
+
+_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,255}))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]+|(?i:bearer)\s+\S+")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A repository at one commit, on disk.
+
+    Attributes:
+        ref: ``org/name@<commit sha>``.
+        path: its directory.
+        commit: the sha.
+    """
+
+    ref: str
+    path: Path
+    commit: str
+
+
+def looks_like_id(ref: str) -> bool:
+    """Whether a reference that is no path on this machine can be a hub id."""
+    match = _ID.fullmatch(ref)
+    return match is not None and ".." not in ref
+
+
+def resolve(ref: str, *, revision: str | None = None) -> Snapshot:
+    """Finds, or downloads, the snapshot that a hub id names.
+
+    The revision is resolved to a commit first, so that a branch which moves between plan and run changes
+    nothing. With ``HF_HUB_OFFLINE`` only the local cache is asked.
+
+    Args:
+        ref: ``org/name`` or ``org/name@revision``.
+        revision: branch, tag or commit; wins over none in ``ref``, and must not contradict one.
+
+    Raises:
+        CheckpointError: not a hub id, not found, gated, or the hub is out of reach.
+    """
+    match = _ID.fullmatch(ref)
+    if match is None:
+        raise CheckpointError(f"{ref}: expected a path or a hub id org/name[@revision]")
+    repo, said = match["repo"], match["revision"]
+    if said and revision and said != revision:
+        raise CheckpointError(f"{ref}: revision {revision!r} contradicts the one in the name")
+    revision = said or revision
+    hub = _library(ref)
+    offline = _offline()
+    try:
+        if offline or (revision and _COMMIT.fullmatch(revision)):
+            commit = revision
+        else:
+            commit = hub.HfApi().model_info(repo, revision=revision).sha
+        path = Path(
+            hub.snapshot_download(
+                repo,
+                revision=commit,
+                allow_patterns=list(PATTERNS),
+                ignore_patterns=list(IGNORED),
+                local_files_only=offline,
+            )
+        )
+    except Exception as error:  # noqa: BLE001 - the library raises many unrelated types, some with its requests inside
+        raise CheckpointError(_explain(ref, error, offline=offline)) from None
+    # In the cache a snapshot's directory is named by its commit, also where only a branch was asked for.
+    commit = path.name if _COMMIT.fullmatch(path.name) else commit or path.name
+    return Snapshot(f"{repo}@{commit}", path, commit)
+
+
+def _library(ref: str) -> Any:
+    try:
+        return importlib.import_module("huggingface_hub")
+    except ImportError:
+        raise CheckpointError(
+            f"{ref}: no such path, and hub ids need huggingface_hub: pip install 'fastmerge[hub]'"
+        ) from None
+
+
+def _offline() -> bool:
+    return bool(importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE)
+
+
+def _explain(ref: str, error: Exception, *, offline: bool) -> str:
+    """One line about a failure of the library, without credentials and without its advice."""
+    kind = type(error).__name__
+    if kind == "GatedRepoError":
+        return f"{ref}: the repository is gated: accept its terms on the hub and log in with `hf auth login`"
+    if kind == "RepositoryNotFoundError":
+        return f"{ref}: no such path on this machine, and no such repository on the hub (or it is private)"
+    if kind == "RevisionNotFoundError":
+        return f"{ref}: the repository has no such revision"
+    if offline:
+        return f"{ref}: not a path, and not in the local cache (HF_HUB_OFFLINE is set): {kind}"
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{ref}: the hub could not be reached: {kind}: {_TOKEN.sub('***', first)[:300]}"

@@ -1,0 +1,169 @@
+"""Where every byte of the output goes: whole headers, offsets and index, before any weight is read. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING
+
+from fastmerge.checkpoint.header import MAX_HEADER, listing, name_problem
+from fastmerge.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from fastmerge.dtypes import DType
+
+ALIGN = 4096
+"""The data of every shard starts at a multiple of this."""
+
+INDEX_NAME = "model.safetensors.index.json"
+
+_Entry = tuple[str, "DType", tuple[int, ...], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one tensor's bytes go.
+
+    Attributes:
+        shard: position in the layout's ``shards``.
+        offset: first byte, absolute in the shard's file.
+        nbytes: length in bytes.
+    """
+
+    shard: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One output file.
+
+    Attributes:
+        name: file name.
+        header: its first bytes, length field and padding included.
+        size: bytes of the whole file.
+        tensors: names, in the order of their bytes.
+    """
+
+    name: str
+    header: bytes = field(repr=False)
+    size: int
+    tensors: tuple[str, ...] = field(repr=False)
+
+    @property
+    def data_start(self) -> int:
+        """Absolute offset of the first byte of data, a multiple of 4096."""
+        return len(self.header)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All output files.
+
+    Attributes:
+        shards: the files, in order.
+        places: where each tensor goes, by name, in the order of shards and bytes.
+        index: the index json; None where there is one shard.
+        total: bytes of all files, the index excluded.
+    """
+
+    shards: tuple[Shard, ...]
+    places: Mapping[str, Place] = field(repr=False)
+    index: bytes | None = field(repr=False)
+    total: int
+
+    @property
+    def digest(self) -> str:
+        """sha256 over names and headers: equal exactly for equal files, their data aside."""
+        h = hashlib.sha256()
+        for shard in self.shards:
+            h.update(f"{shard.name}\n{len(shard.header)}\n{shard.size}\n".encode())
+            h.update(shard.header)
+        return h.hexdigest()
+
+
+def layout(
+    tensors: Iterable[tuple[str, DType, tuple[int, ...]]], *, shard_size: float, metadata: Mapping[str, str]
+) -> Layout:
+    """Lays tensors out in shards.
+
+    Shards are filled in the order given; inside one, tensors go by element size, largest first, then in the
+    order given, which keeps every tensor aligned to its element.
+
+    Args:
+        tensors: (name, dtype, shape), in the order wanted.
+        shard_size: bytes of data per shard at most; a larger tensor has a shard of its own.
+        metadata: strings for ``__metadata__`` of every shard; ``format: pt`` is added where absent.
+
+    Raises:
+        OutputError: names that no header may hold, duplicates, a shard size below one byte, or a header
+            over 100 MB.
+    """
+    if not shard_size >= 1:
+        raise OutputError(f"shard size: expected at least 1 byte, got {shard_size}")
+    entries = [(name, dtype, tuple(shape), prod(shape) * dtype.size) for name, dtype, shape in tensors]
+    _check_names([e[0] for e in entries])
+    groups = _split(entries, int(shard_size))
+    meta = {"format": "pt", **{str(k): str(v) for k, v in metadata.items()}}
+    shards: list[Shard] = []
+    places: dict[str, Place] = {}
+    for number, group in enumerate(groups):
+        name = "model.safetensors" if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+        group.sort(key=lambda e: -e[1].size)
+        header, data = _header(group, meta, name)
+        at = len(header)
+        for tensor, _, _, nbytes in group:
+            places[tensor] = Place(number, at, nbytes)
+            at += nbytes
+        shards.append(Shard(name, header, len(header) + data, tuple(e[0] for e in group)))
+    index = None
+    if len(shards) > 1:
+        weight_map = {n: shards[p.shard].name for n, p in sorted(places.items())}
+        total_size = sum(p.nbytes for p in places.values())
+        content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        index = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return Layout(tuple(shards), places, index, sum(s.size for s in shards))
+
+
+def _check_names(names: Sequence[str]) -> None:
+    problems = [p for p in map(name_problem, names) if p]
+    if "__metadata__" in names:
+        problems.append("tensor name '__metadata__' is reserved")
+    if len(set(names)) != len(names):
+        seen: set[str] = set()
+        twice = [n for n in names if n in seen or seen.add(n)]  # type: ignore[func-returns-value]
+        problems.append(f"output tensors named twice: {listing(twice)}")
+    if problems:
+        raise OutputError("; ".join(problems[:20]))
+
+
+def _split(entries: Sequence[_Entry], shard_size: int) -> list[list[_Entry]]:
+    """Greedy, in order; always at least one shard."""
+    groups: list[list[_Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if groups[-1] and size + entry[3] > shard_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += entry[3]
+    return groups
+
+
+def _header(group: Sequence[_Entry], metadata: Mapping[str, str], shard: str) -> tuple[bytes, int]:
+    """The shard's first bytes, and how many bytes of data follow them."""
+    content: dict[str, object] = {"__metadata__": metadata}
+    at = 0
+    for name, dtype, shape, nbytes in group:
+        content[name] = {"dtype": dtype.tag, "shape": shape, "data_offsets": (at, at + nbytes)}
+        at += nbytes
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    length = -(-(8 + len(text)) // ALIGN) * ALIGN - 8
+    if length > MAX_HEADER:
+        raise OutputError(f"{shard}: header of {length} bytes; expected at most {MAX_HEADER}: lower the shard size")
+    return length.to_bytes(8, "little") + text.ljust(length), at

@@ -1,0 +1,225 @@
+"""A validated model on disk: every problem is known before one weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastmerge.checkpoint import discover, formats, hub
+from fastmerge.checkpoint.header import TensorInfo, listing, read_header
+from fastmerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MAX_TENSORS = 5_000_000
+"""Tensors of one model; beyond any real one, it bounds what a hostile file costs."""
+
+_SAMPLES = 64
+_SAMPLE_BYTES = 4096
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One input file.
+
+    Attributes:
+        path: as opened.
+        size: bytes.
+        identity: (device, inode, size, mtime_ns) when its header was read.
+        header_hash: sha256 of the header, in hex.
+        metadata: its ``__metadata__``.
+    """
+
+    path: Path
+    size: int
+    identity: tuple[int, int, int, int]
+    header_hash: str
+    metadata: dict[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk whose headers, index and config have been checked.
+
+    Attributes:
+        ref: what it was opened as; hub ids carry the commit (``org/name@sha``).
+        path: the directory of config, tokenizer and weights.
+        files: weight files; ``TensorInfo.file`` counts in them.
+        tensors: by name, in the order of files and bytes.
+        config: ``config.json``, or empty.
+        warnings: what a user should know about it.
+    """
+
+    ref: str
+    path: Path
+    files: tuple[ShardFile, ...]
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    config: Mapping[str, Any] = field(repr=False)
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def open(
+        cls, ref_or_path: str | os.PathLike[str], *, revision: str | None = None, allow_pickle: bool = False
+    ) -> Checkpoint:
+        """Opens a file, an index, a model directory or a hub id; reads headers and config only.
+
+        What exists as a path is a path; anything else that looks like ``org/name[@revision]`` is looked up in
+        the local Hugging Face cache, or downloaded.
+
+        Args:
+            ref_or_path: where the model is.
+            revision: branch, tag or commit of a hub id.
+            allow_pickle: accepted so that callers can pass their flag on; pickled weights are refused with
+                the way to convert them either way.
+
+        Raises:
+            CheckpointError: with every problem found in the model.
+        """
+        del allow_pickle
+        ref = os.fspath(ref_or_path)
+        path = Path(ref).expanduser()
+        if not os.path.lexists(path):
+            if not hub.looks_like_id(ref):
+                raise CheckpointError(f"{ref}: no such file or directory")
+            snapshot = hub.resolve(ref, revision=revision)
+            ref, path = snapshot.ref, snapshot.path
+        elif not path.exists():
+            raise CheckpointError(f"{ref}: a link to {os.path.realpath(path)}, which does not exist")
+        return cls._from_path(ref, path)
+
+    @classmethod
+    def _from_path(cls, ref: str, path: Path) -> Checkpoint:
+        try:
+            found = discover.find(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot read: {error.strerror}") from None
+        problems = list(found.problems)
+        files: list[ShardFile] = []
+        tensors: dict[str, TensorInfo] = {}
+        twice: dict[str, list[str]] = {}
+        unread: set[str] = set()
+        for file in found.files:
+            try:
+                header = read_header(file, file=len(files))
+            except CheckpointError as error:
+                problems.extend(error.problems)
+                unread.add(file.name)
+                continue
+            for info in header.tensors:
+                if info.name in tensors:
+                    pair = f"{files[tensors[info.name].file].path.name} and {file.name}"
+                    twice.setdefault(pair, []).append(info.name)
+                else:
+                    tensors[info.name] = info
+            files.append(ShardFile(file, header.size, header.identity, header.digest, header.metadata))
+            if len(tensors) > MAX_TENSORS:
+                raise CheckpointError(f"{path}: more than {MAX_TENSORS} tensors")
+        problems += [f"{found.directory}: tensors in both {pair}: {listing(n)}" for pair, n in twice.items()]
+        if found.weight_map is not None:
+            problems += _index_problems(found, files, tensors, unread)
+        config, said = _config(found.directory)
+        problems += said
+        problems += formats.quantised(found.directory, config, tensors)
+        problems += formats.adapters(found.directory, tensors)
+        if problems:
+            raise CheckpointError(problems)
+        return cls(ref, found.directory, tuple(files), tensors, config, tuple(found.warnings))
+
+    @property
+    def identity(self) -> str:
+        """sha256 over the headers' hashes: free of paths and times, and blind to the weights' values.
+
+        Two fine-tunes saved by the same program have equal headers; :meth:`content_id` tells them apart.
+        """
+        h = hashlib.sha256()
+        for file in self.files:
+            h.update(bytes.fromhex(file.header_hash))
+        return h.hexdigest()
+
+    def content_id(self) -> str:
+        """A hash that changes when the weights do, without reading all of them.
+
+        Blobs of the Hugging Face cache are named by their content; of other files it takes the header, the
+        size, the time of change and 64 sampled blocks of 4 KiB.
+
+        Raises:
+            CheckpointError: a file cannot be read any more.
+        """
+        h = hashlib.sha256()
+        for file in self.files:
+            real = Path(os.path.realpath(file.path))
+            if real.parent.name == "blobs" and _BLOB.fullmatch(real.name):
+                h.update(f"blob {real.name}\n".encode())
+                continue
+            h.update(f"file {file.header_hash} {file.size} {file.identity[3]}\n".encode())
+            try:
+                with file.path.open("rb", buffering=0) as f:
+                    for i in range(_SAMPLES):
+                        h.update(os.pread(f.fileno(), _SAMPLE_BYTES, file.size * i // _SAMPLES))
+            except OSError as error:
+                raise CheckpointError(f"{file.path}: cannot read: {error.strerror}") from None
+        return h.hexdigest()
+
+    def recheck(self) -> None:
+        """Makes sure that the files are still those whose headers were read.
+
+        Raises:
+            CheckpointError: naming every file that was changed, replaced or removed.
+        """
+        problems = []
+        for file in self.files:
+            try:
+                info = file.path.stat()
+            except OSError as error:
+                problems.append(f"{file.path}: {error.strerror} since it was opened")
+                continue
+            now = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
+            names = ("device", "inode", "size", "mtime_ns")
+            changes = [f"{n} {a}, now {b}" for n, a, b in zip(names, file.identity, now, strict=True) if a != b]
+            if changes:
+                problems.append(f"{file.path}: changed since it was opened: {'; '.join(changes)}")
+        if problems:
+            raise CheckpointError(problems)
+
+
+def _index_problems(
+    found: discover.Found, files: list[ShardFile], tensors: dict[str, TensorInfo], unread: set[str]
+) -> list[str]:
+    """Differences between what the index says and what the shards hold."""
+    weight_map = found.weight_map or {}
+    shards = {f.path.name for f in files}
+    absent: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        info = tensors.get(name)
+        held = None if info is None else files[info.file].path.name
+        if held != shard and shard in shards and shard not in unread:
+            absent.setdefault(shard, []).append(name)
+    extra: dict[str, list[str]] = {}
+    for name, info in tensors.items():
+        if name not in weight_map:
+            extra.setdefault(files[info.file].path.name, []).append(name)
+    return [
+        f"{found.directory / shard}: tensors that the index places here are absent: {listing(names)}"
+        for shard, names in absent.items()
+    ] + [
+        f"{found.directory / shard}: tensors that the index does not name: {listing(names)}"
+        for shard, names in extra.items()
+    ]
+
+
+def _config(directory: Path) -> tuple[dict[str, Any], list[str]]:
+    path = directory / "config.json"
+    if not os.path.lexists(path):
+        return {}, []
+    if not discover.contained(path, directory):
+        return {}, [f"{path}: leads out of the model's directory to {os.path.realpath(path)}"]
+    try:
+        return discover.read_json(path, strict=False), []
+    except CheckpointError as error:
+        return {}, error.problems

@@ -1,0 +1,222 @@
+"""The output's weight files while they grow: created, reserved, written, checked and made durable."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from fastmerge.checkpoint import io as _io
+from fastmerge.checkpoint import system
+from fastmerge.errors import CheckpointError, OutputError
+
+if TYPE_CHECKING:
+    from fastmerge.checkpoint.io import I64, Io
+    from fastmerge.checkpoint.journal import Range
+    from fastmerge.checkpoint.layout import Layout
+
+COPY_PIECE = 64 << 20
+"""Bytes of one in-kernel copy; after each, writeback starts."""
+
+_BUFFER = 4 << 20
+_PART = ".part"
+
+
+class ShardFiles:
+    """Open files of all shards, under names that no reader takes for a model's.
+
+    Args:
+        data: the directory that becomes the output.
+        layout: the shards.
+        io: the primitive.
+        features: where missing system features are noted.
+
+    Attributes:
+        fds: one per shard.
+    """
+
+    def __init__(self, data: Path, layout: Layout, io: Io, features: dict[str, bool]) -> None:
+        self.fds: list[int] = []
+        self._data = data
+        self._layout = layout
+        self._io = io
+        self._features = features
+        self._names: dict[int, str] = {}
+        self._bounds = [(s.data_start, s.size) for s in layout.shards]
+        self._local = threading.local()
+
+    def open(self) -> None:
+        """Creates the files, or takes those of an interrupted run; reserves them and writes the headers.
+
+        Raises:
+            OutputError: the disk is too small, with the bytes needed and free.
+        """
+        for shard in self._layout.shards:
+            fd = self._open(shard.name)
+            self.fds.append(fd)
+            self._names[fd] = str(self._data / shard.name)
+        self._reserve()
+        for fd, shard in zip(self.fds, self._layout.shards, strict=True):
+            self._write_bytes(fd, shard.header)
+
+    def check(self, table: I64) -> list[list[int]]:
+        """The rows (shard, offset, x, nbytes) as integers.
+
+        Raises:
+            ValueError: a row lies outside its shard's data.
+        """
+        rows: list[list[int]] = table.tolist()
+        for shard, offset, _, nbytes in rows:
+            low, high = self._bounds[shard] if 0 <= shard < len(self._bounds) else (0, -1)
+            if nbytes < 0 or offset < low or offset + nbytes > high:
+                raise ValueError(f"shard {shard}: bytes {offset} to {offset + nbytes} are outside its data")
+        return rows
+
+    def write(self, rows: list[list[int]]) -> list[Range]:
+        """Writes checked rows (shard, offset, address, nbytes); their checksums, one per stretch of a file."""
+        _io.write(self._io, np.array([[self.fds[r[0]], *r[1:]] for r in rows], np.int64), self.name)
+        # While the bytes are still in the cache.
+        ranges: list[Range] = []
+        rows = sorted(r for r in rows if r[3])
+        at = 0
+        while at < len(rows):
+            shard, start, address, nbytes = rows[at]
+            digest = xxhash.xxh3_64(system.view(address, nbytes))
+            stop = start + nbytes
+            at += 1
+            while at < len(rows) and rows[at][:2] == [shard, stop]:
+                digest.update(system.view(rows[at][2], rows[at][3]))
+                stop += rows[at][3]
+                at += 1
+            ranges.append((shard, start, stop - start, digest.intdigest()))
+            system.start_writeback(self.fds[shard], start, stop - start)
+        return ranges
+
+    def copy(self, fd: int, source: int, shard: int, to: int, nbytes: int) -> tuple[int, list[Range]]:
+        """Copies bytes of an input file; in the kernel as far as that goes, the rest through memory.
+
+        Returns:
+            The bytes that were copied in the kernel, and what :meth:`write` said of the rest.
+        """
+        piece = np.array([[fd, source, self.fds[shard], to, nbytes]], np.int64)
+        rest = _io.copy(self._io, piece, self.name)
+        done = nbytes - int(rest[:, 4].sum())
+        if done:
+            system.start_writeback(self.fds[shard], to, done)
+        if done == nbytes:
+            return done, []
+        self._features["copy_file_range"] = False
+        ranges: list[Range] = []
+        buffer = self._buffer()
+        address = buffer.ctypes.data
+        for at in range(done, nbytes, len(buffer)):
+            size = min(len(buffer), nbytes - at)
+            _io.read(self._io, np.array([[fd, source + at, address, size]], np.int64), self.name)
+            ranges += self.write([[shard, to + at, address, size]])
+        return done, ranges
+
+    def matches(self, record: Range) -> bool:
+        """Whether the bytes on disk still have a journalled checksum."""
+        shard, offset, nbytes, expected = record
+        if shard >= len(self.fds):
+            return False
+        low, high = self._bounds[shard]
+        if offset < low or offset + nbytes > high:
+            return False
+        digest = xxhash.xxh3_64()
+        buffer = self._buffer()
+        for at in range(offset, offset + nbytes, len(buffer)):
+            size = min(len(buffer), offset + nbytes - at)
+            table = np.array([[self.fds[shard], at, buffer.ctypes.data, size]], np.int64)
+            try:
+                _io.read(self._io, table, self.name)
+            except CheckpointError:
+                return False
+            digest.update(system.view(buffer.ctypes.data, size))
+        return digest.intdigest() == expected
+
+    def sync(self, shard: int) -> None:
+        """Makes the data of one shard durable; an OSError means that some of it is lost."""
+        os.fdatasync(self.fds[shard])
+
+    def write_file(self, name: str, data: bytes | Path) -> None:
+        """Writes a file beside the shards, durably, with the permissions that the umask leaves."""
+        path = self._data / name
+        content = data if isinstance(data, bytes) else data.read_bytes()
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        self._names[fd] = str(path)
+        try:
+            self._write_bytes(fd, content)
+            os.fsync(fd)
+        finally:
+            del self._names[fd]
+            os.close(fd)
+
+    def expected(self) -> set[str]:
+        """Names that belong in the directory before :meth:`write_file`."""
+        return {s.name + part for s in self._layout.shards for part in ("", _PART)}
+
+    def rename(self) -> None:
+        """Gives every shard its final name."""
+        for shard in self._layout.shards:
+            part = self._data / (shard.name + _PART)
+            if part.exists():
+                part.rename(self._data / shard.name)
+
+    def name(self, fd: int) -> str:
+        """The path behind a descriptor, for messages; input files included."""
+        name = self._names.get(fd)
+        if name is None:
+            with contextlib.suppress(OSError):
+                name = str(Path(f"/proc/self/fd/{fd}").readlink())
+        return name or f"fd {fd}"
+
+    def close(self) -> None:
+        """Closes the files."""
+        while self.fds:
+            os.close(self.fds.pop())
+
+    def _open(self, name: str) -> int:
+        """A shard in progress; one that a commit had renamed already gets its working name back."""
+        part, final = self._data / (name + _PART), self._data / name
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        if final.is_file() and not part.exists():
+            final.rename(part)
+        if not part.is_file():
+            flags |= os.O_CREAT | os.O_EXCL
+        return system.open_many(lambda: os.open(part, flags, 0o666))
+
+    def _reserve(self) -> None:
+        """Takes the disk space of all shards before a byte is read."""
+        total = self._layout.total
+        held = sum(os.fstat(fd).st_blocks * 512 for fd in self.fds)
+        info = os.statvfs(self._data)
+        free = info.f_bavail * info.f_frsize
+        if free < total - held:
+            raise OutputError(f"{self._data}: not enough space: {total - held} bytes needed, {free} free")
+        for fd, shard in zip(self.fds, self._layout.shards, strict=True):
+            code = system.fallocate(fd, shard.size)
+            if code in system.UNSUPPORTED:
+                self._features["fallocate"] = False
+            elif code in _io.FULL:
+                raise OutputError(f"{self.name(fd)}: {os.strerror(code)}: {total} bytes needed in all")
+            elif code:
+                raise OutputError(f"{self.name(fd)}: cannot reserve {shard.size} bytes: {os.strerror(code)}")
+            os.ftruncate(fd, shard.size)
+
+    def _write_bytes(self, fd: int, data: bytes) -> None:
+        memory = np.frombuffer(data, np.uint8)
+        _io.write(self._io, np.array([[fd, 0, memory.ctypes.data, len(memory)]], np.int64), self.name)
+
+    def _buffer(self) -> npt.NDArray[np.uint8]:
+        """A buffer of this thread's own."""
+        buffer: npt.NDArray[np.uint8] | None = getattr(self._local, "buffer", None)
+        if buffer is None:
+            buffer = self._local.buffer = np.empty(_BUFFER, np.uint8)
+        return buffer

@@ -1,0 +1,257 @@
+"""The directory in which an output grows, its lock, and how it becomes the output.
+
+Next to the output ``out`` lies ``.out.fastmerge-staging`` with ``lock``, ``journal.jsonl`` and ``data``.
+``data`` becomes ``out`` in one rename; a killed run never leaves anything under the output's own name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastmerge.checkpoint import system
+from fastmerge.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_SUFFIX = ".fastmerge-staging"
+
+
+def staging_path(target: Path) -> Path:
+    """The staging directory of an output: next to it, so on the same filesystem."""
+    name = f".{target.name}{_SUFFIX}"
+    if len(os.fsencode(name)) > 255:
+        name = f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:32]}{_SUFFIX}"
+    return target.parent / name
+
+
+def check(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuses outputs that must not be written, whatever is in them.
+
+    Raises:
+        OutputError: a link, a file, the Hugging Face cache, an input or a directory that holds one, or
+            (with ``overwrite``) a directory that holds no model.
+    """
+    if not target.name:
+        raise OutputError(f"{target}: expected the name of a new directory")
+    if target.is_symlink():
+        raise OutputError(f"{target}: a symbolic link to {os.path.realpath(target)}: name the real directory")
+    if os.path.lexists(target) and not target.is_dir():
+        raise OutputError(f"{target}: exists and is not a directory")
+    real = Path(os.path.realpath(target))
+    parts = real.parts
+    if any(p.startswith(("models--", "datasets--")) for p in parts) or real.is_relative_to(_hub_cache()):
+        raise OutputError(f"{target}: inside the Hugging Face cache")
+    for given in inputs:
+        if Path(os.path.realpath(given)).is_relative_to(real):
+            raise OutputError(f"{target}: holds the input {given}")
+        if target.is_dir() and given.exists() and given.samefile(target):
+            raise OutputError(f"{target}: is the input {given}")
+    if overwrite and target.is_dir():
+        files = list(target.iterdir())
+        if files and not any(f.suffix == ".safetensors" for f in files):
+            raise OutputError(
+                f"{target}: holds no *.safetensors file; --overwrite replaces the whole directory, and only a model's"
+            )
+
+
+def _hub_cache() -> Path:
+    env = os.environ
+    home = Path(env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    cache = Path(env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or home / "hub")
+    return Path(os.path.realpath(cache.expanduser()))
+
+
+class Staging:
+    """A locked staging directory.
+
+    Args:
+        target: the output directory, absolute.
+        features: where missing system features are noted.
+
+    Attributes:
+        root: the staging directory.
+        data: what becomes the output.
+        journal: the journal's path.
+
+    Raises:
+        OutputError: another process is writing the same output, or the directory cannot be made.
+    """
+
+    def __init__(self, target: Path, features: dict[str, bool]) -> None:
+        self.target = target
+        self.root = staging_path(target)
+        self.data = self.root / "data"
+        self.journal = self.root / "journal.jsonl"
+        self._features = features
+        self._old = self.root / "old"
+        self._lock_path = self.root / "lock"
+        self._owner = self.root / "owner"
+        self._lock: int | None = None
+        self._acquire()
+
+    def published(self, commit: tuple[int, int] | None) -> bool:
+        """Whether the directory that a journal was about to publish is the output by now."""
+        try:
+            info = self.target.stat()
+        except FileNotFoundError:
+            return False
+        return commit == (info.st_dev, info.st_ino)
+
+    def restore(self) -> None:
+        """Puts back an output that an interrupted commit had moved aside."""
+        if self._old.is_dir() and not os.path.lexists(self.target):
+            self._old.rename(self.target)
+
+    def clear(self) -> None:
+        """Removes everything that an earlier run left."""
+        _remove(self.root, {self._lock_path.name, self._owner.name})
+
+    def tidy(self, expected: set[str]) -> None:
+        """Removes from ``data`` whatever is not expected there."""
+        _remove(self.data, expected)
+
+    def publish(self) -> None:
+        """Makes ``data`` the output, atomically where the filesystem can; durable when this returns.
+
+        Raises:
+            OutputError: the output appeared meanwhile, or cannot be replaced.
+        """
+        if os.path.lexists(self.target):
+            code = system.rename_exchange(self.data, self.target)
+            if code in system.UNSUPPORTED:
+                self._features["rename_exchange"] = False
+                self.target.rename(self._old)
+                self.data.rename(self.target)
+                code = 0
+        else:
+            code = system.rename_new(self.data, self.target)
+            if code in system.UNSUPPORTED:
+                self._features["rename_noreplace"] = False
+                self.data.rename(self.target)
+                code = 0
+        if code:
+            raise OutputError(f"{self.target}: cannot put the output in place: {os.strerror(code)}")
+        system.sync_directory(self.target.parent)
+
+    def release(self, *, remove: bool) -> None:
+        """Gives the lock back; with ``remove`` the staging directory goes too."""
+        if self._lock is None:
+            return
+        if remove:
+            self.clear()
+            # The lock goes last: whoever takes it next finds an empty directory.
+            self._lock_path.unlink(missing_ok=True)
+        self._owner.unlink(missing_ok=True)
+        if remove:
+            with contextlib.suppress(OSError):
+                self.root.rmdir()
+        os.close(self._lock)
+        self._lock = None
+
+    def _acquire(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        while True:
+            self.root.mkdir(exist_ok=True)
+            if not stat.S_ISDIR(self.root.lstat().st_mode):
+                raise OutputError(f"{self.root}: expected a directory of its own")
+            try:
+                fd = os.open(self._lock_path, flags, 0o666)
+            except FileNotFoundError:
+                continue
+            try:
+                if self._take(fd):
+                    break
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, _self(), 0)
+        self._lock = fd
+
+    def _take(self, fd: int) -> bool:
+        """Locks; False where the file was removed by its last owner meanwhile."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise OutputError(f"{self.target}: already running: {_owner(os.pread(fd, 4096, 0))}") from None
+            if error.errno not in system.UNSUPPORTED | {errno.ENOLCK}:
+                raise
+            self._features["flock"] = False
+            self._take_without_flock()
+            return True
+        try:
+            info = self._lock_path.stat()
+        except FileNotFoundError:
+            return False
+        mine = os.fstat(fd)
+        return (info.st_dev, info.st_ino) == (mine.st_dev, mine.st_ino)
+
+    def _take_without_flock(self) -> None:
+        """A file that only one process can create; one of a dead process on this host is removed."""
+        while True:
+            try:
+                fd = os.open(self._owner, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            except FileExistsError:
+                text = self._owner.read_bytes()
+                if not _dead(text):
+                    raise OutputError(
+                        f"{self.target}: already running: {_owner(text)}; if it is not, remove {self._owner}"
+                    ) from None
+                self._owner.unlink(missing_ok=True)
+                continue
+            os.write(fd, _self())
+            os.close(fd)
+            return
+
+
+def _remove(directory: Path, keep: set[str]) -> None:
+    for path in list(directory.iterdir()):
+        if path.name in keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _self() -> bytes:
+    return json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
+
+
+def _parse_owner(text: bytes) -> tuple[int, str] | None:
+    try:
+        content = json.loads(text)
+        return int(content["pid"]), str(content["host"])
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _owner(text: bytes) -> str:
+    owner = _parse_owner(text)
+    return f"process {owner[0]} on {owner[1]} writes it" if owner else "another process writes it"
+
+
+def _dead(text: bytes) -> bool:
+    owner = _parse_owner(text)
+    if owner is None or owner[1] != socket.gethostname():
+        return False
+    try:
+        os.kill(owner[0], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

@@ -1,0 +1,109 @@
+"""The Linux calls that Python does not offer, each with a fallback where the system lacks it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+_SYNC_FILE_RANGE_WRITE = 2
+_AT_FDCWD = -100
+
+UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
+"""What a filesystem answers to a call that it does not have."""
+
+
+def _function(name: str, *argtypes: Any) -> Callable[..., int] | None:
+    try:
+        function = getattr(_libc, name)
+    except AttributeError:
+        return None
+    function.argtypes = argtypes
+    function.restype = ctypes.c_int
+    return function  # type: ignore[no-any-return]
+
+
+_fallocate = _function("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_sync_file_range = _function("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_renameat2 = _function("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+
+_memoryview = ctypes.pythonapi.PyMemoryView_FromMemory
+_memoryview.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_memoryview.restype = ctypes.py_object
+
+
+def _call(function: Callable[..., int] | None, *arguments: Any) -> int:
+    """Calls a libc function; 0, or its errno. Interrupted calls are repeated."""
+    if function is None:
+        return errno.ENOSYS
+    while True:
+        if function(*arguments) == 0:
+            return 0
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            return code
+
+
+def fallocate(fd: int, nbytes: int) -> int:
+    """Reserves the first ``nbytes`` bytes of a file on disk and extends it to that size; 0 or errno.
+
+    Unlike ``posix_fallocate`` it never writes zeros where the filesystem cannot reserve (NFS before 4.2).
+    """
+    return _call(_fallocate, fd, 0, 0, nbytes) if nbytes else 0
+
+
+def start_writeback(fd: int, offset: int, nbytes: int) -> None:
+    """Starts writing dirty pages of a range to the disk without waiting for them.
+
+    Only a hint: without it the same bytes arrive at the next fdatasync, in one burst.
+    """
+    _call(_sync_file_range, fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
+
+
+def rename_new(source: Path, target: Path) -> int:
+    """Renames unless ``target`` exists, atomically; 0 or errno (EINVAL, ENOSYS where unsupported)."""
+    return _call(_renameat2, _AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE)
+
+
+def rename_exchange(source: Path, target: Path) -> int:
+    """Swaps two names atomically; 0 or errno (EINVAL, ENOSYS where unsupported)."""
+    return _call(_renameat2, _AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable; filesystems that cannot are left to their own promise."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        os.close(fd)
+
+
+def view(address: int, nbytes: int) -> memoryview:
+    """The bytes at an address, read-only and without a copy; the caller keeps them alive."""
+    return _memoryview(address, nbytes, 0x100)  # type: ignore[no-any-return]
+
+
+def open_many(opener: Callable[[], int]) -> int:
+    """Runs ``opener``; out of file descriptors, raises the soft limit to the hard one and tries once more."""
+    try:
+        return opener()
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno != errno.EMFILE or soft == hard:
+            raise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return opener()

@@ -1,0 +1,334 @@
+"""Writing the output: any thread, any order, journalled, and there in one rename or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastmerge.checkpoint import io as _io
+from fastmerge.checkpoint import journal as _journal
+from fastmerge.checkpoint import staging as _staging
+from fastmerge.checkpoint import system
+from fastmerge.checkpoint.layout import INDEX_NAME, Layout
+from fastmerge.checkpoint.ranges import Ranges
+from fastmerge.checkpoint.shards import COPY_PIECE, ShardFiles
+from fastmerge.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from typing_extensions import Self
+
+    from fastmerge.checkpoint.io import I64, Io
+    from fastmerge.checkpoint.journal import Range
+
+REPORT_NAME = "merge_report.json"
+"""If a finished output's report has the same ``fingerprint``, resuming it once more does nothing."""
+
+
+class Writer:
+    """The output directory of one merge.
+
+    All shards are created, reserved on disk and given their headers at once. :meth:`write`, :meth:`copy` and
+    :meth:`done` may be called by any number of threads, :meth:`sync` by one more; :meth:`commit` publishes.
+    Leaving a ``with`` block without it keeps what is done for ``resume``.
+
+    Args:
+        out: the output directory.
+        layout: its shards.
+        fingerprint: names the merge; only a journal with the same one is resumed.
+        resume: continue an interrupted run where there is one; False starts anew and discards it.
+        overwrite: replace an existing model directory, at the end and at once.
+        inputs: directories and files of the models, which the output must not be or hold.
+        io: the primitive; the extension's by default.
+
+    Attributes:
+        target: the output directory, absolute.
+        staging: where the output grows, next to it.
+        finished: the output is published: by :meth:`commit`, or by the run that was to be resumed.
+        resumed: bytes of data that need not be written again.
+        features: system features that were looked for and are missing here (False), for the report.
+
+    Raises:
+        OutputError: the output exists, is an input, is being written by another process or does not fit on
+            the disk; the journal belongs to another merge.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        layout: Layout,
+        *,
+        fingerprint: str,
+        resume: bool = False,
+        overwrite: bool = False,
+        inputs: Sequence[Path] = (),
+        io: Io | None = None,
+    ) -> None:
+        # Not resolved: a link at the end of the path must be seen, and refused.
+        self.target = Path(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100
+        self.staging = _staging.staging_path(self.target)
+        self.layout = layout
+        self.finished = False
+        self.resumed = 0
+        self.features: dict[str, bool] = {}
+        self._fingerprint = fingerprint
+        self._overwrite = overwrite
+        self._ranges = [Ranges() for _ in layout.shards]
+        self._pending: list[Range] = []
+        self._dirty = set(range(len(layout.shards)))
+        self._extras: dict[str, bytes | Path] = {}
+        self._lock = threading.Lock()
+        self._sync_lock = threading.Lock()
+        self._journal: _journal.Journal | None = None
+        self._broken: str | None = None
+        with _wrapped(self.target):
+            _staging.check(self.target, inputs, overwrite=overwrite)
+            if not self.staging.exists():
+                self._refuse_existing(resume=resume)
+                if self.finished:
+                    return
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self._staging = _staging.Staging(self.target, self.features)
+        self._shards = ShardFiles(self._staging.data, layout, io or _io.native(), self.features)
+        try:
+            with _wrapped(self.staging):
+                self._begin(_journal.load(self._staging.journal) if resume else None, resume=resume)
+        except BaseException:
+            # Space that was reserved for nothing goes back; an interrupted run stays.
+            self._close(remove=not os.path.lexists(self._staging.journal))
+            raise
+
+    def done(self, shard: int, offset: int, nbytes: int) -> bool:
+        """Whether a range of a shard (absolute offset) is written, by this run or the one that it resumes."""
+        return self.finished or self._ranges[shard].covers(offset, offset + nbytes)
+
+    def write(self, table: I64) -> None:
+        """Writes rows (shard, offset, address, nbytes) and remembers their checksums; one native call.
+
+        Args:
+            table: int64 [R, 4]; offsets absolute in the shard's file.
+
+        Raises:
+            OutputError: the disk is full, or writing failed.
+            ValueError: a row lies outside its shard's data.
+        """
+        self._check_open()
+        rows = self._shards.check(table)
+        if rows:
+            self._record(self._shards.write(rows))
+
+    def copy(self, table: I64) -> None:
+        """Copies rows (fd_in, offset_in, shard, offset_out, nbytes) from input files, in the kernel if it can.
+
+        What the kernel copies is not journalled: to copy it again is as cheap as to check it.
+
+        Raises:
+            OutputError: the disk is full, or writing failed.
+            CheckpointError: an input ended early, or reading failed.
+            ValueError: a row lies outside its shard's data.
+        """
+        self._check_open()
+        rows = self._shards.check(table[:, [2, 3, 1, 4]])
+        for (shard, to, source, nbytes), fd in zip(rows, table[:, 0].tolist(), strict=True):
+            for at in range(0, nbytes, COPY_PIECE):
+                size = min(COPY_PIECE, nbytes - at)
+                copied, ranges = self._shards.copy(fd, source + at, shard, to + at, size)
+                with self._lock:
+                    self._ranges[shard].add(to + at, to + at + copied)
+                    self._dirty.add(shard)
+                self._record(ranges)
+
+    def add(self, name: str, data: bytes | Path) -> None:
+        """Adds a file (config, tokenizer, card, report) that :meth:`commit` writes beside the shards.
+
+        Args:
+            name: one plain file name.
+            data: its content, or a file to copy.
+
+        Raises:
+            OutputError: the name is a path, or one of the model's own files.
+        """
+        if name in {"", ".", ".."} or "/" in name or "\x00" in name:
+            raise OutputError(f"{name!r}: expected a plain file name")
+        if name == INDEX_NAME or name in {s.name for s in self.layout.shards}:
+            raise OutputError(f"{name}: is written by the merge itself")
+        self._extras[name] = data
+
+    def sync(self) -> None:
+        """Makes everything written so far durable and journals it; writers may go on meanwhile.
+
+        Raises:
+            OutputError: the disk reported that written data was lost; the shard is written again on resume.
+        """
+        if self.finished:
+            return
+        self._check_open()
+        with self._sync_lock, _wrapped(self.staging):
+            with self._lock:
+                pending, self._pending = self._pending, []
+                dirty, self._dirty = self._dirty, set()
+            for shard in sorted(dirty):
+                try:
+                    self._shards.sync(shard)
+                except OSError as error:
+                    self._void(shard, error)
+            self._log.done(pending)
+
+    def checksums(self) -> list[tuple[str, int, int, str]]:
+        """(shard name, offset, bytes, xxh3_64 in hex) of everything written so far; syncs first.
+
+        Ranges that the kernel copied have none.
+        """
+        if self.finished:
+            return []
+        self.sync()
+        seen = [Ranges() for _ in self.layout.shards]
+        found = []
+        state = _journal.load(self._staging.journal)
+        for shard, offset, nbytes, x in reversed(state.ranges if state else []):
+            if not seen[shard].covers(offset, offset + nbytes):
+                seen[shard].add(offset, offset + nbytes)
+                found.append((self.layout.shards[shard].name, offset, nbytes, f"{x:016x}"))
+        return sorted(found)
+
+    def commit(self) -> None:
+        """Publishes the output: complete, durable, in one rename.
+
+        Raises:
+            OutputError: ranges are missing, the disk is full, or the output appeared meanwhile; the staging
+                directory stays for ``resume``.
+        """
+        if self.finished:
+            return
+        self.sync()
+        missing = [
+            f"{shard.name}: bytes {a} to {b}"
+            for shard, ranges in zip(self.layout.shards, self._ranges, strict=True)
+            for a, b in ranges.missing(shard.data_start, shard.size)
+        ]
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise OutputError(f"{self.target}: not written: {'; '.join(missing[:5])}{more}")
+        with _wrapped(self.staging):
+            self._staging.tidy(self._shards.expected())
+            extras = dict(self._extras)
+            if self.layout.index is not None:
+                extras[INDEX_NAME] = self.layout.index
+            for name, data in extras.items():
+                self._shards.write_file(name, data)
+            self._shards.rename()
+            system.sync_directory(self._staging.data)
+            info = self._staging.data.stat()
+            self._log.commit(info.st_dev, info.st_ino)
+            if not self._overwrite and os.path.lexists(self.target):
+                raise OutputError(f"{self.target}: appeared while the merge ran; the result is kept for --resume")
+            self._staging.publish()
+        self.finished = True
+        # The output is there; what is left of the staging directory would not make it wrong.
+        with contextlib.suppress(OSError):
+            self._close(remove=True)
+
+    def abort(self) -> None:
+        """Stops: journals what is durable, keeps the staging directory for ``resume``, gives the lock back."""
+        if self._journal is None:
+            return
+        with contextlib.suppress(OutputError):
+            self.sync()
+        self._close(remove=self._log.ranges == 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+
+    @property
+    def _log(self) -> _journal.Journal:
+        if self._journal is None:
+            raise ValueError("the writer is closed")
+        return self._journal
+
+    def _check_open(self) -> None:
+        if self._journal is None:
+            raise ValueError("the writer is closed")
+        if self._broken:
+            raise OutputError(self._broken)
+
+    def _refuse_existing(self, *, resume: bool) -> None:
+        if self._overwrite or not os.path.lexists(self.target):
+            return
+        report = self.target / REPORT_NAME
+        if resume and report.is_file():
+            with contextlib.suppress(ValueError, AttributeError):
+                content = json.loads(report.read_bytes())
+                said = content.get("fingerprint") or content.get("details", {}).get("fingerprint")
+                self.finished = said == self._fingerprint
+        if not self.finished:
+            raise OutputError(f"{self.target}: exists; --overwrite replaces it")
+
+    def _begin(self, state: _journal.State | None, *, resume: bool) -> None:
+        digest = self.layout.digest
+        if state and (state.fingerprint, state.layout) != (self._fingerprint, digest):
+            raise OutputError(
+                f"{self.staging}: holds an interrupted run of another recipe, seed, input or shard size; "
+                f"leave --resume out to discard it and start anew"
+            )
+        if state and self._staging.published(state.commit):
+            self.finished = True
+            self._close(remove=True)
+            return
+        if state is None:
+            self._staging.restore()
+        self._refuse_existing(resume=resume)
+        if state is None:
+            self._staging.clear()
+        self._staging.data.mkdir(exist_ok=True)
+        self._shards.open()
+        for record in state.ranges if state else ():
+            shard, offset, nbytes, _ = record
+            if self._shards.matches(record):
+                self._ranges[shard].add(offset, offset + nbytes)
+                self.resumed += nbytes
+        self._journal = _journal.Journal(self._staging.journal, state)
+        if state is None:
+            self._journal.begin(self._fingerprint, digest)
+            for directory in (self._staging.data, self.staging, self.target.parent):
+                system.sync_directory(directory)
+
+    def _record(self, ranges: list[Range]) -> None:
+        with self._lock:
+            for shard, start, nbytes, _ in ranges:
+                self._ranges[shard].add(start, start + nbytes)
+                self._dirty.add(shard)
+            self._pending += ranges
+
+    def _void(self, shard: int, error: OSError) -> None:
+        """The kernel lost written data and will not say which: nothing of the shard counts any more."""
+        name = self._shards.name(self._shards.fds[shard])
+        self._broken = f"{name}: fdatasync failed: {error.strerror}: the shard is written again with --resume"
+        with contextlib.suppress(OSError):
+            self._log.void(shard)
+        raise OutputError(self._broken) from None
+
+    def _close(self, *, remove: bool) -> None:
+        self._shards.close()
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        self._staging.release(remove=remove)
+
+
+@contextlib.contextmanager
+def _wrapped(path: Path) -> Iterator[None]:
+    """System errors as output errors with the file's name."""
+    try:
+        yield
+    except OSError as error:
+        said = error.strerror or os.strerror(error.errno or errno.EIO)
+        raise OutputError(f"{error.filename or path}: {said}") from None

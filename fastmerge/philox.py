@@ -1,0 +1,129 @@
+"""Random numbers as a function of the element, never a stream (design law L3).
+
+Philox4x32-10 of Random123, written in numpy: the reference that the C++ and the Triton versions are held to.
+Element ``e`` of a tensor takes 16 of the 128 bits of one block::
+
+    counter = (lo32(e >> 3), hi32(e >> 3), model_index, op_tag)      key = (lo32(k), hi32(k))
+    word    = (e >> 1) & 3                                            half = e & 1, low half first
+
+so any piece of a tensor, in any order and on any device, sees the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from fastmerge.errors import RecipeError
+
+DROP = 0
+"""Op tag of the Bernoulli drop of DARE."""
+
+TIES = 1
+"""Op tag of the thinning of a tie group (rule ``spread``)."""
+
+NOISE = 2
+"""Op tag of additive noise."""
+
+_MUL0 = np.uint64(0xD2511F53)
+_MUL1 = np.uint64(0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+
+
+def philox4x32(counter: npt.ArrayLike, key: npt.ArrayLike) -> npt.NDArray[np.uint32]:
+    """Ten rounds of Philox4x32.
+
+    Args:
+        counter: uint32 ``[..., 4]``, one block per leading index.
+        key: uint32 ``[..., 2]``, broadcast against the leading indices of ``counter``.
+
+    Returns:
+        uint32 ``[..., 4]``: 128 random bits per block, word 0 first.
+
+    Raises:
+        ValueError: where the last dimensions are not 4 and 2.
+    """
+    c = np.asarray(counter).astype(np.uint64)
+    k = np.asarray(key).astype(np.uint64)
+    if c.ndim < 1 or c.shape[-1] != 4 or k.ndim < 1 or k.shape[-1] != 2:
+        raise ValueError(f"expected a counter [..., 4] and a key [..., 2], got {c.shape} and {k.shape}")
+    x0, x1, x2, x3 = (c[..., i] for i in range(4))
+    k0, k1 = k[..., 0], k[..., 1]
+    for r in range(10):
+        p0, p1 = x0 * _MUL0, x2 * _MUL1
+        w0 = (k0 + np.uint64(r * _WEYL[0])) & _LOW
+        w1 = (k1 + np.uint64(r * _WEYL[1])) & _LOW
+        x0, x1, x2, x3 = (p1 >> _HALF) ^ x1 ^ w0, p1 & _LOW, (p0 >> _HALF) ^ x3 ^ w1, p0 & _LOW
+    return np.stack(np.broadcast_arrays(x0, x1, x2, x3), axis=-1).astype(np.uint32)
+
+
+def u16(key: int, model: int, op: int, e0: int, n: int) -> npt.NDArray[np.uint16]:
+    """The 16-bit numbers of elements ``e0 .. e0 + n - 1``.
+
+    Args:
+        key: 64-bit key of the tensor (:func:`tensor_key`); only its low 64 bits count, so a signed one will do.
+        model: position among the recipe's non-base models.
+        op: :data:`DROP`, :data:`TIES` or :data:`NOISE`.
+        e0: logical index, in the whole tensor, of the first element.
+        n: how many elements.
+
+    Returns:
+        uint16 ``[n]``, uniform on 0 .. 65535.
+    """
+    if n <= 0:
+        return np.zeros(0, np.uint16)
+    first, last = e0 >> 3, (e0 + n - 1) >> 3
+    block = np.arange(first, last + 1, dtype=np.uint64)
+    counter = np.empty((len(block), 4), np.uint32)
+    counter[:, 0] = block & _LOW
+    counter[:, 1] = block >> _HALF
+    counter[:, 2] = model
+    counter[:, 3] = op
+    words = philox4x32(counter, np.array([key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF], np.uint32))
+    return words.astype("<u4").view("<u2").reshape(-1)[e0 - 8 * first :][:n].astype(np.uint16)
+
+
+def tensor_key(seed: int, name: str) -> int:
+    """The 64-bit key of one output tensor.
+
+    Args:
+        seed: the recipe's seed, -2**63 .. 2**63 - 1.
+        name: output tensor name.
+
+    Returns:
+        The little-endian value of blake2b (8 bytes) over the seed as 8 little-endian signed bytes, then the
+        name in UTF-8; 0 .. 2**64 - 1.
+
+    Raises:
+        RecipeError: where the seed does not fit 64 bits.
+    """
+    if not -(2**63) <= seed < 2**63:
+        raise RecipeError(f"seed: expected a 64-bit signed integer, got {seed}")
+    data = seed.to_bytes(8, "little", signed=True) + name.encode()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def threshold(density: float) -> int:
+    """How many of the 65,536 values of a 16-bit number keep their element: keep where ``u16 < threshold``.
+
+    ``T = max(1, floor(density * 65536 + 0.5))`` for a density above 0, and 0 (none) for 0.
+
+    Args:
+        density: expected share of elements kept, 0 .. 1.
+
+    Raises:
+        RecipeError: where the density is not in 0 .. 1.
+    """
+    if not 0.0 <= density <= 1.0:
+        raise RecipeError(f"density: expected a number in 0 .. 1, got {density}")
+    return max(1, math.floor(density * 65536 + 0.5)) if density > 0 else 0
+
+
+def rescale(t: int) -> float:
+    """The factor that keeps a dropped tensor unbiased: ``65536 / T`` in fp64; 1 where nothing is kept."""
+    return 65536 / t if t > 0 else 1.0
