@@ -1,0 +1,92 @@
+"""One program for tensors whose parameters differ in more than numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastmerge.methods.base import I64, Program, Segments
+
+
+def by_kind(kinds: Sequence[Hashable], build: Callable[[list[int]], Program]) -> Program:
+    """A program for groups that must share something: built once where they do, else once per kind.
+
+    Args:
+        kinds: of each group.
+        build: makes the program of the groups with the given numbers.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        members.setdefault(kind, []).append(i)
+    if len(members) == 1:
+        return build(list(range(len(kinds))))
+    return SplitProgram([(np.array(m, np.int64), build(m)) for m in members.values()], len(kinds))
+
+
+class SplitProgram:
+    """Runs each piece through the program of its group; programs that are ready wait for the others."""
+
+    def __init__(self, parts: Sequence[tuple[I64, Program]], groups: int) -> None:
+        """Takes (numbers of the groups, their program) pairs and how many groups there are in all."""
+        self._parts = parts
+        self._part = np.empty(groups, np.int64)
+        self._local = np.empty(groups, np.int64)
+        for n, (members, _) in enumerate(parts):
+            self._part[members] = n
+            self._local[members] = np.arange(len(members))
+
+    @property
+    def ready(self) -> bool:
+        """True once every part is."""
+        return all(p.ready for _, p in self._parts)
+
+    def pieces(self) -> I64 | None:
+        """What the parts that are due read; None where that is everything."""
+        wanted: list[I64] = []
+        for members, program in self._parts:
+            if program.ready:
+                continue
+            pieces = program.pieces()
+            if pieces is None:
+                return None
+            moved = pieces.copy()
+            moved[:, 0] = members[moved[:, 0]]
+            wanted.append(moved)
+        return np.concatenate(wanted)
+
+    def _cut(self, segments: Segments) -> list[tuple[int, I64, Segments]]:
+        owner = self._part[segments.table[:, 5]]
+        out = []
+        for n in np.unique(owner).tolist():
+            rows = np.flatnonzero(owner == n)
+            table = segments.table[rows]
+            table[:, 5] = self._local[table[:, 5]]
+            out.append((n, rows, Segments(table, segments.dtypes, segments.out_dtype, np.zeros(len(rows), np.int64))))
+        return out
+
+    def statistics(self, segments: Segments) -> list[tuple[int, Any]]:
+        """Partial results of the parts that are due.
+
+        Parts may want different things of a pass; one that wants samples while another reads everything takes
+        the pieces that it is given, which are all it asked for and more.
+        """
+        return [
+            (n, self._parts[n][1].statistics(some))
+            for n, _, some in self._cut(segments)
+            if not self._parts[n][1].ready
+        ]
+
+    def advance(self, partials: Sequence[list[tuple[int, Any]]]) -> None:
+        """Ends the pass of every part that is due."""
+        due = [n for n, (_, p) in enumerate(self._parts) if not p.ready]
+        for n in due:
+            self._parts[n][1].advance([result for call in partials for m, result in call if m == n])
+
+    def apply(self, segments: Segments) -> None:
+        """Each piece through its part."""
+        for n, rows, some in self._cut(segments):
+            self._parts[n][1].apply(some)
+            if len(segments.nonfinite):
+                segments.nonfinite[rows] += some.nonfinite

@@ -1,0 +1,106 @@
+"""Task vectors: add, scale, negate, and combine them as analogies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from fastmerge.families.combine import CombineProgram
+from fastmerge.families.consensus import program
+from fastmerge.methods import consensus, reference
+from fastmerge.methods.base import Contract, Group, Method, Param, Program
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TaskArithmetic(Method):
+    r"""Adds weighted deltas to the base: weights of -1 forget, (1, 1, -1) is an analogy.
+
+    .. math:: b + \lambda\,\frac{\sum_i w_i (x_i - b)}{\sum_i w_i} \quad\text{(without normalize: no division)}
+
+    Shapes: ``b, x_i: [*S]`` -> ``[*S]``.
+    Numerics: deltas and sums in fp32 (fp64 where an input is fp64) in model order, one rounding;
+    ``delta_dtype: base`` rounds each delta to the base's type first.
+    Paper: Ilharco et al. 2022, "Editing models with task arithmetic", arXiv 2212.04089.
+    """
+
+    name = "task_arithmetic"
+    summary = "Adds, scales or subtracts what fine-tunes learned relative to the base."
+    formula = "out = b + lambda sum_i w_i (x_i - b), divided by sum_i w_i where normalize is set"
+    paper = "https://arxiv.org/abs/2212.04089"
+    contract = Contract("required")
+    params = (
+        *consensus.delta_params("coefficient of the model's delta; null is 1/N"),
+        Param("normalize", "shared", bool, False, "divide by the sum of the weights"),
+        Param("density", "model", float, 1.0, "accepted and ignored, as in mergekit", 0.0, 1.0),
+        Param("rescale", "shared", bool, False, "accepted and ignored, as in mergekit"),
+    )
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "mergekit": {},
+        "paper": {"weight": 1.0},
+        "fusionbench": {"weight": 1.0, "lambda": 0.3},
+    }
+    cases = (
+        {"weight": [0.6, 0.8, 0.5]},
+        {"weight": -1.0, "models": 1},
+        {"weight": [1.0, 1.0, -1.0]},
+        {"weight": [0.7, 0.6], "normalize": True, "lambda": 0.4, "models": 2},
+        {"weight": [0.7, 0.6], "normalize": True, "delta_dtype": "base", "models": 2},
+        {"preset": "fusionbench", "models": 5},
+    )
+
+    @classmethod
+    def reference(cls, inputs: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
+        """``b + lambda (sum w_i (x_i - b)) / div``."""
+        if group.params["delta_dtype"] == "base":
+            return consensus.reference([inputs], [group], [cls.spec(group)])[0]
+        lam, div = float(group.params["lambda"]), consensus.divisor(group)
+        return reference.delta(inputs, group, consensus.weights(group), lam, div)
+
+    @classmethod
+    def spec(cls, group: Group) -> consensus.Consensus:
+        """As a consensus without drop, trim or election: the kernel that can round deltas."""
+        n = len(group.models)
+        return consensus.Consensus(
+            weight=consensus.weights(group),
+            gate=(1.0,) * n,
+            bernoulli=(65536,) * n,
+            density=(1.0,) * n,
+            rescale=(1.0,) * n,
+            keep_count="floor",
+            lam=float(group.params["lambda"]),
+            div=consensus.divisor(group),
+            models=group.indices,
+            round_base=group.params["delta_dtype"] == "base",
+            drop=False,
+            trim=False,
+            whole_model=False,
+            ties="index",
+            elect="none",
+            split=False,
+            zero="plus",
+            merge="sum",
+            l1="none",
+        )
+
+    @classmethod
+    def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
+        """One pass of the combine kernel, or of the consensus kernel where deltas are rounded."""
+        if any(g.params["delta_dtype"] == "base" for g in groups):
+            return program(groups, [cls.spec(g) for g in groups], kernels)
+        coef = np.array([(0.0, *consensus.weights(g)) for g in groups])
+        scale = np.array([(float(g.params["lambda"]), consensus.divisor(g)) for g in groups])
+        return CombineProgram(kernels, coef, scale, delta=True)
+
+    @classmethod
+    def warn(cls, group: Group) -> list[str]:
+        """Names parameters that have no effect, and weights that cancel."""
+        found = []
+        if any(m["density"] < 1 for m in group.models):
+            found.append("task_arithmetic: density has no effect; use ties or dare_linear")
+        if group.params["normalize"] and abs(sum(consensus.weights(group))) < 1e-8:
+            found.append("task_arithmetic: weights sum to zero, so normalize is left out")
+        return found

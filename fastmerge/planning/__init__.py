@@ -1,0 +1,176 @@
+"""Plans: which output tensor from which inputs, decided from the recipe and the headers alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fastmerge.checkpoint import Checkpoint, Layout, layout
+from fastmerge.dtypes import BY_NAME, DType
+from fastmerge.errors import CheckpointError
+from fastmerge.planning import carry as carrying
+from fastmerge.planning import config as configuring
+from fastmerge.planning.outputs import Outputs
+from fastmerge.planning.rows import Models, sliced, whole
+from fastmerge.planning.values import Output, Plan, Source
+from fastmerge.recipe import ModelRef, Recipe
+from fastmerge.version import __version__
+
+ENGINE = "1"
+"""Version of the frozen arithmetic and of the plan: another one may give other bytes."""
+
+SHARD_SIZE = 5_000_000_000
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    seed: int | None = None,
+    shard_size: float = SHARD_SIZE,
+    models: Mapping[str, Checkpoint] | None = None,
+) -> Plan:
+    """Decides everything about a merge before any weight is read.
+
+    Args:
+        recipe: what is wanted.
+        seed: of the random numbers; the recipe's own, or 0, where None.
+        shard_size: most bytes of an output shard.
+        models: models that are open already, by reference as the recipe writes it; others are opened.
+
+    Returns:
+        The plan. Its warnings are for people; nothing in it is undecided.
+
+    Raises:
+        RecipeError: where the recipe does not fit the models.
+        CheckpointError: where models are damaged, lack tensors, or hold types that cannot be merged.
+        ShapeError: where tensors that must agree do not; all of them are listed.
+    """
+    seed = seed if seed is not None else recipe.seed or 0
+    opened = Models(_open(recipe.refs, models or {}))
+    checkpoints = tuple(opened.checkpoints[ref] for ref in recipe.refs)
+    warnings = dict.fromkeys(text for c in checkpoints for text in c.warnings)
+    outputs = Outputs(recipe, opened, seed)
+    layers: list[tuple[ModelRef, int]] | None = None
+    if recipe.slices:
+        stacked = sliced(recipe, recipe.parts, opened)
+        rows, layers = stacked.rows, stacked.layers
+    else:
+        _same_depth(recipe, opened)
+        rows = whole(recipe, recipe.parts[0], opened, gradient=outputs.parts[0].resolver.gradient)
+    made = outputs.build(rows)
+    if not made:
+        raise CheckpointError("nothing to merge: the models have no tensors")
+    if recipe.donor_only_base:
+        first = str(recipe.parts[0].base)
+        warnings[
+            f"base_model {str(recipe.base_model)!r} is not one of the two models: it gives configuration and tokenizer "
+            f"only; t = 0 is {first!r}"
+        ] = None
+    donor_ref = recipe.base_model or _first(recipe)
+    donor = opened.checkpoints[donor_ref]
+    tokenizer = opened.checkpoints[recipe.tokenizer_source or donor_ref]
+    files, notes = carrying.carry(recipe, donor, tokenizer, checkpoints)
+    warnings |= dict.fromkeys(notes)
+    config = None
+    if donor.config:
+        config, notes = configuring.rewrite(
+            donor.config,
+            dtype=_main_type(made),
+            untied=outputs.notes.untied,
+            layers=None if layers is None else [(opened.checkpoints[ref].config, i) for ref, i in layers],
+            structure=None if layers is None else opened.structure(donor_ref),
+        )
+        warnings |= dict.fromkeys(notes)
+    warnings |= outputs.notes.warnings
+    identities = [c.identity for c in checkpoints]
+    text = recipe.canonical(identities, seed=seed)
+    metadata = {"format": "pt", "fastmerge": ENGINE, "fastmerge_recipe": text}
+    where = layout([(o.name, o.dtype, o.shape) for o in made], shard_size=shard_size, metadata=metadata)
+    return Plan(
+        recipe=recipe,
+        seed=seed,
+        checkpoints=checkpoints,
+        outputs=tuple(sorted(made, key=lambda o: (where.places[o.name].shard, where.places[o.name].offset))),
+        layout=where,
+        config=config,
+        carry=files,
+        warnings=tuple(warnings),
+        fingerprint=_fingerprint(text, checkpoints, where, config),
+    )
+
+
+def _first(recipe: Recipe) -> ModelRef:
+    return recipe.parts[0].sources[0].model
+
+
+def _open(refs: Sequence[ModelRef], given: Mapping[str, Checkpoint]) -> dict[ModelRef, Checkpoint]:
+    """Opens what is not given; the problems of all models come together."""
+    out: dict[ModelRef, Checkpoint] = {}
+    problems: list[str] = []
+    for ref in refs:
+        found = given.get(str(ref))
+        if found is None:
+            try:
+                found = Checkpoint.open(ref.path, revision=ref.revision)
+            except CheckpointError as e:
+                problems += e.problems
+                continue
+        out[ref] = found
+    if problems:
+        raise CheckpointError(problems)
+    return out
+
+
+def _same_depth(recipe: Recipe, models: Models) -> None:
+    """Models with different layer counts share most names; merging those would be wrong.
+
+    Looks only where the names differ: equal names are equal layers.
+    """
+    refs = [s.model for s in recipe.parts[0].sources]
+    first = models.tensors(refs[0]).keys()
+    if all(models.tensors(ref).keys() == first for ref in refs[1:]):
+        return
+    depths: dict[str, dict[str, int]] = {}
+    for ref in refs:
+        for stack in models.structure(ref).stacks:
+            depths.setdefault(stack.prefix, {})[str(ref)] = stack.count
+    problems = []
+    for prefix, counts in depths.items():
+        if len(set(counts.values())) > 1:
+            shown = ", ".join(f"{ref!r} {n}" for ref, n in counts.items())
+            problems.append(f"{prefix}: the models have different numbers of layers: {shown}; 'slices' can pick layers")
+    if problems:
+        raise CheckpointError(problems)
+
+
+def _main_type(outputs: Iterable[Output]) -> DType | None:
+    """The floating-point type of most elements."""
+    counts: Counter[str] = Counter()
+    for o in outputs:
+        if o.dtype.mergeable:
+            counts[o.dtype.name] += o.sources[0].info.nbytes // o.sources[0].info.dtype.size
+    return BY_NAME[counts.most_common(1)[0][0]] if counts else None
+
+
+def _fingerprint(recipe: str, checkpoints: Iterable[Checkpoint], layout: Layout, config: Any) -> str:
+    """128 bits over everything that decides the output directory's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+
+    def add(data: bytes) -> None:
+        digest.update(struct.pack("<q", len(data)))
+        digest.update(data)
+
+    add(f"fastmerge {ENGINE} {__version__}".encode())
+    add(recipe.encode())
+    for c in checkpoints:
+        add(json.dumps([[f.header_hash, f.size, f.identity[3]] for f in c.files]).encode())
+    add(layout.digest.encode())
+    add(configuring.canonical(config).encode())
+    return digest.hexdigest()
+
+
+__all__ = ["Output", "Plan", "Source", "plan"]

@@ -1,0 +1,309 @@
+"""Rows to outputs: sources, types, shapes, parameters. The loop that must stay cheap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fastmerge.dtypes import BY_NAME, DType, promote
+from fastmerge.errors import CheckpointError, RecipeError, ShapeError
+from fastmerge.methods import METHODS
+from fastmerge.methods.base import Group, Method
+from fastmerge.philox import tensor_key
+from fastmerge.planning.choose import fate
+from fastmerge.planning.rows import Models, Row
+from fastmerge.planning.values import Output, Source
+from fastmerge.recipe import ModelRef, Part, Recipe
+from fastmerge.recipe.resolve import Resolver
+
+if TYPE_CHECKING:
+    from fastmerge.checkpoint import TensorInfo
+
+SHOWN = 200
+"""Problems listed in one error; more are counted."""
+
+_EMBEDDINGS = tuple(
+    f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+)
+
+
+@dataclass
+class Notes:
+    """What was found on the way."""
+
+    recipe: dict[str, None] = field(default_factory=dict)
+    shapes: list[str] = field(default_factory=list)
+    other: list[str] = field(default_factory=list)
+    warnings: dict[str, None] = field(default_factory=dict)
+    missing: dict[tuple[str, tuple[str, ...]], list[str]] = field(default_factory=dict)
+    untied: bool = False
+
+    def check(self) -> None:
+        """Raises what was found.
+
+        Raises:
+            RecipeError: where parameters have no value or do not fit.
+            ShapeError: where only shapes differ.
+            CheckpointError: otherwise.
+        """
+        if self.recipe:
+            raise RecipeError(_cut(list(self.recipe)))
+        if self.other:
+            raise CheckpointError(_cut(self.other + self.shapes))
+        if self.shapes:
+            raise ShapeError(_cut(self.shapes))
+
+    def warn_missing(self) -> None:
+        """One warning for each kind of tensor that some models lack."""
+        for (what, refs), names in self.missing.items():
+            more = f", ... ({len(names)} tensors)" if len(names) > 3 else ""
+            self.warnings[f"missing from {', '.join(refs)}: {', '.join(names[:3])}{more}: {what}"] = None
+
+
+class Outputs:
+    """Builds the outputs of a recipe.
+
+    Args:
+        recipe: checked.
+        models: opened.
+        seed: in effect.
+    """
+
+    def __init__(self, recipe: Recipe, models: Models, seed: int) -> None:
+        self.recipe = recipe
+        self.models = models
+        self.seed = seed
+        self.method = recipe.method
+        self.copier = METHODS["passthrough"]
+        self.notes = Notes()
+        self.position = {ref: i for i, ref in enumerate(recipe.refs)}
+        wanted = recipe.out_dtype or recipe.dtype
+        self.wanted = BY_NAME[wanted] if wanted else None
+        self.parts = [_Part(recipe, part, self) for part in recipe.parts]
+        self._one: tuple[int, ...] = (0,)
+        self._types: dict[tuple[DType, ...], tuple[tuple[DType, ...], DType]] = {}
+        self._checked: set[tuple[object, ...]] = set()
+        self._copy_params = self.copier.defaults()
+
+    def build(self, rows: Sequence[Row]) -> tuple[Output, ...]:
+        """The outputs of all rows.
+
+        Raises:
+            RecipeError, CheckpointError, ShapeError: with everything that stands in the way.
+        """
+        out: list[Output] = []
+        lacking = [[0] * len(part.refs) for part in self.parts]
+        totals = [0] * len(self.parts)
+        for row in rows:
+            part = self.parts[row.part]
+            totals[row.part] += 1
+            found = part.find(row)
+            names = (row.inputs,) * len(found) if isinstance(row.inputs, str) else row.inputs
+            if None in found:
+                for i, info in enumerate(found):
+                    lacking[row.part][i] += info is None
+                sources = self._incomplete(row, part, found)
+                if sources is None:
+                    continue
+            else:
+                sources = [(i, info) for i, info in part.base_first(found) if info is not None]
+            made = self._output(row, part, sources, names)
+            if made is not None:
+                out.append(made)
+        for part, lacks, total in zip(self.parts, lacking, totals, strict=True):
+            for ref, n in zip(part.refs, lacks, strict=True):
+                if 2 * n > total:
+                    self.notes.other.insert(
+                        0, f"{str(ref)!r} lacks {n} of {total} tensors: it does not look like the same architecture"
+                    )
+        for part in self.parts:
+            for pattern in part.resolver.unmatched():
+                if not any(pattern in p.resolver.filters and pattern not in p.resolver.unmatched() for p in self.parts):
+                    self.notes.warnings[f"the filter {pattern!r} matches no tensor name"] = None
+        self.notes.warn_missing()
+        self.notes.check()
+        return tuple(out)
+
+    def _incomplete(self, row: Row, part: _Part, found: list[TensorInfo | None]) -> list[tuple[int, TensorInfo]] | None:
+        """Sources of a tensor that some models lack; None where there will be no output."""
+        refs = [str(ref) for ref, info in zip(part.refs, found, strict=True) if info is None]
+        tied = [self._tied(ref, row, info, found) for ref, info in zip(part.refs, found, strict=True)]
+        if any(t is not i for t, i in zip(tied, found, strict=True)):
+            self.notes.untied = True
+            what = "the tied embedding takes its place"
+            self.notes.missing.setdefault((what, tuple(refs)), []).append(row.name)
+            found = tied
+            refs = [str(ref) for ref, info in zip(part.refs, found, strict=True) if info is None]
+        decision = fate(self.method, [info is not None for info in found], part.base)
+        sources = [(i, info) for i, info in part.base_first(found) if info is not None]
+        if decision == "merge" and not refs:
+            return sources
+        if decision == "error":
+            base = part.base is not None and found[part.base] is None
+            why = "the base must have it" if base else f"{self.method.name!r} needs more of its inputs"
+            self.notes.other.append(f"{row.name}: missing from {', '.join(map(repr, refs))}: {why}")
+            return None
+        what = {
+            "merge": "the others are merged",
+            "single": "taken over from the one model that has it",
+            "drop": "too few models have it; it is not in the output",
+        }[decision]
+        self.notes.missing.setdefault((what, tuple(refs)), []).append(row.name)
+        return None if decision == "drop" else sources
+
+    def _tied(
+        self, ref: ModelRef, row: Row, info: TensorInfo | None, found: Sequence[TensorInfo | None]
+    ) -> TensorInfo | None:
+        """The embedding of a model that has no head of its own, where it fits in its place."""
+        if info is not None or not row.name.endswith("lm_head.weight"):
+            return info
+        tensors = self.models.tensors(ref)
+        shape = next(i.shape for i in found if i is not None)
+        embeddings = [i for name, i in tensors.items() if name.endswith(_EMBEDDINGS)]
+        return embeddings[0] if len(embeddings) == 1 and embeddings[0].shape == shape else None
+
+    def _output(
+        self, row: Row, part: _Part, sources: list[tuple[int, TensorInfo]], names: Sequence[str]
+    ) -> Output | None:
+        info = sources[0][1]
+        shape = info.shape
+        for _, other in sources[1:]:
+            if other.shape != shape:
+                self._shapes(row, part, sources)
+                return None
+        types = tuple([i.dtype for _, i in sources])
+        known = self._types.get(types)
+        if known is None:
+            if not all(d.mergeable for d in types):
+                return self._as_it_is(row, part, sources)
+            promoted = types[0]
+            for d in types[1:]:
+                promoted = promote(promoted, d)
+            known = self._types[types] = (types, self.wanted or promoted)
+        types, dtype = known
+        made = tuple([Source(part.positions[i], info) for i, info in sources])
+        single = len(sources) == 1 and len(part.refs) > 1
+        method = self.copier if single else self.method
+        if single:
+            params: Mapping[str, Any] = {}
+            own = [self._copy_params]
+            has_base, indices = False, self._one
+        else:
+            try:
+                params, own = part.parameters(row, sources, names)
+            except RecipeError as e:
+                self.notes.recipe |= dict.fromkeys(f"{row.name}: {p}" for p in e.problems)
+                return None
+            has_base = part.base is not None
+            indices = part.indices
+            if len(sources) < len(part.refs):
+                indices = tuple([part.index[i] for i, _ in sources[has_base:]])
+        if method is self.copier and dtype is types[0] and own[0].get("scale") is None:
+            return Output(row.name, dtype, shape, made, None, None)
+        key = tensor_key(self.seed, row.name)
+        group = Group(row.name, shape, types, dtype, params, tuple(own), has_base, indices, key)
+        seen = (method, id(params), *map(id, own), shape, types)
+        if seen not in self._checked:
+            self._checked.add(seen)
+            self.notes.recipe |= dict.fromkeys(f"{row.name}: {p}" for p in method.check(group))
+            self.notes.warnings |= dict.fromkeys(method.warn(group))
+        return Output(row.name, dtype, shape, made, method, group)
+
+    def _as_it_is(self, row: Row, part: _Part, sources: list[tuple[int, TensorInfo]]) -> Output | None:
+        """Integers, booleans and other types that nothing is computed on: copied where all agree."""
+        dtypes = {i.dtype for _, i in sources}
+        info = sources[0][1]
+        if len(dtypes) > 1:
+            shown = ", ".join(f"{str(part.refs[i])!r} {info.dtype.name}" for i, info in sources)
+            self.notes.other.append(f"{row.name}: types that cannot be merged: {shown}")
+            return None
+        if info.dtype.name.startswith("float8") and (len(sources) > 1 or self.wanted is not None):
+            self.notes.other.append(
+                f"{row.name}: {info.dtype.name} weights need their scales to be merged or converted: not supported; "
+                "dequantise the models first"
+            )
+            return None
+        made = [Source(part.positions[i], info) for i, info in sources]
+        return Output(row.name, info.dtype, info.shape, (made[0],), None, None, tuple(made[1:]))
+
+    def _shapes(self, row: Row, part: _Part, sources: list[tuple[int, TensorInfo]]) -> None:
+        shown = ", ".join(f"{str(part.refs[i])!r} {list(info.shape)}" for i, info in sources)
+        shapes = {info.shape for _, info in sources}
+        vocabulary = len({s[1:] for s in shapes}) == 1 and all(s and s[0] > 1000 for s in shapes)
+        lower = row.name.lower()
+        hint = ""
+        if vocabulary or any(word in lower for word in ("embed", "wte", "lm_head")):
+            hint = (
+                "; vocabularies of different size (padding or added tokens) need 'tokenizer' work that is not "
+                "supported yet: resize the models to one vocabulary first"
+            )
+        self.notes.shapes.append(f"{row.name}: shapes differ: {shown}{hint}")
+
+
+class _Part:
+    """One part of the recipe, prepared for the loop."""
+
+    def __init__(self, recipe: Recipe, part: Part, owner: Outputs) -> None:
+        method: type[Method] = owner.method
+        self.refs = [s.model for s in part.sources]
+        self.positions = [owner.position[ref] for ref in self.refs]
+        self.base = self.refs.index(part.base) if part.base is not None else None
+        self.resolver = Resolver(method, part, recipe.parameters, method.defaults(recipe.preset))
+        self.tensors = [owner.models.tensors(ref) for ref in self.refs]
+        order = list(range(len(self.refs)))
+        if self.base is not None:
+            order.remove(self.base)
+            order.insert(0, self.base)
+        self.order = order
+        self.index = dict(enumerate(model_indices(recipe, part)))
+        self.indices = tuple(self.index[i] for i in order if i != self.base)
+        self._resolved: dict[tuple[object, ...], tuple[Mapping[str, Any], list[dict[str, Any]]]] = {}
+
+    def find(self, row: Row) -> list[TensorInfo | None]:
+        """The tensor in each source."""
+        if isinstance(row.inputs, str):
+            name = row.inputs
+            return [t.get(name) for t in self.tensors]
+        return [t.get(n) for t, n in zip(self.tensors, row.inputs, strict=True)]
+
+    def base_first(self, found: Sequence[TensorInfo | None]) -> list[tuple[int, TensorInfo | None]]:
+        """Position among the sources and tensor, the base first."""
+        return [(i, found[i]) for i in self.order]
+
+    def parameters(
+        self, row: Row, sources: Sequence[tuple[int, TensorInfo]], names: Sequence[str]
+    ) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+        """Shared parameters, and those of each present source but the base, in the order of the sources."""
+        resolver = self.resolver
+        t = row.t if resolver.gradient else 0.0
+        mask = resolver.mask(row.name)
+        if isinstance(row.inputs, str) and row.inputs == row.name:
+            masks: tuple[int, ...] | int = mask
+        else:
+            masks = tuple([resolver.mask(n) for n in names])
+        who = tuple([i for i, _ in sources])
+        key = (mask, masks, t, who)
+        found = self._resolved.get(key)
+        if found is None:
+            own = [resolver.own(i, masks if isinstance(masks, int) else masks[i], t) for i in who if i != self.base]
+            found = self._resolved[key] = (resolver.shared(mask, t), own)
+        return found
+
+
+def model_indices(recipe: Recipe, part: Part) -> list[int]:
+    """For each source of a part, its position among the recipe's non-base models: random numbers use it."""
+    ordered: dict[ModelRef, None] = {}
+    for p in recipe.parts:
+        ordered |= dict.fromkeys(s.model for s in p.sources)
+    if part.base is not None and recipe.base_model in ordered and not recipe.donor_only_base:
+        ordered.pop(recipe.base_model)
+        ordered[recipe.base_model] = None
+    rank = {ref: i for i, ref in enumerate(ordered)}
+    return [rank[s.model] for s in part.sources]
+
+
+def _cut(problems: list[str]) -> list[str]:
+    if len(problems) <= SHOWN:
+        return problems
+    return [*problems[:SHOWN], f"... and {len(problems) - SHOWN} more"]

@@ -1,0 +1,217 @@
+"""Which input tensors meet in which output tensor: names only, in the order in which they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastmerge.errors import RecipeError
+from fastmerge.planning.structure import Stack, Structure, is_pre, structure
+from fastmerge.recipe import ModelRef, Part, Recipe
+from fastmerge.recipe.problems import dotted
+
+if TYPE_CHECKING:
+    from fastmerge.checkpoint import Checkpoint, TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One output tensor to be.
+
+    Attributes:
+        name: in the output.
+        part: index of the part of the recipe whose sources it comes from.
+        inputs: its name in each source of the part; one name where all are the same.
+        t: place of its layer in its slice, 0 .. 1, for gradients.
+    """
+
+    name: str
+    part: int
+    inputs: tuple[str, ...] | str
+    t: float = 0.0
+
+
+class Models:
+    """The opened models of a recipe, with what is derived from their headers at most once."""
+
+    def __init__(self, checkpoints: Mapping[ModelRef, Checkpoint]) -> None:
+        self.checkpoints = checkpoints
+        self._structures: dict[ModelRef, Structure] = {}
+        self._orders: dict[ModelRef, list[str]] = {}
+
+    def tensors(self, ref: ModelRef) -> Mapping[str, TensorInfo]:
+        """Tensors of a model by name."""
+        return self.checkpoints[ref].tensors
+
+    def structure(self, ref: ModelRef) -> Structure:
+        """Its stacks of layers."""
+        if ref not in self._structures:
+            found = self.checkpoints[ref]
+            self._structures[ref] = structure(found.tensors, found.config)
+        return self._structures[ref]
+
+    def order(self, ref: ModelRef) -> list[str]:
+        """Its tensor names as they lie in its files."""
+        if ref not in self._orders:
+            self._orders[ref] = list(self.tensors(ref))
+        return self._orders[ref]
+
+
+def reference(recipe: Recipe, part: Part) -> ModelRef:
+    """The model whose file order a part's outputs follow: the base where it is a source, else the first."""
+    sources = [s.model for s in part.sources]
+    wanted = part.base or recipe.base_model
+    return wanted if wanted in sources else sources[0]
+
+
+def whole(recipe: Recipe, part: Part, models: Models, *, gradient: bool) -> list[Row]:
+    """Rows of a merge of whole models: every tensor name of any source.
+
+    Raises:
+        RecipeError: where a gradient needs layers and the reference has none.
+    """
+    first = reference(recipe, part)
+    names = dict.fromkeys(models.order(first))
+    others = [s.model for s in part.sources if s.model != first]
+    for ref in others:
+        if models.tensors(ref).keys() - names.keys():
+            names |= dict.fromkeys(n for n in models.order(ref) if n not in names)
+    if not gradient:
+        return [Row(name, 0, name) for name in names]
+    found = models.structure(first)
+    if not found.stacks:
+        raise RecipeError(f"a gradient needs layers, and the tensor names of {str(first)!r} show none")
+    return [Row(name, 0, name, found.gradient(name)) for name in names]
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """Rows of re-stacked layers.
+
+    Attributes:
+        rows: in the order of the output.
+        layers: for each output layer the reference model of its slice and the layer there.
+    """
+
+    rows: list[Row]
+    layers: list[tuple[ModelRef, int]]
+
+
+def sliced(recipe: Recipe, parts: Sequence[Part], models: Models) -> Stacked:
+    """Rows of a merge by slices.
+
+    Layers are renumbered from 0 in the order of the slices. Tensors before the layers come from the first
+    slice's sources, those after from the last slice's (:func:`fastmerge.planning.structure.is_pre`).
+
+    Raises:
+        RecipeError: with every range that does not fit, and models whose layers are not found or named alike.
+    """
+    return _Slicer(recipe, parts, models).stacked()
+
+
+class _Slicer:
+    """The work of :func:`sliced`."""
+
+    def __init__(self, recipe: Recipe, parts: Sequence[Part], models: Models) -> None:
+        self.parts = parts
+        self.models = models
+        self.sources = [_reference_first(recipe, part) for part in parts]
+        self.stacks = _stacks(parts, models)
+        self.before: dict[str, bool] = {}
+        for refs in (self.sources[0], self.sources[-1]):
+            for ref in refs:
+                self.before |= {n: pre for n, pre in self.outside(ref) if n not in self.before}
+
+    def stacked(self) -> Stacked:
+        rows = [Row(n, 0, n) for n in self.names(0) if self.before.get(n) is True]
+        layers: list[tuple[ModelRef, int]] = []
+        for i, part in enumerate(self.parts):
+            rows += self.slice(i, len(layers))
+            ref = self.sources[i][0]
+            at = [s.model for s in part.sources].index(ref)
+            layers += [(ref, layer) for layer in range(*part.ranges[at])]
+        last = len(self.parts) - 1
+        main = self.stacks[self.sources[last][0]]
+        for n in self.names(last):
+            if self.before.get(n) is False:
+                split = main.split(n)
+                # layers beyond the stack (multi-token prediction) keep their distance from its end
+                out = n if split is None else f"{main.prefix}.{split[0] - main.count + len(layers)}.{split[1]}"
+                rows.append(Row(out, last, n))
+        return Stacked(self.as_in_file(rows) if len(self.parts) == 1 else rows, layers)
+
+    def names(self, i: int) -> Iterable[str]:
+        """All names of the sources of a part, the reference's first."""
+        return dict.fromkeys(n for ref in self.sources[i] for n in self.models.order(ref))
+
+    def outside(self, ref: ModelRef) -> Iterator[tuple[str, bool]]:
+        """Names outside the main stack, and whether they come before it."""
+        found, main = self.models.structure(ref), self.stacks[ref]
+        before = True
+        for name in self.models.order(ref):
+            split = main.split(name)
+            if split is not None and split[0] < main.count:
+                before = False
+            elif split is not None:
+                yield name, False
+            else:
+                yield name, is_pre(name, before_layers=before, other_stack=found.place(name) is not None)
+
+    def slice(self, i: int, offset: int) -> Iterator[Row]:
+        """Rows of one slice, as they lie in the reference model's files."""
+        part = self.parts[i]
+        starts = [a for a, _ in part.ranges]
+        start_of = {s.model: a for s, a in zip(part.sources, starts, strict=True)}
+        length = part.ranges[0][1] - part.ranges[0][0]
+        seen: set[tuple[int, str]] = set()
+        for ref in self.sources[i]:
+            stack, start = self.stacks[ref], start_of[ref]
+            for name in self.models.order(ref):
+                split = stack.split(name)
+                if split is None or not 0 <= split[0] - start < length or (split[0] - start, split[1]) in seen:
+                    continue
+                k, suffix = split[0] - start, split[1]
+                seen.add((k, suffix))
+                inputs = tuple(f"{stack.prefix}.{a + k}.{suffix}" for a in starts)
+                t = k / (length - 1) if length > 1 else 1.0
+                yield Row(f"{stack.prefix}.{offset + k}.{suffix}", i, inputs, t)
+
+    def as_in_file(self, rows: list[Row]) -> list[Row]:
+        """Rows of a single slice in the order of the reference model's files."""
+        ref = self.sources[0][0]
+        rank = {n: i for i, n in enumerate(self.models.order(ref))}
+        at = [s.model for s in self.parts[0].sources].index(ref)
+        return sorted(rows, key=lambda r: rank.get(r.inputs if isinstance(r.inputs, str) else r.inputs[at], len(rank)))
+
+
+def _stacks(parts: Sequence[Part], models: Models) -> dict[ModelRef, Stack]:
+    """The stack of layers of each source."""
+    problems: list[str] = []
+    stacks: dict[ModelRef, Stack] = {}
+    for ref in dict.fromkeys(s.model for part in parts for s in part.sources):
+        found = models.structure(ref)
+        if found.main is None:
+            shown = ", ".join(f"{s.prefix} ({s.count})" for s in found.stacks) or "none"
+            problems.append(f"{str(ref)!r}: 'slices' needs one stack of layers that fits config.json; found {shown}")
+        else:
+            stacks[ref] = found.main
+    first = next(iter(stacks.values()), None)
+    for ref, stack in stacks.items():
+        if first is not None and stack.prefix != first.prefix:
+            problems.append(f"{str(ref)!r}: its layers are called {stack.prefix!r}, elsewhere {first.prefix!r}")
+    for part in parts:
+        for j, (source, (a, b)) in enumerate(zip(part.sources, part.ranges, strict=True)):
+            known = stacks.get(source.model)
+            if known is not None and b > known.count:
+                where = dotted((*part.loc, "sources", j))
+                ref = source.model
+                problems.append(f"{where}: layer_range [{a}, {b}) of {str(ref)!r}, which has {known.count} layers")
+    if problems:
+        raise RecipeError(problems)
+    return stacks
+
+
+def _reference_first(recipe: Recipe, part: Part) -> list[ModelRef]:
+    first = reference(recipe, part)
+    return [first, *(s.model for s in part.sources if s.model != first)]

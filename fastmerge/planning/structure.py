@@ -1,0 +1,158 @@
+"""Where the layers are, from tensor names and config.json alone.
+
+A *stack* is ``<prefix>.<index>.<suffix>`` with indices 0 .. count - 1. In each name the first integer
+component counts whose indices fit a layer count of the configuration; where nothing fits (or there is no
+configuration), the first integer component with contiguous indices. Experts inside layers are therefore
+never layers. A model has one stack (most), two (encoder and decoder), or more (vision towers).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers")
+"""Keys that count the layers of a language model, the usual one first."""
+
+OTHER_COUNT_KEYS = ("encoder_layers", "decoder_layers", "num_encoder_layers", "depth", "vision_layers")
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+EXTRA_LAYERS = 4
+"""At most so many layers beyond the configured count (multi-token prediction) are not part of the stack."""
+
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)(\.|$)")
+_PRE = re.compile(r"embed|wte|wpe|word_emb|tok_emb|position|pos_emb")
+_POST = re.compile(
+    r"(^|\.)(output|output_layer|head|score|classifier|pooler|cls|norm|norm_f|ln_f|ln_out)(\.|$)|final|logit"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Repeated layers: ``prefix.0.`` to ``prefix.{count - 1}.``, with so many tensors."""
+
+    prefix: str
+    count: int
+    tensors: int
+
+    def split(self, name: str) -> tuple[int, str] | None:
+        """Index and suffix of a name below the prefix; None for other names. The index may be >= count."""
+        start = len(self.prefix) + 1
+        if not name.startswith(self.prefix + "."):
+            return None
+        index, dot, suffix = name[start:].partition(".")
+        return (int(index), suffix) if dot and _is_index(index) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """The stacks of one model.
+
+    Attributes:
+        stacks: all, the largest first.
+        main: the one that ``slices`` cut; None where there is none, or several would do.
+        keys: where the configuration counts the main stack: paths of keys.
+    """
+
+    stacks: tuple[Stack, ...]
+    main: Stack | None
+    keys: tuple[tuple[str, ...], ...]
+
+    def place(self, name: str) -> tuple[Stack, int] | None:
+        """Stack and layer of a tensor; None outside all layers."""
+        for stack in self.stacks:
+            found = stack.split(name)
+            if found is not None and found[0] < stack.count:
+                return stack, found[0]
+        return None
+
+    def gradient(self, name: str) -> float:
+        """Where in 0 .. 1 a tensor stands in its stack (1 in a stack of one layer); 0 outside all layers."""
+        found = self.place(name)
+        if found is None:
+            return 0.0
+        return found[1] / (found[0].count - 1) if found[0].count > 1 else 1.0
+
+
+def structure(names: Iterable[str], config: Mapping[str, Any]) -> Structure:
+    """Finds the stacks.
+
+    Args:
+        names: all tensor names of a model.
+        config: its config.json; empty where it has none.
+    """
+    indices: dict[str, set[int]] = {}
+    tensors: dict[str, int] = {}
+    for name in names:
+        parts = name.split(".")
+        for i, part in enumerate(parts[:-1]):
+            if i and _is_index(part):
+                prefix = ".".join(parts[:i])
+                indices.setdefault(prefix, set()).add(int(part))
+                tensors[prefix] = tensors.get(prefix, 0) + 1
+    main_counts = list(_counts(config, COUNT_KEYS, TEXT_CONFIGS))
+    counts = {n for _, n in main_counts} | {n for _, n in _counts(config, COUNT_KEYS + OTHER_COUNT_KEYS, None)}
+    primary = main_counts[0][1] if main_counts else None
+
+    by_depth = sorted(indices, key=lambda p: p.count("."))
+    chosen: dict[str, int] = {}
+
+    def free(prefix: str) -> bool:
+        return not any(prefix == p or prefix.startswith(p + ".") or p.startswith(prefix + ".") for p in chosen)
+
+    for prefix in by_depth:
+        if max(indices[prefix]) + 1 in counts and free(prefix):
+            chosen[prefix] = max(indices[prefix]) + 1
+    if primary is not None and primary not in chosen.values():
+        for prefix in by_depth:
+            extra = max(indices[prefix]) + 1 - primary
+            if 0 < extra <= EXTRA_LAYERS and indices[prefix] >= set(range(primary)) and free(prefix):
+                chosen[prefix] = primary
+    for prefix in by_depth:
+        count = max(indices[prefix]) + 1
+        nested = any(_is_index(part) for part in prefix.split("."))
+        if len(indices[prefix]) == count > 1 and not nested and free(prefix):
+            chosen[prefix] = count
+    stacks = tuple(sorted((Stack(p, n, tensors[p]) for p, n in chosen.items()), key=lambda s: -s.tensors))
+    fitting = stacks[:1] if primary is None else tuple(s for s in stacks if s.count == primary)
+    if config.get("is_encoder_decoder"):
+        fitting = ()
+    main = fitting[0] if len(fitting) == 1 else None
+    keys = tuple(path for path, n in main_counts if main is not None and n == main.count)
+    return Structure(stacks, main, keys)
+
+
+def is_pre(name: str, *, before_layers: bool, other_stack: bool) -> bool:
+    """Whether a tensor outside the main stack belongs before the layers (first slice) or after (last slice).
+
+    A head (``lm_head``, ``embed_out``) comes after; names with ``embed``, ``wte``, ``wpe``, ``position``
+    before; norms, heads, ``final...``, classifiers after; other stacks (vision towers) before; anything
+    else as it lies in the file, before or after the first layer.
+    """
+    lower = name.lower()
+    if _HEAD.search(lower):
+        return False
+    if other_stack or _PRE.search(lower):
+        return True
+    return not _POST.search(lower) and before_layers
+
+
+def _counts(
+    config: Mapping[str, Any], keys: Iterable[str], nested: Iterable[str] | None
+) -> Iterator[tuple[tuple[str, ...], int]]:
+    """(path, count) in the configuration; ``nested`` None looks into every block that is a mapping."""
+    blocks: list[tuple[tuple[str, ...], Mapping[str, Any]]] = [((), config)]
+    for name in config if nested is None else nested:
+        block = config.get(name)
+        if isinstance(block, Mapping):
+            blocks.append(((name,), block))
+    for path, block in blocks:
+        for key in keys:
+            value = block.get(key)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                yield (*path, key), value
+
+
+def _is_index(part: str) -> bool:
+    return part.isdecimal() and part.isascii() and len(part) < 7 and (part == "0" or part[0] != "0")

@@ -1,0 +1,114 @@
+"""What a plan is made of: plain values, no data and no open files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastmerge.dtypes import DType
+from fastmerge.methods.base import Group, Method
+
+if TYPE_CHECKING:
+    from fastmerge.checkpoint import Checkpoint, Layout, TensorInfo
+    from fastmerge.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input tensor: which model of :attr:`Plan.checkpoints`, and where it lies there."""
+
+    model: int
+    info: TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor of the result.
+
+    Attributes:
+        name: in the output.
+        dtype: of the output.
+        shape: of the output and of every source.
+        sources: what is read, base first; exactly one for a copy.
+        method: what is computed; None for a copy of the bytes of ``sources[0]``.
+        group: the tensor as the method sees it; None for a copy.
+        compare: further inputs of a copy whose bytes must equal those of ``sources[0]``.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    sources: tuple[Source, ...]
+    method: type[Method] | None
+    group: Group | None
+    compare: tuple[Source, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a merge will do, decided from the recipe and the headers alone.
+
+    Attributes:
+        recipe: what was asked for.
+        seed: the seed in effect.
+        checkpoints: the models, in the order of ``recipe.refs``.
+        outputs: in the order of the output's bytes.
+        layout: where each output lies in which shard.
+        config: the output's ``config.json``; None where the models have none.
+        carry: further files of the output: name, and the file to copy or the bytes.
+        warnings: what deserves a look, each once.
+        fingerprint: equal exactly where the same merge of the same files would give the same directory.
+    """
+
+    recipe: Recipe
+    seed: int
+    checkpoints: tuple[Checkpoint, ...]
+    outputs: tuple[Output, ...]
+    layout: Layout
+    config: dict[str, Any] | None
+    carry: tuple[tuple[str, Path | bytes], ...]
+    warnings: tuple[str, ...]
+    fingerprint: str
+
+    def summary(self) -> dict[str, Any]:
+        """Counts and bytes, as plain values for people and JSON.
+
+        Returns:
+            ``method``, ``models``, ``tensors`` (``merged``, ``converted``, ``copied``, ``compared``: numbers
+            of outputs by what happens to them), ``elements``, ``bytes_in`` (read once), ``bytes_out``,
+            ``bytes_copied`` (of both, without computing), ``shards``, ``dtypes`` (bytes of the output by
+            type), ``seed``, ``fingerprint``, ``warnings``.
+        """
+        actions: Counter[str] = Counter(merged=0, converted=0, copied=0, compared=0)
+        dtypes: Counter[str] = Counter()
+        read = copied = written = elements = 0
+        for out in self.outputs:
+            action = "merged" if out.method is self.recipe.method else "converted"
+            if out.method is None:
+                action = "compared" if out.compare else "copied"
+            elif action == "merged" and len(out.sources) == 1 and self.recipe.merge_method == "passthrough":
+                action = "converted"
+            actions[action] += 1
+            numel = out.sources[0].info.nbytes // out.sources[0].info.dtype.size
+            nbytes = numel * out.dtype.size
+            elements += numel
+            written += nbytes
+            dtypes[out.dtype.name] += nbytes
+            read += sum(s.info.nbytes for s in out.sources) + sum(s.info.nbytes for s in out.compare)
+            copied += nbytes if out.method is None else 0
+        return {
+            "method": self.recipe.merge_method,
+            "models": [str(ref) for ref in self.recipe.refs],
+            "tensors": dict(actions),
+            "elements": elements,
+            "bytes_in": read,
+            "bytes_out": written,
+            "bytes_copied": copied,
+            "shards": len(self.layout.shards),
+            "dtypes": dict(dtypes),
+            "seed": self.seed,
+            "fingerprint": self.fingerprint,
+            "warnings": list(self.warnings),
+        }

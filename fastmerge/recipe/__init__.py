@@ -1,0 +1,121 @@
+"""Recipes: what is wanted, as a frozen value, from mergekit's YAML and back.
+
+The grammar is mergekit 0.1.5's (``models``, ``slices``, parameters with gradients and filters) plus two
+keys of fastmerge's own, ``preset`` and ``seed``. Deviations, all of them errors instead of surprises:
+unknown keys and parameters, duplicate keys, values that are not finite or out of bounds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastmerge.errors import RecipeError
+from fastmerge.methods import METHODS
+from fastmerge.methods.base import Method
+from fastmerge.recipe.checks import Part, check, donor_only_base, parts, refs
+from fastmerge.recipe.load import build, text_of
+from fastmerge.recipe.schema import Input, ModelRef, Shape, Slice, Source
+from fastmerge.recipe.settings import Parameters, Rule, Setting
+
+
+class Recipe(Shape):
+    """What is wanted. Immutable; equal where the meaning is written the same."""
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
+        """Reads and checks a recipe; no model is opened.
+
+        Args:
+            source: a YAML file, YAML text, or the same as a mapping; a recipe is returned as it is.
+
+        Raises:
+            RecipeError: with every problem, each as ``file:line: place: what is wrong``.
+        """
+        if isinstance(source, Recipe):
+            return source
+        tree, name = text_of(source)
+        recipe, problems = build(cls, tree, name, METHODS)
+        if recipe is not None:
+            recipe = check(recipe, METHODS.get(recipe.merge_method), problems)
+        problems.check()
+        if recipe is None:
+            raise RecipeError(f"{name}: not a recipe")
+        return recipe
+
+    @property
+    def method(self) -> type[Method]:
+        """The method that ``merge_method`` names."""
+        return METHODS[self.merge_method]
+
+    @property
+    def refs(self) -> tuple[ModelRef, ...]:
+        """All models, the base first, then in the order of their first appearance."""
+        return refs(self)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What is merged together: one part for ``models``, one per slice."""
+        return parts(self, self.method)
+
+    @property
+    def donor_only_base(self) -> bool:
+        """Whether the base gives configuration and tokenizer only (``slerp`` between two other models)."""
+        return donor_only_base(self, self.method)
+
+    def plain(self, model: Any = ModelRef.plain) -> dict[str, Any]:
+        """The recipe as dictionaries and lists; ``model`` says how a reference is written."""
+
+        def level(item: Input | Slice | Recipe) -> dict[str, Any]:
+            return {"parameters": item.parameters.plain()} if item.parameters else {}
+
+        out: dict[str, Any] = {"merge_method": self.merge_method}
+        if self.preset is not None:
+            out["preset"] = self.preset
+        if self.base_model is not None:
+            out["base_model"] = model(self.base_model)
+        if self.models:
+            out["models"] = [{"model": model(m.model), **level(m)} for m in self.models]
+        if self.slices:
+            out["slices"] = [
+                {
+                    "sources": [
+                        {"model": model(s.model), "layer_range": list(s.layer_range), **level(s)} for s in part.sources
+                    ],
+                    **({"base_model": model(part.base_model)} if part.base_model else {}),
+                    **level(part),
+                }
+                for part in self.slices
+            ]
+        out |= level(self)
+        for key in ("dtype", "out_dtype", "chat_template", "seed"):
+            if getattr(self, key) is not None:
+                out[key] = getattr(self, key)
+        source = self.tokenizer_source
+        if source is not None:
+            out["tokenizer_source"] = "base" if source == self.base_model else model(source)
+        return out
+
+    def to_yaml(self) -> str:
+        """YAML that loads as an equal recipe, and that mergekit reads where no key of fastmerge's own is used."""
+        from fastmerge.recipe.dump import dump
+
+        return dump(self.plain())
+
+    def canonical(self, identities: Sequence[str] = (), *, seed: int | None = None) -> str:
+        """The recipe as one line of JSON without any path: the same wherever the models lie.
+
+        Args:
+            identities: what each model of :attr:`refs` is (its header hash); its position where absent.
+            seed: the seed in effect; the recipe's own (or 0) where absent.
+        """
+        names = {ref: i for i, ref in enumerate(self.refs)}
+        out = self.plain(lambda ref: names[ref])
+        out["seed"] = seed if seed is not None else self.seed or 0
+        out["inputs"] = list(identities) or len(names)
+        return json.dumps(out, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+__all__ = ["Input", "ModelRef", "Parameters", "Part", "Recipe", "Rule", "Setting", "Slice", "Source"]

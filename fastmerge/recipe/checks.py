@@ -1,0 +1,266 @@
+"""Checks that need the whole recipe: counts of inputs, duplicates, required parameters, tokenizers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastmerge.methods.base import REQUIRED, Method, Param
+from fastmerge.recipe.load import LIFTED
+from fastmerge.recipe.problems import Problems, hint
+from fastmerge.recipe.schema import Input, ModelRef, Shape, Slice, Source, Tokenizer, model_ref
+from fastmerge.recipe.settings import Parameters, Setting
+from fastmerge.recipe.tree import Loc
+
+if TYPE_CHECKING:
+    from fastmerge.recipe import Recipe
+
+BUILT_IN_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is merged together: all of a model, or one slice of the output.
+
+    Attributes:
+        sources: the inputs in the recipe's order; a base that only ``base_model`` names comes last.
+        base: the base, one of the sources; None where the method has none or treats it as an input.
+        parameters: of the slice; empty for a merge of whole models.
+        ranges: layers ``[first, end)`` of each source; empty for whole models.
+        loc: where it stands in the recipe.
+    """
+
+    sources: tuple[Input, ...]
+    base: ModelRef | None
+    parameters: Parameters
+    ranges: tuple[tuple[int, int], ...]
+    loc: Loc
+
+
+def parts(recipe: Shape, method: type[Method]) -> tuple[Part, ...]:
+    """The recipe as parts: one for ``models``, one per slice otherwise."""
+    if not recipe.slices:
+        sources, base = list(recipe.models), recipe.base_model
+        if base is not None and base not in {s.model for s in sources}:
+            if _is_pair(recipe, method):
+                base = sources[0].model
+            else:
+                sources.append(Input(model=base))
+        return (Part(tuple(sources), _base(base, method), Parameters(), (), ("models",)),)
+    out = []
+    for i, s in enumerate(recipe.slices):
+        base = _base(s.base_model or recipe.base_model, method)
+        ranges = tuple(source.layer_range for source in s.sources)
+        out.append(Part(s.sources, base, s.parameters, ranges, ("slices", i)))
+    return tuple(out)
+
+
+def donor_only_base(recipe: Shape, method: type[Method]) -> bool:
+    """Whether ``base_model`` gives configuration and tokenizer only, and the first model is the base."""
+    listed = {m.model for m in recipe.models}
+    return bool(recipe.models) and recipe.base_model not in (None, *listed) and _is_pair(recipe, method)
+
+
+def _is_pair(recipe: Shape, method: type[Method]) -> bool:
+    # mergekit refuses slerp of two models beside a third as base; people write it for "between these two"
+    return method.name == "slerp" and len(recipe.models) == 2
+
+
+def _base(base: ModelRef | None, method: type[Method]) -> ModelRef | None:
+    return None if method.contract.base == "ignored" else base
+
+
+def check(recipe: Recipe, method: type[Method] | None, problems: Problems) -> Recipe:
+    """Adds whatever is wrong; returns the recipe with lifted parameters moved to their level."""
+    if recipe.modules is not None:
+        problems.add(("modules",), "'modules' is not supported yet: use 'models' or 'slices'")
+    elif bool(recipe.models) == bool(recipe.slices):
+        problems.add(("slices",) if recipe.slices else (), "expected exactly one of 'models' and 'slices'")
+    _duplicates(recipe, problems)
+    _slices(recipe, problems)
+    recipe = _tokenizer(recipe, problems)
+    if method is None:
+        return recipe
+    presets = dict.fromkeys(["mergekit", *method.presets])
+    if recipe.preset is not None and recipe.preset not in presets:
+        near = hint(recipe.preset, presets)
+        problems.add(("preset",), f"{method.name!r} has no preset {recipe.preset!r}{near}; known: {', '.join(presets)}")
+    recipe = _lift(recipe, method, problems)
+    if bool(recipe.models) != bool(recipe.slices):
+        for part in parts(recipe, method):
+            _contract(recipe, part, method, problems)
+            if recipe.preset is None or recipe.preset in presets:
+                _required(recipe, part, method, problems)
+    return recipe
+
+
+def _duplicates(recipe: Shape, problems: Problems) -> None:
+    lists: list[tuple[Loc, Sequence[Input]]] = [(("models",), recipe.models)]
+    lists += [(("slices", i, "sources"), s.sources) for i, s in enumerate(recipe.slices)]
+    for loc, inputs in lists:
+        seen: set[ModelRef] = set()
+        for i, item in enumerate(inputs):
+            if item.model in seen:
+                problems.add((*loc, i, "model"), f"model {str(item.model)!r} is listed twice")
+            seen.add(item.model)
+    written: dict[str, ModelRef] = {}
+    for ref in refs(recipe):
+        first = written.setdefault(f"{os.path.normpath(ref.path)}@{ref.revision}", ref)
+        if first != ref:
+            problems.add((), f"one model is written in two ways: {str(first)!r} and {str(ref)!r}")
+
+
+def _slices(recipe: Shape, problems: Problems) -> None:
+    for i, s in enumerate(recipe.slices):
+        lengths = [b - a for a, b in (source.layer_range for source in s.sources)]
+        if not lengths:
+            problems.add(("slices", i, "sources"), "a slice needs at least one source")
+        elif len(set(lengths)) > 1:
+            shown = ", ".join(map(str, lengths))
+            problems.add(("slices", i, "sources"), f"all sources of a slice need equally many layers; got {shown}")
+
+
+def _tokenizer(recipe: Recipe, problems: Problems) -> Recipe:
+    """The recipe with either form of asking for a tokenizer written as ``tokenizer_source``."""
+    if recipe.tokenizer is not None and recipe.tokenizer_source is not None:
+        problems.add(("tokenizer",), "give either 'tokenizer' or 'tokenizer_source', not both")
+    loc: Loc = ("tokenizer", "source") if recipe.tokenizer is not None else ("tokenizer_source",)
+    for name in ("tokens", "pad_to_multiple_of"):
+        if recipe.tokenizer is not None and getattr(recipe.tokenizer, name):
+            problems.add(("tokenizer", name), f"'{name}' needs changes to the vocabulary: not supported yet")
+    try:
+        source = tokenizer_ref(recipe)
+    except ValueError as e:
+        problems.add(loc, str(e))
+        source = None
+    if source is not None and source not in refs(recipe):
+        known = ", ".join(str(r) for r in refs(recipe))
+        problems.add(loc, f"{str(source)!r} is not a model of this recipe{hint(str(source), known.split(', '))}")
+    template = recipe.chat_template
+    if template in BUILT_IN_TEMPLATES:
+        problems.add(("chat_template",), f"the built-in {template!r} is not supported yet: write it out, or 'auto'")
+    elif template and template != "auto" and (len(template) < 20 or "{" not in template):
+        problems.add(("chat_template",), f"expected 'auto' or a Jinja template; got {template[:40]!r}")
+    return recipe.model_copy(update={"tokenizer": None, "tokenizer_source": source})
+
+
+def tokenizer_ref(recipe: Shape) -> ModelRef | None:
+    """The model whose tokenizer the recipe asks for; None where it says nothing.
+
+    Raises:
+        ValueError: for what needs work on the vocabulary (``union``), or is no model.
+    """
+    if isinstance(recipe.tokenizer, Tokenizer):
+        raw = recipe.tokenizer.source
+        source = raw if isinstance(raw, ModelRef) else model_ref(raw)
+    elif recipe.tokenizer_source is not None:
+        source = recipe.tokenizer_source
+    else:
+        return None
+    if source == ModelRef("union"):
+        raise ValueError("a union of vocabularies is not supported yet: use 'base' or one of the models")
+    if source == ModelRef("base"):
+        if recipe.base_model is None:
+            raise ValueError("'base' needs a 'base_model'")
+        return recipe.base_model
+    return ModelRef(source.path.removeprefix("model:"), source.revision)
+
+
+def refs(recipe: Shape) -> tuple[ModelRef, ...]:
+    """All models: the base first, then in the order of their first appearance."""
+    found: dict[ModelRef, None] = {}
+    if recipe.base_model is not None:
+        found[recipe.base_model] = None
+    for m in recipe.models:
+        found[m.model] = None
+    for s in recipe.slices:
+        if s.base_model is not None:
+            found[s.base_model] = None
+        for source in s.sources:
+            found[source.model] = None
+    return tuple(found)
+
+
+def _lift(recipe: Recipe, method: type[Method], problems: Problems) -> Recipe:
+    """Moves a shared parameter that every model states alike to the level that shared parameters are read from."""
+    names = [p.name for p in method.params if (method.name, p.name) in LIFTED]
+    for name in names:
+        models, top = _lifted(recipe.models, recipe.parameters, name, ("models",), problems)
+        slices = []
+        for i, s in enumerate(recipe.slices):
+            sources, own = _lifted(s.sources, s.parameters, name, ("slices", i, "sources"), problems)
+            slices.append(s.model_copy(update={"sources": sources, "parameters": own}))
+        recipe = recipe.model_copy(update={"models": models, "parameters": top, "slices": tuple(slices)})
+    return recipe
+
+
+def _lifted(
+    inputs: Sequence[Input], level: Parameters, name: str, loc: Loc, problems: Problems
+) -> tuple[tuple[Input, ...], Parameters]:
+    given = [(i, m.parameters[name]) for i, m in enumerate(inputs) if name in m.parameters]
+    if not given:
+        return tuple(inputs), level
+    wanted: Setting = level.get(name, given[0][1])
+    for i, setting in given:
+        if setting != wanted:
+            problems.add(
+                (*loc, i, "parameters", name),
+                f"one {name!r} is shared by both models; got {setting.plain()!r} here and {wanted.plain()!r} elsewhere",
+            )
+    stripped = tuple(
+        m.model_copy(update={"parameters": Parameters({k: v for k, v in m.parameters.items() if k != name})})
+        for m in inputs
+    )
+    return stripped, Parameters({**level, name: wanted})
+
+
+def _contract(recipe: Shape, part: Part, method: type[Method], problems: Problems) -> None:
+    contract = method.contract
+    listed = {s.model for s in part.sources}
+    if contract.base == "required" and part.base is None:
+        problems.add(part.loc[:1] if recipe.slices else (), f"{method.name!r} needs a 'base_model'")
+        return
+    if part.base is not None and part.base not in listed:
+        problems.add((*part.loc, "sources"), f"the base {str(part.base)!r} must be one of the sources of each slice")
+        return
+    count = len(part.sources) - (part.base is not None)
+    if count < contract.least or (contract.most is not None and count > contract.most):
+        what = "input" if contract.base == "ignored" else "model"
+        beside = "" if part.base is None else f" beside the base {str(part.base)!r}"
+        joined = ""
+        if contract.base == "ignored" and len(recipe.models) < len(part.sources):
+            joined = " (the base_model joins as an input: this method has no base)"
+        expected = _count(contract.least, contract.most, what)
+        problems.add(part.loc, f"{method.name!r} takes {expected}{beside}; got {count}{joined}")
+
+
+def _count(least: int, most: int | None, what: str) -> str:
+    if most is None:
+        return f"at least {least} {what}{'s' * (least != 1)}"
+    if least == most:
+        return f"exactly {least} {what}{'s' * (least != 1)}"
+    return f"{least} to {most} {what}s"
+
+
+def _required(recipe: Recipe, part: Part, method: type[Method], problems: Problems) -> None:
+    defaults = method.defaults(recipe.preset)
+    levels = (part.parameters, recipe.parameters)
+    for param in method.params:
+        if defaults[param.name] is not REQUIRED or _given(levels, param):
+            continue
+        if param.scope == "shared":
+            problems.add(part.loc, f"{method.name!r} needs the parameter {param.name!r}")
+            continue
+        for i, source in enumerate(part.sources):
+            if source.model != part.base and not _given((source.parameters,), param):
+                loc = (*part.loc, "sources", i) if isinstance(source, Source) else (*part.loc, i)
+                problems.add(loc, f"{method.name!r} needs the parameter {param.name!r} for {str(source.model)!r}")
+
+
+def _given(levels: Iterable[Parameters], param: Param) -> bool:
+    return any(level.get(param.name) not in (None, Setting(())) for level in levels)
+
+
+__all__ = ["Part", "Slice", "check", "donor_only_base", "parts", "refs", "tokenizer_ref"]

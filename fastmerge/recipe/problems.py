@@ -1,0 +1,53 @@
+"""All problems of a recipe, each with file, line and place, raised together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fastmerge.errors import RecipeError
+from fastmerge.recipe.tree import Loc, line_at
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` where something known is close to ``word``; else empty."""
+    import difflib
+
+    close = difflib.get_close_matches(word.lower(), sorted(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def dotted(loc: Loc) -> str:
+    """``models[1].parameters.density``."""
+    out = ""
+    for part in loc:
+        out += f"[{part}]" if isinstance(part, int) else f".{part}" if out else part
+    return out
+
+
+class Problems:
+    """Collects what is wrong; knows the file and the lines of its parts."""
+
+    def __init__(self, name: str, tree: Any) -> None:
+        self.name = name
+        self.tree = tree
+        self._found: dict[tuple[int, str], None] = {}
+
+    def add(self, loc: Loc, message: str) -> None:
+        """One problem at a place of the tree; saying the same twice is saying it once."""
+        line = line_at(self.tree, loc)
+        head = f"{self.name}:{line}" if line is not None else self.name
+        place = dotted(loc)
+        self._found[line or 0, f"{head}: {place}: {message}" if place else f"{head}: {message}"] = None
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def check(self) -> None:
+        """Raises everything found, in the order of the lines.
+
+        Raises:
+            RecipeError: where anything was added.
+        """
+        if self._found:
+            raise RecipeError([text for _, text in sorted(self._found, key=lambda f: f[0])])
