@@ -1,0 +1,88 @@
+"""fastmerge: merge LLM weights at the speed of the bytes.
+
+Importing this package imports nothing heavy: every public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastmerge.errors import (
+    BackendUnavailable,
+    BudgetError,
+    CheckpointError,
+    FastMergeError,
+    Interrupted,
+    OutputError,
+    RecipeError,
+    ShapeError,
+)
+from fastmerge.version import __version__
+
+if TYPE_CHECKING:
+    from fastmerge.checkpoint import Checkpoint
+    from fastmerge.engine import merge, plan
+    from fastmerge.functional import (
+        apply_task_vectors,
+        compute_task_vector,
+        dare_sparsify,
+        dare_ties_merge,
+        slerp_models,
+        ties_merge,
+    )
+    from fastmerge.memory import merge_state_dicts, merge_tensors
+    from fastmerge.planning import Plan
+    from fastmerge.recipe import Recipe
+    from fastmerge.report import Report
+
+_LAZY = {
+    "Checkpoint": "checkpoint",
+    "Plan": "planning",
+    "Recipe": "recipe",
+    "Report": "report",
+    "apply_task_vectors": "functional",
+    "compute_task_vector": "functional",
+    "dare_sparsify": "functional",
+    "dare_ties_merge": "functional",
+    "merge": "engine",
+    "merge_state_dicts": "memory",
+    "merge_tensors": "memory",
+    "plan": "engine",
+    "slerp_models": "functional",
+    "ties_merge": "functional",
+}
+
+__all__ = [
+    "BackendUnavailable",
+    "BudgetError",
+    "Checkpoint",
+    "CheckpointError",
+    "FastMergeError",
+    "Interrupted",
+    "OutputError",
+    "Plan",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "ShapeError",
+    "__version__",
+    "apply_task_vectors",
+    "compute_task_vector",
+    "dare_sparsify",
+    "dare_ties_merge",
+    "merge",
+    "merge_state_dicts",
+    "merge_tensors",
+    "plan",
+    "slerp_models",
+    "ties_merge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastmerge' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fastmerge.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value

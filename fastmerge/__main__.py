@@ -1,0 +1,5 @@
+"""``python -m fastmerge``."""
+
+from fastmerge.cli import main
+
+main()

@@ -1,0 +1,238 @@
+"""The command line. Every command imports what it needs when it runs, so ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastmerge.errors import FastMergeError
+from fastmerge.version import __version__
+
+if TYPE_CHECKING:
+    from fastmerge.planning import Plan
+    from fastmerge.stream import Stats
+
+EXIT_CODES = """Exit codes: 0 done, 1 other error, 2 recipe or usage, 3 checkpoint, 4 output, 5 memory budget,
+6 backend or device unavailable, 130 and 143 stopped by Ctrl-C and SIGTERM."""
+
+
+class _Commands(click.Group):
+    """Prints deliberate errors without a traceback, and exits with their code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FastMergeError as error:
+            click.echo(f"fastmerge: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Merge LLM weights at the speed of the bytes."""
+    logging.basicConfig(format="fastmerge: %(message)s", level=logging.WARNING, stream=sys.stderr)
+
+
+def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of every command that plans a recipe."""
+    for option in (
+        click.option("--shard-size", default="5GB", show_default=True, help="Largest output file, in bytes."),
+        click.option("--seed", type=int, help="Seed of the random methods.  [default: the recipe's, else 0]"),
+        click.option("--memory", help="Budget for data in flight, e.g. 8GB.  [default: 8GB or half of what is free]"),
+        click.option("--backend", type=click.Choice(["auto", "native", "triton", "reference"]), help="What computes."),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, or cuda:0,cuda:1."),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False))
+@click.argument("out", type=click.Path())
+@_shared
+@click.option("--resume", is_flag=True, help="Continue an interrupted merge of the same recipe.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output, atomically.")
+@click.option("--nan", type=click.Choice(["warn", "error", "zero"]), default="warn", show_default=True,
+              help="NaN and Inf that come from the inputs.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Plan only; write nothing.")
+@click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def merge(
+    recipe: str,
+    out: str,
+    shard_size: str,
+    seed: int | None,
+    memory: str | None,
+    backend: str | None,
+    device: str,
+    resume: bool,
+    overwrite: bool,
+    nan: Any,
+    dry_run: bool,
+    quiet: bool,
+    log_format: str,
+) -> None:
+    """Merge the models of RECIPE into the new directory OUT."""
+    if quiet:
+        logging.getLogger("fastmerge").setLevel(logging.ERROR)
+    from fastmerge import engine
+
+    planned = engine.plan(recipe, seed=seed, shard_size=shard_size)
+    if dry_run:
+        _show_plan(planned, memory, device, backend, as_json=log_format == "json")
+        return
+    display = None if quiet else (_json_lines if log_format == "json" else _progress)
+    report = engine.merge(
+        planned,
+        out,
+        device=device,
+        memory=memory,
+        backend=backend,
+        resume=resume,
+        overwrite=overwrite,
+        nan=nan,
+        progress=display,
+    )
+    if log_format == "json":
+        click.echo(json.dumps({"event": "done", **json.loads(report.to_json())}))
+    elif not quiet:
+        click.echo(str(report))
+
+
+def _progress(planned: Plan) -> Callable[[Stats], None]:
+    """A bar of output bytes on a terminal; a plain line every 10 s elsewhere."""
+    total = planned.layout.total
+    started = last = time.monotonic()
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        bar = Progress(
+            "merging", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), "{task.fields[slow]}",
+            console=Console(stderr=True), transient=True,
+        )  # fmt: skip
+        task = bar.add_task("merging", total=total, slow="")
+        bar.start()
+
+        def draw(stats: Stats) -> None:
+            bar.update(task, completed=stats.bytes_written, slow=f"bound by {stats.bottleneck}")
+            if stats.bytes_written >= total:
+                bar.stop()
+
+        return draw
+
+    def line(stats: Stats) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= 10:
+            last = now
+            share = 100 * stats.bytes_written / max(total, 1)
+            rate = (stats.bytes_read + stats.bytes_written) / (now - started) / 1e9
+            click.echo(f"{share:.0f} % of {total / 1e9:.2f} GB, {rate:.2f} GB/s, bound by {stats.bottleneck}", err=True)
+
+    return line
+
+
+def _json_lines(planned: Plan) -> Callable[[Stats], None]:
+    """One JSON event per second."""
+    last = time.monotonic()
+    click.echo(json.dumps({"event": "start", "ts": time.time(), **planned.summary()}))
+
+    def line(stats: Stats) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 1:
+            last = time.monotonic()
+            names = ("bytes_read", "bytes_written", "read", "compute", "write", "units")
+            click.echo(json.dumps({"event": "progress", "ts": time.time(), **{n: getattr(stats, n) for n in names}}))
+
+    return line
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False))
+@_shared
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(
+    recipe: str, shard_size: str, seed: int | None, memory: str | None, backend: str | None, device: str, as_json: bool
+) -> None:
+    """Show what merging RECIPE would do: bytes, memory, bottleneck, time. Reads headers only."""
+    from fastmerge import engine
+
+    _show_plan(engine.plan(recipe, seed=seed, shard_size=shard_size), memory, device, backend, as_json=as_json)
+
+
+def _show_plan(planned: Plan, memory: str | None, device: str, backend: str | None, *, as_json: bool) -> None:
+    from fastmerge.estimate import estimate
+
+    facts = {**planned.summary(), **estimate(planned, memory=memory, device=device, backend=backend)}
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        if name == "warnings":
+            continue
+        text = f"{value / 1e9:.3f} GB" if name.startswith(("bytes", "memory")) and isinstance(value, int) else value
+        click.echo(f"{name.replace('_', ' '):<22} {text}")
+    for text in facts.get("warnings", ()):
+        click.echo(f"warning: {text}", err=True)
+
+
+@main.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(directory: str, as_json: bool) -> None:
+    """Check DIRECTORY: headers, checksums, NaN counts, the recipe it came from."""
+    from fastmerge.verify import verify as check
+
+    found = check(directory)
+    click.echo(json.dumps(found.facts(), indent=2) if as_json else str(found))
+    if not found.ok:
+        raise SystemExit(3)
+
+
+@main.command()
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """List the merge methods, or describe the method NAME."""
+    from fastmerge.describe import describe, overview
+
+    click.echo(describe(name) if name else overview())
+
+
+@main.command()
+@click.argument("recipe", required=False, type=click.Path(exists=True, dir_okay=False))
+@click.option("--memory", help="Budget of the merge.")
+@click.option("--runs", default=5, show_default=True, help="Counted runs; the median is shown.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def bench(recipe: str | None, memory: str | None, runs: int, as_json: bool) -> None:
+    """Measure this machine: the kernels beside memcpy, or merging RECIPE beside its floor."""
+    from fastmerge.benchmark import bench_kernels, bench_recipe, table
+
+    rows = bench_recipe(recipe, memory=memory, runs=runs) if recipe else bench_kernels(runs=runs)
+    click.echo(json.dumps(rows, indent=2) if as_json else table(rows))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--directory", default=".", type=click.Path(exists=True), help="Where to probe the disk.")
+def doctor(as_json: bool, directory: str) -> None:
+    """Say which devices and backends are used here, why, and how fast disk and memory are."""
+    from fastmerge.doctor import examine
+
+    facts = examine(directory)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    for key, value in facts.items():
+        click.echo(f"{key:<22} {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""A CPU core as a device."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from fastmerge.devices.buffer import Buffer
+from fastmerge.methods.base import Segments
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class CpuDevice:
+    """One core: kernels read and write host memory directly."""
+
+    kernels: Any
+    name: str = "cpu"
+
+    def allocate(self, nbytes: int) -> Buffer:
+        """Ordinary memory."""
+        return Buffer.allocate(nbytes)
+
+    def upload(self, host: Segments) -> Segments:
+        """Nothing to move."""
+        return host
+
+    def download(self, device: Segments, host: Segments) -> None:
+        """Nothing to move."""

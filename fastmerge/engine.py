@@ -1,0 +1,166 @@
+"""One merge from disk to disk: recipe, plan, schedule, stream, commit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastmerge import planning
+from fastmerge.checkpoint import Files, Writer
+from fastmerge.dispatch import Backend, backend, devices, program_factory
+from fastmerge.planning import Plan
+from fastmerge.recipe import Recipe
+from fastmerge.report import Report, card
+from fastmerge.report.card import hub_id
+from fastmerge.schedule import schedule
+from fastmerge.sizes import default_memory, parse_bytes
+from fastmerge.stores import FileStore, Finite, NanPolicy
+from fastmerge.stream import Runner, Stats
+from fastmerge.version import __version__
+
+log = logging.getLogger("fastmerge")
+
+Progress = Callable[[Stats], None]
+
+
+def plan(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, *, seed: int | None = None, shard_size: str | int = "5GB") -> Plan:
+    """Plans a merge: reads the recipe and the models' headers, no weights.
+
+    Args:
+        recipe: a file, YAML text, a mapping, or a :class:`Recipe`.
+        seed: of the random methods; None takes the recipe's own, else 0.
+        shard_size: largest output file, in bytes.
+
+    Raises:
+        RecipeError, CheckpointError: with every problem that was found.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    return planning.plan(loaded, seed=seed, shard_size=parse_bytes(shard_size))
+
+
+def merge(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe | Plan,
+    out: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    memory: str | int | None = None,
+    seed: int | None = None,
+    backend: str | None = None,  # noqa: A002,F811  the word of the command line
+    shard_size: str | int = "5GB",
+    resume: bool = False,
+    overwrite: bool = False,
+    nan: NanPolicy = "warn",
+    progress: Callable[[Plan], Progress] | None = None,
+) -> Report:
+    """Merges checkpoints into a new directory, which appears complete or not at all.
+
+    Args:
+        recipe: a file, YAML text, a mapping, a :class:`Recipe` or a :class:`Plan`.
+        out: the directory to create.
+        device: ``auto``, ``cpu`` or ``cuda:0,cuda:1``.
+        memory: budget in bytes (``"8GB"``); peak memory stays below it plus 300 MB.
+        seed: of the random methods; None takes the recipe's own, else 0.
+        backend: ``native``, ``triton``, ``reference`` or None for the best one.
+        shard_size: largest output file, in bytes.
+        resume: continue an interrupted merge of the same recipe and inputs.
+        overwrite: replace an existing output, atomically.
+        nan: ``warn``, ``error`` or ``zero`` for NaN and Inf that come from the inputs.
+        progress: makes, from the plan, what is called about every 50 ms with the running statistics.
+
+    Returns:
+        Bytes, seconds and everything noticed; also written to ``merge_report.json``.
+
+    Raises:
+        FastMergeError: a subclass that says what is wrong; the target is untouched, and work that was done
+            is kept for ``resume``.
+    """
+    started = time.perf_counter()
+    planned = recipe if isinstance(recipe, Plan) else plan(recipe, seed=seed, shard_size=shard_size)
+    chosen = _backend(backend)
+    workers = devices(device, chosen)
+    budget = parse_bytes(memory) if memory is not None else default_memory()
+    work = schedule(planned.outputs, workers=len(workers), memory=budget, whole=chosen.whole)
+    for text in planned.warnings:
+        log.warning("%s", text)
+    inputs = [c.path for c in planned.checkpoints]
+    writer = Writer(
+        Path(out), planned.layout, fingerprint=planned.fingerprint, resume=resume, overwrite=overwrite, inputs=inputs
+    )
+    if writer.finished:
+        return Report.load(writer.target)
+    try:
+        with Files(planned.checkpoints) as files:
+            finite = Finite(nan)
+            store = FileStore(planned, files, writer, finite)
+            runner = Runner(planned.outputs, work, store, workers, program_factory(chosen))
+            stats = runner.run(progress=progress(planned) if progress else None)
+            for checkpoint in planned.checkpoints:
+                checkpoint.recheck()
+        report = _report(planned, str(out), started, stats, chosen, [d.name for d in workers[: work.slots]], finite)
+        _extras(planned, writer, report)
+        writer.commit()
+    except BaseException:
+        writer.abort()
+        raise
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+_backend = backend
+
+
+def _report(
+    planned: Plan, out: str, started: float, stats: Stats, chosen: Backend, names: list[str], finite: Finite
+) -> Report:
+    warnings = list(planned.warnings)
+    for name, count in sorted(finite.found.items()):
+        warnings.append(f"{name}: {count} NaN or Inf values, from the inputs")
+    for text in warnings[len(planned.warnings) :]:
+        log.warning("%s", text)
+    return Report(
+        out=out,
+        seconds=time.perf_counter() - started,
+        bytes_read=int(stats.bytes_read),
+        bytes_written=int(stats.bytes_written),
+        stages={"read": stats.read, "compute": stats.compute, "write": stats.write},
+        bottleneck=stats.bottleneck,
+        tensors=len(planned.outputs),
+        fingerprint=planned.fingerprint,
+        devices=tuple(names),
+        backend=chosen.name,
+        nonfinite=dict(finite.found),
+        warnings=tuple(warnings),
+        details={
+            "fastmerge": __version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seed": planned.seed,
+            "recipe": planned.recipe.to_yaml(),
+            "inputs": [{"ref": c.ref, "path": str(c.path), "identity": c.identity} for c in planned.checkpoints],
+        },
+    )
+
+
+def _extras(planned: Plan, writer: Writer, report: Report) -> None:
+    """Everything in the output directory that is not weights."""
+    if planned.config:
+        writer.add("config.json", (json.dumps(planned.config, indent=2) + "\n").encode())
+    for name, path in planned.carry:
+        writer.add(name, path)
+    text = planned.recipe.to_yaml()
+    writer.add("mergekit_config.yml", text.encode())
+    method = next((o.method for o in planned.outputs if o.method is not None), None)
+    models = [(c.ref, hub_id(c.ref) is None) for c in planned.checkpoints]
+    name, formula, paper = (method.name, method.formula, method.paper) if method else ("passthrough", "copy", "")
+    writer.add("README.md", card(Path(report.out).name, name, formula, paper, models, text).encode())
+    writer.sync()
+    checksums = [list(c) for c in writer.checksums()]
+    full = replace(report, details={**report.details, "features": writer.features, "checksums": checksums})
+    writer.add("merge_report.json", full.to_json().encode())

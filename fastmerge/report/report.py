@@ -1,0 +1,67 @@
+"""The report of one merge: bytes, seconds, bottleneck, what was noticed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`fastmerge.merge` did.
+
+    Attributes:
+        out: the directory that was written.
+        seconds: wall time of the whole merge.
+        bytes_read: input bytes, counted once per pass that read them.
+        bytes_written: output bytes.
+        stages: seconds that the workers spent reading, computing and writing, summed over workers.
+        bottleneck: the largest of these.
+        tensors: output tensors.
+        devices: names of the workers' devices.
+        backend: what computed.
+        fingerprint: of recipe, seed, inputs, layout and engine: equal ones give equal bytes.
+        nonfinite: tensors with NaN or Inf in their output, with counts.
+        warnings: everything that the plan and the run warned about.
+        details: versions, recipe, inputs, checksums: what ``merge_report.json`` holds besides.
+    """
+
+    out: str
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    stages: Mapping[str, float]
+    bottleneck: str
+    tensors: int
+    devices: tuple[str, ...]
+    backend: str
+    fingerprint: str
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Bytes read and written per second of wall time, in 1e9 bytes."""
+        return (self.bytes_read + self.bytes_written) / max(self.seconds, 1e-9) / 1e9
+
+    def to_json(self) -> str:
+        """The text of ``merge_report.json``."""
+        return json.dumps({**asdict(self), "gigabytes_per_second": self.gigabytes_per_second}, indent=2) + "\n"
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Report:
+        """The report that a merge left in its output directory."""
+        facts = json.loads((Path(directory) / "merge_report.json").read_bytes())
+        return cls(**{f.name: facts[f.name] for f in fields(cls)})
+
+    def __str__(self) -> str:
+        return (
+            f"{self.out}: {self.tensors} tensors, read {self.bytes_read / 1e9:.2f} GB, "
+            f"wrote {self.bytes_written / 1e9:.2f} GB in {self.seconds:.2f} s "
+            f"({self.gigabytes_per_second:.2f} GB/s, bottleneck {self.bottleneck})"
+        )

@@ -1,0 +1,198 @@
+"""Consensus of deltas: keep, weight, elect a sign, merge what agrees, add to the base (TIES, DARE, DELLA, SCE, ...).
+
+``d_i = keep(x_i - b)``, ``v_i = c_i d_i``, ``A = sum v_i``, ``B = sum |v_i|``; the elected sign is that of A (``mass``),
+of ``sum a_i d_i`` (``mass`` with split) or of the number of positive less negative deltas (``count``). Then
+
+- mean: ``mix = (A + B) / 2 / G+`` where the sign is plus, ``(A - B) / 2 / G-`` where it is minus, with G the sum of
+  g_i over the values of that sign (0 counts as 1);
+- sum: the same without the division; max: the largest value of that sign, NaN if A is;
+- no election: ``mix = A / div``;
+
+and ``out = round(b + lam * mix)``. One pass, ``(N + 2) * b`` bytes per element: the floor (thresholds come from
+device memory). The sums over the elected sign are formed from A and B, which costs a third less than two sums under
+masks (reference: TIES-Merging, arXiv 2306.01708). Tiling: one flat program per 2048 elements, 8 per thread.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastmerge.kernels._jit import at, load, store
+from fastmerge.kernels._keep import delta, keep
+from fastmerge.kernels._launch import CONFIGS, I64, OPTIONS, Keep, chunks, spread, upload
+
+NONE, MASS, COUNT = 0, 1, 2
+"""How a sign is elected."""
+
+PLUS, MAJORITY, BASE = 0, 1, 2
+"""What a vote of zero means: plus, the table's sign, or the base unchanged."""
+
+MEAN, SUM, MAX = 0, 1, 2
+"""How the values of the elected sign are merged."""
+
+
+@triton.jit(do_not_specialize=["log"])
+def consensus_kernel(
+    table,
+    items,
+    model_index,
+    bern,
+    thr,
+    cut,
+    tie,
+    f,
+    scale,
+    nonfinite,
+    log: tl.int32,
+    M: tl.constexpr,
+    CODES: tl.constexpr,
+    OUT: tl.constexpr,
+    ROUND: tl.constexpr,
+    DROP: tl.constexpr,
+    TRIM: tl.constexpr,
+    SPREAD: tl.constexpr,
+    ELECT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ZERO: tl.constexpr,
+    MERGE: tl.constexpr,
+    DIV: tl.constexpr,
+    WIDE: tl.constexpr,
+    PLAIN: tl.constexpr,
+    CUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (item, block). f W ``[P, N, 3]`` (c, g, a), scale W ``[P, 3]`` (lam, div, majority sign)."""
+    N: tl.constexpr = M - 1
+    pid = tl.program_id(0)
+    item = items + (pid >> log).to(tl.int64) * 5
+    first = (pid & ((1 << log) - 1)) * BLOCK
+    count = tl.load(item + 2).to(tl.int32)
+    if first >= count:
+        return
+    s = tl.load(item)
+    start = tl.load(item + 1) + first
+    p = tl.load(item + 3)
+    row = table + s * (7 + M)
+    e = tl.load(row + 2) + start
+    key = tl.load(row + 4)
+    offs = tl.arange(0, BLOCK)
+    mask = offs < count - first
+    W: tl.constexpr = tl.float64 if WIDE else tl.float32
+    b = load(at(tl.load(row + 7), start, CODES & 15, PLAIN), 0, offs, mask, WIDE, PLAIN)
+    total = tl.zeros((BLOCK,), W)
+    if ELECT != 0:
+        mass = total
+        vote = total
+        ups = total
+        downs = total
+        votes = tl.zeros((BLOCK,), tl.int32)
+    for i in tl.static_range(N):
+        x = at(tl.load(row + 8 + i), start, (CODES >> (4 * i + 4)) & 15, PLAIN)
+        d = delta(x, 0, offs, mask, b, ROUND, WIDE, PLAIN)
+        d = keep(
+            d, key, e, offs, s, p * N + i, i, model_index, bern, thr, cut, tie, N, DROP, TRIM, SPREAD, CUT, BLOCK, PLAIN
+        )
+        mine = f + (p * N + i) * 3
+        v = tl.load(mine) * d
+        if i == 0:
+            total = v
+        else:
+            total = total + v
+        if ELECT != 0:
+            if SPLIT:
+                a = tl.load(mine + 2) * d
+                if i == 0:
+                    vote = a
+                else:
+                    vote = vote + a
+            if ELECT == 2:
+                votes += (d > 0).to(tl.int32) - (d < 0).to(tl.int32)
+            if MERGE == 2:
+                ups = tl.where(v > ups, v, ups)
+                downs = tl.where(v < downs, v, downs)
+            else:
+                if i == 0:
+                    mass = tl.abs(v)
+                else:
+                    mass = mass + tl.abs(v)
+                if MERGE == 0:
+                    g = tl.load(mine + 1)
+                    ups = ups + tl.where(v > 0, g, 0.0)
+                    downs = downs + tl.where(v < 0, g, 0.0)
+    if ELECT == 0:
+        mix = total
+        if DIV:
+            mix = tl.div_rn(mix, tl.zeros_like(mix) + tl.load(scale + p * 3 + 1))
+    else:
+        if ELECT == 2:
+            up = votes > 0
+            tied = votes == 0
+        else:
+            if not SPLIT:
+                vote = total
+            up = vote > 0
+            tied = vote == 0
+        if ZERO == 0:
+            up = up | tied
+        elif ZERO == 1:
+            up = up | (tied & (tl.load(scale + p * 3 + 2) >= 0))
+        if MERGE == 2:
+            mix = tl.where(total == total, tl.where(up, ups, downs), total)
+        else:
+            mix = (total + tl.where(up, mass, -mass)) * 0.5
+            if MERGE == 0:
+                den = tl.where(up, ups, downs)
+                mix = tl.div_rn(mix, tl.where(den == 0, 1.0, den))
+    y = b + tl.load(scale + p * 3) * mix
+    if ELECT != 0:
+        if ZERO == 2:
+            y = tl.where(tied, b, y)
+    store(at(tl.load(row), start, OUT, PLAIN), offs, mask, y, nonfinite + s, OUT, PLAIN, BLOCK)
+
+
+def consensus(
+    table: torch.Tensor,
+    items: I64,
+    keep: Keep,
+    f: torch.Tensor,
+    scale: torch.Tensor,
+    nonfinite: torch.Tensor,
+    *,
+    inputs: int,
+    codes: int,
+    out: int,
+    elect: int,
+    split: bool,
+    zero: int,
+    merge: int,
+    div: bool,
+    wide: bool,
+    plain: bool,
+    cut: bool,
+) -> None:
+    """Launches one variant; never waits.
+
+    Args:
+        table: int64 ``[S, 7 + M]`` on the device; the results go to its addresses.
+        items: work items (host) of this variant.
+        keep: tables of the keep pipeline, on the device.
+        f: ``[P, N, 3]`` (c, g, a) in the work type, on the device.
+        scale: ``[P, 3]`` (lambda, divisor, majority sign) in the work type, on the device.
+        nonfinite: int64 ``[S]`` on the device, added to.
+        inputs: M = N + 1, the base included.
+        codes: packed type codes of the inputs.
+        out: type code of the results.
+        elect, split, zero, merge: the rules above.
+        div: whether any divisor is not 1.
+        wide: work in fp64.
+        plain, cut: which variant the items are for.
+    """
+    cfg = CONFIGS["consensus"]
+    log = spread(items, cfg["BLOCK"])
+    flags = (elect, split, zero, merge, div, wide, plain, cut)
+    for part in chunks(upload(items, table.device), 1 << log):
+        consensus_kernel[(len(part) << log,)](
+            table, part, *keep.tables, f, scale, nonfinite, log, inputs, codes, out, *keep.flags, *flags, **cfg, **OPTIONS
+        )

@@ -1,0 +1,78 @@
+"""Inner products of all pairs of inputs, tile by tile, and the ordered sum of the tiles.
+
+``G_ij = sum x_i x_j`` or, with a base, ``sum (x_i - b) (x_j - b)``, for i <= j row by row of the upper triangle;
+``diff`` appends ``sum (x_0 - x_1)^2``. One pass over the inputs (``M * b`` bytes per element), 8 bytes written per
+tile and column; more than ten columns take several launches over the same, then often cached, bytes.
+
+Written order of sums (design law L2): products in the work type; lane j < 2048 adds elements j, j + 2048, ... of
+its tile of 65,536 from +0; lanes fold by halves; the tile's sum is widened to fp64 and stored; `fold_kernel` adds
+tiles in fp64 in tile order. Tiling: one program per tile, 8 warps, eight neighbouring lanes to a thread, so every
+load of 16-bit values is one 128-bit access and each column costs 8 registers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastmerge.kernels._jit import at, fold, load
+from fastmerge.kernels._launch import CONFIGS, GRAM_PAIRS, I64, OPTIONS, chunks, upload
+
+
+@triton.jit
+def gram_kernel(
+    partials,
+    table,
+    items,
+    M: tl.constexpr,
+    CODES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    DELTA: tl.constexpr,
+    DIFF: tl.constexpr,
+    WIDE: tl.constexpr,
+    PLAIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program t: columns FROM .. TO - 1 of tile t into partials f64 ``[R, COLUMNS]``."""
+    item = items + tl.program_id(0).to(tl.int64) * 5
+    row = table + tl.load(item) * (7 + M)
+    start = tl.load(item + 1)
+    count = tl.load(item + 2).to(tl.int32)
+    stat = tl.load(item + 4)
+    offs = tl.arange(0, BLOCK)
+    FIRST: tl.constexpr = 1 if DELTA else 0
+    K: tl.constexpr = M - FIRST
+    PAIRS: tl.constexpr = K * (K + 1) // 2
+    lanes = tl.zeros((BLOCK,), tl.float64 if WIDE else tl.float32)
+    sums = ()
+    for _ in tl.static_range(TO - FROM):
+        sums = sums + (lanes,)
+    ptrs = ()
+    for i in tl.static_range(M):
+        ptrs = ptrs + (at(tl.load(row + 7 + i), start, (CODES >> (4 * i)) & 15, PLAIN),)
+    done = 0
+    while done < count:
+        mask = offs < count - done
+        if DELTA:
+            b = load(ptrs[0], done, offs, mask, WIDE, PLAIN)
+        x = ()
+        for i in tl.static_range(FIRST, M):
+            v = load(ptrs[i], done, offs, mask, WIDE, PLAIN)
+            if DELTA:
+                v = v - b
+            x = x + (v,)
+        new = ()
+        for i in tl.static_range(K):
+            for j in tl.static_range(i, K):
+                if i * (2 * K - i + 1) // 2 + j - i >= FROM and i * (2 * K - i + 1) // 2 + j - i < TO:
+                    new = new + (sums[i * (2 * K - i + 1) // 2 + j - i - FROM] + x[i] * x[j],)
+        if DIFF and TO > PAIRS:
+            e = x[0] - x[1]
+            new = new + (sums[PAIRS - FROM] + e * e,)
+        sums = new
+        done += BLOCK
+    for c in tl.static_range(TO - FROM):
+        tl.store(partials + stat * COLUMNS + FROM + c, fold(sums[c], BLOCK).to(tl.float64))
