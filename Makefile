@@ -1,0 +1,45 @@
+# Every target sets up what it needs: a virtual environment in .venv with the pins of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+NATIVE := $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
+
+.PHONY: demo test check fix bench gpu test-big build clean
+
+$(STAMP): $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+build: $(STAMP)
+
+demo: $(STAMP)  ## train a base and three specialists, merge them, show who knows what
+	$(BIN)/python demo/run.py
+
+test: $(STAMP)  ## the whole suite: no GPU, no network
+	$(BIN)/python -m pytest -m 'not gpu and not big'
+
+check: $(STAMP)  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+
+fix: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+
+bench: $(STAMP)  ## kernels beside memcpy, whole merges beside mergekit and the floor
+	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/merges.py
+
+test-big: $(STAMP)  ## tensors of more than 2^31 elements, on sparse files
+	$(BIN)/python -m pytest -m big
+
+gpu: $(STAMP)  ## everything that needs a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+clean:
+	rm -rf $(VENV) build dist .cache

@@ -1,0 +1,395 @@
+// The Python module fastmerge._native: checks every argument, releases the GIL, runs on the calling thread.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace fastmerge;
+
+namespace {
+
+[[noreturn]] void fail(const std::string& what) { throw py::value_error(what); }
+
+// The data of a C-contiguous array of T. shape: -1 stands for any size; `write` asks for a writable array.
+template <class T>
+T* data(const py::array& a, const char* name, std::initializer_list<int64_t> shape, bool write = false) {
+  const char kind = std::is_floating_point_v<T> ? 'f' : std::is_signed_v<T> ? 'i' : 'u';
+  const py::dtype type = a.dtype();
+  if (type.kind() != kind || type.itemsize() != static_cast<py::ssize_t>(sizeof(T)))
+    fail(std::string(name) + ": expected dtype " + py::str(py::dtype::of<T>()).cast<std::string>() + ", got " +
+         py::str(type).cast<std::string>());
+  bool fits = a.ndim() == static_cast<py::ssize_t>(shape.size());
+  std::string want;
+  for (int64_t i = 0, n = static_cast<int64_t>(shape.size()); i < n; ++i) {
+    const int64_t expected = shape.begin()[i];
+    if (fits && expected >= 0 && a.shape(i) != expected) fits = false;
+    want += (i ? ", " : "") + (expected < 0 ? std::string("?") : std::to_string(expected));
+  }
+  if (!fits) {
+    std::string got;
+    for (py::ssize_t i = 0; i < a.ndim(); ++i) got += (i ? ", " : "") + std::to_string(a.shape(i));
+    fail(std::string(name) + ": expected shape [" + want + "], got [" + got + "]");
+  }
+  if (!(a.flags() & py::array::c_style)) fail(std::string(name) + ": expected a C-contiguous array");
+  if (write && !a.writeable()) fail(std::string(name) + ": expected a writable array");
+  return const_cast<T*>(static_cast<const T*>(a.data()));
+}
+
+void check_code(int64_t code, const char* name) {
+  if (code < 0 || code > 3) fail(std::string(name) + ": expected a type code 0..3, got " + std::to_string(code));
+}
+
+// What a kernel asks of each segment.
+struct Needs {
+  int64_t parameters = -1;  // rows of the parameter tables; -1: none
+  int64_t partials = -1;    // rows of the output partials; -1: none
+  int out_code = -1;        // type of the output; -1: none
+  bool by_row = false;      // parameter row and tiles go by row
+  bool tiles = false;       // pieces start where a tile does
+  int64_t base = 0;         // inputs at least
+};
+
+[[noreturn]] void fail_at(int64_t s, const std::string& what) { fail("table row " + std::to_string(s) + ": " + what); }
+
+int64_t tiles_of(const Segment& s, bool by_row) {
+  if (!by_row) return (s.length + kTile - 1) / kTile;
+  const int64_t whole = (s.row + kTile - 1) / kTile;
+  int64_t tiles = 0, at = 0, left = s.row - s.e0 % s.row;
+  if (s.e0 % s.row != 0) {
+    at = left < s.length ? left : s.length;
+    tiles += (at + kTile - 1) / kTile;
+  }
+  return tiles + (s.length - at) / s.row * whole + ((s.length - at) % s.row + kTile - 1) / kTile;
+}
+
+Table check_table(const py::array& table, const py::array& ins, const Needs& needs) {
+  Table t;
+  t.codes = data<int32_t>(ins, "ins", {-1});
+  t.inputs = static_cast<int32_t>(ins.shape(0));
+  if (t.inputs <= needs.base) fail("ins: expected at least " + std::to_string(needs.base + 1) + " inputs");
+  for (int32_t i = 0; i < t.inputs; ++i) check_code(t.codes[i], "ins");
+  t.data = data<int64_t>(table, "table", {-1, kHeader + t.inputs});
+  t.segments = table.shape(0);
+  if (needs.out_code >= 0) check_code(needs.out_code, "out_code");
+  for (int64_t i = 0; i < t.segments; ++i) {
+    const Segment& s = t[i];
+    if (s.length < 0 || s.e0 < 0) fail_at(i, "length and e0 must not be negative");
+    if (s.length == 0) continue;
+    if (needs.by_row && s.row <= 0) fail_at(i, "expected a row length above 0, got " + std::to_string(s.row));
+    if (needs.out_code >= 0 && (s.out == 0 || s.out % size_of(needs.out_code) != 0))
+      fail_at(i, "the output address is 0 or not aligned to its elements");
+    for (int32_t m = 0; m < t.inputs; ++m)
+      if (s.in[m] == 0 || s.in[m] % size_of(t.codes[m]) != 0)
+        fail_at(i, "address of input " + std::to_string(m) + " is 0 or not aligned to its elements");
+    if (needs.parameters >= 0) {
+      const int64_t last = s.group + (needs.by_row ? (s.e0 + s.length - 1) / s.row : 0);
+      if (s.group < 0 || last >= needs.parameters)
+        fail_at(i, "parameter row " + std::to_string(s.group < 0 ? s.group : last) + " of " +
+                       std::to_string(needs.parameters));
+    }
+    if (needs.tiles && (needs.by_row ? s.e0 % s.row : s.e0) % kTile != 0)
+      fail_at(i, "e0 " + std::to_string(s.e0) + " is not where a tile starts");
+    if (needs.partials >= 0 && (s.stats < 0 || s.stats + tiles_of(s, needs.by_row) > needs.partials))
+      fail_at(i, "partials rows " + std::to_string(s.stats) + ".. of " + std::to_string(needs.partials));
+  }
+  return t;
+}
+
+template <class Args> void run(void (*kernel)(const Args&), const Args& args) {
+  py::gil_scoped_release release;
+  const PlainFloat plain;
+  kernel(args);
+}
+
+// ---- combine, gram, fold --------------------------------------------------------------------------------
+
+void combine(const py::array& table, const py::array& ins, int out_code, const py::array& coef, const py::array& scale,
+             bool delta, bool per_row, const py::array& nonfinite) {
+  const int64_t parameters = coef.ndim() == 2 ? coef.shape(0) : 0;
+  Needs needs;
+  needs.parameters = parameters, needs.out_code = out_code, needs.by_row = per_row;
+  check_code(out_code, "out_code");
+  CombineArgs a;
+  a.table = check_table(table, ins, needs);
+  a.out_code = out_code;
+  a.coef = data<double>(coef, "coef", {parameters, a.table.inputs});
+  a.scale = data<double>(scale, "scale", {parameters, 2});
+  a.delta = delta;
+  a.per_row = per_row;
+  a.nonfinite = data<int64_t>(nonfinite, "nonfinite", {a.table.segments}, true);
+  run(kernels().combine, a);
+}
+
+struct Freed {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+
+void gram(const py::array& table, const py::array& ins, const py::array& partials, bool delta, bool diff, bool per_row) {
+  GramArgs a;
+  Needs needs;
+  needs.partials = partials.ndim() == 2 ? partials.shape(0) : 0;
+  needs.by_row = per_row, needs.tiles = true, needs.base = delta ? 1 : 0;
+  a.table = check_table(table, ins, needs);
+  const int64_t m = a.table.inputs - (delta ? 1 : 0);
+  if (diff && m < 2) fail("diff: expected at least 2 vectors, got " + std::to_string(m));
+  a.columns = m * (m + 1) / 2 + (diff ? 1 : 0);
+  a.partials = data<double>(partials, "partials", {-1, a.columns}, true);
+  a.delta = delta;
+  a.diff = diff;
+  a.per_row = per_row;
+  const auto bytes = static_cast<size_t>(gram_scratch(a.table.inputs, a.columns, a.table.wide()));
+  const std::unique_ptr<void, Freed> scratch(::operator new(bytes, std::align_val_t(64)));
+  a.scratch = scratch.get();
+  run(kernels().gram, a);
+}
+
+py::array_t<double> fold(const py::array& partials, const py::array& first) {
+  FoldArgs a;
+  a.partials = data<double>(partials, "partials", {-1, -1});
+  a.columns = partials.shape(1);
+  a.first = data<int64_t>(first, "first", {-1});
+  if (first.shape(0) < 1) fail("first: expected at least one entry");
+  a.groups = first.shape(0) - 1;
+  for (int64_t g = 0; g <= a.groups; ++g)
+    if (a.first[g] < (g ? a.first[g - 1] : 0) || a.first[g] > partials.shape(0))
+      fail("first: entry " + std::to_string(g) + " is " + std::to_string(a.first[g]) + ", not ascending within 0.." +
+           std::to_string(partials.shape(0)));
+  py::array_t<double> out({a.groups, a.columns});
+  a.out = out.mutable_data();
+  run(kernels().fold, a);
+  return out;
+}
+
+// ---- select and consensus ---------------------------------------------------------------------------------
+
+void check_round(int round_code) {
+  if (round_code != -1) check_code(round_code, "round_code");
+}
+
+struct Keep {
+  int round_code;
+  bool drop, trim;
+  const py::array &model_index, &bern, &thr, &cut;
+
+  int64_t parameters() const { return bern.ndim() == 2 ? bern.shape(0) : 0; }
+  KeepArgs checked(int64_t n) const {
+    check_round(round_code);
+    const int64_t p = parameters();
+    KeepArgs k;
+    k.round_code = round_code;
+    k.drop = drop;
+    k.trim = trim;
+    k.model_index = data<int32_t>(model_index, "model_index", {n});
+    k.bern = data<int32_t>(bern, "bern", {p, n});
+    k.thr = data<uint64_t>(thr, "thr", {p, n});
+    k.cut = data<int64_t>(cut, "cut", {p, n, 3});
+    return k;
+  }
+};
+
+// An array of keys: uint64 where the table is wide, else uint32.
+void* keys_data(const py::array& keys, const char* name, std::initializer_list<int64_t> shape, bool wide) {
+  return wide ? static_cast<void*>(data<uint64_t>(keys, name, shape, true))
+              : static_cast<void*>(data<uint32_t>(keys, name, shape, true));
+}
+
+void delta_keys(const py::array& table, const py::array& ins, int round_code, bool drop, const py::array& model_index,
+                const py::array& bern, const py::array& out) {
+  check_round(round_code);
+  Needs needs;
+  needs.parameters = bern.ndim() == 2 ? bern.shape(0) : 0, needs.base = 1;
+  DeltaKeysArgs a;
+  a.table = check_table(table, ins, needs);
+  const int64_t n = a.table.inputs - 1;
+  a.round_code = round_code;
+  a.drop = drop;
+  a.model_index = data<int32_t>(model_index, "model_index", {n});
+  a.bern = data<int32_t>(bern, "bern", {needs.parameters, n});
+  int64_t total = 0;
+  for (int64_t s = 0; s < a.table.segments; ++s) total += a.table[s].length;
+  a.out = keys_data(out, "out", {total, n}, a.table.wide());
+  run(kernels().delta_keys, a);
+}
+
+void count(const py::array& table, const py::array& ins, int round_code, bool drop, const py::array& model_index,
+           const py::array& bern, const py::array& lo, const py::array& hi, const py::array& counts,
+           const py::array& keys, const py::array& where, const py::array& used) {
+  check_round(round_code);
+  Needs needs;
+  needs.parameters = bern.ndim() == 2 ? bern.shape(0) : 0;
+  needs.partials = counts.ndim() == 3 ? counts.shape(0) : 0;
+  needs.tiles = true, needs.base = 1;
+  CountArgs a;
+  a.table = check_table(table, ins, needs);
+  const int64_t n = a.table.inputs - 1, p = needs.parameters;
+  a.round_code = round_code;
+  a.drop = drop;
+  a.model_index = data<int32_t>(model_index, "model_index", {n});
+  a.bern = data<int32_t>(bern, "bern", {p, n});
+  a.lo = data<uint64_t>(lo, "lo", {p, n});
+  a.hi = data<uint64_t>(hi, "hi", {p, n});
+  a.counts = data<int64_t>(counts, "counts", {-1, n, 4}, true);
+  a.cap = keys.ndim() == 2 ? keys.shape(1) : 0;
+  a.keys = keys_data(keys, "keys", {n, a.cap}, a.table.wide());
+  a.where = data<int64_t>(where, "where", {n, a.cap, 2}, true);
+  a.used = data<int64_t>(used, "used", {n}, true);
+  run(kernels().count, a);
+}
+
+void l1(const py::array& table, const py::array& ins, int round_code, bool drop, bool trim,
+        const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut,
+        const py::array& sums) {
+  const Keep keep{round_code, drop, trim, model_index, bern, thr, cut};
+  Needs needs;
+  needs.parameters = keep.parameters(), needs.tiles = true, needs.base = 1;
+  needs.partials = sums.ndim() == 3 ? sums.shape(0) : 0;
+  L1Args a;
+  a.table = check_table(table, ins, needs);
+  a.keep = keep.checked(a.table.inputs - 1);
+  a.sums = data<double>(sums, "sums", {-1, a.table.inputs - 1, 2}, true);
+  run(kernels().l1, a);
+}
+
+void check_word(int value, int most, const char* name) {
+  if (value < 0 || value > most)
+    fail(std::string(name) + ": expected 0.." + std::to_string(most) + ", got " + std::to_string(value));
+}
+
+void votes(const py::array& table, const py::array& ins, int round_code, bool drop, bool trim,
+           const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut, int elect,
+           bool split, const py::array& f, const py::array& counts) {
+  const Keep keep{round_code, drop, trim, model_index, bern, thr, cut};
+  check_word(elect, 2, "elect");
+  Needs needs;
+  needs.parameters = keep.parameters(), needs.tiles = true, needs.base = 1;
+  needs.partials = counts.ndim() == 2 ? counts.shape(0) : 0;
+  VotesArgs a;
+  a.table = check_table(table, ins, needs);
+  a.keep = keep.checked(a.table.inputs - 1);
+  a.elect = elect;
+  a.split = split;
+  a.f = data<double>(f, "f", {needs.parameters, a.table.inputs - 1, 3});
+  a.counts = data<int64_t>(counts, "counts", {-1, 2}, true);
+  run(kernels().votes, a);
+}
+
+void consensus(const py::array& table, const py::array& ins, int out_code, int round_code, bool drop, bool trim,
+               const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut,
+               int elect, bool split, int zero, int merge, const py::array& f, const py::array& scale,
+               const py::array& nonfinite) {
+  const Keep keep{round_code, drop, trim, model_index, bern, thr, cut};
+  check_code(out_code, "out_code");
+  check_word(elect, 2, "elect");
+  check_word(zero, 2, "zero");
+  check_word(merge, 2, "merge");
+  Needs needs;
+  needs.parameters = keep.parameters(), needs.tiles = trim, needs.base = 1, needs.out_code = out_code;
+  ConsensusArgs a;
+  a.table = check_table(table, ins, needs);
+  a.out_code = out_code;
+  a.keep = keep.checked(a.table.inputs - 1);
+  a.elect = elect;
+  a.split = split;
+  a.zero = zero;
+  a.merge = merge;
+  a.f = data<double>(f, "f", {needs.parameters, a.table.inputs - 1, 3});
+  a.scale = data<double>(scale, "scale", {needs.parameters, 3});
+  a.nonfinite = data<int64_t>(nonfinite, "nonfinite", {a.table.segments}, true);
+  run(kernels().consensus, a);
+}
+
+// ---- values -------------------------------------------------------------------------------------------------
+
+py::array_t<uint16_t> philox_lanes(uint64_t key, uint32_t model, uint32_t op, int64_t e0, int64_t n) {
+  if (e0 < 0 || n < 0) fail("e0 and n must not be negative");
+  py::array_t<uint16_t> out(n);
+  uint16_t* p = out.mutable_data();
+  py::gil_scoped_release release;
+  kernels().philox(key, model, op, e0, n, p);
+  return out;
+}
+
+py::array_t<uint32_t> philox_words(const py::array& counter, const py::array& key) {
+  const uint32_t* c = data<uint32_t>(counter, "counter", {4});
+  const uint32_t* k = data<uint32_t>(key, "key", {2});
+  py::array_t<uint32_t> out(4);
+  uint32_t* p = out.mutable_data();
+  for (int i = 0; i < 4; ++i) p[i] = c[i];
+  philox4x32(p, k[0], k[1]);
+  return out;
+}
+
+int64_t count_nonfinite(int64_t address, int64_t n, int code) {
+  check_code(code, "code");
+  if (n < 0 || (n > 0 && (address == 0 || address % size_of(code) != 0)))
+    fail("address: 0 or not aligned to its elements, or n below 0");
+  py::gil_scoped_release release;
+  return kernels().count_nonfinite(reinterpret_cast<const void*>(address), n, code);
+}
+
+// ---- transfers ----------------------------------------------------------------------------------------------
+
+using Transfer = int (*)(const int64_t*, int64_t, int64_t&, int64_t&);
+
+template <Transfer kTransfer, int kColumns> py::tuple transfer(const py::array& table, int64_t row, int64_t done) {
+  const int64_t* t = data<int64_t>(table, "table", {-1, kColumns});
+  const int64_t rows = table.shape(0);
+  if (row < 0 || row > rows || done < 0) fail("row and done: outside the table");
+  for (int64_t i = row; i < rows; ++i)
+    if (t[i * kColumns + kColumns - 1] < 0) fail_at(i, "nbytes must not be negative");
+  int error = 0;
+  {
+    py::gil_scoped_release release;
+    error = kTransfer(t, rows, row, done);
+  }
+  return py::make_tuple(row, done, error);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native kernels and file transfers of fastmerge; see fastmerge/_native.pyi.";
+  const char* wanted = std::getenv("FASTMERGE_ISA");
+  if (wanted && !use_isa(wanted))
+    throw py::import_error(std::string("FASTMERGE_ISA=") + wanted + ": not built, or this machine cannot run it");
+  using py::arg;
+  m.def("combine", combine, arg("table"), arg("ins"), arg("out_code"), arg("coef"), arg("scale"), arg("delta"),
+        arg("per_row"), arg("nonfinite"));
+  m.def("gram", gram, arg("table"), arg("ins"), arg("partials"), arg("delta"), arg("diff"), arg("per_row"));
+  m.def("fold", fold, arg("partials"), arg("first"));
+  m.def("delta_keys", delta_keys, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("model_index"),
+        arg("bern"), arg("out"));
+  m.def("count", count, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("model_index"), arg("bern"),
+        arg("lo"), arg("hi"), arg("counts"), arg("keys"), arg("where"), arg("used"));
+  m.def("l1", l1, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("trim"), arg("model_index"),
+        arg("bern"), arg("thr"), arg("cut"), arg("sums"));
+  m.def("votes", votes, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("trim"), arg("model_index"),
+        arg("bern"), arg("thr"), arg("cut"), arg("elect"), arg("split"), arg("f"), arg("counts"));
+  m.def("consensus", consensus, arg("table"), arg("ins"), arg("out_code"), arg("round_code"), arg("drop"), arg("trim"),
+        arg("model_index"), arg("bern"), arg("thr"), arg("cut"), arg("elect"), arg("split"), arg("zero"), arg("merge"),
+        arg("f"), arg("scale"), arg("nonfinite"));
+  m.def("philox_u16", philox_lanes, arg("key"), arg("model"), arg("op"), arg("e0"), arg("n"));
+  m.def("philox4x32", philox_words, arg("counter"), arg("key"));
+  m.def("count_nonfinite", count_nonfinite, arg("address"), arg("n"), arg("code"));
+  m.def("read_some", transfer<read_some, 4>, arg("table"), arg("row"), arg("done"));
+  m.def("write_some", transfer<write_some, 4>, arg("table"), arg("row"), arg("done"));
+  m.def("copy_some", transfer<copy_some, 5>, arg("table"), arg("row"), arg("done"));
+  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("set_isa", [](const std::string& name) {
+    if (!use_isa(name.c_str())) fail("isa " + name + ": not built, or this machine cannot run it");
+  }, arg("name"));
+  m.def("has_cuda", [] {
+#if defined(FASTMERGE_HAS_CUDA)
+    return true;
+#else
+    return false;
+#endif
+  });
+}

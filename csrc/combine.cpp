@@ -1,0 +1,187 @@
+// combine: out = sum c_i x_i (plain), or b + lambda sum c_i (x_i - b) (delta), one coefficient row per tensor or row.
+//
+// Up to kMost inputs of the output's own type are summed in registers (fused). Everything else goes block by block
+// through the first-level cache: widen, add up to four inputs per pass, store. Both add in input order.
+#include "kernels.h"
+#include "lanes.h"
+#include "tile.h"
+
+namespace fastmerge {
+namespace FM_ISA {
+namespace {
+
+constexpr int kMost = 8;
+constexpr int64_t kRun = 8192;  // elements after which a fused run counts its non-finite results, still in cache
+
+// The parameters of one run, rounded once to the work type.
+template <class W> struct Scale {
+  W lambda, div;
+};
+
+// ---- fused ----------------------------------------------------------------------------------------------
+
+template <class T, int M, bool kDelta>
+void fused_steps(const T* const* in, T* out, int64_t n, const float* coef, Scale<float> s) {
+  for (int64_t j = 0; j < n; j += kStep) {
+    Lanes base, x, acc;
+    if (kDelta) load16(in[0] + j, base);
+    for (int i = kDelta ? 1 : 0; i < M; ++i) {
+      load16(in[i] + j, x);
+      if (kDelta) x = x - base;
+      acc = i == (kDelta ? 1 : 0) ? coef[i] * x : acc + coef[i] * x;
+    }
+    if (s.div != 1.0f) acc = acc / s.div;
+    if (kDelta) acc = base + s.lambda * acc;
+    store16(acc, out + j);
+  }
+}
+
+template <class T, int M, bool kDelta>
+int64_t fused_run(const Segment& s, int64_t at, int64_t n, const double* coef, Scale<float> scale) {
+  float c[M];
+  for (int i = 0; i < M; ++i) c[i] = static_cast<float>(coef[i]);
+  T* out = reinterpret_cast<T*>(s.out) + at;
+  const T* in[M];
+  for (int i = 0; i < M; ++i) in[i] = reinterpret_cast<const T*>(s.in[i]) + at;
+  int64_t bad = 0;
+  for (int64_t left = n & -kStep; left > 0;) {
+    const int64_t m = left < kRun ? left : kRun;
+    fused_steps<T, M, kDelta>(in, out, m, c, scale);
+    bad += nonfinite_block(out, m);
+    for (int i = 0; i < M; ++i) in[i] += m;
+    out += m;
+    left -= m;
+  }
+  if (const int64_t m = n % kStep) {
+    T stage[M][kStep], result[kStep];
+    for (int i = 0; i < M; ++i) in[i] = whole_steps(in[i], m, stage[i]);
+    fused_steps<T, M, kDelta>(in, result, kStep, c, scale);
+    memcpy(out, result, static_cast<size_t>(m) * sizeof(T));
+    bad += nonfinite_block(result, m);
+  }
+  return bad;
+}
+
+template <class T, bool kDelta>
+int64_t fused(int m, const Segment& s, int64_t at, int64_t n, const double* coef, Scale<float> scale) {
+  switch (m) {
+    case 1: return fused_run<T, kDelta ? 2 : 1, kDelta>(s, at, n, coef, scale);  // delta has two inputs at least
+    case 2: return fused_run<T, 2, kDelta>(s, at, n, coef, scale);
+    case 3: return fused_run<T, 3, kDelta>(s, at, n, coef, scale);
+    case 4: return fused_run<T, 4, kDelta>(s, at, n, coef, scale);
+    case 5: return fused_run<T, 5, kDelta>(s, at, n, coef, scale);
+    case 6: return fused_run<T, 6, kDelta>(s, at, n, coef, scale);
+    case 7: return fused_run<T, 7, kDelta>(s, at, n, coef, scale);
+    default: return fused_run<T, 8, kDelta>(s, at, n, coef, scale);
+  }
+}
+
+bool fusable(const CombineArgs& a) {
+  const int32_t least = a.delta ? 2 : 1;
+  if (a.table.inputs < least || a.table.inputs > kMost || a.out_code == kF64) return false;
+  for (int32_t i = 0; i < a.table.inputs; ++i)
+    if (a.table.codes[i] != a.out_code) return false;
+  return true;
+}
+
+// ---- by blocks --------------------------------------------------------------------------------------------
+
+// acc (+)= c0 v0 + c1 v1 + ... in this order; v = x, or x - base.
+template <class W, int K, bool kDelta, bool kFirst>
+void add_steps(const W* const* in, const W* coef, const W* base, int64_t n, W* acc) {
+  FM_LOOP for (int64_t j = 0; j < (n & -kStep); ++j) {
+    const W b = kDelta ? base[j] : W(0);
+    W a = kFirst ? W(0) : acc[j];
+    for (int k = 0; k < K; ++k) {
+      const W v = coef[k] * (kDelta ? in[k][j] - b : in[k][j]);
+      a = kFirst && k == 0 ? v : a + v;
+    }
+    acc[j] = a;
+  }
+}
+
+template <class W, bool kDelta, bool kFirst>
+void add(int k, const W* const* in, const W* coef, const W* base, int64_t n, W* acc) {
+  switch (k) {
+    case 1: return add_steps<W, 1, kDelta, kFirst>(in, coef, base, n, acc);
+    case 2: return add_steps<W, 2, kDelta, kFirst>(in, coef, base, n, acc);
+    case 3: return add_steps<W, 3, kDelta, kFirst>(in, coef, base, n, acc);
+    default: return add_steps<W, 4, kDelta, kFirst>(in, coef, base, n, acc);
+  }
+}
+
+template <class W, bool kDelta>
+int64_t block_run(const CombineArgs& a, const Segment& s, int64_t at, int64_t n, const double* coef, Scale<W> scale) {
+  alignas(64) W acc[kBlock], base[kDelta ? kBlock : kStep], x[4][kBlock];
+  const W* in[4] = {x[0], x[1], x[2], x[3]};
+  const int32_t from = kDelta ? 1 : 0;
+  int64_t bad = 0;
+  for (int64_t end = at + n; at < end; at += kBlock) {
+    const int64_t m = end - at < kBlock ? end - at : kBlock, whole = round_up(m);
+    if (kDelta) load_any(a.table.codes[0], s.in[0], at, m, base);
+    if (a.table.inputs == from) memset(acc, 0, sizeof acc);
+    for (int32_t i = from; i < a.table.inputs; i += 4) {
+      const int32_t k = a.table.inputs - i < 4 ? a.table.inputs - i : 4;
+      W c[4] = {};
+      for (int32_t l = 0; l < k; ++l) {
+        c[l] = static_cast<W>(coef[i + l]);
+        load_any(a.table.codes[i + l], s.in[i + l], at, m, x[l]);
+      }
+      if (i == from)
+        add<W, kDelta, true>(k, in, c, base, whole, acc);
+      else
+        add<W, kDelta, false>(k, in, c, base, whole, acc);
+    }
+    if (scale.div != W(1))
+      for (int64_t j = 0; j < (whole & -kStep); ++j) acc[j] = acc[j] / scale.div;
+    if (kDelta)
+      for (int64_t j = 0; j < (whole & -kStep); ++j) acc[j] = base[j] + scale.lambda * acc[j];
+    bad += store_any(a.out_code, s.out, at, m, acc);
+  }
+  return bad;
+}
+
+// One run of elements [at, at + n) of a segment under one parameter row; returns its count of non-finite results.
+template <class W, bool kDelta>
+int64_t run(const CombineArgs& a, bool fuse, const Segment& s, int64_t at, int64_t n, int64_t p) {
+  const double* coef = a.coef + p * a.table.inputs;
+  const Scale<W> scale = {static_cast<W>(a.scale[2 * p]), static_cast<W>(a.scale[2 * p + 1])};
+  if (sizeof(W) == 4 && fuse) {
+    const Scale<float> narrow = {static_cast<float>(scale.lambda), static_cast<float>(scale.div)};
+    if (a.out_code == kBF16) return fused<Bf16, kDelta>(a.table.inputs, s, at, n, coef, narrow);
+    if (a.out_code == kF16) return fused<Fp16, kDelta>(a.table.inputs, s, at, n, coef, narrow);
+    return fused<float, kDelta>(a.table.inputs, s, at, n, coef, narrow);
+  }
+  return block_run<W, kDelta>(a, s, at, n, coef, scale);
+}
+
+template <class W, bool kDelta> void all(const CombineArgs& a) {
+  const bool fuse = fusable(a);
+  for (int64_t i = 0; i < a.table.segments; ++i) {
+    const Segment& s = a.table[i];
+    int64_t bad = 0;
+    if (!a.per_row) {
+      bad = run<W, kDelta>(a, fuse, s, 0, s.length, s.group);
+    } else {
+      for (int64_t at = 0; at < s.length;) {
+        const int64_t e = s.e0 + at, left = s.row - e % s.row, rest = s.length - at;
+        const int64_t n = left < rest ? left : rest;
+        bad += run<W, kDelta>(a, fuse, s, at, n, s.group + e / s.row);
+        at += n;
+      }
+    }
+    a.nonfinite[i] += bad;
+  }
+}
+
+}  // namespace
+
+void combine(const CombineArgs& a) {
+  if (a.table.wide())
+    a.delta ? all<double, true>(a) : all<double, false>(a);
+  else
+    a.delta ? all<float, true>(a) : all<float, false>(a);
+}
+
+}  // namespace FM_ISA
+}  // namespace fastmerge

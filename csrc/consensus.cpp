@@ -1,0 +1,240 @@
+// consensus: out = b + lambda * mix, where mix joins what is kept of the deltas, with or without an elected sign.
+//
+// A block goes through passes in the first-level cache: base, then for each model delta, drop and trim, then one loop
+// over the models per vector of elements whose sums stay in registers, and the store. Up to kGroup models at a time;
+// with more, the sums wait in memory for the next group.
+#include "keep.h"
+
+namespace fastmerge {
+namespace FM_ISA {
+namespace {
+
+constexpr int kGroup = 8;
+
+// What elects the sign; a loop is compiled for each vote and merge.
+enum Vote { kNoVote, kByMass, kBySplit, kByCount };
+constexpr int kVoteOnly = 3;  // in place of a Merge: the result is the vote itself
+
+template <class W> struct Models {
+  int n;
+  const W* d[kGroup];
+  typename Pack<W>::I t[kGroup];  // kept are keys above
+  typename Pack<W>::V c[kGroup], g[kGroup], a[kGroup];
+};
+
+template <class W> struct Rule {
+  W lambda, div;
+  bool zero_plus, zero_base;  // a vote of 0 counts as plus; it gives the base
+};
+
+// Running sums of a block between groups of models.
+template <class W> struct Sums {
+  alignas(64) W a[kBlock], b[kBlock], plus[kBlock], minus[kBlock], vote[kBlock];
+};
+
+// Adds a group of models to the sums of n elements. After the last one `out` gets what is mixed: A without an
+// election, the elected numerator or extreme, or the vote itself; the elected denominator goes to sums.plus, and with
+// the rule `base` the vote to sums.vote. Division and lambda are a loop of their own: their latency would stall this
+// one. Works on whole vectors: the buffers have room, and what is past n is never looked at.
+template <class W, int kVote, int kMerge>
+void mix_block(const Models<W>& m, const Rule<W>& rule, int64_t n, bool first, bool last, Sums<W>& sums, W* out) {
+  using V = typename Pack<W>::V;
+  using I = typename Pack<W>::I;
+  constexpr int kUnroll = 2;
+  constexpr int64_t kStep = kWidth<W>;
+  constexpr bool kPairs = kMerge == kMergeMean || kMerge == kMergeMax;
+  constexpr bool kS = kVote == kBySplit || kVote == kByCount;
+  const V nothing = reinterpret_cast<V>(I{} + ~Pack<W>::kMost);  // -0 leaves the first term as it is, also a -0
+  const V zero{}, one = V{} + W(1);
+  for (int64_t j = 0; j < n; j += kUnroll * kStep) {
+    V a[kUnroll], b[kUnroll], plus[kUnroll], minus[kUnroll], s[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t at = j + u * kStep;
+      a[u] = first ? nothing : get(sums.a + at);
+      b[u] = first ? zero : get(sums.b + at);
+      plus[u] = first ? zero : get(sums.plus + at);
+      minus[u] = first ? zero : get(sums.minus + at);
+      s[u] = first ? nothing : get(sums.vote + at);
+    }
+    for (int i = 0; i < m.n; ++i) {
+      const W* d = m.d[i] + j;
+      for (int u = 0; u < kUnroll; ++u) {
+        const V raw = get(d + u * kStep);
+        const V x = masked((reinterpret_cast<I>(raw) & Pack<W>::kMost) > m.t[i], raw);
+        const V v = m.c[i] * x;
+        a[u] = a[u] + v;
+        b[u] = b[u] + masked(I{} + Pack<W>::kMost, v);
+        if (kMerge == kMergeMean) {
+          plus[u] = plus[u] + masked(v > zero, m.g[i]);
+          minus[u] = minus[u] + masked(v < zero, m.g[i]);
+        }
+        if (kMerge == kMergeMax) {
+          plus[u] = select(v > plus[u], v, plus[u]);
+          minus[u] = select(v < minus[u], v, minus[u]);
+        }
+        if (kVote == kBySplit) s[u] = s[u] + m.a[i] * x;
+        if (kVote == kByCount) s[u] = s[u] + (masked(x > zero, one) - masked(x < zero, one));
+      }
+    }
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t at = j + u * kStep;
+      if (!last) {
+        put(sums.a + at, a[u]);
+        put(sums.b + at, b[u]);
+        if (kPairs) put(sums.plus + at, plus[u]), put(sums.minus + at, minus[u]);
+        if (kS) put(sums.vote + at, s[u]);
+        continue;
+      }
+      const V vote = kVote == kByMass ? a[u] : s[u];
+      if (kMerge == kVoteOnly || kVote == kNoVote) {
+        put(out + at, kVote == kNoVote ? a[u] : vote);
+        continue;
+      }
+      const I up = rule.zero_plus ? vote >= zero : vote > zero;
+      if (rule.zero_base) put(sums.vote + at, vote);
+      if (kMerge == kMergeMax) {
+        put(out + at, select(a[u] == a[u], select(up, plus[u], minus[u]), a[u]));
+        continue;
+      }
+      // A + B, or A - B where minus is elected: B with its sign flipped.
+      const V b_signed = reinterpret_cast<V>(reinterpret_cast<I>(b[u]) ^ (~up & ~Pack<W>::kMost));
+      put(out + at, (a[u] + b_signed) * W(0.5));
+      if (kMerge == kMergeMean) {
+        const V den = select(up, plus[u], minus[u]);
+        put(sums.plus + at, select(den == zero, one, den));
+      }
+    }
+  }
+}
+
+// out = b + lambda * mix, from what mix_block left.
+template <class W> void apply_block(const Rule<W>& rule, bool mean, int64_t n, const Sums<W>& sums, const W* base, W* out) {
+  if (mean)
+    FM_LOOP for (int64_t j = 0; j < n; ++j) out[j] = base[j] + rule.lambda * (out[j] / sums.plus[j]);
+  else if (rule.div != W(1))
+    FM_LOOP for (int64_t j = 0; j < n; ++j) out[j] = base[j] + rule.lambda * (out[j] / rule.div);
+  else
+    FM_LOOP for (int64_t j = 0; j < n; ++j) out[j] = base[j] + rule.lambda * out[j];
+  if (rule.zero_base)
+    FM_LOOP for (int64_t j = 0; j < n; ++j) out[j] = sums.vote[j] == W(0) ? base[j] : out[j];
+}
+
+template <class W>
+using Mix = void (*)(const Models<W>&, const Rule<W>&, int64_t, bool, bool, Sums<W>&, W*);
+
+template <class W, int kVote> Mix<W> mix_for(int32_t merge) {
+  switch (merge) {
+    case kMergeMean: return mix_block<W, kVote, kMergeMean>;
+    case kMergeSum: return mix_block<W, kVote, kMergeSum>;
+    case kMergeMax: return mix_block<W, kVote, kMergeMax>;
+    default: return mix_block<W, kVote, kVoteOnly>;
+  }
+}
+
+template <class W> Mix<W> mix_for(int32_t elect, bool split, int32_t merge) {
+  if (elect == kElectNone) return mix_block<W, kNoVote, kMergeSum>;
+  if (elect == kElectCount) return mix_for<W, kByCount>(merge);
+  return split ? mix_for<W, kBySplit>(merge) : mix_for<W, kByMass>(merge);
+}
+
+// The buffers of one call, and the way of a block through them.
+template <class W> struct Work {
+  using V = typename Pack<W>::V;
+  using I = typename Pack<W>::I;
+  const Table& table;
+  const KeepArgs& keep;
+  const double* f;
+  Mix<W> mix;
+  int64_t models;
+  int64_t* rank;  // running rank of ties, one per model
+  alignas(64) W base[kBlock];
+  alignas(64) W out[kBlock];
+  alignas(64) W d[kGroup][kBlock + 64 / sizeof(W)];  // padded: 4 KiB apart, streams would share cache sets
+  Sums<W> sums;
+
+  Work(const Table& t, const KeepArgs& k, const double* factors, Mix<W> m, int64_t* ranks)
+      : table(t), keep(k), f(factors), mix(m), models(t.inputs - 1), rank(ranks) {}
+
+  void start_tile() {
+    for (int64_t i = 0; i < models; ++i) rank[i] = 0;
+  }
+
+  // What is mixed of elements [at, at + n) of a segment, in `out`.
+  void block(const Segment& s, const Rule<W>& rule, int64_t at, int64_t n) {
+    base_block(table, s, at, n, base);
+    int64_t i = 0;
+    do {
+      Models<W> m;
+      const bool first = i == 0;
+      for (m.n = 0; m.n < kGroup && i < models; ++m.n, ++i) {
+        W* to = d[m.n];
+        const double* factor = f + 3 * (s.group * models + i);
+        delta_block(table, s, static_cast<int32_t>(i), at, n, keep.round_code, base, to);
+        // No NaN is kept where the bound is the NaN's key; then not one of any payload.
+        const Int<W> t = keep_block(keep, s, models, static_cast<int32_t>(i), at, n, rank[i], to);
+        m.t[m.n] = I{} + (t >= Pack<W>::kNan ? Pack<W>::kMost : t);
+        m.d[m.n] = to;
+        m.c[m.n] = V{} + static_cast<W>(factor[0]);
+        m.g[m.n] = V{} + static_cast<W>(factor[1]);
+        m.a[m.n] = V{} + static_cast<W>(factor[2]);
+      }
+      mix(m, rule, n, first, i == models, sums, out);
+    } while (i < models);
+  }
+};
+
+template <class W> void consensus_all(const ConsensusArgs& a) {
+  auto* rank = static_cast<int64_t*>(__builtin_alloca(static_cast<size_t>(a.table.inputs) * sizeof(int64_t)));
+  Work<W> work(a.table, a.keep, a.f, mix_for<W>(a.elect, a.split, a.merge), rank);
+  for (int64_t r = 0; r < a.table.segments; ++r) {
+    const Segment& s = a.table[r];
+    if (s.length == 0) continue;
+    const double* scale = a.scale + 3 * s.group;
+    const bool plus = a.zero == kZeroPlus || (a.zero == kZeroMajority && scale[2] > 0);
+    const bool elects = a.elect != kElectNone, mean = elects && a.merge == kMergeMean;
+    const Rule<W> rule{static_cast<W>(scale[0]), elects ? W(1) : static_cast<W>(scale[1]), plus,
+                       elects && a.zero == kZeroBase};
+    int64_t bad = 0;
+    for (int64_t at = 0, n; at < s.length; at += n) {
+      if (at == 0 || ((s.e0 + at) & (kTile - 1)) == 0) work.start_tile();
+      n = block_length(s.e0 + at, s.length - at);
+      work.block(s, rule, at, n);
+      apply_block(rule, mean, n, work.sums, work.base, work.out);
+      bad += store_any(a.out_code, s.out, at, n, work.out);
+    }
+    a.nonfinite[r] += bad;
+  }
+}
+
+template <class W> void votes_all(const VotesArgs& a) {
+  auto* rank = static_cast<int64_t*>(__builtin_alloca(static_cast<size_t>(a.table.inputs) * sizeof(int64_t)));
+  Work<W> work(a.table, a.keep, a.f, mix_for<W>(a.elect == kElectCount ? kElectCount : kElectMass, a.split, kVoteOnly),
+               rank);
+  const Rule<W> rule{};
+  for (int64_t r = 0; r < a.table.segments; ++r) {
+    const Segment& s = a.table[r];
+    int64_t* counts = a.counts + 2 * s.stats;
+    for (int64_t at = 0, end; at < s.length; at = end, counts += 2) {
+      end = at + tile_length(s.e0 + at, s.length - at);
+      counts[0] = counts[1] = 0;
+      work.start_tile();
+      for (int64_t n; at < end; at += n) {
+        n = block_length(s.e0 + at, end - at);
+        work.block(s, rule, at, n);
+        int32_t up = 0, down = 0;
+        for (int64_t j = 0; j < n; ++j) up += work.out[j] > W(0), down += work.out[j] < W(0);
+        counts[0] += up;
+        counts[1] += down;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void consensus(const ConsensusArgs& a) { a.table.wide() ? consensus_all<double>(a) : consensus_all<float>(a); }
+
+void votes(const VotesArgs& a) { a.table.wide() ? votes_all<double>(a) : votes_all<float>(a); }
+
+}  // namespace FM_ISA
+}  // namespace fastmerge

@@ -1,0 +1,166 @@
+// gram: inner products of the inputs (or of their differences from input 0) in the written order of sums, and the
+// ordered fp64 fold of tile sums.
+//
+// A tile is walked by chunks of kWide lanes, so that a chunk's running sums stay in the first-level cache; four
+// elements of each lane are widened at a time, so that a running sum is loaded and stored once per four products.
+// Elements past the end are widened to +0: a lane starts at +0 and can never become -0, so adding +0 changes nothing.
+#include "kernels.h"
+#include "tile.h"
+
+namespace fastmerge {
+namespace FM_ISA {
+namespace {
+
+constexpr int64_t kWide = 256;
+constexpr int kDeep = 4;
+
+// One chunk of sums: U rows of kWide elements of M inputs, x[i][u][j].
+template <class W, int U, int M, bool kDiff> void sums_of(const W* x, W* acc) {
+  const W *a = x, *b = x + (M > 1 ? kDeep * kWide : 0), *c = x + (M > 2 ? 2 * kDeep * kWide : 0);
+  W *s0 = acc, *s1 = acc + kWide, *s2 = acc + 2 * kWide, *s3 = acc + 3 * kWide, *s4 = acc + 4 * kWide,
+    *s5 = acc + 5 * kWide, *sd = acc + (M * (M + 1) / 2) * kWide;
+  FM_LOOP for (int64_t j = 0; j < kWide; ++j) {
+    W t0 = s0[j], t1 = M > 1 ? s1[j] : W(0), t2 = M > 1 ? s2[j] : W(0), t3 = M > 2 ? s3[j] : W(0),
+      t4 = M > 2 ? s4[j] : W(0), t5 = M > 2 ? s5[j] : W(0), td = kDiff ? sd[j] : W(0);
+    for (int u = 0; u < U; ++u) {
+      const W p = a[u * kWide + j], q = b[u * kWide + j], r = c[u * kWide + j];
+      t0 = t0 + p * p;
+      if (M == 2) t1 = t1 + p * q, t2 = t2 + q * q;
+      if (M == 3) t1 = t1 + p * q, t2 = t2 + p * r, t3 = t3 + q * q, t4 = t4 + q * r, t5 = t5 + r * r;
+      if (kDiff) td = td + (p - q) * (p - q);
+    }
+    s0[j] = t0;
+    if (M > 1) s1[j] = t1, s2[j] = t2;
+    if (M > 2) s3[j] = t3, s4[j] = t4, s5[j] = t5;
+    if (kDiff) sd[j] = td;
+  }
+}
+
+// K columns of one row of the triangle: acc[k] += p * q[k].
+template <class W, int U, int K> void row_of(const W* p, const W* q, W* acc) {
+  FM_LOOP for (int64_t j = 0; j < kWide; ++j) {
+    W t[K];
+    for (int k = 0; k < K; ++k) t[k] = acc[k * kWide + j];
+    for (int u = 0; u < U; ++u) {
+      const W v = p[u * kWide + j];
+      for (int k = 0; k < K; ++k) t[k] = t[k] + v * q[(k * kDeep + u) * kWide + j];
+    }
+    for (int k = 0; k < K; ++k) acc[k * kWide + j] = t[k];
+  }
+}
+
+template <class W, int U> void sums(int m, bool diff, const W* x, W* acc) {
+  if (m == 1) return sums_of<W, U, 1, false>(x, acc);
+  if (m == 2) return diff ? sums_of<W, U, 2, true>(x, acc) : sums_of<W, U, 2, false>(x, acc);
+  if (m == 3) return diff ? sums_of<W, U, 3, true>(x, acc) : sums_of<W, U, 3, false>(x, acc);
+  for (int i = 0; i < m; ++i) {
+    const W* p = x + i * kDeep * kWide;
+    for (int j = i; j < m;) {
+      const W* q = x + j * kDeep * kWide;
+      const int k = m - j < 4 ? m - j : 4;
+      switch (k) {
+        case 1: row_of<W, U, 1>(p, q, acc); break;
+        case 2: row_of<W, U, 2>(p, q, acc); break;
+        case 3: row_of<W, U, 3>(p, q, acc); break;
+        default: row_of<W, U, 4>(p, q, acc); break;
+      }
+      acc += k * kWide;
+      j += k;
+    }
+  }
+  if (diff) {
+    const W *p = x, *q = x + kDeep * kWide;
+    for (int u = 0; u < U; ++u)
+      FM_LOOP for (int64_t j = 0; j < kWide; ++j) {
+        const W d = p[u * kWide + j] - q[u * kWide + j];
+        acc[j] = acc[j] + d * d;
+      }
+  }
+}
+
+// Widens up to kWide elements of one row of lanes; beyond the end of the tile (n elements from `at`) zeros.
+template <class W> void widen_row(int32_t code, int64_t address, int64_t at, int64_t start, int64_t n, W* dst) {
+  int64_t m = n - start < kWide ? n - start : kWide;
+  if (m > 0)
+    load_any(code, address, at + start, m, dst);
+  else
+    m = 0;
+  const int64_t whole = round_up(m);
+  if (whole < kWide) memset(dst + whole, 0, static_cast<size_t>(kWide - whole) * sizeof(W));
+}
+
+template <class W> void tile(const GramArgs& a, const Segment& s, int64_t at, int64_t n, W* scratch, double* out) {
+  const int from = a.delta ? 1 : 0, m = a.table.inputs - from;
+  const int64_t columns = a.columns, rows = (n + kLanes - 1) / kLanes;
+  const int64_t lanes = n < kLanes ? n : kLanes;
+  // scratch: running sums [chunk][column][kWide], then one chunk of widened inputs [m][kDeep][kWide], then the base.
+  W* x = scratch + columns * kLanes;
+  W* base = x + m * kDeep * kWide;
+  int64_t used = 1;  // chunks, a power of two, that hold all lanes in use; the rest are +0
+  while (used * kWide < lanes) used *= 2;
+  for (int64_t c = 0; c < used; ++c) {
+    W* acc = scratch + c * columns * kWide;
+    memset(acc, 0, static_cast<size_t>(columns * kWide) * sizeof(W));
+    for (int64_t r = 0; r < rows;) {
+      const int deep = rows - r >= kDeep ? kDeep : 1;
+      for (int u = 0; u < deep; ++u) {
+        const int64_t start = (r + u) * kLanes + c * kWide;
+        if (a.delta) widen_row(a.table.codes[0], s.in[0], at, start, n, base);
+        for (int i = 0; i < m; ++i) {
+          W* dst = x + (i * kDeep + u) * kWide;
+          widen_row(a.table.codes[i + from], s.in[i + from], at, start, n, dst);
+          if (a.delta)
+            FM_LOOP for (int64_t j = 0; j < kWide; ++j) dst[j] = dst[j] - base[j];
+        }
+      }
+      if (deep == kDeep)
+        sums<W, kDeep>(m, a.diff, x, acc);
+      else
+        sums<W, 1>(m, a.diff, x, acc);
+      r += deep;
+    }
+  }
+  for (int64_t half = used / 2; half > 0; half /= 2)
+    for (int64_t j = 0; j < half * columns * kWide; ++j) scratch[j] = scratch[j] + scratch[j + half * columns * kWide];
+  for (int64_t c = 0; c < columns; ++c) {
+    W* v = scratch + c * kWide;
+    for (int64_t half = kWide / 2; half > 0; half /= 2)
+      for (int64_t j = 0; j < half; ++j) v[j] = v[j] + v[j + half];
+    out[c] = store<double>(v[0]);
+  }
+}
+
+template <class W> void all(const GramArgs& a) {
+  W* scratch = static_cast<W*>(a.scratch);
+  for (int64_t i = 0; i < a.table.segments; ++i) {
+    const Segment& s = a.table[i];
+    double* out = a.partials + s.stats * a.columns;
+    for (int64_t at = 0; at < s.length; out += a.columns) {
+      int64_t n = s.length - at;
+      if (a.per_row) {
+        const int64_t left = s.row - (s.e0 + at) % s.row;
+        n = left < n ? left : n;
+      }
+      n = n < kTile ? n : kTile;
+      tile<W>(a, s, at, n, scratch, out);
+      at += n;
+    }
+  }
+}
+
+}  // namespace
+
+void gram(const GramArgs& a) { a.table.wide() ? all<double>(a) : all<float>(a); }
+
+void fold(const FoldArgs& a) {
+  for (int64_t g = 0; g < a.groups; ++g) {
+    double* out = a.out + g * a.columns;
+    for (int64_t c = 0; c < a.columns; ++c) out[c] = 0.0;
+    for (int64_t r = a.first[g]; r < a.first[g + 1]; ++r)
+      for (int64_t c = 0; c < a.columns; ++c) out[c] = out[c] + a.partials[r * a.columns + c];
+    for (int64_t c = 0; c < a.columns; ++c) out[c] = store<double>(out[c]);
+  }
+}
+
+}  // namespace FM_ISA
+}  // namespace fastmerge

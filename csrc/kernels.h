@@ -1,0 +1,207 @@
+// Every native kernel: its arguments, and the table of functions of one instruction set.
+// Kernels get checked arguments (bindings.cpp validates them), run on the calling thread, allocate nothing
+// that outlives the call and never fail. Each kernel source is compiled once per instruction set, into the
+// namespace that FM_ISA names; everything in it apart from the entry points has internal linkage.
+#pragma once
+
+#include <cstdint>
+
+#include "bits.h"
+
+namespace fastmerge {
+
+constexpr int64_t kTile = 65536;  // elements per tile of every ordered sum
+constexpr int64_t kLanes = 2048;  // running sums inside a tile
+constexpr int64_t kHeader = 7;    // columns of a segment row before its input addresses
+
+// One row of a segment table.
+struct Segment {
+  int64_t out;     // address, 0 for none
+  int64_t length;  // elements
+  int64_t e0;      // logical index of the first element in the whole tensor
+  int64_t row;     // row length
+  int64_t key;     // Philox key, as bits
+  int64_t group;   // (first) parameter row
+  int64_t stats;   // first row of this piece in the output partials
+  int64_t in[1];   // addresses, as many as the table has inputs
+};
+
+struct Table {
+  const int64_t* data;
+  int64_t segments;
+  int32_t inputs;        // M; the delta kernels have the base at 0 and N = M - 1 models
+  const int32_t* codes;  // element type of each input
+
+  __attribute__((always_inline)) const Segment& operator[](int64_t s) const {
+    return *reinterpret_cast<const Segment*>(data + s * (kHeader + inputs));
+  }
+  // The work type is double exactly when an input is.
+  __attribute__((always_inline)) bool wide() const {
+    for (int32_t i = 0; i < inputs; ++i)
+      if (codes[i] == kF64) return true;
+    return false;
+  }
+};
+
+struct CombineArgs {
+  Table table;
+  int32_t out_code;
+  const double* coef;   // [P, M]
+  const double* scale;  // [P, 2] lambda, div
+  bool delta;
+  bool per_row;        // parameter row = group + e / row
+  int64_t* nonfinite;  // [S], added to
+};
+
+struct GramArgs {
+  Table table;
+  double* partials;  // [R, columns]
+  int64_t columns;
+  bool delta;
+  bool diff;
+  bool per_row;   // tiles restart at each row
+  void* scratch;  // gram_scratch() bytes, 64-byte aligned
+};
+constexpr int64_t gram_scratch(int64_t inputs, int64_t columns, bool wide) {
+  return (columns * kLanes + (inputs + 1) * 1024) * (wide ? 8 : 4);
+}
+
+// Ordered fp64 sums of the row ranges [first[g], first[g + 1]) of partials.
+struct FoldArgs {
+  const double* partials;  // [R, columns]
+  int64_t columns;
+  const int64_t* first;  // [G + 1]
+  int64_t groups;
+  double* out;  // [G, columns]
+};
+
+// What is kept of the deltas of N models, before anything is summed.
+struct KeepArgs {
+  int32_t round_code;          // type code that deltas are rounded to, -1 for none
+  bool drop;                   // Bernoulli drop by bern
+  bool trim;                   // magnitude trim by thr and cut
+  const int32_t* model_index;  // [N]
+  const int32_t* bern;         // [P, N]
+  const uint64_t* thr;         // [P, N]
+  const int64_t* cut;          // [P, N, 3] cut_tile, cut_rank, tie_T or -1
+};
+
+struct DeltaKeysArgs {
+  Table table;
+  int32_t round_code;
+  bool drop;
+  const int32_t* model_index;  // [N]
+  const int32_t* bern;         // [P, N]
+  void* out;                   // uint32 (uint64 where the table is wide) [sum of lengths, N]
+};
+
+struct CountArgs {
+  Table table;
+  int32_t round_code;
+  bool drop;
+  const int32_t* model_index;  // [N]
+  const int32_t* bern;         // [P, N]
+  const uint64_t* lo;          // [P, N]
+  const uint64_t* hi;          // [P, N]
+  int64_t* counts;             // [R, N, 4] #key > hi, #key == hi, #key == lo (0 where lo == hi), #lo < key < hi
+  void* keys;                  // uint32 (uint64 where the table is wide) [N, cap]
+  int64_t* where;              // [N, cap, 2] group, e
+  int64_t cap;
+  int64_t* used;  // [N] may pass cap: from there on nothing is stored, only counted
+};
+
+struct L1Args {
+  Table table;
+  KeepArgs keep;
+  double* sums;  // [R, N, 2] |d|, |d| * keep
+};
+
+enum Elect : int32_t { kElectNone = 0, kElectMass = 1, kElectCount = 2 };
+enum Zero : int32_t { kZeroPlus = 0, kZeroMajority = 1, kZeroBase = 2 };
+enum Merge : int32_t { kMergeMean = 0, kMergeSum = 1, kMergeMax = 2 };
+
+struct VotesArgs {
+  Table table;
+  KeepArgs keep;
+  int32_t elect;
+  bool split;
+  const double* f;  // [P, N, 3] c, g, a
+  int64_t* counts;  // [R, 2] #vote > 0, #vote < 0
+};
+
+struct ConsensusArgs {
+  Table table;
+  int32_t out_code;
+  KeepArgs keep;
+  int32_t elect;
+  bool split;
+  int32_t zero;
+  int32_t merge;
+  const double* f;      // [P, N, 3] c, g, a
+  const double* scale;  // [P, 3] lambda, div, majority sign
+  int64_t* nonfinite;   // [S], added to
+};
+
+// One instruction set's kernels.
+struct Kernels {
+  const char* name;
+  void (*combine)(const CombineArgs&);
+  void (*gram)(const GramArgs&);
+  void (*fold)(const FoldArgs&);
+  void (*delta_keys)(const DeltaKeysArgs&);
+  void (*count)(const CountArgs&);
+  void (*l1)(const L1Args&);
+  void (*votes)(const VotesArgs&);
+  void (*consensus)(const ConsensusArgs&);
+  void (*philox)(uint64_t key, uint32_t model, uint32_t op, int64_t e0, int64_t n, uint16_t* out);
+  int64_t (*count_nonfinite)(const void* data, int64_t n, int32_t code);
+};
+
+#define FM_DECLARE_KERNELS(isa)                                                                         \
+  namespace isa {                                                                                       \
+  void combine(const CombineArgs&);                                                                     \
+  void gram(const GramArgs&);                                                                           \
+  void fold(const FoldArgs&);                                                                           \
+  void delta_keys(const DeltaKeysArgs&);                                                                \
+  void count(const CountArgs&);                                                                         \
+  void l1(const L1Args&);                                                                               \
+  void votes(const VotesArgs&);                                                                         \
+  void consensus(const ConsensusArgs&);                                                                 \
+  void philox(uint64_t key, uint32_t model, uint32_t op, int64_t e0, int64_t n, uint16_t* out);         \
+  int64_t count_nonfinite(const void* data, int64_t n, int32_t code);                                   \
+  }
+
+#if defined(__aarch64__)
+FM_DECLARE_KERNELS(neon)
+#else
+FM_DECLARE_KERNELS(baseline)
+#if defined(__x86_64__)
+FM_DECLARE_KERNELS(v3)
+FM_DECLARE_KERNELS(v4)
+#endif
+#endif
+
+// The table in use (dispatch.cpp); use_isa() returns false where this build or machine cannot run that one.
+const Kernels& kernels();
+bool use_isa(const char* name);
+
+// Default floating-point control (round to nearest, no flush to zero) for the life of the object: another
+// library in the process may have changed the thread's.
+class PlainFloat {
+ public:
+  PlainFloat();
+  ~PlainFloat();
+  PlainFloat(const PlainFloat&) = delete;
+  PlainFloat& operator=(const PlainFloat&) = delete;
+
+ private:
+  uint64_t saved_;
+};
+
+// Batched file transfers (io.cpp); see bindings.cpp for the tables. Each returns 0 or the errno it stopped at,
+// and leaves row and done where it stopped.
+int read_some(const int64_t* table, int64_t rows, int64_t& row, int64_t& done);
+int write_some(const int64_t* table, int64_t rows, int64_t& row, int64_t& done);
+int copy_some(const int64_t* table, int64_t rows, int64_t& row, int64_t& done);
+
+}  // namespace fastmerge

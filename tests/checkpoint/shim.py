@@ -1,0 +1,138 @@
+"""The transfer primitive in plain Python, a faulty one around it, and small models on disk."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import importlib.util
+import json
+import os
+import random
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fastmerge.checkpoint.io import I64, Io, native
+from fastmerge.dtypes import BY_TAG
+
+
+class PosixIo:
+    """What ``fastmerge._native`` does, through ``os``: the reference for it, and the base of faults."""
+
+    def read_some(self, table: I64, row: int, done: int) -> tuple[int, int, int]:
+        return self._walk(table, row, done, lambda r, at, n: os.preadv(r[0], [memory(r[2] + at, n)], r[1] + at))
+
+    def write_some(self, table: I64, row: int, done: int) -> tuple[int, int, int]:
+        return self._walk(table, row, done, lambda r, at, n: os.pwrite(r[0], memory(r[2] + at, n), r[1] + at))
+
+    def copy_some(self, table: I64, row: int, done: int) -> tuple[int, int, int]:
+        return self._walk(
+            table, row, done, lambda r, at, n: os.copy_file_range(r[0], r[2], n, r[1] + at, r[3] + at)
+        )
+
+    def limit(self, kind: str, nbytes: int) -> int:
+        """How much of the next transfer is allowed; raises OSError for a fault."""
+        return nbytes
+
+    def _walk(
+        self, table: I64, row: int, done: int, step: Callable[[list[int], int, int], int]
+    ) -> tuple[int, int, int]:
+        kind = {4: "data", 5: "copy"}[table.shape[1]]
+        rows = table.tolist()
+        while row < len(rows):
+            left = rows[row][-1] - done
+            try:
+                done += step(rows[row], done, self.limit(kind, left))
+            except OSError as error:
+                return row, done, error.errno or errno.EIO
+            if done < rows[row][-1]:
+                return row, done, 0
+            row, done = row + 1, 0
+        return row, 0, 0
+
+
+class FaultyIo(PosixIo):
+    """Short transfers, interrupted calls, and one scripted error.
+
+    Args:
+        seed: of the short transfers and interruptions; None for none.
+        fail: errno that appears once ``after`` bytes have been allowed.
+        times: how often it appears; None for ever.
+    """
+
+    def __init__(self, seed: int | None = None, *, fail: int = 0, after: int = 0, times: int | None = None) -> None:
+        self.random = random.Random(seed) if seed is not None else None
+        self.fail, self.after, self.times = fail, after, times
+        self.moved = 0
+        self.calls = 0
+
+    def limit(self, kind: str, nbytes: int) -> int:
+        self.calls += 1
+        if self.fail and self.times != 0:
+            if self.moved >= self.after:
+                if self.times is not None:
+                    self.times -= 1
+                raise OSError(self.fail, os.strerror(self.fail))
+            nbytes = min(nbytes, self.after - self.moved)
+        if self.random is not None:
+            if self.random.random() < 0.2:
+                raise InterruptedError(errno.EINTR, "interrupted")
+            nbytes = self.random.randint(1, nbytes)
+        self.moved += nbytes
+        return nbytes
+
+
+def memory(address: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
+    return (ctypes.c_char * nbytes).from_address(address)
+
+
+def primitives() -> dict[str, Io]:
+    """Every implementation that this machine has."""
+    found: dict[str, Io] = {"posix": PosixIo()}
+    if importlib.util.find_spec("fastmerge._native") is not None:
+        found["native"] = native()
+    return found
+
+
+def file_bytes(
+    tensors: Mapping[str, tuple[str, tuple[int, ...], bytes]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """A safetensors file from (dtype tag, shape, data), in the order given."""
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    at = 0
+    for name, (tag, shape, data) in tensors.items():
+        header[name] = {"dtype": tag, "shape": list(shape), "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    return raw(json.dumps(header).encode(), b"".join(d for _, _, d in tensors.values()))
+
+
+def raw(header: bytes, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def tensor(tag: str, *shape: int, seed: int = 0) -> tuple[str, tuple[int, ...], bytes]:
+    nbytes = int(np.prod(shape, dtype=np.int64)) * BY_TAG[tag].size
+    return tag, shape, np.random.default_rng(seed).bytes(nbytes)
+
+
+def save(directory: Path, shards: Mapping[str, Mapping[str, tuple[str, tuple[int, ...], bytes]]], *, index: bool = False):
+    """Writes a model directory: files, and an index over them if asked."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, tensors in shards.items():
+        (directory / name).write_bytes(file_bytes(tensors))
+    if index:
+        weight_map = {t: name for name, tensors in shards.items() for t in tensors}
+        write_index(directory, weight_map)
+    return directory
+
+
+def write_index(directory: Path, weight_map: Mapping[str, object]) -> Path:
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return path
+
+
+def address(array: np.ndarray) -> int:
+    return array.ctypes.data

@@ -1,0 +1,108 @@
+"""The layout: pure, aligned, and readable by safetensors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import safetensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastmerge.checkpoint import layout
+from fastmerge.checkpoint.header import parse
+from fastmerge.dtypes import BF16, BY_TAG, F32
+from fastmerge.errors import OutputError
+
+
+def check(plan, tensors) -> None:
+    """Every shard parses, is aligned, and the places say the same as the headers."""
+    seen = set()
+    for number, shard in enumerate(plan.shards):
+        assert shard.data_start % 4096 == 0
+        header = parse(shard.header[8:], shard.data_start, shard.size - shard.data_start, where=shard.name)
+        assert tuple(t.name for t in header.tensors) == shard.tensors
+        for info in header.tensors:
+            place = plan.places[info.name]
+            assert (place.shard, place.offset, place.nbytes) == (number, info.offset, info.nbytes)
+            assert info.offset % info.dtype.size == 0
+            assert (info.dtype, info.shape) == tensors[info.name]
+            seen.add(info.name)
+        assert header.metadata["format"] == "pt"
+    assert seen == set(tensors)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(list(BY_TAG.values())), st.lists(st.integers(0, 9), max_size=3)), max_size=20),
+    st.integers(1, 3000),
+)
+def test_any_layout(entries, shard_size):
+    tensors = {f"t{i}": (d, tuple(s)) for i, (d, s) in enumerate(entries)}
+    plan = layout([(n, d, s) for n, (d, s) in tensors.items()], shard_size=shard_size, metadata={"recipe": "{}"})
+    check(plan, tensors)
+    for shard in plan.shards:
+        content = shard.header + bytes(shard.size - shard.data_start)
+        assert {n for n, _ in safetensors.deserialize(content)} == set(shard.tensors)
+        data = shard.size - shard.data_start
+        assert data <= shard_size or sum(plan.places[t].nbytes > 0 for t in shard.tensors) == 1
+    assert plan.total == sum(s.size for s in plan.shards)
+
+
+def test_names_index_and_order():
+    plan = layout(
+        [("h", BF16, (4,)), ("w", F32, (4,)), ("z", BF16, (4,)), ("big", F32, (100,)), ("last", BF16, (1,))],
+        shard_size=40,
+        metadata={},
+    )
+    assert [s.name for s in plan.shards] == [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert [s.tensors for s in plan.shards] == [("w", "h", "z"), ("big",), ("last",)]
+    index = json.loads(plan.index)
+    assert index["metadata"]["total_size"] == 8 + 16 + 8 + 400 + 2
+    assert index["weight_map"]["big"] == "model-00002-of-00003.safetensors"
+
+
+def test_one_shard_has_no_index():
+    plan = layout([("a", BF16, (4,))], shard_size=5e9, metadata={"k": "v"})
+    assert [s.name for s in plan.shards] == ["model.safetensors"]
+    assert plan.index is None
+    assert layout([], shard_size=1, metadata={}).shards[0].tensors == ()
+
+
+def test_equal_layouts_have_equal_digests():
+    def digest(**kwargs):
+        return layout([("a", BF16, (4,))], **({"shard_size": 10, "metadata": {}} | kwargs)).digest
+
+    assert digest() == digest()
+    assert digest(metadata={"k": "v"}) != digest()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ([("a", BF16, (1,)), ("a", BF16, (1,))], "named twice: 'a'"),
+        ([("", BF16, (1,))], "empty tensor name"),
+        ([("a\n", BF16, (1,))], "control character"),
+        ([("__metadata__", BF16, (1,))], "reserved"),
+    ],
+)
+def test_refuses_names(tensors, said):
+    with pytest.raises(OutputError, match=said):
+        layout(tensors, shard_size=10, metadata={})
+
+
+def test_refuses_shard_sizes_below_one_byte():
+    with pytest.raises(OutputError, match="at least 1 byte"):
+        layout([], shard_size=0, metadata={})
+
+
+def test_refuses_a_header_that_no_reader_takes():
+    names = (("x" * 500 + str(i), BF16, (1,)) for i in range(200_000))
+    with pytest.raises(OutputError, match="lower the shard size"):
+        layout(names, shard_size=10**9, metadata={})
+
+
+def test_offsets_beyond_32_bits():
+    plan = layout([("a", F32, (2**31 + 7,)), ("b", F32, (2**31,))], shard_size=1e12, metadata={})
+    assert plan.places["b"].offset == plan.shards[0].data_start + 4 * (2**31 + 7)
+    check(plan, {"a": (F32, (2**31 + 7,)), "b": (F32, (2**31,))})

@@ -1,0 +1,212 @@
+"""Opening models: files, indices, plain directories, and everything that is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+
+from fastmerge.checkpoint import Checkpoint
+from fastmerge.errors import CheckpointError
+from tests.checkpoint.shim import file_bytes, raw, save, tensor, write_index
+
+A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def two(directory, *, index=True):
+    return save(directory, {A: {"a": tensor("BF16", 4)}, B: {"b": tensor("F32", 2, 2)}}, index=index)
+
+
+def refused(path, **kwargs) -> list[str]:
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(path, **kwargs)
+    return caught.value.problems
+
+
+def test_single_file_and_config(tmp_path):
+    save(tmp_path, {"model.safetensors": {"b": tensor("BF16", 4), "a": tensor("F32", 2)}})
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "x": Infinity}')
+    for given in (tmp_path, tmp_path / "model.safetensors", str(tmp_path)):
+        model = Checkpoint.open(given)
+        assert list(model.tensors) == ["b", "a"]
+        assert model.config["model_type"] == "llama"
+        assert model.path == tmp_path
+        assert model.files[0].size == (tmp_path / "model.safetensors").stat().st_size
+    assert model.ref == str(tmp_path)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_shards(tmp_path, index):
+    model = Checkpoint.open(two(tmp_path, index=index))
+    assert [f.path.name for f in model.files] == [A, B]
+    assert {n: i.file for n, i in model.tensors.items()} == {"a": 0, "b": 1}
+    info = model.tensors["b"]
+    content = model.files[info.file].path.read_bytes()
+    assert content[info.offset : info.offset + info.nbytes] == tensor("F32", 2, 2)[2]
+
+
+def test_index_given_by_name(tmp_path):
+    two(tmp_path)
+    assert len(Checkpoint.open(tmp_path / "model.safetensors.index.json").files) == 2
+
+
+def test_identity_is_free_of_paths_and_content_id_sees_values(tmp_path):
+    one = Checkpoint.open(two(tmp_path / "x"))
+    other = Checkpoint.open(two(tmp_path / "y"))
+    assert one.identity == other.identity
+    save(tmp_path / "z", {A: {"a": tensor("BF16", 4, seed=9)}, B: {"b": tensor("F32", 2, 2)}}, index=True)
+    changed = Checkpoint.open(tmp_path / "z")
+    assert changed.identity == one.identity
+    assert changed.content_id() != one.content_id()
+
+
+def test_missing_shard_of_a_numbered_set(tmp_path):
+    two(tmp_path, index=False)
+    (tmp_path / A).unlink()
+    assert refused(tmp_path) == [f"{tmp_path}: 1 of 2 shards, missing: '{A}'"]
+
+
+def test_files_beside_the_model_are_named_in_a_warning(tmp_path):
+    two(tmp_path)
+    save(tmp_path, {"consolidated.safetensors": {"a": tensor("BF16", 4)}})
+    assert "consolidated.safetensors" in Checkpoint.open(tmp_path).warnings[0]
+
+
+def test_plain_directory_without_numbers(tmp_path):
+    save(tmp_path, {"x.safetensors": {"a": tensor("U8", 1)}, "y.safetensors": {"b": tensor("U8", 1)}})
+    assert list(Checkpoint.open(tmp_path).tensors) == ["a", "b"]
+
+
+def test_not_there(tmp_path):
+    assert "no such file or directory" in refused(tmp_path / "nothing")[0]
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    assert "does not exist" in refused(tmp_path / "link")[0]
+    assert "no *.safetensors file" in refused(tmp_path)[0]
+    (tmp_path / "notes.txt").write_text("x")
+    assert "expected a *.safetensors file" in refused(tmp_path / "notes.txt")[0]
+
+
+def test_a_pipe_is_refused_without_waiting_for_it(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert "regular file" in refused(tmp_path)[0]
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '"x"', "\xff", '{"a":' * 5000])
+def test_bad_config(tmp_path, text):
+    two(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    assert str(tmp_path / "config.json") in refused(tmp_path)[0]
+
+
+def test_config_that_leads_elsewhere(tmp_path):
+    (tmp_path / "secret.json").write_text("{}")
+    two(tmp_path / "m")
+    (tmp_path / "m" / "config.json").symlink_to(tmp_path / "secret.json")
+    assert "leads out of the model's directory" in refused(tmp_path / "m")[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ"),
+        ({"quantization_config": {"quant_method": "awq"}}, "AWQ"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "FP8 with scales"),
+        ({"quantization_config": {"bits": 4}}, "an unnamed method"),
+        ({"text_config": {"quantization_config": {"quant_method": "mxfp4"}}}, "MXFP4"),
+    ],
+)
+def test_quantised_by_config(tmp_path, config, said):
+    two(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    problem = refused(tmp_path)[0]
+    assert said in problem
+    assert "unquantised weights" in problem
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"l.qweight": tensor("I32", 2), "l.scales": tensor("F16", 2)}, "GPTQ or AWQ"),
+        ({"l.weight_packed": tensor("I32", 2), "l.weight_scale": tensor("F16", 2)}, "compressed-tensors"),
+        ({"l.weight": tensor("U8", 2), "l.weight.absmax": tensor("F32", 2)}, "bitsandbytes"),
+        ({"l.weight": tensor("I8", 2), "l.SCB": tensor("F32", 2)}, "bitsandbytes"),
+        ({"l.weight": tensor("F8_E4M3", 2), "l.weight_scale_inv": tensor("F32", 1)}, "FP8 with scales"),
+        ({"l_blocks": tensor("U8", 2), "l_scales": tensor("U8", 2)}, "MXFP4"),
+    ],
+)
+def test_quantised_by_tensors(tmp_path, tensors, said):
+    save(tmp_path, {"model.safetensors": tensors})
+    assert said in refused(tmp_path)[0]
+
+
+def test_plain_integers_and_fp8_without_scales_are_no_quantisation(tmp_path):
+    save(tmp_path, {"model.safetensors": {"ids": tensor("I64", 2), "x": tensor("F8_E4M3", 2)}})
+    assert len(Checkpoint.open(tmp_path).tensors) == 2
+
+
+def test_adapters(tmp_path):
+    save(tmp_path / "a", {"adapter_model.safetensors": {"x.lora_A.weight": tensor("F32", 2)}})
+    (tmp_path / "a" / "adapter_config.json").write_text("{}")
+    assert "LoRA adapter" in refused(tmp_path / "a")[0]
+    assert "LoRA adapter" in refused(tmp_path / "a" / "adapter_model.safetensors")[0]
+    save(tmp_path / "b", {"model.safetensors": {"x.lora_A.weight": tensor("F32", 2)}})
+    assert "LoRA adapter" in refused(tmp_path / "b")[0]
+    save(tmp_path / "c", {"model.safetensors": {"x": tensor("F32", 2)}, "adapter_model.safetensors": {}})
+    assert "not used" in Checkpoint.open(tmp_path / "c").warnings[0]
+
+
+def test_gguf(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    assert "GGUF" in refused(tmp_path)[0]
+    assert "GGUF" in refused(tmp_path / "m.gguf")[0]
+
+
+def test_hugging_face_cache_links_are_inside(tmp_path):
+    repo = tmp_path / "models--org--name"
+    (repo / "blobs").mkdir(parents=True)
+    shared = tmp_path / "blobs" / "ab" / ("ab" + "0" * 62)
+    shared.parent.mkdir(parents=True)
+    snapshot = repo / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repo / "blobs" / ("1" * 64)).write_bytes(file_bytes({"a": tensor("BF16", 4)}))
+    shared.write_bytes(file_bytes({"b": tensor("BF16", 4)}))
+    (repo / "blobs" / ("2" * 64)).symlink_to(f"../../blobs/ab/{shared.name}")
+    (snapshot / A).symlink_to("../../blobs/" + "1" * 64)
+    (snapshot / B).symlink_to("../../blobs/" + "2" * 64)
+    write_index(snapshot, {"a": A, "b": B})
+    model = Checkpoint.open(snapshot)
+    assert list(model.tensors) == ["a", "b"]
+    before = model.content_id()
+    os.utime(repo / "blobs" / ("1" * 64), ns=(1, 1))
+    assert Checkpoint.open(snapshot).content_id() == before
+    (snapshot / B).unlink()
+    (snapshot / B).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").write_bytes(shared.read_bytes())
+    assert "leads out" in refused(snapshot)[0]
+
+
+def test_all_problems_of_a_model_at_once(tmp_path):
+    two(tmp_path)
+    (tmp_path / A).write_bytes(raw(b"{"))
+    (tmp_path / B).write_bytes(b"")
+    (tmp_path / "config.json").write_text("[]")
+    problems = refused(tmp_path)
+    assert len(problems) == 3
+    assert all(name in text for name, text in zip((A, B, "config.json"), problems, strict=True))
+
+
+def test_opens_a_mixture_of_experts_quickly(tmp_path):
+    names = [f"model.layers.{i // 384}.mlp.experts.{i % 384}.down_proj.weight" for i in range(18_000)]
+    shards = {
+        f"model-{s + 1:05d}-of-00010.safetensors": {n: ("BF16", (2, 2), b"12345678") for n in names[s::10]}
+        for s in range(10)
+    }
+    save(tmp_path, shards, index=True)
+    start = time.process_time()
+    model = Checkpoint.open(tmp_path)
+    assert time.process_time() - start < 1.0  # about 0.2 s on an idle core
+    assert len(model.tensors) == 18_000

@@ -1,0 +1,267 @@
+"""The kernel interface in numpy, over raw addresses: an oracle for the native kernels that shares no code with them.
+
+It follows the frozen arithmetic word by word, one operation per line, whole pieces at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from fastmerge.philox import u16
+
+TILE, LANES, HEADER = 65536, 2048, 7
+STORED = {0: np.float64, 1: np.float32, 2: np.uint16, 3: np.uint16}
+
+
+def memory(address, count, code):
+    """A view of ``count`` elements at an address."""
+    kind = np.dtype(STORED[code])
+    if count == 0:
+        return np.empty(0, kind)
+    return np.frombuffer((ctypes.c_uint8 * (count * kind.itemsize)).from_address(int(address)), kind)
+
+
+def widen(stored, code, work):
+    if code == 3:
+        return (stored.astype(np.uint32) << 16).view(np.float32).astype(work)
+    if code == 2:
+        return stored.view(np.float16).astype(work)
+    return stored.astype(work)
+
+
+def store(x, code):
+    """Rounds once to storage; every NaN canonical."""
+    nan = np.isnan(x)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        if code == 0:
+            return np.where(nan, np.uint64(0x7FF8000000000000), x.astype(np.float64).view(np.uint64)).view(np.float64)
+        if code == 1:
+            return np.where(nan, np.uint32(0x7FC00000), x.astype(np.float32).view(np.uint32)).view(np.float32)
+        if code == 2:
+            return np.where(nan, np.uint16(0x7E00), x.astype(np.float16).view(np.uint16))
+        # bf16: the two neighbours in exact arithmetic; nearest, even on a tie
+        low = (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint32)
+        candidates = np.stack([np.clip(low.astype(np.int64) + d, low & 0x8000, (low & 0x8000) | 0x7F80) for d in (-1, 0, 1)])
+        values = (candidates.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        # infinity stands where the next finite value would be
+        values = np.where(np.isinf(values), np.sign(values) * 2.0**128, values)
+        wide = x.astype(np.float64)
+        wide = np.where(np.isinf(wide), np.sign(wide) * 2.0**128, wide)
+        far = np.abs(values - wide)
+        best = np.argmin(far * 2 + 0.0, axis=0)
+        tie = far == far.min(axis=0)
+        even = np.where(tie & (candidates & 1 == 0), np.arange(3)[:, None], 3).min(axis=0)
+        pick = np.where((tie.sum(axis=0) > 1) & (even < 3), even, best)
+        picked = np.take_along_axis(candidates, pick[None], axis=0)[0]
+        picked = np.where(np.signbit(x), picked | 0x8000, picked)
+        return np.where(nan, 0x7FC0, picked).astype(np.uint16)
+
+
+def key(d):
+    if d.dtype == np.float64:
+        return d.view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF)
+    return d.view(np.uint32) & np.uint32(0x7FFFFFFF)
+
+
+def tile_sum(v):
+    """Ordered sum of at most one tile."""
+    lanes = np.zeros(LANES, v.dtype)
+    for j in range(0, len(v), LANES):
+        some = v[j : j + LANES]
+        lanes[: len(some)] += some
+    width = LANES // 2
+    while width:
+        lanes[:width] += lanes[width : 2 * width]
+        width //= 2
+    return float(lanes[0])
+
+
+def quiet(function):
+    def call(*args, **kwargs):
+        with np.errstate(all="ignore"):
+            return function(*args, **kwargs)
+
+    return call
+
+
+class Piece:
+    """One row of a table, loaded."""
+
+    def __init__(self, segments, row):
+        self.out, self.n, self.e0, self.row, self.key, self.group, self.stats, *addresses = (int(v) for v in row)
+        self.work = np.float64 if any(d.code == 0 for d in segments.dtypes) else np.float32
+        pairs = zip(addresses, segments.dtypes, strict=True)
+        self.x = [widen(memory(a, self.n, d.code), d.code, self.work) for a, d in pairs]
+
+    def write(self, values, segments, n):
+        code = segments.out_dtype.code
+        stored = store(values, code)
+        if self.n:
+            memory(self.out, self.n, code)[:] = stored
+        if len(segments.nonfinite):
+            segments.nonfinite[n] += int((~np.isfinite(widen(stored, code, np.float64))).sum())
+
+    def deltas(self, round_code):
+        out = [x - self.x[0] for x in self.x[1:]]
+        return out if round_code < 0 else [widen(store(d, round_code), round_code, self.work) for d in out]
+
+    def dropped(self, round_code, drop, index, bern):
+        out = self.deltas(round_code)
+        for i in range(len(out) if drop else 0):
+            keep = u16(self.key, int(index[i]), 0, self.e0, self.n).astype(np.int64) < bern[self.group, i]
+            out[i] = np.where(keep, out[i], self.work(0))
+        return out
+
+    def kept(self, round_code, drop, trim, index, bern, thr, cut):
+        out = self.dropped(round_code, drop, index, bern)
+        for i in range(len(out) if trim else 0):
+            k = key(out[i]).astype(np.uint64)
+            t, (cut_tile, cut_rank, tie) = thr[self.group, i], (int(c) for c in cut[self.group, i])
+            equal = k == t
+            if tie >= 0:
+                ok = u16(self.key, int(index[i]), 1, self.e0, self.n).astype(np.int64) < tie
+            else:
+                tiles = (self.e0 + np.arange(self.n)) // TILE
+                rank = np.zeros(self.n, np.int64)
+                for j in np.unique(tiles):
+                    here = tiles == j
+                    rank[here] = np.cumsum(equal[here]) - equal[here]
+                ok = (tiles < cut_tile) | ((tiles == cut_tile) & (rank < cut_rank))
+            out[i] = np.where((k > t) | (equal & ok), out[i], self.work(0))
+        return out
+
+
+def pieces(segments):
+    return [Piece(segments, row) for row in segments.table]
+
+
+class NumpyKernels:
+    @quiet
+    def combine(self, segments, coef, scale, *, delta, per_row):
+        for n, p in enumerate(pieces(segments)):
+            row = np.full(p.n, p.group)
+            if per_row:
+                row = p.group + (p.e0 + np.arange(p.n)) // p.row
+            c = coef[row].astype(p.work)
+            lam, div = scale[row, 0].astype(p.work), scale[row, 1].astype(p.work)
+            acc = None
+            for i in range(1 if delta else 0, len(p.x)):
+                v = c[:, i] * ((p.x[i] - p.x[0]) if delta else p.x[i])
+                acc = v if acc is None else acc + v
+            acc = np.where(div == 1, acc, acc / div)
+            p.write(p.x[0] + lam * acc if delta else acc, segments, n)
+
+    @quiet
+    def gram(self, segments, partials, *, delta, diff, per_row):
+        for p in pieces(segments):
+            v = [x - p.x[0] for x in p.x[1:]] if delta else p.x
+            spans = [(s, p.n) for s in range(0, p.n, TILE)]
+            if per_row:
+                spans = [(t, r + p.row) for r in range(0, p.n, p.row) for t in range(r, r + p.row, TILE)]
+            for number, (start, end) in enumerate(spans):
+                part = [x[start : min(start + TILE, end)] for x in v]
+                sums = [tile_sum(part[i] * part[j]) for i in range(len(v)) for j in range(i, len(v))]
+                if diff:
+                    apart = part[0] - part[1]
+                    sums.append(tile_sum(apart * apart))
+                partials[p.stats + number] = sums
+
+    def fold(self, partials, first):
+        out = np.zeros((len(first) - 1, partials.shape[1]))
+        for g in range(len(first) - 1):
+            for row in partials[first[g] : first[g + 1]]:
+                out[g] += row
+        return out
+
+    @quiet
+    def delta_keys(self, segments, round_code, drop, index, bern, out):
+        at = 0
+        for p in pieces(segments):
+            for i, d in enumerate(p.dropped(round_code, drop, index, bern)):
+                out[at : at + p.n, i] = key(d)
+            at += p.n
+
+    @quiet
+    def count(self, segments, round_code, drop, index, bern, lo, hi, counts, keys, where, used):
+        for p in pieces(segments):
+            for i, d in enumerate(p.dropped(round_code, drop, index, bern)):
+                k, a, b = key(d).astype(np.uint64), lo[p.group, i], hi[p.group, i]
+                for number, start in enumerate(range(0, p.n, TILE)):
+                    part = k[start : start + TILE]
+                    inside = (part > a) & (part < b)
+                    at_lo = 0 if a == b else int((part == a).sum())
+                    counts[p.stats + number, i] = ((part > b).sum(), (part == b).sum(), at_lo, inside.sum())
+                    found = np.flatnonzero(inside)
+                    room = max(0, min(len(found), keys.shape[1] - int(used[i])))
+                    keys[i, used[i] : used[i] + room] = part[found[:room]]
+                    where[i, used[i] : used[i] + room, 0] = p.group
+                    where[i, used[i] : used[i] + room, 1] = p.e0 + start + found[:room]
+                    used[i] += len(found)
+
+    @quiet
+    def l1(self, segments, round_code, drop, trim, index, bern, thr, cut, sums):
+        for p in pieces(segments):
+            raw = p.deltas(round_code)
+            kept = p.kept(round_code, drop, trim, index, bern, thr, cut)
+            for i, (d, k) in enumerate(zip(raw, kept, strict=True)):
+                for number, start in enumerate(range(0, p.n, TILE)):
+                    sums[p.stats + number, i, 0] = tile_sum(np.abs(d[start : start + TILE]))
+                    sums[p.stats + number, i, 1] = tile_sum(np.abs(k[start : start + TILE]))
+
+    def _vote(self, p, d, elect, split, f):
+        c, _, a = (f[p.group, :, j].astype(p.work) for j in range(3))
+        v = [c[i] * x for i, x in enumerate(d)]
+        if elect == 2:
+            return v, sum((x > 0).astype(np.int64) - (x < 0) for x in d)
+        terms = [a[i] * x for i, x in enumerate(d)] if split else v
+        total = terms[0]
+        for x in terms[1:]:
+            total = total + x
+        return v, total
+
+    @quiet
+    def votes(self, segments, round_code, drop, trim, index, bern, thr, cut, elect, split, f, counts):
+        for p in pieces(segments):
+            _, vote = self._vote(p, p.kept(round_code, drop, trim, index, bern, thr, cut), elect, split, f)
+            for number, start in enumerate(range(0, p.n, TILE)):
+                part = vote[start : start + TILE]
+                counts[p.stats + number] = ((part > 0).sum(), (part < 0).sum())
+
+    @quiet
+    def consensus(
+        self, segments, round_code, drop, trim, index, bern, thr, cut, elect, split, zero, merge, f, scale
+    ):
+        for n, p in enumerate(pieces(segments)):
+            d = p.kept(round_code, drop, trim, index, bern, thr, cut)
+            v, vote = self._vote(p, d, elect, split, f)
+            base, gate = p.x[0], f[p.group, :, 1].astype(p.work)
+            lam, div, majority = scale[p.group].astype(p.work)
+            a, b = v[0], np.abs(v[0])
+            for x in v[1:]:
+                a, b = a + x, b + np.abs(x)
+            if elect == 0:
+                p.write(base + lam * (a if div == 1 else a / div), segments, n)
+                continue
+            up = vote > 0
+            if zero == 0 or (zero == 1 and majority > 0):
+                up = up | (vote == 0)
+            half = p.work(0.5)
+            if merge == 2:
+                high, low = np.zeros_like(a), np.zeros_like(a)
+                for x in v:
+                    high = np.where(x > high, x, high)
+                    low = np.where(x < low, x, low)
+                mix = np.where(np.isnan(a), a, np.where(up, high, low))
+            else:
+                mix = np.where(up, (a + b) * half, (a - b) * half)
+            if merge == 0:
+                plus, minus = np.zeros_like(a), np.zeros_like(a)
+                for g, x in zip(gate, v, strict=True):
+                    plus = np.where(x > 0, plus + g, plus)
+                    minus = np.where(x < 0, minus + g, minus)
+                den = np.where(up, plus, minus)
+                mix = mix / np.where(den == 0, p.work(1), den)
+            out = base + lam * mix
+            p.write(np.where(vote == 0, base, out) if zero == 2 else out, segments, n)

@@ -1,0 +1,103 @@
+"""What keeps the house in order: file sizes, import directions, light imports, documented names."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "fastmerge"
+
+LAYERS = [
+    {"errors", "dtypes", "version"},
+    {"sizes", "philox", "_native"},
+    {"methods", "families", "checkpoint"},
+    {"recipe"},
+    {"planning"},
+    {"schedule", "devices"},
+    {"stream"},
+    {"stores"},
+    {"dispatch"},
+    {"report", "estimate", "describe", "doctor", "memory"},
+    {"engine", "functional", "verify", "benchmark"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+
+
+def sources():
+    return [p for d in ("fastmerge", "kernels", "csrc") for p in (ROOT / d).rglob("*") if p.suffix in {".py", ".pyi", ".cpp", ".h", ".cu"} and "fastmerge/kernels" not in str(p)]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_one_room(path):
+    assert len(path.read_text().splitlines()) <= 420
+
+
+def module_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(tree):
+    """Modules of the package that are imported when the file is, not under TYPE_CHECKING."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fastmerge":
+            parts = node.module.split(".")
+            names |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("fastmerge.")}
+    return names
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    if "kernels" in path.parts:
+        assert not imported(ast.parse(path.read_text())), "kernels import nothing of fastmerge but each other"
+        return
+    here = module_of(path)
+    assert here in RANK, f"{here}: give it a layer"
+    up = {n for n in imported(ast.parse(path.read_text())) if n in RANK and RANK[n] > RANK[here] or n not in RANK}
+    assert not up, f"{here} imports from later layers: {up}"
+
+
+def test_kernels_cannot_be_imported_twice():
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import kernels"
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode
+    assert "fastmerge.kernels" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["merge", "--help"], ["methods"], ["methods", "ties"]])
+def test_commands_do_not_import_torch(words):
+    code = (
+        "import sys\nfrom fastmerge.cli import main\n"
+        f"try:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules), 'heavy import'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_sorted_and_exist():
+    import fastmerge
+
+    assert fastmerge.__all__ == sorted(fastmerge.__all__)
+    for name in fastmerge.__all__:
+        assert getattr(fastmerge, name) is not None
+
+
+def test_plan_is_a_function_whatever_was_imported_first():
+    code = "import fastmerge.engine, fastmerge; assert callable(fastmerge.plan) and callable(fastmerge.merge)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_environment_variables_are_documented():
+    used = set()
+    for path in sources():
+        used |= {w for w in path.read_text().replace('"', " ").replace("'", " ").replace("`", " ").split() if w.startswith("FASTMERGE_") and w.isupper()}
+    text = (ROOT / "README.md").read_text()
+    assert not {u for u in used if u not in text and u not in {"FASTMERGE_CUDA"}}
