@@ -11,7 +11,7 @@ namespace FM_ISA {
 namespace {
 
 constexpr int kMost = 8;
-constexpr int64_t kRun = 8192;  // elements after which a fused run counts its non-finite results, still in cache
+constexpr int64_t kRun = 8192;  // elements after which a fused run reads its tally
 
 // The parameters of one run, rounded once to the work type.
 template <class W> struct Scale {
@@ -20,20 +20,34 @@ template <class W> struct Scale {
 
 // ---- fused ----------------------------------------------------------------------------------------------
 
-template <class T, int M, bool kDelta>
-void fused_steps(const T* const* in, T* out, int64_t n, const float* coef, Scale<float> s) {
+// Pointers and coefficients are copied to locals: stores could otherwise be thought to change them.
+template <class T, int M, bool kDelta, bool kDivide>
+int64_t fused_steps(const T* const* in, T* out, int64_t n, const float* coef, Scale<float> s) {
+  constexpr int kFrom = kDelta ? 1 : 0;
+  const T* x[M];
+  float c[M];
+  for (int i = 0; i < M; ++i) x[i] = in[i], c[i] = coef[i];
+  Tally tally;
+  clear(tally);
   for (int64_t j = 0; j < n; j += kStep) {
-    Lanes base, x, acc;
-    if (kDelta) load16(in[0] + j, base);
-    for (int i = kDelta ? 1 : 0; i < M; ++i) {
-      load16(in[i] + j, x);
-      if (kDelta) x = x - base;
-      acc = i == (kDelta ? 1 : 0) ? coef[i] * x : acc + coef[i] * x;
+    Lanes base, v, acc;
+    if (kDelta) load16(x[0] + j, base);
+    for (int i = kFrom; i < M; ++i) {
+      load16(x[i] + j, v);
+      if (kDelta) v = v - base;
+      acc = i == kFrom ? c[i] * v : acc + c[i] * v;
     }
-    if (s.div != 1.0f) acc = acc / s.div;
+    if (kDivide) acc = acc / s.div;
     if (kDelta) acc = base + s.lambda * acc;
-    store16(acc, out + j);
+    store16(acc, out + j, tally);
   }
+  return total(tally, out);
+}
+
+template <class T, int M, bool kDelta>
+int64_t fused_some(const T* const* in, T* out, int64_t n, const float* coef, Scale<float> s) {
+  return s.div != 1.0f ? fused_steps<T, M, kDelta, true>(in, out, n, coef, s)
+                       : fused_steps<T, M, kDelta, false>(in, out, n, coef, s);
 }
 
 template <class T, int M, bool kDelta>
@@ -46,8 +60,7 @@ int64_t fused_run(const Segment& s, int64_t at, int64_t n, const double* coef, S
   int64_t bad = 0;
   for (int64_t left = n & -kStep; left > 0;) {
     const int64_t m = left < kRun ? left : kRun;
-    fused_steps<T, M, kDelta>(in, out, m, c, scale);
-    bad += nonfinite_block(out, m);
+    bad += fused_some<T, M, kDelta>(in, out, m, c, scale);
     for (int i = 0; i < M; ++i) in[i] += m;
     out += m;
     left -= m;
@@ -55,7 +68,7 @@ int64_t fused_run(const Segment& s, int64_t at, int64_t n, const double* coef, S
   if (const int64_t m = n % kStep) {
     T stage[M][kStep], result[kStep];
     for (int i = 0; i < M; ++i) in[i] = whole_steps(in[i], m, stage[i]);
-    fused_steps<T, M, kDelta>(in, result, kStep, c, scale);
+    fused_some<T, M, kDelta>(in, result, kStep, c, scale);
     memcpy(out, result, static_cast<size_t>(m) * sizeof(T));
     bad += nonfinite_block(result, m);
   }

@@ -15,20 +15,23 @@ constexpr int kGroup = 8;
 enum Vote { kNoVote, kByMass, kBySplit, kByCount };
 constexpr int kVoteOnly = 3;  // in place of a Merge: the result is the vote itself
 
-template <class W> struct Models {
+template <class W>
+struct Models {
   int n;
   const W* d[kGroup];
   typename Pack<W>::I t[kGroup];  // kept are keys above
   typename Pack<W>::V c[kGroup], g[kGroup], a[kGroup];
 };
 
-template <class W> struct Rule {
+template <class W>
+struct Rule {
   W lambda, div;
   bool zero_plus, zero_base;  // a vote of 0 counts as plus; it gives the base
 };
 
 // Running sums of a block between groups of models.
-template <class W> struct Sums {
+template <class W>
+struct Sums {
   alignas(64) W a[kBlock], b[kBlock], plus[kBlock], minus[kBlock], vote[kBlock];
 };
 
@@ -108,37 +111,44 @@ void mix_block(const Models<W>& m, const Rule<W>& rule, int64_t n, bool first, b
 }
 
 // out = b + lambda * mix, from what mix_block left.
-template <class W> void apply_block(const Rule<W>& rule, bool mean, int64_t n, const Sums<W>& sums, const W* base, W* out) {
+template <class W>
+void apply_block(const Rule<W>& rule, bool mean, int64_t n, const Sums<W>& sums, const W* base, W* out) {
   if (mean)
     FM_LOOP for (int64_t j = 0; j < n; ++j) out[j] = base[j] + rule.lambda * (out[j] / sums.plus[j]);
   else if (rule.div != W(1))
     FM_LOOP for (int64_t j = 0; j < n; ++j) out[j] = base[j] + rule.lambda * (out[j] / rule.div);
   else
     FM_LOOP for (int64_t j = 0; j < n; ++j) out[j] = base[j] + rule.lambda * out[j];
-  if (rule.zero_base)
-    FM_LOOP for (int64_t j = 0; j < n; ++j) out[j] = sums.vote[j] == W(0) ? base[j] : out[j];
+  if (rule.zero_base) FM_LOOP for (int64_t j = 0; j < n; ++j) out[j] = sums.vote[j] == W(0) ? base[j] : out[j];
 }
 
 template <class W>
 using Mix = void (*)(const Models<W>&, const Rule<W>&, int64_t, bool, bool, Sums<W>&, W*);
 
-template <class W, int kVote> Mix<W> mix_for(int32_t merge) {
+template <class W, int kVote>
+Mix<W> mix_for(int32_t merge) {
   switch (merge) {
-    case kMergeMean: return mix_block<W, kVote, kMergeMean>;
-    case kMergeSum: return mix_block<W, kVote, kMergeSum>;
-    case kMergeMax: return mix_block<W, kVote, kMergeMax>;
-    default: return mix_block<W, kVote, kVoteOnly>;
+    case kMergeMean:
+      return mix_block<W, kVote, kMergeMean>;
+    case kMergeSum:
+      return mix_block<W, kVote, kMergeSum>;
+    case kMergeMax:
+      return mix_block<W, kVote, kMergeMax>;
+    default:
+      return mix_block<W, kVote, kVoteOnly>;
   }
 }
 
-template <class W> Mix<W> mix_for(int32_t elect, bool split, int32_t merge) {
+template <class W>
+Mix<W> mix_for(int32_t elect, bool split, int32_t merge) {
   if (elect == kElectNone) return mix_block<W, kNoVote, kMergeSum>;
   if (elect == kElectCount) return mix_for<W, kByCount>(merge);
   return split ? mix_for<W, kBySplit>(merge) : mix_for<W, kByMass>(merge);
 }
 
 // The buffers of one call, and the way of a block through them.
-template <class W> struct Work {
+template <class W>
+struct Work {
   using V = typename Pack<W>::V;
   using I = typename Pack<W>::I;
   const Table& table;
@@ -183,7 +193,8 @@ template <class W> struct Work {
   }
 };
 
-template <class W> void consensus_all(const ConsensusArgs& a) {
+template <class W>
+void consensus_all(const ConsensusArgs& a) {
   auto* rank = static_cast<int64_t*>(__builtin_alloca(static_cast<size_t>(a.table.inputs) * sizeof(int64_t)));
   Work<W> work(a.table, a.keep, a.f, mix_for<W>(a.elect, a.split, a.merge), rank);
   for (int64_t r = 0; r < a.table.segments; ++r) {
@@ -206,7 +217,8 @@ template <class W> void consensus_all(const ConsensusArgs& a) {
   }
 }
 
-template <class W> void votes_all(const VotesArgs& a) {
+template <class W>
+void votes_all(const VotesArgs& a) {
   auto* rank = static_cast<int64_t*>(__builtin_alloca(static_cast<size_t>(a.table.inputs) * sizeof(int64_t)));
   Work<W> work(a.table, a.keep, a.f, mix_for<W>(a.elect == kElectCount ? kElectCount : kElectMass, a.split, kVoteOnly),
                rank);

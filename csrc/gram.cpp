@@ -13,10 +13,11 @@ namespace {
 
 constexpr int64_t kWide = 256;
 constexpr int kDeep = 4;
+constexpr int64_t kInput = kDeep * kWide + 64;  // one input's chunk; padded, as streams 4 KiB apart share cache sets
 
-// One chunk of sums: U rows of kWide elements of M inputs, x[i][u][j].
+// One chunk of sums: U rows of kWide elements of M inputs, kInput apart.
 template <class W, int U, int M, bool kDiff> void sums_of(const W* x, W* acc) {
-  const W *a = x, *b = x + (M > 1 ? kDeep * kWide : 0), *c = x + (M > 2 ? 2 * kDeep * kWide : 0);
+  const W *a = x, *b = x + (M > 1 ? kInput : 0), *c = x + (M > 2 ? 2 * kInput : 0);
   W *s0 = acc, *s1 = acc + kWide, *s2 = acc + 2 * kWide, *s3 = acc + 3 * kWide, *s4 = acc + 4 * kWide,
     *s5 = acc + 5 * kWide, *sd = acc + (M * (M + 1) / 2) * kWide;
   FM_LOOP for (int64_t j = 0; j < kWide; ++j) {
@@ -43,7 +44,7 @@ template <class W, int U, int K> void row_of(const W* p, const W* q, W* acc) {
     for (int k = 0; k < K; ++k) t[k] = acc[k * kWide + j];
     for (int u = 0; u < U; ++u) {
       const W v = p[u * kWide + j];
-      for (int k = 0; k < K; ++k) t[k] = t[k] + v * q[(k * kDeep + u) * kWide + j];
+      for (int k = 0; k < K; ++k) t[k] = t[k] + v * q[k * kInput + u * kWide + j];
     }
     for (int k = 0; k < K; ++k) acc[k * kWide + j] = t[k];
   }
@@ -54,9 +55,9 @@ template <class W, int U> void sums(int m, bool diff, const W* x, W* acc) {
   if (m == 2) return diff ? sums_of<W, U, 2, true>(x, acc) : sums_of<W, U, 2, false>(x, acc);
   if (m == 3) return diff ? sums_of<W, U, 3, true>(x, acc) : sums_of<W, U, 3, false>(x, acc);
   for (int i = 0; i < m; ++i) {
-    const W* p = x + i * kDeep * kWide;
+    const W* p = x + i * kInput;
     for (int j = i; j < m;) {
-      const W* q = x + j * kDeep * kWide;
+      const W* q = x + j * kInput;
       const int k = m - j < 4 ? m - j : 4;
       switch (k) {
         case 1: row_of<W, U, 1>(p, q, acc); break;
@@ -69,7 +70,7 @@ template <class W, int U> void sums(int m, bool diff, const W* x, W* acc) {
     }
   }
   if (diff) {
-    const W *p = x, *q = x + kDeep * kWide;
+    const W *p = x, *q = x + kInput;
     for (int u = 0; u < U; ++u)
       FM_LOOP for (int64_t j = 0; j < kWide; ++j) {
         const W d = p[u * kWide + j] - q[u * kWide + j];
@@ -93,9 +94,9 @@ template <class W> void tile(const GramArgs& a, const Segment& s, int64_t at, in
   const int from = a.delta ? 1 : 0, m = a.table.inputs - from;
   const int64_t columns = a.columns, rows = (n + kLanes - 1) / kLanes;
   const int64_t lanes = n < kLanes ? n : kLanes;
-  // scratch: running sums [chunk][column][kWide], then one chunk of widened inputs [m][kDeep][kWide], then the base.
+  // scratch: running sums [chunk][column][kWide], then one chunk of widened inputs [m][kInput], then a row of the base.
   W* x = scratch + columns * kLanes;
-  W* base = x + m * kDeep * kWide;
+  W* base = x + m * kInput;
   int64_t used = 1;  // chunks, a power of two, that hold all lanes in use; the rest are +0
   while (used * kWide < lanes) used *= 2;
   for (int64_t c = 0; c < used; ++c) {
@@ -107,7 +108,7 @@ template <class W> void tile(const GramArgs& a, const Segment& s, int64_t at, in
         const int64_t start = (r + u) * kLanes + c * kWide;
         if (a.delta) widen_row(a.table.codes[0], s.in[0], at, start, n, base);
         for (int i = 0; i < m; ++i) {
-          W* dst = x + (i * kDeep + u) * kWide;
+          W* dst = x + i * kInput + u * kWide;
           widen_row(a.table.codes[i + from], s.in[i + from], at, start, n, dst);
           if (a.delta)
             FM_LOOP for (int64_t j = 0; j < kWide; ++j) dst[j] = dst[j] - base[j];

@@ -20,43 +20,57 @@ namespace {
 #endif
 
 // Keys are compared as signed integers, which orders them: the sign bit is clear.
-template <class W> struct Pack;
-template <> struct Pack<float> {
+template <class W>
+struct Pack;
+template <>
+struct Pack<float> {
   typedef float V FM_VECTOR;
   typedef int32_t I FM_VECTOR;
   using Int = int32_t;
   static constexpr Int kNan = 0x7fc00000, kMost = 0x7fffffff;
 };
-template <> struct Pack<double> {
+template <>
+struct Pack<double> {
   typedef double V FM_VECTOR;
   typedef int64_t I FM_VECTOR;
   using Int = int64_t;
   static constexpr Int kNan = 0x7ff8000000000000, kMost = 0x7fffffffffffffff;
 };
-template <class W> using Int = typename Pack<W>::Int;
-template <class W> constexpr int64_t kWidth = sizeof(typename Pack<W>::V) / sizeof(W);
+template <class W>
+using Int = typename Pack<W>::Int;
+template <class W>
+constexpr int64_t kWidth = sizeof(typename Pack<W>::V) / sizeof(W);
 
-template <class W> inline typename Pack<W>::V get(const W* p) {
+template <class W>
+inline typename Pack<W>::V get(const W* p) {
   typename Pack<W>::V v;
   memcpy(&v, p, sizeof v);
   return v;
 }
-template <class W> inline void put(W* p, typename Pack<W>::V v) { memcpy(p, &v, sizeof v); }
+template <class W>
+inline void put(W* p, typename Pack<W>::V v) {
+  memcpy(p, &v, sizeof v);
+}
 
 // Where the mask m (all ones or all zeros per lane) is set, a, else b.
-template <class V, class I> inline V select(I m, V a, V b) {
+template <class V, class I>
+inline V select(I m, V a, V b) {
 #if defined(__AVX2__)
-  return reinterpret_cast<V>(_mm256_blendv_epi8(reinterpret_cast<__m256i>(b), reinterpret_cast<__m256i>(a),
-                                                reinterpret_cast<__m256i>(m)));
+  return reinterpret_cast<V>(
+      _mm256_blendv_epi8(reinterpret_cast<__m256i>(b), reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(m)));
 #else
   return reinterpret_cast<V>((m & reinterpret_cast<I>(a)) | (~m & reinterpret_cast<I>(b)));
 #endif
 }
-template <class V, class I> inline V masked(I m, V v) { return reinterpret_cast<V>(m & reinterpret_cast<I>(v)); }
+template <class V, class I>
+inline V masked(I m, V v) {
+  return reinterpret_cast<V>(m & reinterpret_cast<I>(v));
+}
 
 // Keys of a vector. Processors disagree on the payload of a NaN that arithmetic makes, never on its quiet bit, so
 // the smaller of the key and the canonical NaN's is the same everywhere.
-template <class W> inline typename Pack<W>::I keys_of(typename Pack<W>::V d) {
+template <class W>
+inline typename Pack<W>::I keys_of(typename Pack<W>::V d) {
   const typename Pack<W>::I k = reinterpret_cast<typename Pack<W>::I>(d) & Pack<W>::kMost;
   const typename Pack<W>::I nan = typename Pack<W>::I{} + Pack<W>::kNan;
 #if defined(__AVX2__)
@@ -66,13 +80,15 @@ template <class W> inline typename Pack<W>::I keys_of(typename Pack<W>::V d) {
 #endif
   return select(k < nan, k, nan);
 }
-template <class W> inline Int<W> rank_key(W d) {
+template <class W>
+inline Int<W> rank_key(W d) {
   const Int<W> k = static_cast<Int<W>>(key_of(d));
   return k < Pack<W>::kNan ? k : Pack<W>::kNan;
 }
 
 // A threshold of a table as a key; one above every key stays so.
-template <class W> inline Int<W> key_bound(uint64_t thr) {
+template <class W>
+inline Int<W> key_bound(uint64_t thr) {
   return thr < static_cast<uint64_t>(Pack<W>::kMost) ? static_cast<Int<W>>(thr) : Pack<W>::kMost;
 }
 
@@ -89,7 +105,8 @@ inline int64_t tile_length(int64_t e, int64_t left) {
 // A pass over a block: called, not inlined, so that a kernel holds one copy of it.
 #define FM_STEP __attribute__((noinline, unused))
 
-template <class T, class W> inline void subtract(const T* x, const W* base, int64_t n, W* d) {
+template <class T, class W>
+inline void subtract(const T* x, const W* base, int64_t n, W* d) {
   FM_LOOP for (int64_t j = 0; j < n; ++j) d[j] = load<W>(x[j]) - base[j];
 }
 #if defined(__F16C__)
@@ -99,23 +116,31 @@ inline void subtract(const Fp16* x, const float* base, int64_t n, float* d) {
 }
 #endif
 
-template <class T, class W> inline void round_block(int64_t n, W* d) {
+template <class T, class W>
+inline void round_block(int64_t n, W* d) {
   FM_LOOP for (int64_t j = 0; j < n; ++j) d[j] = load<W>(store<T>(d[j]));
 }
 
-template <class W> FM_STEP void base_block(const Table& t, const Segment& s, int64_t at, int64_t n, W* base) {
+template <class W>
+FM_STEP void base_block(const Table& t, const Segment& s, int64_t at, int64_t n, W* base) {
   load_any(t.codes[0], s.in[0], at, n, base);
 }
 
 // d = x_i - b of elements [at, at + n) of the segment, rounded to a storage type where round_code names one.
 template <class W>
 FM_STEP void delta_block(const Table& t, const Segment& s, int32_t i, int64_t at, int64_t n, int32_t round_code,
-                        const W* base, W* d) {
+                         const W* base, W* d) {
   const int64_t x = s.in[1 + i];
   switch (t.codes[1 + i]) {
-    case kBF16: subtract(reinterpret_cast<const Bf16*>(x) + at, base, n, d); break;
-    case kF16: subtract(reinterpret_cast<const Fp16*>(x) + at, base, n, d); break;
-    case kF32: subtract(reinterpret_cast<const float*>(x) + at, base, n, d); break;
+    case kBF16:
+      subtract(reinterpret_cast<const Bf16*>(x) + at, base, n, d);
+      break;
+    case kF16:
+      subtract(reinterpret_cast<const Fp16*>(x) + at, base, n, d);
+      break;
+    case kF32:
+      subtract(reinterpret_cast<const float*>(x) + at, base, n, d);
+      break;
     default:  // an fp64 input makes the work type double
       if (sizeof(W) == 8) subtract(reinterpret_cast<const double*>(x) + at, base, n, d);
   }
@@ -137,7 +162,8 @@ FM_STEP void drop_block(int32_t t, const Segment& s, int32_t model, int64_t at, 
   FM_LOOP for (int64_t j = 0; j < n; ++j) d[j] = static_cast<int32_t>(u[j]) < t ? d[j] : W(0);
 }
 
-template <class W> inline int64_t ties_in(const W* d, int64_t n, Int<W> thr) {
+template <class W>
+inline int64_t ties_in(const W* d, int64_t n, Int<W> thr) {
   typename Pack<W>::I some{};
   int64_t j = 0, ties = 0;
   for (; j + kWidth<W> <= n; j += kWidth<W>) some -= keys_of<W>(get(d + j)) == thr;
@@ -151,7 +177,7 @@ template <class W> inline int64_t ties_in(const W* d, int64_t n, Int<W> thr) {
 // zeroed here. `rank` runs over the ties of a tile, from 0 at its start.
 template <class W>
 FM_STEP Int<W> trim_block(const KeepArgs& k, const Segment& s, int64_t models, int32_t i, int64_t at, int64_t n,
-                         int64_t& rank, W* d) {
+                          int64_t& rank, W* d) {
   const int64_t p = s.group * models + i, e = s.e0 + at;
   const Int<W> thr = key_bound<W>(k.thr[p]);
   const int64_t cut_tile = k.cut[3 * p], cut_rank = k.cut[3 * p + 1], tie_t = k.cut[3 * p + 2];
@@ -161,8 +187,8 @@ FM_STEP Int<W> trim_block(const KeepArgs& k, const Segment& s, int64_t models, i
     alignas(64) uint16_t u[kBlock];
     random_block(static_cast<uint64_t>(s.key), static_cast<uint32_t>(k.model_index[i]), kSpread, e, n, u);
     const auto t = static_cast<int32_t>(tie_t);
-    FM_LOOP for (int64_t j = 0; j < n; ++j)
-      d[j] = (rank_key(d[j]) == thr) & (static_cast<int32_t>(u[j]) >= t) ? W(0) : d[j];
+    FM_LOOP for (int64_t j = 0; j < n; ++j) d[j] =
+        (rank_key(d[j]) == thr) & (static_cast<int32_t>(u[j]) >= t) ? W(0) : d[j];
     return thr - 1;
   }
   const int64_t tile = e / kTile;
@@ -181,7 +207,7 @@ FM_STEP Int<W> trim_block(const KeepArgs& k, const Segment& s, int64_t models, i
 // Drop and trim of one model's block, whose delta is in d; the result as trim_block's.
 template <class W>
 FM_STEP Int<W> keep_block(const KeepArgs& k, const Segment& s, int64_t models, int32_t i, int64_t at, int64_t n,
-                         int64_t& rank, W* d) {
+                          int64_t& rank, W* d) {
   if (k.drop) drop_block(k.bern[s.group * models + i], s, k.model_index[i], at, n, d);
   return k.trim ? trim_block(k, s, models, i, at, n, rank, d) : Int<W>(-1);
 }

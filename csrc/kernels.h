@@ -63,7 +63,7 @@ struct GramArgs {
   void* scratch;  // gram_scratch() bytes, 64-byte aligned
 };
 constexpr int64_t gram_scratch(int64_t inputs, int64_t columns, bool wide) {
-  return (columns * kLanes + (inputs + 1) * 1024) * (wide ? 8 : 4);
+  return (columns * kLanes + (inputs + 1) * 2048) * (wide ? 8 : 4);
 }
 
 // Ordered fp64 sums of the row ranges [first[g], first[g + 1]) of partials.

@@ -1,14 +1,15 @@
 // What exact selection needs: the keys of a sample, counts around a bracket of keys, and L1 norms of what is kept.
 //
 // count reads a block of the base once and each model once: four compares per key, sums in vectors. Keys strictly
-// inside the bracket, about one in a hundred, are found by a mask over 32 keys and appended one by one.
+// inside the bracket, about one in a hundred, are found by a mask over 32 keys and appended at the end of the block.
 #include "keep.h"
 
 namespace fastmerge {
 namespace FM_ISA {
 namespace {
 
-template <class W> void keys_all(const DeltaKeysArgs& a) {
+template <class W>
+void keys_all(const DeltaKeysArgs& a) {
   const int64_t models = a.table.inputs - 1;
   auto* out = static_cast<Key<W>*>(a.out);
   alignas(64) W base[kBlock], d[kBlock];
@@ -27,7 +28,8 @@ template <class W> void keys_all(const DeltaKeysArgs& a) {
 }
 
 // Where the candidates of one model go.
-template <class W> struct Found {
+template <class W>
+struct Found {
   Key<W>* keys;
   int64_t* where;
   int64_t cap, used, group;
@@ -42,7 +44,8 @@ template <class W> struct Found {
   }
 };
 
-template <class W> struct Bracket {
+template <class W>
+struct Bracket {
   Int<W> lo, hi;
 };
 
@@ -55,7 +58,8 @@ inline uint32_t lane_bits(Pack<double>::I m) {
   return static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(m)));
 }
 #else
-template <class I> inline uint32_t lane_bits(I m) {
+template <class I>
+inline uint32_t lane_bits(I m) {
   uint64_t half[2];
   static_assert(sizeof m == sizeof half, "vectors of 16 bytes");
   memcpy(half, &m, sizeof m);
@@ -66,14 +70,25 @@ template <class I> inline uint32_t lane_bits(I m) {
 }
 #endif
 
+// The lowest set bit; anything where there is none.
+inline int64_t first_bit(uint32_t bits) {
+#if defined(__BMI__)
+  return static_cast<int64_t>(_tzcnt_u32(bits));
+#else
+  return bits ? __builtin_ctz(bits) : 0;
+#endif
+}
+
 // Adds the four counts of a block to c and its candidates to found; e is the logical index of d[0].
-template <class W> void count_block(const W* d, int64_t n, int64_t e, Bracket<W> b, int64_t* c, Found<W>& found) {
+template <class W>
+void count_block(const W* d, int64_t n, int64_t e, Bracket<W> b, int64_t* c, Found<W>& found) {
   using I = typename Pack<W>::I;
   constexpr int64_t kStep = kWidth<W>, kGroup = 4;
   // Where the bracket is one key, no key is below it: a key equal to both counts once, as equal to hi.
   const Int<W> lo_equal = b.lo == b.hi ? Int<W>(-1) : b.lo;
   I above{}, at_hi{}, at_lo{};
-  int64_t j = 0, inside = 0;
+  uint16_t inside[kBlock + 2];
+  int64_t j = 0, found_here = 0;
   for (; j + kGroup * kStep <= n; j += kGroup * kStep) {
     uint32_t bits = 0;
     for (int64_t g = 0; g < kGroup; ++g) {
@@ -83,10 +98,15 @@ template <class W> void count_block(const W* d, int64_t n, int64_t e, Bracket<W>
       at_lo -= k == lo_equal;
       bits |= lane_bits((k > b.lo) & (k < b.hi)) << (g * kStep);
     }
-    for (; bits; bits &= bits - 1, ++inside) {
-      const int64_t at = j + __builtin_ctz(bits);
-      found.add(d[at], e + at);
-    }
+    // Places of two candidates are written whether there are any or not: few groups have more, and a branch on
+    // one candidate in a hundred keys would be mispredicted.
+    uint16_t* place = inside + found_here;
+    found_here += __builtin_popcount(bits);
+    place[0] = static_cast<uint16_t>(j + first_bit(bits));
+    bits &= bits - 1;
+    place[1] = static_cast<uint16_t>(j + first_bit(bits));
+    for (bits &= bits - 1, place += 2; __builtin_expect(bits != 0, 0); bits &= bits - 1)
+      *place++ = static_cast<uint16_t>(j + first_bit(bits));
   }
   for (int64_t l = 0; l < kStep; ++l) c[0] += above[l], c[1] += at_hi[l], c[2] += at_lo[l];
   for (; j < n; ++j) {
@@ -94,12 +114,14 @@ template <class W> void count_block(const W* d, int64_t n, int64_t e, Bracket<W>
     c[0] += k > b.hi;
     c[1] += k == b.hi;
     c[2] += k == lo_equal;
-    if (k > b.lo && k < b.hi) found.add(d[j], e + j), ++inside;
+    if (k > b.lo && k < b.hi) inside[found_here++] = static_cast<uint16_t>(j);
   }
-  c[3] += inside;
+  for (int64_t l = 0; l < found_here; ++l) found.add(d[inside[l]], e + inside[l]);
+  c[3] += found_here;
 }
 
-template <class W> void count_all(const CountArgs& a) {
+template <class W>
+void count_all(const CountArgs& a) {
   const int64_t models = a.table.inputs - 1;
   alignas(64) W base[kBlock], d[kBlock];
   for (int64_t r = 0; r < a.table.segments; ++r) {
@@ -124,7 +146,8 @@ template <class W> void count_all(const CountArgs& a) {
   }
 }
 
-template <class W> inline W fold_lanes(W* lane) {
+template <class W>
+inline W fold_lanes(W* lane) {
   for (int64_t half = kLanes / 2; half > 0; half /= 2)
     FM_LOOP for (int64_t j = 0; j < half; ++j) lane[j] = lane[j] + lane[j + half];
   return lane[0];
@@ -150,7 +173,8 @@ void l1_tile(const L1Args& a, const Segment& s, int32_t i, int64_t at, int64_t e
   sums[1] = static_cast<double>(fold_lanes(kept));
 }
 
-template <class W> void l1_all(const L1Args& a) {
+template <class W>
+void l1_all(const L1Args& a) {
   const int64_t models = a.table.inputs - 1;
   for (int64_t r = 0; r < a.table.segments; ++r) {
     const Segment& s = a.table[r];

@@ -88,31 +88,34 @@ template <class T> inline int64_t nonfinite_block(const T* p, int64_t n) {
   return bad;
 }
 
-template <class T, class W> inline void round_steps(const W* src, int64_t n, T* dst) {
+// Rounds n <= kBlock values (whole steps) to storage; returns how many results are not finite.
+template <class T, class W> inline int64_t round_steps(const W* src, int64_t n, T* dst) {
   FM_LOOP for (int64_t j = 0; j < (n & -kStep); ++j) dst[j] = store<T>(src[j]);
+  return nonfinite_block(dst, n);
 }
 
-template <class T> inline void round_steps(const float* src, int64_t n, T* dst) {
+template <class T> inline int64_t round_steps(const float* src, int64_t n, T* dst) {
+  Tally tally;
+  clear(tally);
   for (int64_t j = 0; j < n; j += kStep) {
     Lanes a;
     load16(src + j, a);
     reorder(dst, a);
-    store16(a, dst + j);
+    store16(a, dst + j, tally);
   }
+  return total(tally, dst);
 }
-inline void round_steps(const float* src, int64_t n, double* dst) {
+inline int64_t round_steps(const float* src, int64_t n, double* dst) {
   FM_LOOP for (int64_t j = 0; j < (n & -kStep); ++j) dst[j] = store<double>(src[j]);
+  return nonfinite_block(dst, n);
 }
 
-// Rounds n <= kBlock values (src readable in whole steps) to storage; returns how many results are not finite.
+// The same for any n <= kBlock (src readable in whole steps).
 template <class T, class W> inline int64_t store_block(const W* src, int64_t n, T* dst) {
-  if (n % kStep == 0) {
-    round_steps(src, n, dst);
-  } else {
-    T stage[kBlock];
-    round_steps(src, round_up(n), stage);
-    memcpy(dst, stage, static_cast<size_t>(n) * sizeof(T));
-  }
+  if (n % kStep == 0) return round_steps(src, n, dst);
+  T stage[kBlock];
+  round_steps(src, round_up(n), stage);
+  memcpy(dst, stage, static_cast<size_t>(n) * sizeof(T));
   return nonfinite_block(dst, n);
 }
 

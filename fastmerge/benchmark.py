@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import statistics
@@ -19,7 +20,7 @@ from fastmerge.dispatch import backend
 from fastmerge.doctor import memcpy_rate
 from fastmerge.dtypes import BF16
 from fastmerge.methods import METHODS
-from fastmerge.methods.base import REQUIRED, Group, Method, Program, Segments
+from fastmerge.methods.base import REQUIRED, Group, Method, Segments
 from fastmerge.stream import cut, segment_row
 
 ELEMENTS = 1 << 20
@@ -44,7 +45,7 @@ def bench_kernels(*, runs: int = 5) -> list[Row]:
         group = _group(method)
         segments, keep = _segments(group)
         program = method.program([group], kernels)
-        seconds = _median(lambda m=method, g=group, s=segments: _passes(m.program([g], kernels), s), runs)
+        seconds = _median(functools.partial(_passes, method, group, kernels, segments), runs)
         moved = ELEMENTS * 2 * (len(group.dtypes) + 1)
         rows.append(
             {
@@ -59,7 +60,8 @@ def bench_kernels(*, runs: int = 5) -> list[Row]:
     return rows
 
 
-def _passes(program: Program, segments: Segments) -> None:
+def _passes(method: type[Method], group: Group, kernels: Any, segments: Segments) -> None:
+    program = method.program([group], kernels)
     while not program.ready:
         pieces = program.pieces()
         program.advance([program.statistics(segments if pieces is None else cut(segments, pieces))])

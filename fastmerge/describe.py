@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import textwrap
 
-from fastmerge.errors import RecipeError
-from fastmerge.methods import METHODS
+from fastmerge.methods import METHODS, get
 from fastmerge.methods.base import REQUIRED, Param
 
 
@@ -22,10 +20,7 @@ def describe(name: str) -> str:
     Raises:
         RecipeError: for an unknown name, with the nearest known one.
     """
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, 1)
-        raise RecipeError(f"unknown method {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
-    method = METHODS[name]
+    method = get(name)
     rule = method.contract
     models = f"{rule.least}" if rule.most == rule.least else f"{rule.least} to {rule.most or 'any number'}"
     doc = textwrap.dedent("    " + (method.__doc__ or "")).strip()

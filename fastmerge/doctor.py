@@ -48,13 +48,13 @@ def examine(directory: str = ".") -> dict[str, Any]:
 def _isa() -> str:
     from fastmerge import _native
 
-    return _native.isa()
+    return str(_native.isa())
 
 
 def _has_cuda() -> bool:
     from fastmerge import _native
 
-    return _native.has_cuda()
+    return bool(_native.has_cuda())
 
 
 def _reference(native: str | None) -> str:

@@ -30,7 +30,12 @@ log = logging.getLogger("fastmerge")
 Progress = Callable[[Stats], None]
 
 
-def plan(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, *, seed: int | None = None, shard_size: str | int = "5GB") -> Plan:
+def plan(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    *,
+    seed: int | None = None,
+    shard_size: str | int = "5GB",
+) -> Plan:
     """Plans a merge: reads the recipe and the models' headers, no weights.
 
     Args:
@@ -52,7 +57,7 @@ def merge(
     device: str = "auto",
     memory: str | int | None = None,
     seed: int | None = None,
-    backend: str | None = None,  # noqa: A002,F811  the word of the command line
+    backend: str | None = None,
     shard_size: str | int = "5GB",
     resume: bool = False,
     overwrite: bool = False,

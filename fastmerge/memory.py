@@ -1,4 +1,4 @@
-"""Merging tensors that the caller owns: mergekit 0.1.5's calls, through the same schedule and workers as a merge on disk."""
+"""Merging tensors that the caller owns: mergekit 0.1.5's calls, through the workers of a merge on disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastmerge.dispatch import backend as choose
 from fastmerge.dispatch import devices, program_factory
 from fastmerge.dtypes import BY_NAME, DType, promote
 from fastmerge.errors import RecipeError, ShapeError
-from fastmerge.methods import METHODS
+from fastmerge.methods import get
 from fastmerge.methods.base import REQUIRED, Group, Method, Param
 from fastmerge.philox import tensor_key
 from fastmerge.planning import Output
@@ -68,7 +68,7 @@ def merge_tensors(
     if len(keys) != len(tensors) or len(set(keys)) != len(keys):
         raise RecipeError(f"ids: expected {len(tensors)} different ids, got {keys!r}")
     base = None if base_index is None else keys[range(len(keys))[base_index]]
-    kind = _method(method)
+    kind = get(method)
     binding = _bind(kind, keys, base, parameters or {}, preset)
     target = out_dtype or dtype
     output, inputs = _output(kind, binding, name or "", dict(zip(keys, tensors, strict=True)), base, target, seed)
@@ -98,7 +98,8 @@ def merge_state_dicts(
         parameters: as in :func:`merge_tensors`, the same for all tensors.
         base: id of the base model.
         strict: whether all models must have the same tensors; else only common ones are merged.
-        dtype, out_dtype: as in :func:`merge_tensors`.
+        dtype: as in :func:`merge_tensors`.
+        out_dtype: as in :func:`merge_tensors`.
         preset: a published variant of the method.
         seed: of the random methods.
         backend: ``native``, ``reference``, ``triton`` or None for the best one.
@@ -124,7 +125,7 @@ def merge_state_dicts(
     missing += [f"{n}: not in the first model" for s in states.values() for n in s if n not in first]
     if strict and missing:
         raise ShapeError(sorted(set(missing)))
-    kind = _method(method)
+    kind = get(method)
     binding = _bind(kind, list(states), base, parameters or {}, preset)
     merged: dict[str, torch.Tensor] = {}
     outputs, inputs, results = [], [], []
@@ -152,12 +153,6 @@ class _Binding:
 
     shared: Mapping[str, Any]
     by_input: Mapping[Hashable, Mapping[str, Any]]
-
-
-def _method(name: str) -> type[Method]:
-    if name not in METHODS:
-        raise RecipeError(f"unknown method {name!r}{hint(name, METHODS)}; known: {', '.join(METHODS)}")
-    return METHODS[name]
 
 
 def _bind(
@@ -192,7 +187,7 @@ def _bind(
             for key, item in zip(over, _spread(p, value, over, problems), strict=False):
                 by_input[key][p.name] = _convert(p, item, problems)
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(list(dict.fromkeys(problems)))
     return _Binding(shared, by_input)
 
 

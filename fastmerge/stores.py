@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from fastmerge import _native
 from fastmerge.checkpoint import Files, Writer
@@ -57,7 +57,7 @@ class Finite:
             if not there:
                 raise OutputError(
                     f"{out.name}: the merge made {bad} NaN or Inf values out of finite inputs "
-                    f"(stored as {segments.out_dtype.name}); expected finite ones. Try out_dtype: float32, or other weights"
+                    f"(stored as {segments.out_dtype.name}); expected finite ones: try out_dtype float32, or other weights"
                 )
             if self.policy == "error":
                 raise OutputError(f"{out.name}: {there} NaN or Inf values in its inputs (--nan error)")
@@ -75,8 +75,8 @@ def _zero(address: int, n: int, dtype: DType) -> None:
         2: (np.uint16, 0x7C00),
         3: (np.uint16, 0x7F80),
     }[dtype.code]
-    memory = (ctypes.c_char * (n * dtype.size)).from_address(address)
-    bits = np.frombuffer(memory, word)
+    memory: Any = (ctypes.c_char * (n * dtype.size)).from_address(address)
+    bits: npt.NDArray[Any] = np.frombuffer(memory, np.dtype(word))
     bits[(bits & word(exponent)) == word(exponent)] = 0
 
 
@@ -158,7 +158,13 @@ class FileStore:
             fd = self._files.fd(source.model, source.info.file)
             row = [fd, source.info.offset + start, place.shard, place.offset + start, nbytes]
             last = rows[-1] if rows else None
-            if last and last[0] == fd and last[2] == row[2] and last[1] + last[4] == row[1] and last[3] + last[4] == row[3]:
+            if (
+                last
+                and last[0] == fd
+                and last[2] == row[2]
+                and last[1] + last[4] == row[1]
+                and last[3] + last[4] == row[3]
+            ):
                 last[4] += nbytes
             elif nbytes:
                 rows.append(row)
@@ -179,7 +185,9 @@ class FileStore:
 
     def _bytes(self, source: Source) -> bytes:
         fd = self._files.fd(source.model, source.info.file)
-        return os.pread(fd, source.info.nbytes, source.info.offset)
+        data = np.empty(source.info.nbytes, np.uint8)
+        self._files.read(np.array([[fd, source.info.offset, data.ctypes.data, data.nbytes]], np.int64))
+        return data.tobytes()
 
     def done(self, job: Job, unit: Unit) -> bool:
         """Whether the journal of the interrupted run covers every output range of the unit."""

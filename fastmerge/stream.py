@@ -122,9 +122,7 @@ class Queue:
         program, job = running.program, running.job
         assert program is not None
         if program.ready:
-            return [
-                _Task(running, u, i, "apply") for i, u in enumerate(job.units) if not self._store.done(job, u)
-            ]
+            return [_Task(running, u, i, "apply") for i, u in enumerate(job.units) if not self._store.done(job, u)]
         pieces = program.pieces()
         units = job.units if pieces is None else tuple(self._cut(job, pieces))
         running.partials = []

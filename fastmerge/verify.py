@@ -101,7 +101,7 @@ def _scan(model: Checkpoint, name: str) -> tuple[str, int, int]:
         f.seek(info.offset)
         left = info.nbytes
         while left:
-            got = f.readinto(memoryview(buffer)[: min(left, BLOCK)])
+            got = f.readinto(buffer.data[: min(left, BLOCK)])
             if not got:
                 raise CheckpointError(f"{model.files[info.file].path}: shrank while being read")
             whole = got - got % info.dtype.size
@@ -120,12 +120,16 @@ def _checksums(model: Checkpoint, found: Verification, pool: ThreadPoolExecutor)
             ranges = json.loads(path.read_text())["details"]["checksums"]
         except (ValueError, KeyError, TypeError):
             found.problems.append(f"{path}: not a merge report")
-    covered: dict[str, int] = defaultdict(int)
-    for shard, offset, nbytes, good in pool.map(lambda r: (r[0], r[1], r[2], _matches(found.directory, r)), ranges):
-        covered[shard] += nbytes
+    ends: dict[str, int] = defaultdict(int)
+    ranges.sort(key=lambda r: (r[0], r[1]))
+    for (shard, offset, nbytes, _), good in zip(
+        ranges, pool.map(lambda r: _matches(found.directory, r), ranges), strict=True
+    ):
+        # A resumed merge may have recorded overlapping ranges; each byte counts once.
+        found.checked += max(0, offset + nbytes - max(offset, ends[shard]))
+        ends[shard] = max(ends[shard], offset + nbytes)
         if not good:
             found.problems.append(f"{shard}: bytes {offset} to {offset + nbytes} differ from what the merge wrote")
-    found.checked = sum(covered.values())
     found.unchecked = found.nbytes - found.checked
 
 
@@ -133,4 +137,4 @@ def _matches(directory: str, entry: list[Any]) -> bool:
     shard, offset, nbytes, expected = entry
     with (Path(directory) / os.path.basename(shard)).open("rb") as f:  # noqa: PTH119  a name from a file stays a name
         f.seek(offset)
-        return xxhash.xxh3_64_hexdigest(f.read(nbytes)) == expected
+        return bool(xxhash.xxh3_64_hexdigest(f.read(nbytes)) == expected)

@@ -30,7 +30,7 @@ ITEM = 5
 
 @triton.jit
 def typed(address, CODE: tl.constexpr, PLAIN: tl.constexpr):
-    """The address as a pointer to elements of type ``CODE``."""
+    """The address as a pointer to elements of type ``CODE``; bf16 as bits (uint16), see :func:`load`."""
     if CODE == 0:
         p = address.to(tl.pointer_type(tl.float64), bitcast=True)
     elif CODE == 1:
@@ -38,7 +38,7 @@ def typed(address, CODE: tl.constexpr, PLAIN: tl.constexpr):
     elif CODE == 2:
         p = address.to(tl.pointer_type(tl.float16), bitcast=True)
     else:
-        p = address.to(tl.pointer_type(tl.bfloat16), bitcast=True)
+        p = address.to(tl.pointer_type(tl.uint16), bitcast=True)
     if PLAIN:
         p = tl.multiple_of(p, 16)
     return p
@@ -58,18 +58,18 @@ def at(address, start, CODE: tl.constexpr, PLAIN: tl.constexpr):
 
 @triton.jit
 def load(p, done, offs, mask, WIDE: tl.constexpr, PLAIN: tl.constexpr):
-    """Elements ``p[done + offs]`` widened exactly to the work type; +0 where the mask is off."""
+    """Elements ``p[done + offs]`` widened exactly to the work type; +0 where the mask is off.
+
+    bf16 is widened by a shift of its bits: the interpreter's own cast loses subnormal numbers.
+    """
     p = p + done
     if PLAIN:
         x = tl.load(tl.multiple_of(p, 16) + offs, eviction_policy="evict_first")
     else:
-        x = tl.load(p + offs, mask=mask, other=0.0)
-    if WIDE:
-        if x.dtype != tl.float64:
-            x = x.to(tl.float32)
-        return x.to(tl.float64)
-    else:
-        return x.to(tl.float32)
+        x = tl.load(p + offs, mask=mask, other=0)
+    if x.dtype == tl.uint16:
+        x = (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float64 if WIDE else tl.float32)
 
 
 @triton.jit
@@ -153,15 +153,25 @@ def store(p, offs, mask, x, bad, CODE: tl.constexpr, PLAIN: tl.constexpr, BLOCK:
     elif CODE == 2:
         y = u.to(tl.float16, bitcast=True)
     else:
-        y = u.to(tl.bfloat16, bitcast=True)
+        y = u
     if PLAIN:
         tl.store(p + offs, y, cache_modifier=".cs")
     else:
         tl.store(p + offs, y, mask=mask)
         wrong = tl.where(mask, wrong, 0)
-    # Eight neighbours belong to one thread: no shuffle, no barrier, and an atomic only where something is wrong.
-    some = tl.sum(tl.reshape(wrong, (BLOCK // 8, 8)), axis=1)
-    tl.atomic_add(bad + tl.zeros((BLOCK // 8,), tl.int32), some.to(tl.int64), mask=some > 0, sem="relaxed")
+    # Neighbours of 16 bytes belong to one thread: no shuffle, no barrier, and an atomic only where something is wrong.
+    NEAR: tl.constexpr = 2 if CODE == 0 else (4 if CODE == 1 else 8)
+    some = tl.sum(tl.reshape(wrong, (BLOCK // NEAR, NEAR)), axis=1)
+    tl.atomic_add(bad + tl.zeros((BLOCK // NEAR,), tl.int32), some.to(tl.int64), mask=some > 0, sem="relaxed")
+
+
+@triton.jit
+def divide(x, y):
+    """IEEE quotient of two blocks; ``/`` is that for fp64 only."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
 
 
 @triton.jit

@@ -8,10 +8,14 @@ Thresholds are read from device memory, so a selection on the device needs no ro
 element index per segment and model (see ``cuts_kernel``), not as (tile, rank): one comparison per element.
 """
 
+from __future__ import annotations
+
+import torch
 import triton
 import triton.language as tl
 
-from fastmerge.kernels._jit import at, load, magnitude, narrow, random16, widen
+from ._jit import at, load, magnitude, narrow, random16, widen
+from ._launch import CONFIGS, OPTIONS
 
 
 @triton.jit
@@ -162,3 +166,35 @@ def cuts_kernel(
             else:
                 e += BLOCK
     tl.store(out + s * N + i, found)
+
+
+def cuts(
+    out: torch.Tensor,
+    table: torch.Tensor,
+    bern: torch.Tensor,
+    model_index: torch.Tensor,
+    thr: torch.Tensor,
+    cut: torch.Tensor,
+    *,
+    inputs: int,
+    codes: int,
+    round_code: int,
+    drop: bool,
+    wide: bool,
+) -> None:
+    """Turns tie cuts into element indices; never waits.
+
+    Args:
+        out: int64 ``[S, N]`` on the device: the element index from which ties are lost.
+        table: int64 ``[S, 7 + M]`` on the device.
+        bern: int32 ``[P, N]``; model_index: int32 ``[N]``.
+        thr: keys int32 (int64 where wide) ``[P, N]``.
+        cut: int64 ``[P, N, 3]`` (tile, rank, tie).
+        inputs: M = N + 1, the base included.
+        codes: packed type codes of the inputs.
+        round_code: type that deltas are rounded to, -1 for none.
+        drop: whether the Bernoulli drop comes first.
+        wide: work in fp64.
+    """
+    args = (out, table, bern, model_index, thr, cut, inputs, codes, round_code, drop, wide)
+    cuts_kernel[(len(table), inputs - 1)](*args, **CONFIGS["cuts"], **OPTIONS)

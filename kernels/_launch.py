@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 import triton
 
-from fastmerge.kernels._jit import HEADER, LANES, TILE
+from ._jit import HEADER, LANES, TILE
 
 I64 = npt.NDArray[np.int64]
 
@@ -42,6 +42,9 @@ CONFIGS: dict[str, dict[str, int]] = {
 }
 """Launch table: data, with the reason beside it. Results do not depend on it."""
 
+INTERPRETER_BLOCK = 16_384
+"""Elements per program of elementwise kernels in the interpreter, whose cost is per program."""
+
 GRAM_PAIRS = 10
 """Inner products of one launch: 10 columns (four inputs) keep 80 running sums a thread, within 128 registers."""
 
@@ -59,6 +62,11 @@ class Items:
     def variants(self) -> list[tuple[bool, I64]]:
         """(PLAIN, items) of each launch that has work."""
         return [(p, i) for p, i in ((True, self.plain), (False, self.masked)) if len(i)]
+
+    def split(self, ties: npt.NDArray[np.bool_]) -> list[tuple[bool, bool, I64]]:
+        """(PLAIN, CUT, items) of each launch; ``ties`` says of every plain item whether ties are decided inside it."""
+        every = ((True, False, self.plain[~ties]), (True, True, self.plain[ties]), (False, True, self.masked))
+        return [(p, c, i) for p, c, i in every if len(i)]
 
 
 def _runs(table: I64, per_row: bool) -> tuple[I64, I64, I64, I64, I64]:
@@ -121,7 +129,14 @@ def tile_items(table: I64, codes: Sequence[int], *, block: int, per_row: bool = 
 
 
 def element_items(
-    table: I64, codes: Sequence[int], out_code: int, *, block: int, per_row: bool = False, lanes: bool = False
+    table: I64,
+    codes: Sequence[int],
+    out_code: int,
+    *,
+    block: int,
+    per_row: bool = False,
+    lanes: bool = False,
+    rows: bool = False,
 ) -> Items:
     """Items for elementwise kernels: a tile's full blocks are plain, what is left is masked.
 
@@ -132,12 +147,16 @@ def element_items(
         block: elements per program.
         per_row: the parameter row is group + row index.
         lanes: the kernel draws random numbers.
+        rows: the output row counts elements (``stats`` is that of the segment's first), not tiles.
     """
     items = _tiles(table, per_row)
+    if rows:
+        items[:, 4] = table[items[:, 0], 6] + items[:, 1]
     full = np.where(_aligned(table, items, codes, out_code, lanes), items[:, 2] // block * block, 0)
     plain, rest = items.copy(), items.copy()
     plain[:, 2] = full
     rest[:, 1] += full
+    rest[:, 4] += full * rows
     rest[:, 2] -= full
     return Items(plain[full > 0], rest[rest[:, 2] > 0])
 
@@ -156,6 +175,23 @@ class Keep:
     flags: tuple[int, bool, bool, bool]
 
 
+def undecided(table: I64, items: I64, thr: npt.NDArray[np.uint64], cut: I64, *, wide: bool) -> npt.NDArray[np.bool_]:
+    """Which items need every element's tie rule: ties thinned or cut inside, or a threshold that is a NaN's key.
+
+    Args:
+        table: segment table; items: int64 ``[T, 5]``.
+        thr: ``[P, N]``; cut: ``[P, N, 3]`` (tile, rank, tie).
+        wide: keys are of fp64.
+    """
+    first = table[items[:, 0], 2] + items[:, 1]
+    last = first + items[:, 2] - 1
+    tile, rank, tie = (cut[items[:, 3], :, c] for c in range(3))
+    inside = (tile >= (first // TILE)[:, None]) & (tile <= (last // TILE)[:, None]) & (rank > 0)
+    above = thr[items[:, 3]] > np.uint64(0x7FF0000000000000 if wide else 0x7F800000)
+    some: npt.NDArray[np.bool_] = (inside | (tie >= 0) | above).any(axis=1)
+    return some
+
+
 def pack(codes: Sequence[int]) -> int:
     """Type codes as one integer, four bits each, input 0 lowest: a constexpr of the kernels."""
     word = 0
@@ -167,6 +203,12 @@ def pack(codes: Sequence[int]) -> int:
 def spread(items: I64, block: int) -> int:
     """Base-2 logarithm of the programs that each item of an elementwise launch gets."""
     return int(-(-int(items[:, 2].max()) // block) - 1).bit_length()
+
+
+def bounds(keys: npt.NDArray[np.uint64], *, wide: bool) -> npt.NDArray[Any]:
+    """Thresholds as signed keys, int32 (int64 where wide); one above every key stays so."""
+    most = np.iinfo(np.int64 if wide else np.int32).max
+    return np.minimum(keys, np.uint64(most)).astype(np.int64 if wide else np.int32)
 
 
 def upload(array: Any, device: torch.device) -> torch.Tensor:
@@ -197,3 +239,9 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter, on CPU addresses (TRITON_INTERPRET=1 at import)."""
     return bool(triton.knobs.runtime.interpret)
+
+
+def config(name: str) -> dict[str, int]:
+    """Launch configuration of an elementwise kernel."""
+    cfg = CONFIGS[name]
+    return {**cfg, "BLOCK": INTERPRETER_BLOCK} if interpreted() else cfg

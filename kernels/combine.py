@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmerge.kernels._jit import at, load, store
-from fastmerge.kernels._launch import CONFIGS, I64, OPTIONS, chunks, spread, upload
+from ._jit import at, divide, load, store
+from ._launch import I64, OPTIONS, chunks, config, spread, upload
 
 
 @triton.jit(do_not_specialize=["log"])
@@ -63,7 +63,7 @@ def combine_kernel(
         else:
             acc = acc + term
     if DIV:
-        acc = tl.div_rn(acc, tl.zeros_like(acc) + tl.load(scale + p * 2 + 1))
+        acc = divide(acc, tl.zeros_like(acc) + tl.load(scale + p * 2 + 1))
     if DELTA:
         acc = b + tl.load(scale + p * 2) * acc
     store(at(tl.load(row), start, OUT, PLAIN), offs, mask, acc, nonfinite + s, OUT, PLAIN, BLOCK)
@@ -99,7 +99,7 @@ def combine(
         wide: work in fp64.
         plain: which variant the items are for.
     """
-    cfg = CONFIGS["combine"]
+    cfg = config("combine")
     log = spread(items, cfg["BLOCK"])
     for part in chunks(upload(items, table.device), 1 << log):
         combine_kernel[(len(part) << log,)](

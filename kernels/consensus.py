@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmerge.kernels._jit import at, load, store
-from fastmerge.kernels._keep import delta, keep
-from fastmerge.kernels._launch import CONFIGS, I64, OPTIONS, Keep, chunks, spread, upload
+from ._jit import at, divide, load, store
+from ._keep import delta, keep
+from ._launch import I64, OPTIONS, Keep, chunks, config, spread, upload
 
 NONE, MASS, COUNT = 0, 1, 2
 """How a sign is elected."""
@@ -124,7 +124,7 @@ def consensus_kernel(
     if ELECT == 0:
         mix = total
         if DIV:
-            mix = tl.div_rn(mix, tl.zeros_like(mix) + tl.load(scale + p * 3 + 1))
+            mix = divide(mix, tl.zeros_like(mix) + tl.load(scale + p * 3 + 1))
     else:
         if ELECT == 2:
             up = votes > 0
@@ -137,14 +137,15 @@ def consensus_kernel(
         if ZERO == 0:
             up = up | tied
         elif ZERO == 1:
-            up = up | (tied & (tl.load(scale + p * 3 + 2) >= 0))
+            majority = tl.zeros_like(total) + tl.load(scale + p * 3 + 2)
+            up = up | (tied & (majority > 0))
         if MERGE == 2:
             mix = tl.where(total == total, tl.where(up, ups, downs), total)
         else:
             mix = (total + tl.where(up, mass, -mass)) * 0.5
             if MERGE == 0:
                 den = tl.where(up, ups, downs)
-                mix = tl.div_rn(mix, tl.where(den == 0, 1.0, den))
+                mix = divide(mix, tl.where(den == 0, 1.0, den))
     y = b + tl.load(scale + p * 3) * mix
     if ELECT != 0:
         if ZERO == 2:
@@ -189,7 +190,7 @@ def consensus(
         wide: work in fp64.
         plain, cut: which variant the items are for.
     """
-    cfg = CONFIGS["consensus"]
+    cfg = config("consensus")
     log = spread(items, cfg["BLOCK"])
     flags = (elect, split, zero, merge, div, wide, plain, cut)
     for part in chunks(upload(items, table.device), 1 << log):

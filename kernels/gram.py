@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmerge.kernels._jit import at, fold, load
-from fastmerge.kernels._launch import CONFIGS, GRAM_PAIRS, I64, OPTIONS, chunks, upload
+from ._jit import at, fold, load
+from ._launch import CONFIGS, GRAM_PAIRS, I64, OPTIONS, chunks, upload
 
 
 @triton.jit
@@ -76,3 +76,68 @@ def gram_kernel(
         done += BLOCK
     for c in tl.static_range(TO - FROM):
         tl.store(partials + stat * COLUMNS + FROM + c, fold(sums[c], BLOCK).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["columns"])
+def fold_kernel(out, partials, first, columns: tl.int32, BLOCK: tl.constexpr):
+    """Program (g, c block): out f64 ``[G, columns]`` = sum of partials rows first[g] .. first[g + 1] - 1, in order."""
+    g = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = c < columns
+    r = tl.load(first + g)
+    stop = tl.load(first + g + 1)
+    acc = tl.zeros((BLOCK,), tl.float64)
+    while r < stop:
+        for k in tl.static_range(8):  # eight loads in flight; the additions stay in order
+            part = tl.load(partials + (r + k) * columns + c, mask=mask & (r + k < stop), other=0.0)
+            acc = tl.where(r + k < stop, acc + part, acc)
+        r += 8
+    tl.store(out + g * columns + c, acc, mask=mask)
+
+
+def gram(
+    partials: torch.Tensor,
+    table: torch.Tensor,
+    items: I64,
+    *,
+    inputs: int,
+    codes: int,
+    delta: bool,
+    diff: bool,
+    wide: bool,
+    plain: bool,
+) -> None:
+    """Launches one variant for all columns, ten at a time; never waits.
+
+    Args:
+        partials: f64 ``[R, columns]`` on the device; the rows of the items are written.
+        table: int64 ``[S, 7 + M]`` on the device.
+        items: work items (host) of this variant, one per tile.
+        inputs: M, the base included.
+        codes: packed type codes of the inputs.
+        delta: input 0 is a base; products are of x_i - b.
+        diff: the last column is ``sum (x_0 - x_1)^2`` (of deltas where delta).
+        wide: work in fp64.
+        plain: which variant the items are for.
+    """
+    k = inputs - int(delta)
+    columns = k * (k + 1) // 2 + int(diff)
+    for part in chunks(upload(items, table.device), 1):
+        for c in range(0, columns, GRAM_PAIRS):
+            span = (c, min(c + GRAM_PAIRS, columns))
+            gram_kernel[(len(part),)](
+                partials, table, part, inputs, codes, columns, *span, delta, diff, wide, plain, **CONFIGS["gram"], **OPTIONS
+            )  # fmt: skip
+
+
+def fold_rows(out: torch.Tensor, partials: torch.Tensor, first: torch.Tensor) -> None:
+    """Ordered fp64 sums of row ranges: ``out[g] = ((0 + partials[first[g]]) + ...)``; never waits.
+
+    Args:
+        out: f64 ``[G, C]``; partials: f64 ``[R, C]``; first: int64 ``[G + 1]``; all on the device.
+    """
+    groups, columns = out.shape
+    if groups and columns:
+        cfg = CONFIGS["fold"]
+        grid = (groups, -(-columns // cfg["BLOCK"]))
+        fold_kernel[grid](out, partials, first, columns, **cfg, **OPTIONS)

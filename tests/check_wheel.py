@@ -26,7 +26,9 @@ def check(wheel: Path) -> list[str]:
         with tempfile.TemporaryDirectory() as d:
             z.extractall(d)
             run = "import fastmerge, sys; from fastmerge import _native; print(_native.isa()); assert 'torch' not in sys.modules"
-            done = subprocess.run([sys.executable, "-c", run], cwd="/", env={"PYTHONPATH": d}, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-c", run], cwd="/", env={"PYTHONPATH": d}, capture_output=True, text=True
+            )
             if done.returncode:
                 problems.append(f"does not import: {done.stderr.strip()}")
             elif d not in subprocess.run(

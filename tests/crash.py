@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from fastmerge import engine, schedule, stream
@@ -29,6 +30,11 @@ def digest(directory):
     return h.hexdigest()
 
 
+def staging(out):
+    """Where the output grows."""
+    return out.with_name(f".{out.name}.fastmerge-staging")
+
+
 def child(recipe, out, **how):
     """Forks a merge; returns its pid."""
     pid = os.fork()
@@ -37,6 +43,8 @@ def child(recipe, out, **how):
         try:
             engine.merge(recipe, out, memory=parse_bytes("64MB"), **how)
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return pid
@@ -47,17 +55,18 @@ def main(recipe, root, moments, seed, overwrite):
     stream.SYNC_SECONDS = 0.01
     root = Path(root)
     started = time.monotonic()
-    assert os.waitpid(child(recipe, root / "whole"), 0)[1] == 0
+    assert os.waitpid(child(recipe, root / "whole" / "out"), 0)[1] == 0
     span = time.monotonic() - started
-    good = digest(root / "whole")
+    good = digest(root / "whole" / "out")
     rng = random.Random(seed)
     killed = resumed = 0
     for i in range(moments):
-        out = root / f"out{i}"
+        out = root / f"moment{i}" / "out"
+        out.parent.mkdir()
         old = None
         if overwrite:
             out.mkdir()
-            (out / "old.txt").write_text("the old output")
+            (out / "model.safetensors").write_text("the old output")
             old = digest(out)
         pid = child(recipe, out, overwrite=overwrite)
         time.sleep(rng.random() * span * 1.1)
@@ -69,9 +78,12 @@ def main(recipe, root, moments, seed, overwrite):
             assert os.waitpid(child(recipe, out, resume=True, overwrite=overwrite), 0)[1] == 0, f"moment {i}: no resume"
             resumed += 1
         assert digest(out) == good, f"moment {i}: different bytes after --resume"
-        left = [p.name for p in root.iterdir() if p.name not in ("whole", out.name)]
+        if staging(out).exists():  # killed between the rename and the clean-up
+            assert os.waitpid(child(recipe, out, resume=True, overwrite=overwrite), 0)[1] == 0
+            assert digest(out) == good
+        left = [p.name for p in out.parent.iterdir() if p != out]
         assert not left, f"moment {i}: left behind {left}"
-        shutil.rmtree(out)
+        shutil.rmtree(out.parent)
     print(json.dumps({"moments": moments, "killed": killed, "resumed": resumed, "seconds": round(span, 3)}))
 
 

@@ -41,22 +41,11 @@ def store(x, code):
             return np.where(nan, np.uint32(0x7FC00000), x.astype(np.float32).view(np.uint32)).view(np.float32)
         if code == 2:
             return np.where(nan, np.uint16(0x7E00), x.astype(np.float16).view(np.uint16))
-        # bf16: the two neighbours in exact arithmetic; nearest, even on a tie
-        low = (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint32)
-        candidates = np.stack([np.clip(low.astype(np.int64) + d, low & 0x8000, (low & 0x8000) | 0x7F80) for d in (-1, 0, 1)])
-        values = (candidates.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-        # infinity stands where the next finite value would be
-        values = np.where(np.isinf(values), np.sign(values) * 2.0**128, values)
-        wide = x.astype(np.float64)
-        wide = np.where(np.isinf(wide), np.sign(wide) * 2.0**128, wide)
-        far = np.abs(values - wide)
-        best = np.argmin(far * 2 + 0.0, axis=0)
-        tie = far == far.min(axis=0)
-        even = np.where(tie & (candidates & 1 == 0), np.arange(3)[:, None], 3).min(axis=0)
-        pick = np.where((tie.sum(axis=0) > 1) & (even < 3), even, best)
-        picked = np.take_along_axis(candidates, pick[None], axis=0)[0]
-        picked = np.where(np.signbit(x), picked | 0x8000, picked)
-        return np.where(nan, 0x7FC0, picked).astype(np.uint16)
+        # bf16 has 8 bits of mantissa down to 2^-126; rint rounds ties to even, and all of this is exact in fp64
+        wide = np.where(np.isfinite(x), x, 0).astype(np.float64)
+        ulp = np.ldexp(1.0, np.maximum(np.frexp(wide)[1], -125) - 8)
+        near = np.where(np.isfinite(x), np.copysign(np.rint(wide / ulp) * ulp, x), x).astype(np.float32)
+        return np.where(nan, 0x7FC0, near.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def key(d):
@@ -159,7 +148,7 @@ class NumpyKernels:
             v = [x - p.x[0] for x in p.x[1:]] if delta else p.x
             spans = [(s, p.n) for s in range(0, p.n, TILE)]
             if per_row:
-                spans = [(t, r + p.row) for r in range(0, p.n, p.row) for t in range(r, r + p.row, TILE)]
+                spans = [(t, r + p.row) for r in range(0, p.n, max(p.row, 1)) for t in range(r, r + p.row, TILE)]
             for number, (start, end) in enumerate(spans):
                 part = [x[start : min(start + TILE, end)] for x in v]
                 sums = [tile_sum(part[i] * part[j]) for i in range(len(v)) for j in range(i, len(v))]
@@ -230,9 +219,7 @@ class NumpyKernels:
                 counts[p.stats + number] = ((part > 0).sum(), (part < 0).sum())
 
     @quiet
-    def consensus(
-        self, segments, round_code, drop, trim, index, bern, thr, cut, elect, split, zero, merge, f, scale
-    ):
+    def consensus(self, segments, round_code, drop, trim, index, bern, thr, cut, elect, split, zero, merge, f, scale):
         for n, p in enumerate(pieces(segments)):
             d = p.kept(round_code, drop, trim, index, bern, thr, cut)
             v, vote = self._vote(p, d, elect, split, f)

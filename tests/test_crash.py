@@ -17,9 +17,12 @@ def test_killed_at_any_moment_and_resumed(tmp_path, moments, mode):
     recipe.write_text(tiny.recipe(paths, "ties", weight=0.5, density=0.3))
     root = tmp_path / "work"
     root.mkdir()
-    script = Path(__file__).with_name("crash.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(recipe), str(root), str(moments), "1", mode], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tests.crash", str(recipe), str(root), str(moments), "1", mode],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).resolve().parent.parent,
     )
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)

@@ -137,7 +137,13 @@ def test_the_right_weights(paths, tmp_path):
 def test_out_dtype_and_mixed_inputs(paths, tmp_path):
     tiny.write(tmp_path / "half", {k: v.half() for k, v in load(paths["a"]).items()})
     tiny.write(tmp_path / "full", {k: v.float() for k, v in load(paths["b"]).items()})
-    text = tiny.recipe({"a": tmp_path / "half", "b": tmp_path / "full", "c": paths["c"]}, "linear", base=None, dtype="float32", weight=1.0)
+    text = tiny.recipe(
+        {"a": tmp_path / "half", "b": tmp_path / "full", "c": paths["c"]},
+        "linear",
+        base=None,
+        dtype="float32",
+        weight=1.0,
+    )
     fm.merge(text, tmp_path / "out")
     fm.merge(text, tmp_path / "reference", backend="reference")
     assert weights(tmp_path / "out") == weights(tmp_path / "reference")
@@ -180,7 +186,15 @@ def test_nan_in_an_input_is_reported_refused_or_zeroed(paths, tmp_path, value):
 def test_an_overflow_that_the_merge_made_is_an_error(paths, tmp_path):
     states = {n: {k: v * 1e5 for k, v in load(paths[n]).items()} for n in "ab"}
     models = {n: tiny.write(tmp_path / n, s) for n, s in states.items()}
-    text = tiny.recipe(models, "linear", names=("a", "b"), base=None, dtype="float16", weight=1000.0, extra="parameters: {normalize: false}")
+    text = tiny.recipe(
+        models,
+        "linear",
+        names=("a", "b"),
+        base=None,
+        dtype="float16",
+        weight=1000.0,
+        extra="parameters: {normalize: false}",
+    )
     with pytest.raises(fm.OutputError, match="finite inputs"):
         fm.merge(text, tmp_path / "out")
 

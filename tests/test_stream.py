@@ -45,7 +45,9 @@ class Sums:
 
     def pieces(self):
         if self.step == 0 and self.passes == 2:
-            return np.array([[g, (group.numel // 2), min(3, group.numel - group.numel // 2)] for g, group in enumerate(self.groups)])
+            return np.array(
+                [[g, (group.numel // 2), min(3, group.numel - group.numel // 2)] for g, group in enumerate(self.groups)]
+            )
         return None
 
     def statistics(self, segments):
@@ -91,7 +93,14 @@ def problem(specs, seed=0):
     for i, (n, scope, passes) in enumerate(specs):
         toy = whole.setdefault((scope, passes), Toy(scope, passes))
         group = Group(
-            name=str(i), shape=(n,), dtypes=(F32, F32), out_dtype=F32, params={}, models=({}, {}), has_base=False, indices=(0, 1)
+            name=str(i),
+            shape=(n,),
+            dtypes=(F32, F32),
+            out_dtype=F32,
+            params={},
+            models=({}, {}),
+            has_base=False,
+            indices=(0, 1),
         )
         x, y = (rng.integers(-8, 8, n).astype(np.float32) for _ in range(2))
         outputs.append(Output(name=str(i), dtype=F32, shape=(n,), sources=(), method=toy, group=group))
@@ -121,7 +130,11 @@ def run(outputs, inputs, devices, elements):
 
 
 specs = st.lists(
-    st.tuples(st.sampled_from([0, 1, 5, 1000, TILE, TILE + 1, 5 * TILE + 7]), st.sampled_from(["element", "tensor"]), st.integers(0, 2)),
+    st.tuples(
+        st.sampled_from([0, 1, 5, 1000, TILE, TILE + 1, 5 * TILE + 7]),
+        st.sampled_from(["element", "tensor"]),
+        st.integers(0, 2),
+    ),
     min_size=1,
     max_size=8,
 )

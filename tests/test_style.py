@@ -29,7 +29,12 @@ RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
 
 def sources():
-    return [p for d in ("fastmerge", "kernels", "csrc") for p in (ROOT / d).rglob("*") if p.suffix in {".py", ".pyi", ".cpp", ".h", ".cu"} and "fastmerge/kernels" not in str(p)]
+    return [
+        p
+        for d in ("fastmerge", "kernels", "csrc")
+        for p in (ROOT / d).rglob("*")
+        if p.suffix in {".py", ".pyi", ".cpp", ".h", ".cu"} and "fastmerge/kernels" not in str(p)
+    ]
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
@@ -98,6 +103,10 @@ def test_plan_is_a_function_whatever_was_imported_first():
 def test_environment_variables_are_documented():
     used = set()
     for path in sources():
-        used |= {w for w in path.read_text().replace('"', " ").replace("'", " ").replace("`", " ").split() if w.startswith("FASTMERGE_") and w.isupper()}
+        used |= {
+            w
+            for w in path.read_text().replace('"', " ").replace("'", " ").replace("`", " ").split()
+            if w.startswith("FASTMERGE_") and w.isupper()
+        }
     text = (ROOT / "README.md").read_text()
     assert not {u for u in used if u not in text and u not in {"FASTMERGE_CUDA"}}

@@ -32,7 +32,12 @@ def state(seed, *, layers=2, hidden=64, vocab=300, dtype=torch.bfloat16, spread=
 def write(directory, tensors, *, shards=1, layers=2, config=None):
     """Writes a checkpoint directory, in one file or several with an index."""
     directory.mkdir(parents=True)
-    facts = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": layers, "torch_dtype": "bfloat16"}
+    facts = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "torch_dtype": "bfloat16",
+    }
     (directory / "config.json").write_text(json.dumps({**facts, **(config or {})}))
     (directory / "tokenizer_config.json").write_text("{}")
     names = list(tensors)
@@ -46,7 +51,10 @@ def write(directory, tensors, *, shards=1, layers=2, config=None):
         file = f"model-{s + 1:05d}-of-{shards:05d}.safetensors"
         save_file({n: tensors[n] for n in part}, directory / file, metadata={"format": "pt"})
         where |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": sum(t.numel() * t.element_size() for t in tensors.values())}, "weight_map": where}
+    index = {
+        "metadata": {"total_size": sum(t.numel() * t.element_size() for t in tensors.values())},
+        "weight_map": where,
+    }
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
 

@@ -47,9 +47,7 @@ def pickled(path: Path) -> str:
 
 def adapter(path: Path) -> str:
     """A LoRA adapter where a model is expected."""
-    return (
-        f"{path}: a LoRA adapter, not a model: write it as base+adapter in the recipe, or merge it into its base first"
-    )
+    return f"{path}: a LoRA adapter, not a model: merge it into its base first (peft: merge_and_unload)"
 
 
 def nothing(path: Path, names: Sequence[str]) -> str:

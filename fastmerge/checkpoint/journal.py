@@ -147,6 +147,13 @@ class Journal:
 
     def _append(self, records: list[dict[str, Any]]) -> None:
         text = "".join([json.dumps(r, separators=(",", ":")) + "\n" for r in records]).encode()
-        while text:
-            text = text[os.write(self._fd, text) :]
+        start = os.lseek(self._fd, 0, os.SEEK_CUR)
+        try:
+            while text:
+                text = text[os.write(self._fd, text) :]
+        except OSError:
+            # Half a line would end the journal for whoever reads it, with all that is appended later.
+            os.ftruncate(self._fd, start)
+            os.lseek(self._fd, start, os.SEEK_SET)
+            raise
         os.fdatasync(self._fd)

@@ -191,7 +191,7 @@ class Writer:
         seen = [Ranges() for _ in self.layout.shards]
         found = []
         state = _journal.load(self._staging.journal)
-        for shard, offset, nbytes, x in reversed(state.ranges if state else []):
+        for shard, offset, nbytes, x in state.ranges if state else ():
             if not seen[shard].covers(offset, offset + nbytes):
                 seen[shard].add(offset, offset + nbytes)
                 found.append((self.layout.shards[shard].name, offset, nbytes, f"{x:016x}"))

@@ -126,8 +126,7 @@ class ConsensusProgram:
     def statistics(self, segments: Segments) -> Any:
         """One call of the pass that is due."""
         due = self._due[0]
-        if due == "select":
-            assert self._select is not None
+        if due == "select" and self._select is not None:
             return self._select.statistics(segments, self._kernels, self._keep.arguments(segments)[:5])
         numbered, spans, tiles = number(segments)
         if due == "l1":
@@ -144,8 +143,7 @@ class ConsensusProgram:
     def advance(self, partials: Sequence[Any]) -> None:
         """Ends the pass that is due."""
         due = self._due[0]
-        if due == "select":
-            assert self._select is not None
+        if due == "select" and self._select is not None:
             self._select.advance(partials)
             if not self._select.done:
                 return
@@ -175,7 +173,8 @@ class ConsensusProgram:
 
     def apply(self, segments: Segments) -> None:
         """The merge itself."""
-        assert self._tables is not None
+        if self._tables is None:
+            raise AssertionError("apply before the statistics are complete")
         w = self._words
         self._kernels.consensus(
             segments,

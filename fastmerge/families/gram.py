@@ -87,7 +87,8 @@ class GramProgram:
 
     def apply(self, segments: Segments) -> None:
         """The weighted sum; parameter rows are those of the first vector of each group."""
-        assert self._tables is not None
+        if self._tables is None:
+            raise AssertionError("apply before the statistics are complete")
         table = segments.table.copy()
         table[:, 5] = self._first[table[:, 5]]
         moved = Segments(table, segments.dtypes, segments.out_dtype, segments.nonfinite)

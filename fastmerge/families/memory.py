@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastmerge.dtypes import DType
 from fastmerge.errors import ShapeError
-from fastmerge.methods.base import HEADER, TILE, Group, I64, Program, Segments
+from fastmerge.methods.base import HEADER, I64, Group, Program, Segments
 from fastmerge.methods.reference import torch_dtype
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def segments(
                     f"{group.name}: expected a contiguous CPU tensor {group.shape} of {d.name}, "
                     f"got {tuple(t.shape)} of {t.dtype}"
                 )
-    rows: dict[tuple[object, ...], list[list[int]]] = {}
+    rows: dict[tuple[tuple[DType, ...], DType], list[list[int]]] = {}
     for g, e0, length in pieces.tolist():
         group = groups[g]
         key = group.key - (1 << 64) if group.key >= 1 << 63 else group.key
@@ -54,8 +55,8 @@ def segments(
         rows.setdefault(kind, []).append([out, length, e0, group.row, key, g, 0, *places])
     out_segments = []
     for (dtypes, out_dtype), table in rows.items():
-        data = np.array(table, np.int64).reshape(len(table), HEADER + len(dtypes))  # type: ignore[arg-type]
-        out_segments.append(Segments(data, dtypes, out_dtype, np.zeros(len(table), np.int64)))  # type: ignore[arg-type]
+        data = np.array(table, np.int64).reshape(len(table), HEADER + len(dtypes))
+        out_segments.append(Segments(data, dtypes, out_dtype, np.zeros(len(table), np.int64)))
     return out_segments
 
 
@@ -63,21 +64,18 @@ def run(
     program: Program,
     groups: Sequence[Group],
     inputs: Sequence[Sequence[torch.Tensor]],
-    *,
-    cut: int | None = None,
 ) -> list[torch.Tensor]:
-    """Runs all passes of a program and returns new output tensors.
+    """Runs all passes of a program, single-threaded, and returns new tensors.
 
     Args:
         program: of exactly these groups.
         groups: the tensors' descriptions.
         inputs: per group, contiguous CPU tensors.
-        cut: pieces of at most about this many elements, cut at tiles (or rows, see :func:`cut_pieces`).
     """
     import torch
 
     outputs = [torch.empty(g.shape, dtype=torch_dtype(g.out_dtype)) for g in groups]
-    every = whole(groups) if cut is None else cut_pieces(groups, cut)
+    every = whole(groups)
     while not program.ready:
         due = program.pieces()
         some = every if due is None else due
@@ -85,10 +83,3 @@ def run(
     for s in segments(groups, inputs, outputs, every):
         program.apply(s)
     return outputs
-
-
-def cut_pieces(groups: Sequence[Group], step: int) -> I64:
-    """Pieces of at most ``step`` elements, a multiple of the tile."""
-    step = max(TILE, step // TILE * TILE)
-    spans = [(g, e0, min(step, x.numel - e0)) for g, x in enumerate(groups) for e0 in range(0, max(x.numel, 1), step)]
-    return np.array(spans, np.int64).reshape(-1, 3)

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastmerge.families.brackets import Span, blocks, bracket, narrow
+from fastmerge.families.brackets import Span, blocks, bracket, narrow, within
 from fastmerge.families.tiles import Partial, gather, number
 from fastmerge.methods.base import I64, TILE, Group, Segments
 from fastmerge.philox import threshold
@@ -99,7 +99,7 @@ class Select:
                 elif k < size:
                     self._queries.append(_Query(i, members, size, Span(k, size, 0, self._largest)))
         self._sampling = True
-        self._wanted = self._plan_sample()
+        self._read(self._plan_sample())
 
     @property
     def done(self) -> bool:
@@ -116,7 +116,7 @@ class Select:
     def statistics(self, segments: Segments, kernels: Any, delta_args: tuple[Any, ...]) -> Partial:
         """Keys of a sample, or counts and lists of a bracket pass; ``delta_args`` are round_code .. bern."""
         round_code, drop, _, index, bern = delta_args
-        asked = np.isin(segments.table[:, 5], self._wanted[:, 0])
+        asked = self._asked[segments.table[:, 5]]
         if not asked.all():
             segments = Segments(segments.table[asked], segments.dtypes, segments.out_dtype)
         if self._sampling:
@@ -150,6 +150,12 @@ class Select:
         self._queries = [q for q in self._queries if not q.found]
         if self._queries:
             self._plan_count()
+
+    def _read(self, pieces: I64) -> None:
+        """Sets what the next pass reads."""
+        self._wanted = pieces
+        self._asked = np.zeros(len(self._groups), bool)
+        self._asked[pieces[:, 0]] = True
 
     # ---- sampling --------------------------------------------------------------------------------------
 
@@ -189,7 +195,7 @@ class Select:
                     self._end_whole(q, column)
                 else:
                     q.sample = np.sort(column)
-                    q.spread = _spread(column, lengths, q)
+                    q.spread = _spread(column, q.sample, lengths, q)
 
     def _end_whole(self, q: _Query, keys: npt.NDArray[Any]) -> None:
         """All keys of a query, in tie order."""
@@ -211,12 +217,16 @@ class Select:
         expected = [0.0] * self._models
         for q in self._queries:
             q.passes += 1
-            q.ends, q.expected = bracket(q.span, q.sample, q.spread, q.passes, q.size)
+            q.ends, q.expected = bracket(q.span, q.sample, q.spread, q.passes, self._room(q))
             self._lo[q.groups, q.model], self._hi[q.groups, q.model] = q.ends
             expected[q.model] += q.expected
         self._steps = [max(1, int(-(-e // LISTED))) for e in expected]
         groups = np.unique(np.concatenate([q.groups for q in self._queries])).astype(np.int64)
-        self._wanted = np.stack([groups, np.zeros_like(groups), self._numel[groups]], axis=1)
+        self._read(np.stack([groups, np.zeros_like(groups), self._numel[groups]], axis=1))
+
+    def _room(self, q: _Query) -> int:
+        """How many keys a list of this query may safely hold."""
+        return max(512, min(LISTED, q.size // 32))
 
     def _end_count(self, partials: Sequence[Partial]) -> None:
         read = np.zeros(len(self._groups), np.int64)
@@ -256,8 +266,10 @@ class Select:
             self._settle(q, lo, k - above - at_hi - inside, at_lo, member, tile, counts[:, 2])
         else:
             q.span = narrow(q.span, q.ends, above, at_hi, inside, at_lo)
-            if above + at_hi < k <= above + at_hi + inside and len(keys) > len(q.sample) // 8:
-                q.sample, q.spread = np.sort(keys), 2.0
+            if above + at_hi < k <= above + at_hi + inside and len(keys) > len(within(q.sample, q.span)):
+                # Thinned lists are fair samples; those that overflowed hold the first keys of each call.
+                fair = len(keys) * self._steps[q.model] > 0.9 * inside
+                q.sample, q.spread = np.sort(keys), 1.0 if fair else 4.0
 
     # ---- results ---------------------------------------------------------------------------------------
 
@@ -293,15 +305,14 @@ class Select:
         self._cut[q.groups[stop + 1 :], q.model] = (0, 0, -1)
 
 
-def _spread(keys: npt.NDArray[Any], lengths: I64, q: _Query) -> float:
+def _spread(keys: npt.NDArray[Any], ordered: npt.NDArray[Any], lengths: I64, q: _Query) -> float:
     """How much wider than for independent elements a bracket must be: blocks of a tensor differ.
 
     The share of large keys is taken per block; its scatter between blocks, against that of independent draws,
     is the design effect of cluster sampling.
     """
     n = len(keys)
-    share = q.span.k / q.size
-    pivot = np.partition(keys, n - 1 - int(share * (n - 1)))[n - 1 - int(share * (n - 1))]
+    pivot = ordered[n - 1 - int(q.span.k / q.size * (n - 1))]
     lengths = lengths[lengths > 0]
     per_block = np.add.reduceat(keys > pivot, np.cumsum(lengths) - lengths, dtype=np.int64) / lengths
     p = float(np.count_nonzero(keys > pivot)) / n

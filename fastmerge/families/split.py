@@ -73,9 +73,7 @@ class SplitProgram:
         the pieces that it is given, which are all it asked for and more.
         """
         return [
-            (n, self._parts[n][1].statistics(some))
-            for n, _, some in self._cut(segments)
-            if not self._parts[n][1].ready
+            (n, self._parts[n][1].statistics(some)) for n, _, some in self._cut(segments) if not self._parts[n][1].ready
         ]
 
     def advance(self, partials: Sequence[list[tuple[int, Any]]]) -> None:

@@ -215,16 +215,20 @@ class Method(ABC):
         return out
 
     @classmethod
-    def scope(cls, group: Group) -> Literal["element", "tensor", "row", "model"]:
-        """What one result depends on: how far the stream may cut the work."""
+    def scope(cls, group: Group) -> Literal["element", "tensor", "row", "model"]:  # noqa: ARG003  for subclasses
+        """What one result depends on: how far the stream may cut the work.
+
+        ``element`` needs no statistics, ``tensor`` and ``model`` gather them over a tensor or all tensors, from
+        pieces cut at tiles; ``row`` is ``tensor`` with pieces cut at rows.
+        """
         return "element"
 
     @classmethod
-    def check(cls, group: Group) -> list[str]:
+    def check(cls, group: Group) -> list[str]:  # noqa: ARG003  for subclasses
         """Problems of resolved parameters that bounds alone do not catch; empty where there are none."""
         return []
 
     @classmethod
-    def warn(cls, group: Group) -> list[str]:
+    def warn(cls, group: Group) -> list[str]:  # noqa: ARG003  for subclasses
         """Questionable parameters (a negative TIES weight, weights that sum to zero): one line each."""
         return []

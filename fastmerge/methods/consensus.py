@@ -159,7 +159,9 @@ def trim(found: Sequence[torch.Tensor], groups: Sequence[Group], specs: Sequence
     return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])]
 
 
-def vote(v: Sequence[torch.Tensor], d: Sequence[torch.Tensor], factors: Sequence[float], spec: Consensus) -> torch.Tensor:
+def vote(
+    v: Sequence[torch.Tensor], d: Sequence[torch.Tensor], factors: Sequence[float], spec: Consensus
+) -> torch.Tensor:
     """The quantity whose sign is elected."""
     if spec.elect == "count":
         total = (d[0] > 0).to(d[0].dtype) - (d[0] < 0).to(d[0].dtype)
@@ -277,7 +279,7 @@ def election_params() -> tuple[Param, ...]:
     """Parameters of the trim, the election and the disjoint merge."""
     return (
         Param("trim_scope", "shared", ("tensor", "model"), "tensor", "rank magnitudes in each tensor or in the model"),
-        Param("ties", "shared", ("index", "all", "spread"), "index", "elements at the threshold: the first, all, or thinned"),
+        Param("ties", "shared", ("index", "all", "spread"), "index", "at the threshold: the first, all, or thinned"),
         Param(
             "keep_count",
             "shared",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from fastmerge.families.gram import GramProgram, rows_of
+from fastmerge.families.split import by_kind
 from fastmerge.methods import angles, reference
 from fastmerge.methods.base import F64, Contract, Group, Method, Param, Program
 
@@ -112,7 +113,12 @@ class ModelStock(Method):
     @classmethod
     def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
         """Gram of the offsets, solve, combine."""
-        return GramProgram(kernels, groups, cls.solve, per_row=bool(groups[0].params["filter_wise"]), delta=True)
+
+        def build(some: list[int]) -> Program:
+            part = [groups[i] for i in some]
+            return GramProgram(kernels, part, cls.solve, per_row=bool(part[0].params["filter_wise"]), delta=True)
+
+        return by_kind([g.params["filter_wise"] for g in groups], build)
 
     @classmethod
     def scope(cls, group: Group) -> Literal["element", "tensor", "row", "model"]:

@@ -49,4 +49,5 @@ class Passthrough(Method):
     @classmethod
     def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
         """One pass of the combine kernel."""
-        return CombineProgram(kernels, np.array([[cls.factor(g)] for g in groups]), np.ones((len(groups), 2)), delta=False)
+        coef = np.array([[cls.factor(g)] for g in groups])
+        return CombineProgram(kernels, coef, np.ones((len(groups), 2)), delta=False)

@@ -25,8 +25,7 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     """The torch type of the same name."""
     import torch
 
-    found = getattr(torch, dtype.name)
-    assert isinstance(found, torch.dtype)
+    found: torch.dtype = getattr(torch, dtype.name)
     return found
 
 
@@ -143,7 +142,8 @@ def keys(d: torch.Tensor) -> npt.NDArray[np.uint64]:
     import torch
 
     kind = torch.int64 if d.dtype == torch.float64 else torch.int32
-    return d.abs().view(kind).numpy().astype(np.uint64)
+    found: npt.NDArray[np.uint64] = d.abs().view(kind).numpy().astype(np.uint64)
+    return found
 
 
 def top(magnitudes: npt.NDArray[np.uint64], k: int, ties: str, noise: npt.NDArray[np.uint16] | None) -> Mask:

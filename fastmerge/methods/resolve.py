@@ -42,7 +42,8 @@ def problem(method: type[Method], param: Param, value: Any, default: Any) -> str
         return f"{where}: expected a finite number, got {value!r}"
     low, high = param.low, param.high
     if (low is not None and value < low) or (high is not None and value > high):
-        return f"{where}: expected {low if low is not None else '-inf'} .. {high if high is not None else 'inf'}, got {value!r}"
+        bounds = f"{'-inf' if low is None else low} .. {'inf' if high is None else high}"
+        return f"{where}: expected {bounds}, got {value!r}"
     return None
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from fastmerge.families.gram import GramProgram, rows_of
+from fastmerge.families.split import by_kind
 from fastmerge.methods import angles, reference
 from fastmerge.methods.base import F64, REQUIRED, Contract, Group, Method, Param, Program
 
@@ -109,7 +110,7 @@ class Slerp(Method):
 
     @staticmethod
     def _all_rows(group: Group) -> bool:
-        return group.params["scope"] == "row" and group.params["fallback"] == "all_rows"
+        return bool(group.params["scope"] == "row" and group.params["fallback"] == "all_rows")
 
     @classmethod
     def reference(cls, inputs: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
@@ -125,14 +126,18 @@ class Slerp(Method):
     @classmethod
     def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
         """Gram, solve, combine."""
-        return GramProgram(
-            kernels, groups, cls.solve, per_row=groups[0].params["scope"] == "row", diff=True, delta=False
-        )
+
+        def build(some: list[int]) -> Program:
+            part = [groups[i] for i in some]
+            row = part[0].params["scope"] == "row"
+            return GramProgram(kernels, part, cls.solve, per_row=row, diff=True, delta=False)
+
+        return by_kind([g.params["scope"] for g in groups], build)
 
     @classmethod
     def scope(cls, group: Group) -> Literal["element", "tensor", "row", "model"]:
-        """One angle per tensor or row; the all-rows fallback looks at the whole tensor."""
-        return "row" if group.params["scope"] == "row" and not cls._all_rows(group) else "tensor"
+        """One angle per tensor or row."""
+        return "row" if group.params["scope"] == "row" else "tensor"
 
     @classmethod
     def warn(cls, group: Group) -> list[str]:

@@ -40,7 +40,7 @@ def warnings(group: Group) -> list[str]:
     if any(x < 0 for x in w) and p["normalize"] and p["merge"] == "mean":
         found.append("negative weights flip the vote and make the divisor signed, so an elected sign can turn over")
     if any(x <= 0 for x in w) and (not p["elect_weighted"] or p["merge"] == "mean_count"):
-        found.append("agreement is judged on weighted deltas: a model of weight 0 is never counted, a negative one turned")
+        found.append("agreement is that of weighted deltas: weight 0 is never counted, a negative weight turns")
     if len(w) > 1 and p["normalize"] and p["merge"] == "mean_count" and all(m["weight"] is None for m in group.models):
         found.append("weights 1/N divided by the count shrink the merged delta by the number of models")
     return found

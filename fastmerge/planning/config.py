@@ -39,16 +39,15 @@ def rewrite(
         _set_type(out, dtype)
     if untied and out.get("tie_word_embeddings") is not False:
         out["tie_word_embeddings"] = False
-    if layers is not None and structure is not None and structure.main is not None:
-        count = structure.main.count
-        if not structure.keys:
-            warnings.append("config.json has no layer count to rewrite")
-        for path in structure.keys:
+    if layers is not None:
+        main, keys = (structure.main, structure.keys) if structure is not None else (None, ())
+        if not keys:
+            warnings.append(f"config.json has no layer count to rewrite; the output has {len(layers)} layers")
+        for path in keys:
             block = _block(out, path[:-1])
             block[path[-1]] = len(layers)
-            _restack(block, count, layers, path[:-1], warnings)
-        if not structure.keys:
-            _restack(out, count, layers, (), warnings)
+            if main is not None:
+                _restack(block, main.count, layers, path[:-1], warnings)
     if "auto_map" in out:
         warnings.append("config.json refers to custom code (auto_map); *.py files are not copied")
     return out, warnings

@@ -58,7 +58,7 @@ class Notes:
         """One warning for each kind of tensor that some models lack."""
         for (what, refs), names in self.missing.items():
             more = f", ... ({len(names)} tensors)" if len(names) > 3 else ""
-            self.warnings[f"missing from {', '.join(refs)}: {', '.join(names[:3])}{more}: {what}"] = None
+            self.warnings[f"missing from {', '.join(map(repr, refs))}: {', '.join(names[:3])}{more}: {what}"] = None
 
 
 class Outputs:
@@ -82,7 +82,7 @@ class Outputs:
         self.wanted = BY_NAME[wanted] if wanted else None
         self.parts = [_Part(recipe, part, self) for part in recipe.parts]
         self._one: tuple[int, ...] = (0,)
-        self._types: dict[tuple[DType, ...], tuple[tuple[DType, ...], DType]] = {}
+        self._types: dict[tuple[int, ...], tuple[tuple[DType, ...], DType]] = {}
         self._checked: set[tuple[object, ...]] = set()
         self._copy_params = self.copier.defaults()
 
@@ -103,12 +103,12 @@ class Outputs:
             if None in found:
                 for i, info in enumerate(found):
                     lacking[row.part][i] += info is None
-                sources = self._incomplete(row, part, found)
-                if sources is None:
+                sources, single = self._incomplete(row, part, found)
+                if not sources:
                     continue
             else:
-                sources = [(i, info) for i, info in part.base_first(found) if info is not None]
-            made = self._output(row, part, sources, names)
+                sources, single = part.base_first(found), False
+            made = self._output(row, part, sources, names, single=single)
             if made is not None:
                 out.append(made)
         for part, lacks, total in zip(self.parts, lacking, totals, strict=True):
@@ -125,8 +125,10 @@ class Outputs:
         self.notes.check()
         return tuple(out)
 
-    def _incomplete(self, row: Row, part: _Part, found: list[TensorInfo | None]) -> list[tuple[int, TensorInfo]] | None:
-        """Sources of a tensor that some models lack; None where there will be no output."""
+    def _incomplete(
+        self, row: Row, part: _Part, found: list[TensorInfo | None]
+    ) -> tuple[list[tuple[int, TensorInfo]], bool]:
+        """Sources of a tensor that some models lack (none: no output), and whether a single one passes through."""
         refs = [str(ref) for ref, info in zip(part.refs, found, strict=True) if info is None]
         tied = [self._tied(ref, row, info, found) for ref, info in zip(part.refs, found, strict=True)]
         if any(t is not i for t, i in zip(tied, found, strict=True)):
@@ -136,21 +138,21 @@ class Outputs:
             found = tied
             refs = [str(ref) for ref, info in zip(part.refs, found, strict=True) if info is None]
         decision = fate(self.method, [info is not None for info in found], part.base)
-        sources = [(i, info) for i, info in part.base_first(found) if info is not None]
+        sources = part.base_first(found)
         if decision == "merge" and not refs:
-            return sources
+            return sources, False
         if decision == "error":
             base = part.base is not None and found[part.base] is None
             why = "the base must have it" if base else f"{self.method.name!r} needs more of its inputs"
             self.notes.other.append(f"{row.name}: missing from {', '.join(map(repr, refs))}: {why}")
-            return None
+            return [], False
         what = {
             "merge": "the others are merged",
             "single": "taken over from the one model that has it",
             "drop": "too few models have it; it is not in the output",
         }[decision]
         self.notes.missing.setdefault((what, tuple(refs)), []).append(row.name)
-        return None if decision == "drop" else sources
+        return [] if decision == "drop" else sources, decision == "single"
 
     def _tied(
         self, ref: ModelRef, row: Row, info: TensorInfo | None, found: Sequence[TensorInfo | None]
@@ -164,7 +166,7 @@ class Outputs:
         return embeddings[0] if len(embeddings) == 1 and embeddings[0].shape == shape else None
 
     def _output(
-        self, row: Row, part: _Part, sources: list[tuple[int, TensorInfo]], names: Sequence[str]
+        self, row: Row, part: _Part, sources: list[tuple[int, TensorInfo]], names: Sequence[str], *, single: bool
     ) -> Output | None:
         info = sources[0][1]
         shape = info.shape
@@ -172,18 +174,18 @@ class Outputs:
             if other.shape != shape:
                 self._shapes(row, part, sources)
                 return None
-        types = tuple([i.dtype for _, i in sources])
-        known = self._types.get(types)
+        codes = tuple([i.dtype.code for _, i in sources])
+        known = self._types.get(codes)
         if known is None:
+            types = tuple([i.dtype for _, i in sources])
             if not all(d.mergeable for d in types):
                 return self._as_it_is(row, part, sources)
             promoted = types[0]
             for d in types[1:]:
                 promoted = promote(promoted, d)
-            known = self._types[types] = (types, self.wanted or promoted)
+            known = self._types[codes] = (types, self.wanted or promoted)
         types, dtype = known
         made = tuple([Source(part.positions[i], info) for i, info in sources])
-        single = len(sources) == 1 and len(part.refs) > 1
         method = self.copier if single else self.method
         if single:
             params: Mapping[str, Any] = {}
@@ -203,11 +205,13 @@ class Outputs:
             return Output(row.name, dtype, shape, made, None, None)
         key = tensor_key(self.seed, row.name)
         group = Group(row.name, shape, types, dtype, params, tuple(own), has_base, indices, key)
-        seen = (method, id(params), *map(id, own), shape, types)
+        seen = (method, id(params), *map(id, own), shape, codes)
         if seen not in self._checked:
             self._checked.add(seen)
-            self.notes.recipe |= dict.fromkeys(f"{row.name}: {p}" for p in method.check(group))
-            self.notes.warnings |= dict.fromkeys(method.warn(group))
+            problems = method.check(group)
+            self.notes.recipe |= dict.fromkeys(f"{row.name}: {p}" for p in problems)
+            if not problems:
+                self.notes.warnings |= dict.fromkeys(method.warn(group))
         return Output(row.name, dtype, shape, made, method, group)
 
     def _as_it_is(self, row: Row, part: _Part, sources: list[tuple[int, TensorInfo]]) -> Output | None:
@@ -267,9 +271,9 @@ class _Part:
             return [t.get(name) for t in self.tensors]
         return [t.get(n) for t, n in zip(self.tensors, row.inputs, strict=True)]
 
-    def base_first(self, found: Sequence[TensorInfo | None]) -> list[tuple[int, TensorInfo | None]]:
-        """Position among the sources and tensor, the base first."""
-        return [(i, found[i]) for i in self.order]
+    def base_first(self, found: Sequence[TensorInfo | None]) -> list[tuple[int, TensorInfo]]:
+        """Position among the sources and tensor of those present, the base first."""
+        return [(i, info) for i in self.order if (info := found[i]) is not None]
 
     def parameters(
         self, row: Row, sources: Sequence[tuple[int, TensorInfo]], names: Sequence[str]

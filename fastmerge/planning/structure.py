@@ -21,6 +21,7 @@ TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config"
 EXTRA_LAYERS = 4
 """At most so many layers beyond the configured count (multi-token prediction) are not part of the stack."""
 
+_INDEX = re.compile(r"\.(0|[1-9][0-9]{0,5})(?=\.)")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)(\.|$)")
 _PRE = re.compile(r"embed|wte|wpe|word_emb|tok_emb|position|pos_emb")
 _POST = re.compile(
@@ -85,12 +86,10 @@ def structure(names: Iterable[str], config: Mapping[str, Any]) -> Structure:
     indices: dict[str, set[int]] = {}
     tensors: dict[str, int] = {}
     for name in names:
-        parts = name.split(".")
-        for i, part in enumerate(parts[:-1]):
-            if i and _is_index(part):
-                prefix = ".".join(parts[:i])
-                indices.setdefault(prefix, set()).add(int(part))
-                tensors[prefix] = tensors.get(prefix, 0) + 1
+        for found in _INDEX.finditer(name):
+            prefix = name[: found.start()]
+            indices.setdefault(prefix, set()).add(int(found[1]))
+            tensors[prefix] = tensors.get(prefix, 0) + 1
     main_counts = list(_counts(config, COUNT_KEYS, TEXT_CONFIGS))
     counts = {n for _, n in main_counts} | {n for _, n in _counts(config, COUNT_KEYS + OTHER_COUNT_KEYS, None)}
     primary = main_counts[0][1] if main_counts else None

@@ -14,7 +14,7 @@ from fastmerge.methods.base import Method
 from fastmerge.recipe import tree as yamltree
 from fastmerge.recipe.problems import Problems, hint
 from fastmerge.recipe.schema import KEYS, Shape
-from fastmerge.recipe.settings import Parameters, Setting, read
+from fastmerge.recipe.settings import Parameters, Rule, Setting, read
 from fastmerge.recipe.tree import Loc, Map, Seq, kind
 
 IGNORED = frozenset({"int8_mask"})
@@ -38,9 +38,11 @@ def text_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Map, st
     """
     if isinstance(source, Mapping):
         return yamltree.locate(source), "recipe"
-    if isinstance(source, str) and ("\n" in source or (": " in source and not Path(source).is_file())):
+    if isinstance(source, str) and ("\n" in source or (_looks_like_yaml(source) and not os.path.isfile(source))):
         return yamltree.parse(source, "recipe"), "recipe"
     path = Path(source)
+    if "\0" in str(path):
+        raise RecipeError(f"{str(path)!r}: neither a path nor a recipe")
     try:
         with path.open("rb") as file:
             data = file.read(yamltree.MAX_BYTES + 1)
@@ -52,6 +54,10 @@ def text_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Map, st
             raise RecipeError(f"{path}: not UTF-8 text (byte {e.start})") from None
         text = data.decode("utf-8", "replace")
     return yamltree.parse(text, str(path)), str(path)
+
+
+def _looks_like_yaml(text: str) -> bool:
+    return ": " in text or text.lstrip().startswith("{")
 
 
 def build(cls: type[S], tree: Map, name: str, methods: Mapping[str, type[Method]]) -> tuple[S | None, Problems]:
@@ -164,6 +170,5 @@ def _level(
             problems.add(here, "shared by all models: put it under the 'parameters:' of the recipe or the slice")
             continue
         setting = read(value, param, here, problems)
-        if setting is not None:
-            items[name] = setting
+        items[name] = setting or Setting((Rule(0),))  # a wrong value is not a missing one
     return Parameters(items)

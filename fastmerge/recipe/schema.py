@@ -77,11 +77,13 @@ def dtype_name(raw: Any) -> str:
         ValueError: for anything else, with the nearest name.
     """
     names = [d.name for d in FLOATS]
-    name = raw.removeprefix("torch.") if isinstance(raw, str) else raw
+    if not isinstance(raw, str):
+        raise ValueError(f"expected one of {', '.join(names)}; got {raw if isinstance(raw, int | float) else kind(raw)}")
+    name = raw.removeprefix("torch.")
     if name in names:
-        return str(name)
+        return name
     short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
-    near = f" (did you mean {short[name]!r}?)" if name in short else hint(str(name), names)
+    near = f" (did you mean {short[name]!r}?)" if name in short else hint(name, names)
     what = "is no floating-point type" if name in BY_NAME else "is no known type"
     raise ValueError(f"{raw!r} {what}: expected one of {', '.join(names)}{near}")
 
@@ -112,7 +114,7 @@ NO_PARAMETERS = Parameters()
 class Value(BaseModel):
     """Frozen, and strict about its keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Input(Value):
@@ -163,7 +165,7 @@ class Shape(Value):
 
 
 KEYS: dict[str, tuple[str, ...]] = {
-    "": tuple(Shape.model_fields),
+    "": tuple(name for name in Shape.model_fields if name != "modules"),
     "models": tuple(Input.model_fields),
     "slices": tuple(Slice.model_fields),
     "sources": tuple(Source.model_fields),

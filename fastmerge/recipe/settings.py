@@ -50,7 +50,8 @@ class Setting:
     def plain(self) -> Any:
         """The value as YAML and JSON write it."""
         rules = [{**({} if r.filter is None else {"filter": r.filter}), "value": _listed(r.value)} for r in self.rules]
-        return rules[0]["value"] if len(rules) == 1 and self.rules[0].filter is None else rules
+        alone = len(rules) == 1 and self.rules[0] != Rule(()) and self.rules[0].filter is None
+        return rules[0]["value"] if alone else rules
 
 
 class Parameters(Mapping[str, Setting]):

@@ -95,6 +95,8 @@ def locate(value: Mapping[str, Any]) -> Map:
 def _located(value: Any, depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise RecipeError(f"recipe: nested more than {MAX_DEPTH} levels deep")
+    if type(value).__module__ == "numpy":
+        value = value.tolist()
     if isinstance(value, Mapping):
         out = Map()
         for key, item in value.items():
@@ -109,7 +111,7 @@ def _located(value: Any, depth: int) -> Any:
             seq.append(_located(item, depth + 1))
             seq.lines.append(None)
         return seq
-    return value.tolist() if type(value).__module__ == "numpy" else value
+    return value
 
 
 def line_at(tree: Any, loc: Loc) -> int | None:

@@ -15,7 +15,7 @@ def hub_id(ref: str) -> str | None:
     cached = _CACHED.search(ref)
     if cached:
         return f"{cached[1]}/{cached[2]}"
-    name = ref.split("@")[0]
+    name = ref.split("@", maxsplit=1)[0]
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not ref.startswith((".", "/")) else None
 
 
@@ -24,7 +24,9 @@ def card(name: str, method: str, formula: str, paper: str, models: Sequence[tupl
 
     Args:
         name: title.
-        method, formula, paper: of the merge method.
+        method: name of the merge method.
+        formula: of the method.
+        paper: of the method; a link is shown as one.
         models: (reference, whether it is a local path) of every input; local paths are shown by their last part.
         recipe: the YAML that was merged.
     """
@@ -34,7 +36,7 @@ def card(name: str, method: str, formula: str, paper: str, models: Sequence[tupl
         hub = hub_id(ref) if not local or "models--" in ref else None
         if hub and hub not in ids:
             ids.append(hub)
-        shown.append(f"[{hub}](https://huggingface.co/{hub})" if hub else f"`{ref.rstrip('/').split('/')[-1]}`")
+        shown.append(f"[{hub}](https://huggingface.co/{hub})" if hub else f"`{ref.rstrip('/').rsplit('/', maxsplit=1)[-1]}`")
     front: dict[str, object] = {"library_name": "transformers", "tags": ["mergekit", "merge", "fastmerge"]}
     if ids:
         front = {"base_model": ids, **front}

@@ -9,13 +9,17 @@ import json
 import os
 import random
 import struct
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastmerge.checkpoint import Layout, Writer, layout
 from fastmerge.checkpoint.io import I64, Io, native
-from fastmerge.dtypes import BY_TAG
+from fastmerge.dtypes import BF16, BY_TAG, F32
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
 
 class PosixIo:
@@ -28,9 +32,7 @@ class PosixIo:
         return self._walk(table, row, done, lambda r, at, n: os.pwrite(r[0], memory(r[2] + at, n), r[1] + at))
 
     def copy_some(self, table: I64, row: int, done: int) -> tuple[int, int, int]:
-        return self._walk(
-            table, row, done, lambda r, at, n: os.copy_file_range(r[0], r[2], n, r[1] + at, r[3] + at)
-        )
+        return self._walk(table, row, done, lambda r, at, n: os.copy_file_range(r[0], r[2], n, r[1] + at, r[3] + at))
 
     def limit(self, kind: str, nbytes: int) -> int:
         """How much of the next transfer is allowed; raises OSError for a fault."""
@@ -117,7 +119,9 @@ def tensor(tag: str, *shape: int, seed: int = 0) -> tuple[str, tuple[int, ...], 
     return tag, shape, np.random.default_rng(seed).bytes(nbytes)
 
 
-def save(directory: Path, shards: Mapping[str, Mapping[str, tuple[str, tuple[int, ...], bytes]]], *, index: bool = False):
+def save(
+    directory: Path, shards: Mapping[str, Mapping[str, tuple[str, tuple[int, ...], bytes]]], *, index: bool = False
+):
     """Writes a model directory: files, and an index over them if asked."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, tensors in shards.items():
@@ -134,5 +138,44 @@ def write_index(directory: Path, weight_map: Mapping[str, object]) -> Path:
     return path
 
 
-def address(array: np.ndarray) -> int:
-    return array.ctypes.data
+def example_layout(shards: int = 3, *, metadata: Mapping[str, str] | None = None) -> tuple[Layout, dict[str, bytes]]:
+    """A small output of several shards with odd sizes, and the bytes of every tensor."""
+    sizes = [(F32, (257, 5)), (BF16, (1000,)), (BF16, (3,)), (F32, ()), (BF16, (0, 4)), (BF16, (4097,)), (F32, (33,))]
+    tensors = [(f"layer.{i}.weight", dtype, shape) for i, (dtype, shape) in enumerate(sizes)]
+    plan = layout(tensors, shard_size=1e9 if shards == 1 else 5200, metadata=metadata or {})
+    assert (len(plan.shards) > 1) == (shards > 1)
+    return plan, {n: np.random.default_rng(i).bytes(plan.places[n].nbytes) for i, (n, _, _) in enumerate(tensors)}
+
+
+def chunks(plan: Layout, data: Mapping[str, bytes], size: int = 1000) -> list[tuple[int, int, bytes]]:
+    """The output's data as (shard, offset, bytes) in pieces."""
+    return [
+        (place.shard, place.offset + at, data[name][at : at + size])
+        for name, place in plan.places.items()
+        for at in range(0, place.nbytes, size)
+    ]
+
+
+def write(writer: Writer, pieces: Sequence[tuple[int, int, bytes]]) -> None:
+    """Writes pieces in one call."""
+    arrays = [np.frombuffer(p, np.uint8) for _, _, p in pieces]
+    rows = [[s, o, a.ctypes.data, len(a)] for (s, o, _), a in zip(pieces, arrays, strict=True)]
+    writer.write(np.array(rows, np.int64).reshape(-1, 4))
+
+
+def names(directory: Path) -> list[str]:
+    """What a directory holds."""
+    return sorted(p.name for p in directory.iterdir())
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory with its content."""
+    return {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
+
+
+def expected(plan: Layout, data: Mapping[str, bytes], extras: Mapping[str, bytes]) -> dict[str, bytes]:
+    """What :func:`tree` must say of a finished output."""
+    files = {s.name: s.header + b"".join(data[t] for t in s.tensors) for s in plan.shards}
+    if plan.index is not None:
+        files["model.safetensors.index.json"] = plan.index
+    return dict(sorted((files | dict(extras)).items()))

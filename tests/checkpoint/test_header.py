@@ -137,7 +137,9 @@ def test_lists_all_problems_up_to_a_limit():
 
 tags = st.sampled_from([*BY_TAG, "F4", "f32", ""])
 sizes = st.one_of(st.integers(0, 4), st.sampled_from([-1, 2**31, 2**63, 2**64, True, 1.0, "1", None]))
-odd = st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.text(max_size=3), st.lists(st.integers(0, 3), max_size=3))
+odd = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 3), st.text(max_size=3), st.lists(st.integers(0, 3), max_size=3)
+)
 names = st.one_of(st.sampled_from(["a", "b", "__metadata__", ""]), st.text(max_size=4))
 
 
@@ -183,9 +185,11 @@ def test_mutated_files_against_safetensors():
     rng = random.Random(1)
     accepted = 0
     alphabet = b'{}[]",:-0123456789 \\.eEU8BF16'
-    for i in range(6000):
+    for i in range(4000):
         tensors = {
-            rng.choice("abcé") * rng.randint(1, 3): tensor(rng.choice(list(BY_TAG)), *rng.choices(range(4), k=rng.randint(0, 3)))
+            rng.choice("abcé") * rng.randint(1, 3): tensor(
+                rng.choice(list(BY_TAG)), *rng.choices(range(4), k=rng.randint(0, 3))
+            )
             for _ in range(rng.randint(0, 3))
         }
         content = bytearray(file_bytes(tensors, {"k": "v"} if rng.random() < 0.3 else None))
@@ -194,7 +198,7 @@ def test_mutated_files_against_safetensors():
             end = 8 + length if rng.random() < 0.9 else len(content)
             content[rng.randrange(0 if rng.random() < 0.1 else 8, end)] = rng.choice(alphabet)
         accepted += agree(bytes(content))
-    assert accepted > 1500
+    assert accepted > 1000
 
 
 def test_read_header(tmp_path):
@@ -214,7 +218,11 @@ def test_one_hundred_thousand_tensors_in_under_a_second():
         for i in range(100_000)
     )
     text = ("{" + rows + "}").encode()
-    start = time.perf_counter()
+    start = time.thread_time()
+    json.loads(text)
+    plain = time.thread_time() - start
+    start = time.thread_time()
     header = parse(text, 0, 256 * 100_000, where="f")
-    assert time.perf_counter() - start < 2.0  # about 0.4 s on an idle core
+    # About 0.4 s on an idle core; a loaded machine is measured by what json alone takes there.
+    assert time.thread_time() - start < max(1.0, 6 * plain)
     assert len(header.tensors) == 100_000

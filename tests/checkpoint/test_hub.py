@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 
@@ -108,7 +109,11 @@ def test_errors_never_show_a_token(library):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("GatedRepoError", "gated"), ("RepositoryNotFoundError", "no such repository"), ("RevisionNotFoundError", "revision")],
+    [
+        ("GatedRepoError", "gated"),
+        ("RepositoryNotFoundError", "no such repository"),
+        ("RevisionNotFoundError", "revision"),
+    ],
 )
 def test_known_errors_in_words(library, name, said):
     library.error = type(name, (Exception,), {})()
@@ -142,6 +147,7 @@ except CheckpointError as error:
     print(error)
 """
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    root = Path(__file__).parents[2]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
     assert f"org/name@{SHA} ['a']" in run.stdout
     assert "not in the local cache (HF_HUB_OFFLINE is set)" in run.stdout

@@ -1,0 +1,298 @@
+"""Whole merges, as processes: beside mergekit, beside the floor of their bytes, within a budget, and how they start.
+
+    python bench/merges.py                         # everything; about 20 GB of disk, half an hour on two cores
+    python bench/merges.py --quick                 # small models, one run each: does it work?
+    python bench/merges.py --sections peer --methods ties slerp
+
+Sections: peer (mergekit on a 768x12 family), floor (1.5b against cat and dd), memory (peak resident bytes with
+--memory 1GB), moe (18,867 small tensors against a dense model of equal bytes), start (--help and plan). What is
+measured is a whole process from start to exit, with its inputs in the page cache. See README.md in this directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import floor
+import recipes
+from process import Run, Spread, run, warm, weights
+from report import Row, provenance, save, table, version
+
+PEER_TARGETS = {
+    "linear": 7.0, "slerp": 12.0, "dare_linear": 8.0, "dare_ties": 12.0, "ties": 20.0, "model_stock": 10.0,
+    "passthrough": 8.0,
+}  # fmt: skip
+"""How many times faster than mergekit each method has to be."""
+
+FLOOR_TARGET, MOE_TARGET, START_TARGET = 1.25, 1.2, 0.5
+FLOOR_METHODS = ("linear", "slerp", "ties")
+BUDGET, ALLOWANCE = 10**9, 300 * 10**6
+"""The memory section's budget, and what a process may use beyond it."""
+
+
+class MergeFailed(Exception):
+    """A process that was to be measured did not succeed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What all sections share: options and directories.
+
+    Attributes:
+        data: where generated families are kept.
+        work: temporary directory on the same filesystem, for outputs.
+        runs: counted runs of fastmerge; ``peer_runs`` of mergekit.
+        quick: small models instead of the real sizes.
+        methods: which methods, or empty for those that the section has.
+        options: further arguments for ``fastmerge merge``.
+    """
+
+    data: Path
+    work: Path
+    runs: int
+    peer_runs: int
+    quick: bool
+    methods: Sequence[str]
+    options: Sequence[str]
+
+    def family(self, size: str, models: int) -> list[Path]:
+        """Directories of a generated family, base first."""
+        small = {"1.5b": "256x4", "768x12": "256x4", "moe18k": "tiny-moe", "dense3g": "tiny"}
+        script = str(Path(__file__).with_name("generate.py"))
+        command = [sys.executable, script, str(self.data), "--size", small[size] if self.quick else size]
+        made = subprocess.run([*command, "--models", str(models)], stdout=subprocess.PIPE, text=True, check=True)
+        return [Path(line) for line in made.stdout.splitlines()]
+
+    def recipe(self, method: str, family: Sequence[Path]) -> tuple[Path, list[Path]]:
+        """A written recipe and the weight files that it reads."""
+        body = recipes.recipe(method, family)
+        path = recipes.write(body, self.work / f"{method}-{family[0].parent.name}.yml")
+        return path, [f for model in recipes.inputs(body) for f in weights(model)]
+
+    def chosen(self, methods: Sequence[str]) -> list[str]:
+        """Those of a section's methods that the command line asks for."""
+        return [m for m in methods if not self.methods or m in self.methods]
+
+    def merge(self, path: Path, *options: str) -> Run:
+        """``fastmerge merge`` of a recipe into a fresh directory, which is removed outside of the measured time."""
+        command = [*FASTMERGE, "merge", str(path)]
+        return self._into(lambda out: [*command, out, "--device", "cpu", "--quiet", *self.options, *options])
+
+    def peer(self, path: Path) -> Run:
+        """The same by mergekit with its default flags; no tokenizer is copied, because none is there."""
+        command = [str(Path(sys.executable).with_name("mergekit-yaml")), str(path)]
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        return self._into(lambda out: [*command, out, "--no-copy-tokenizer"], offline)
+
+    def _into(self, command: Callable[[str], list[str]], environment: dict[str, str] | None = None) -> Run:
+        out = self.work / "out"
+        try:
+            done = run(command(str(out)), environment=environment)
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+        # mergekit leaves its output unwritten in the page cache: it is not to slow down the next run.
+        os.sync()
+        if done.status:
+            raise MergeFailed(f"exit status {done.status}: {' '.join(command(str(out)))}\n{done.output}")
+        return done
+
+    def verdict(self, met: bool) -> str:
+        """Whether a target was met; small models say nothing about it."""
+        return "not judged" if self.quick else "yes" if met else "NO"
+
+
+FASTMERGE = (sys.executable, "-m", "fastmerge")
+
+
+def peer(bench: Bench) -> list[Row]:
+    """Every method on the 768x12 family, fastmerge and mergekit in turn."""
+    found = version("mergekit")
+    if not found:
+        print("mergekit is not installed here: fastmerge alone is measured")
+    family, rows = bench.family("768x12", 3), []
+    for method in bench.chosen(recipes.METHODS):
+        path, files = bench.recipe(method, family)
+        warm(files)
+        bench.merge(path)
+        ours, theirs = [], []
+        for count in range(max(bench.runs, bench.peer_runs if found else 0)):
+            if count < bench.runs:
+                ours.append(bench.merge(path))
+            if found and count < bench.peer_runs:
+                theirs.append(bench.peer(path))
+        own = Spread.of([r.seconds for r in ours])
+        row = {
+            "method": method,
+            "fastmerge s": str(own),
+            "cpu s": round(Spread.of([r.cpu for r in ours]).median, 2),
+            "peak MB": max(r.rss for r in ours) // 10**6,
+        }
+        if theirs:
+            other = Spread.of([r.seconds for r in theirs])
+            ratio = other.median / own.median
+            row |= {
+                f"mergekit {found} s": str(other),
+                "mergekit peak MB": max(r.rss for r in theirs) // 10**6,
+                "times faster": round(ratio, 1),
+                "target": PEER_TARGETS[method],
+                "met": bench.verdict(ratio >= PEER_TARGETS[method]),
+            }
+        rows.append(row)
+        print(f"  {method}: done", flush=True)
+    return rows
+
+
+def against_floor(bench: Bench) -> list[Row]:
+    """The 1.5b family against ``cat`` and ``dd`` of the same bytes, alternated."""
+    family = bench.family("1.5b", 3)
+    return [
+        _floor_row(bench, method, *bench.recipe(method, family), FLOOR_TARGET)
+        for method in bench.chosen(FLOOR_METHODS)
+    ]
+
+
+def _floor_row(bench: Bench, label: str, path: Path, files: list[Path], target: float | None) -> dict[str, Any]:
+    out_bytes = files[0].stat().st_size if len(files) == 1 else _output_bytes(files)
+    merged: list[Run] = []
+
+    def work() -> float:
+        merged.append(bench.merge(path))
+        return merged[-1].seconds
+
+    ours, theirs, floors = floor.alternate(work, lambda: floor.probe(files, out_bytes, bench.work), bench.runs)
+    bytes_moved = sum(f.stat().st_size for f in files) + out_bytes
+    ratio = ours.median / theirs.median
+    row = {
+        "merge": label,
+        "GB": round(bytes_moved / 1e9, 2),
+        "fastmerge s": str(ours),
+        "floor s": str(theirs),
+        "of it read": round(Spread.of([f.read for f in floors]).median, 2),
+        "GB/s": round(bytes_moved / ours.median / 1e9, 2),
+        "times floor": round(ratio, 2),
+        "cpu s": round(Spread.of([r.cpu for r in merged]).median, 2),
+        "peak MB": max(r.rss for r in merged) // 10**6,
+    }
+    print(f"  {label}: done", flush=True)
+    return row | ({"target": target, "met": bench.verdict(ratio <= target)} if target else {})
+
+
+def _output_bytes(files: Sequence[Path]) -> int:
+    """Bytes of one model of the family: of the files in the first file's directory."""
+    return sum(f.stat().st_size for f in files if f.parent == files[0].parent)
+
+
+def memory(bench: Bench) -> list[Row]:
+    """Peak resident bytes of 1.5b merges under a budget of 1 GB."""
+    family, rows = bench.family("1.5b", 3), []
+    for method in bench.chosen(FLOOR_METHODS):
+        path, files = bench.recipe(method, family)
+        warm(files)
+        done = bench.merge(path, "--memory", "1GB")
+        rows.append(
+            {
+                "method": method,
+                "seconds": round(done.seconds, 2),
+                "cpu s": round(done.cpu, 2),
+                "budget MB": BUDGET // 10**6,
+                "peak MB": done.rss // 10**6,
+                "allowed MB": (BUDGET + ALLOWANCE) // 10**6,
+                "met": bench.verdict(done.rss <= BUDGET + ALLOWANCE),
+            }
+        )
+    return rows
+
+
+def moe(bench: Bench) -> list[Row]:
+    """A mixture of experts with 18,867 tensors against a dense model of equal bytes."""
+    rows = []
+    for method in bench.chosen(("linear", "ties")):
+        pair = []
+        for size in ("dense3g", "moe18k"):
+            label = f"{method} {size}"
+            pair.append(_floor_row(bench, label, *bench.recipe(method, bench.family(size, 2)), None))
+        per_byte = [float(r["GB/s"]) for r in pair]
+        ratio = per_byte[0] / per_byte[1] if per_byte[1] else float("inf")
+        rows.append(pair[0] | {"times dense": 1.0, "target": None, "met": None})
+        rows.append(
+            pair[1] | {"times dense": round(ratio, 2), "target": MOE_TARGET, "met": bench.verdict(ratio <= MOE_TARGET)}
+        )
+    return rows
+
+
+def start(bench: Bench) -> list[Row]:
+    """How long ``--help`` and ``plan`` take to answer."""
+    family, rows = bench.family("1.5b", 3), []
+    path, _ = bench.recipe("ties", family)
+    for label, words in {"--help": ["--help"], "plan": ["plan", str(path)]}.items():
+        runs = [run([*FASTMERGE, *words]) for _ in range(bench.runs + 1)][1:]
+        if any(r.status for r in runs):
+            raise MergeFailed(f"fastmerge {label}: {runs[-1].output}")
+        answered = Spread.of([r.seconds for r in runs])
+        rows.append(
+            {
+                "command": label,
+                "seconds": str(answered),
+                "peak MB": max(r.rss for r in runs) // 10**6,
+                "target": START_TARGET,
+                "met": bench.verdict(answered.median <= START_TARGET),
+            }
+        )
+    return rows
+
+
+SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
+    "start": start, "peer": peer, "floor": against_floor, "memory": memory, "moe": moe,
+}  # fmt: skip
+
+
+def main() -> int:
+    """Runs the chosen sections, prints their tables and saves them; the status says whether all could run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="generated models [$FASTMERGE_BENCH_DATA or .cache/bench]")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--methods", nargs="+", choices=recipes.METHODS, default=[], help="only these")
+    parser.add_argument("--runs", type=int, help="counted runs of fastmerge and of the floor [5]")
+    parser.add_argument("--peer-runs", type=int, help="counted runs of mergekit [3]")
+    parser.add_argument("--quick", action="store_true", help="small models, one run each; judges nothing")
+    parser.add_argument("--no-save", action="store_true", help="print only; no file in results/")
+    parser.add_argument("--option", action="append", default=[], help="a further argument for fastmerge merge")
+    args = parser.parse_args()
+    data = (args.data or Path(os.environ.get("FASTMERGE_BENCH_DATA", ".cache/bench"))).resolve()
+    data.mkdir(parents=True, exist_ok=True)
+
+    about = provenance(data)
+    print(json.dumps(about, indent=1))
+    results: dict[str, list[Row]] = {}
+    failed = False
+    with tempfile.TemporaryDirectory(dir=data, prefix=".work-") as work:
+        few = 1 if args.quick else None
+        runs, peer_runs = args.runs or few or 5, args.peer_runs or few or 3
+        bench = Bench(data, Path(work), runs, peer_runs, args.quick, args.methods, args.option)
+        for name in args.sections:
+            print(f"\n== {name}: {(SECTIONS[name].__doc__ or '').strip()}", flush=True)
+            try:
+                results[name] = SECTIONS[name](bench)
+            except MergeFailed as error:
+                failed = True
+                results[name] = [{"failed": str(error)}]
+                print(error)
+                continue
+            print(table(results[name]))
+    if not args.no_save and not args.quick:
+        print(f"\nsaved {save('merges', results, about)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

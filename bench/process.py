@@ -1,0 +1,74 @@
+"""Runs commands as users do, in processes of their own, and reports what each one used."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One finished process.
+
+    Attributes:
+        seconds: wall time from start to exit.
+        cpu: user and system seconds, threads and waited-for children included.
+        rss: peak resident bytes of the process. The kernel counts the launching process's pages until the new
+            program is loaded, so launchers stay small: nothing here imports numpy.
+        status: exit status; negative for a signal.
+        output: the last lines of standard output and error together.
+    """
+
+    seconds: float
+    cpu: float
+    rss: int
+    status: int
+    output: str
+
+
+def run(command: Sequence[str], *, environment: dict[str, str] | None = None) -> Run:
+    """Runs a command to its end; a failure is reported, not raised."""
+    with tempfile.TemporaryFile() as output:
+        start = time.perf_counter()
+        child = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+        )
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - start
+        child.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, child.returncode, text[-2_000:])
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Several runs of the same thing: median, fastest and slowest, in seconds."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Spread:
+        """The spread of at least one time."""
+        return cls(statistics.median(seconds), min(seconds), max(seconds))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.least:.2f}..{self.most:.2f})"
+
+
+def warm(files: Sequence[Path]) -> None:
+    """Reads files once, so that all contenders find them in the page cache, if it can hold them."""
+    subprocess.run(["cat", *map(str, files)], stdout=subprocess.DEVNULL, check=True)
+
+
+def weights(directory: Path) -> list[Path]:
+    """The weight files of a checkpoint."""
+    return sorted(directory.glob("*.safetensors"))

@@ -1,0 +1,160 @@
+# ruff: noqa: PYI021 (the extension itself carries no docstrings)
+"""Native kernels and file transfers.
+
+Arrays are C-contiguous and of exactly the type named; everything else raises :class:`ValueError`. Every call
+releases the GIL and runs on the calling thread. ``table`` is int64 ``[S, 7 + M]`` (see
+:class:`fastmerge.methods.base.Segments`), ``ins`` int32 ``[M]`` type codes (0 fp64, 1 fp32, 2 fp16, 3 bf16); P rows
+of parameters, N = M - 1 models, R rows of partials, one per tile.
+"""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+_I32: TypeAlias = npt.NDArray[np.int32]
+_I64: TypeAlias = npt.NDArray[np.int64]
+_U16: TypeAlias = npt.NDArray[np.uint16]
+_U32: TypeAlias = npt.NDArray[np.uint32]
+_U64: TypeAlias = npt.NDArray[np.uint64]
+_F64: TypeAlias = npt.NDArray[np.float64]
+_Keys: TypeAlias = npt.NDArray[Any]
+
+def combine(
+    table: _I64,
+    ins: _I32,
+    out_code: int,
+    coef: _F64,
+    scale: _F64,
+    delta: bool,
+    per_row: bool,
+    nonfinite: _I64,
+) -> None:
+    """``sum c_i x_i / div``, or ``b + lambda (sum c_i (x_i - b) / div)``; coef [P, M], scale [P, 2], nonfinite [S].
+
+    The parameter row is the segment's group, or group + e // row with ``per_row``. Counts of results that are not
+    finite are added to ``nonfinite``.
+    """
+
+def gram(table: _I64, ins: _I32, partials: _F64, delta: bool, diff: bool, per_row: bool) -> None:
+    """Inner products of every tile into partials [R, columns], from row ``stats`` of each segment on.
+
+    Columns: the upper triangle by rows, then ``sum (x0 - x1)^2`` with ``diff``.
+    """
+
+def fold(partials: _F64, first: _I64) -> _F64:
+    """Ordered fp64 sums of the rows [first[g], first[g + 1]): [G, columns]."""
+
+def delta_keys(table: _I64, ins: _I32, round_code: int, drop: bool, model_index: _I32, bern: _I32, out: _Keys) -> None:
+    """Magnitude keys of all elements of all segments, uint32 (uint64 where an input is fp64) [elements, N]."""
+
+def count(
+    table: _I64,
+    ins: _I32,
+    round_code: int,
+    drop: bool,
+    model_index: _I32,
+    bern: _I32,
+    lo: _U64,
+    hi: _U64,
+    counts: _I64,
+    keys: _Keys,
+    where: _I64,
+    used: _I64,
+) -> None:
+    """Per tile and model [R, N, 4]: keys above hi, at hi, at lo (0 where lo == hi), strictly between.
+
+    Those strictly between are appended to keys [N, cap] and where [N, cap, 2] (group, e) from ``used`` [N] on; past
+    cap they are only counted.
+    """
+
+def l1(
+    table: _I64,
+    ins: _I32,
+    round_code: int,
+    drop: bool,
+    trim: bool,
+    model_index: _I32,
+    bern: _I32,
+    thr: _U64,
+    cut: _I64,
+    sums: _F64,
+) -> None:
+    """Tile sums of |d| and of |d| where kept, sums [R, N, 2]."""
+
+def votes(
+    table: _I64,
+    ins: _I32,
+    round_code: int,
+    drop: bool,
+    trim: bool,
+    model_index: _I32,
+    bern: _I32,
+    thr: _U64,
+    cut: _I64,
+    elect: int,
+    split: bool,
+    f: _F64,
+    counts: _I64,
+) -> None:
+    """Elements per tile whose vote is above and below 0, counts [R, 2]; f [P, N, 3] as in :func:`consensus`."""
+
+def consensus(
+    table: _I64,
+    ins: _I32,
+    out_code: int,
+    round_code: int,
+    drop: bool,
+    trim: bool,
+    model_index: _I32,
+    bern: _I32,
+    thr: _U64,
+    cut: _I64,
+    elect: int,
+    split: bool,
+    zero: int,
+    merge: int,
+    f: _F64,
+    scale: _F64,
+    nonfinite: _I64,
+) -> None:
+    """``b + lambda mix`` of the kept, weighted, elected deltas.
+
+    elect 0 none, 1 mass, 2 count; zero 0 plus, 1 majority, 2 base; merge 0 mean, 1 sum, 2 max; f [P, N, 3]
+    (coefficient, gate, vote weight), scale [P, 3] (lambda, div, majority sign), nonfinite [S], added to.
+    """
+
+def philox_u16(key: int, model: int, op: int, e0: int, n: int) -> _U16:
+    """The 16 random bits of the elements e0 .. e0 + n."""
+
+def philox4x32(counter: _U32, key: _U32) -> _U32:
+    """One block of Philox4x32-10: counter [4], key [2] -> [4]."""
+
+def count_nonfinite(address: int, n: int, code: int) -> int:
+    """How many of n values at an address are NaN or infinite."""
+
+def read_some(table: _I64, row: int, done: int) -> tuple[int, int, int]:
+    """Reads rows (fd, offset, address, nbytes) in order from byte ``done`` of ``row`` on.
+
+    Returns:
+        (row, done, errno): where it stopped: at the end (row == R), at a short read (errno 0) or an error.
+    """
+
+def write_some(table: _I64, row: int, done: int) -> tuple[int, int, int]:
+    """Writes rows (fd, offset, address, nbytes); otherwise as :func:`read_some`."""
+
+def copy_some(table: _I64, row: int, done: int) -> tuple[int, int, int]:
+    """Copies rows (fd in, offset in, fd out, offset out, nbytes) in the kernel; otherwise as :func:`read_some`."""
+
+def isa() -> str:
+    """The instruction set in use: baseline, v3, v4 or neon (the best that runs here, or FASTMERGE_ISA)."""
+
+def set_isa(name: str) -> None:
+    """Switches the instruction set of the process, for tests.
+
+    Raises:
+        ValueError: where it was not built or this machine cannot run it.
+    """
+
+def has_cuda() -> bool:
+    """Whether CUDA kernels were built."""

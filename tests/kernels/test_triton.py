@@ -1,0 +1,288 @@
+"""Every Triton kernel, in the interpreter, against plain numpy: bit for bit."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="the Triton kernels need triton")
+pytest.importorskip("torch", reason="the Triton kernels need torch")
+
+from fastmerge.kernels import TritonKernels, _launch
+from fastmerge.philox import philox4x32, u16
+from tests import keep_oracle as oracle
+from tests.kernels.cases import Case
+from tests.kernels_numpy import NumpyKernels
+
+if not _launch.interpreted():
+    pytest.skip("needs TRITON_INTERPRET=1; on a GPU tests/kernels/test_gpu.py runs instead", allow_module_level=True)
+
+TRITON, NUMPY = TritonKernels("cpu"), NumpyKernels()
+B = {"bf16": 3, "fp16": 2, "fp32": 1, "fp64": 0}
+MIXES = [(3, 3, 3), (2, 2, 2), (1, 1, 1), (0, 0), (3, 2, 1), (3, 0, 1, 2)]
+
+MODES = [(0, False, 0, 0)] + [
+    (elect, split, zero, merge)
+    for elect, split, zero, merge in itertools.product((1, 2), (False, True), (0, 1, 2), (0, 1, 2))
+    if not (elect == 2 and split)
+]
+KEEPS = ["nothing", "index", "drop", "drop+spread", "all", "never+index"]
+
+
+@pytest.fixture(autouse=True)
+def shipped_blocks(monkeypatch):
+    """Blocks as on a GPU, unless a test wants fewer programs."""
+    monkeypatch.setattr(_launch, "INTERPRETER_BLOCK", 2048)
+
+
+def both(case, run):
+    """The outputs and counters of a call on both backends are equal; ``run`` is called with (kernels, segments)."""
+    got, bad = case.written(lambda s: run(TRITON, s))
+    want, want_bad = case.written(lambda s: run(NUMPY, s))
+    for g, w in zip(got, want, strict=True):
+        oracle.same(g, w)
+    assert bad.tolist() == want_bad.tolist()
+
+
+def equal(got, want):
+    assert got.shape == want.shape
+    assert np.array_equal(got, want, equal_nan=got.dtype.kind == "f"), np.argwhere(got != want)[:5]
+
+
+# ---- combine ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codes", MIXES, ids=str)
+@pytest.mark.parametrize("delta", [False, True])
+def test_combine(codes, delta):
+    case = Case(codes, out=[3, 2, 1, 0][len(codes) % 4 if delta else codes[0]], sizes=(1, 9, 2048 + 13))
+    coef = case.rng.normal(0.4, 0.5, (3, len(codes)))
+    scale = np.stack([case.rng.normal(1, 0.3, 3), [1.0, 3.0, 0.7]], axis=1)
+    both(case, lambda k, s: k.combine(s, coef, scale, delta=delta, per_row=False))
+
+
+@pytest.mark.parametrize("out", [0, 1, 2, 3])
+@pytest.mark.parametrize("code", [0, 1])
+def test_every_rounding(code, out):
+    """Random bit patterns of the wide types, and the neighbourhoods of every tie of the narrow ones."""
+    case = Case((code,), out=out, sizes=(8192,))
+    x = case.data[0][0]
+    x[:] = case.rng.integers(0, 2 ** (64 if code == 0 else 32), len(x), dtype=x.dtype)
+    narrow = case.rng.integers(0, 2**16, 2048).astype(np.uint64)
+    if code == 1:
+        x[:2048] = (narrow << np.uint64(16)) + np.uint64(0x8000) + case.rng.integers(-1, 2, 2048).astype(np.uint64)
+    else:
+        with np.errstate(all="ignore"):
+            x[:2048] = oracle.widen(narrow.astype(np.uint16), 3, np.float64).view(np.uint64)
+            half = oracle.widen(narrow.astype(np.uint16), 2, np.float64)
+            x[2048:4096] = (half * (1 + case.rng.choice([2.0**-11, 2.0**-12, 2.0**-52], 2048))).view(np.uint64)
+        x[:2048] += case.rng.choice(np.array([0, 1 << 44, (1 << 44) + 1, (1 << 44) - 1], np.uint64), 2048)
+    one = np.ones((1, 1))
+    both(case, lambda k, s: k.combine(s, one, np.ones((1, 2)), delta=False, per_row=False))
+
+
+@pytest.mark.parametrize(("row", "shift"), [(7, 0), (2048, 0), (2052, 1)])
+def test_combine_by_row(row, shift):
+    case = Case((3, 3), sizes=(2 * row, 3 * row), row=row, shift=shift, e0=4 * row)
+    coef = case.rng.normal(0.4, 0.5, (12, 2))
+    scale = np.ones((12, 2))
+    both(case, lambda k, s: k.combine(s, coef, scale, delta=True, per_row=True))
+
+
+def test_misaligned_and_empty():
+    case = Case((3, 1, 3), out=1, sizes=(3000, 0, 1), shift=1)
+    coef, scale = case.rng.normal(size=(3, 3)), np.ones((3, 2))
+    both(case, lambda k, s: k.combine(s, coef, scale, delta=True, per_row=False))
+    case.segments.table = case.segments.table[:0]
+    case.segments.nonfinite = np.zeros(0, np.int64)
+    TRITON.combine(case.segments, coef, scale, delta=True, per_row=False)
+
+
+# ---- sums ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("codes", "sizes", "delta", "diff", "shift"),
+    [
+        ((3, 3), (65_536 + 2048, 5), False, True, 0),
+        ((2, 2, 2), (4097,), True, False, 0),
+        ((1, 0), (2048,), False, True, 0),
+        ((3,) * 6, (2048,), True, True, 0),  # 15 + 1 columns: two launches
+        ((1, 3, 3), (2050,), True, False, 1),
+    ],
+)
+def test_gram(codes, sizes, delta, diff, shift):
+    case = Case(codes, sizes=sizes, shift=shift)
+    k = len(codes) - delta
+    got = np.full((case.tiles, k * (k + 1) // 2 + diff), 7.0)
+    want = got.copy()
+    TRITON.gram(case.segments, got, delta=delta, diff=diff, per_row=False)
+    NUMPY.gram(case.segments, want, delta=delta, diff=diff, per_row=False)
+    equal(got, want)
+
+
+@pytest.mark.parametrize("row", [3, 2048, 65_536 + 8])
+def test_gram_by_row(row):
+    case = Case((3, 3), sizes=(2 * row, row), row=row)
+    got = np.full((case.tiles, 3), 7.0)
+    want = got.copy()
+    TRITON.gram(case.segments, got, delta=False, diff=False, per_row=True)
+    NUMPY.gram(case.segments, want, delta=False, diff=False, per_row=True)
+    equal(got, want)
+
+
+def test_fold():
+    rng = np.random.default_rng(0)
+    partials = rng.normal(size=(40, 19)) * np.exp(8 * rng.normal(size=(40, 19)))
+    first = np.array([0, 0, 1, 20, 40], np.int64)
+    equal(TRITON.fold(partials, first), NUMPY.fold(partials, first))
+    assert TRITON.fold(np.zeros((0, 3)), np.array([0], np.int64)).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("codes", "keep", "sizes"),
+    [((3, 3, 3), "index", (2048, 9)), ((1, 3), "drop+spread", (2100,)), ((0,) + (3,) * 5, "all", (2048,))],
+)
+def test_l1(codes, keep, sizes):
+    case = Case(codes, sizes=sizes)
+    args = case.keep_args(keep)
+    got, want = np.full((2, case.tiles, case.n, 2), 7.0)
+    TRITON.l1(case.segments, *args, got)
+    NUMPY.l1(case.segments, *args, want)
+    equal(got, want)
+
+
+# ---- random lanes, keys and counts -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("e0", [0, 8, 5, 2**31 - 8, 2**32 + 3, 2**40 + 16])
+def test_random_lanes_follow_the_element(e0):
+    """The drop of DARE at far away elements, in the aligned and in the odd kernel."""
+    case = Case((1, 1), out=1, sizes=(2048 + 7,), e0=e0, kinds=["normal"])
+    args = case.delta_args(drop=True)
+    args[3][:] = 30_000
+    got, want = np.zeros((2, 2055, 1), np.uint32)
+    TRITON.delta_keys(case.segments, *args, got)
+    NUMPY.delta_keys(case.segments, *args, want)
+    assert np.array_equal(got, want)
+    key = int(case.segments.table[0, 4]) % 2**64
+    kept = u16(key, int(args[2][0]), 0, e0, 2055) < 30_000
+    assert np.array_equal(got[:, 0] != 0, kept)
+
+
+def test_known_answers_of_philox():
+    """Random123's vectors through the kernels' own call: counter (lo, hi, model, op) and 64-bit key."""
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def words(out, counter, key):
+        lo, hi = tl.load(counter + tl.arange(0, 1)), tl.load(counter + 1 + tl.arange(0, 1))
+        c2, c3 = tl.load(counter + 2 + tl.arange(0, 1)), tl.load(counter + 3 + tl.arange(0, 1))
+        w0, w1, w2, w3 = tl.philox(tl.load(key), lo.to(tl.uint32), hi.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32))
+        tl.store(out + tl.arange(0, 1), w0.to(tl.int64))
+        tl.store(out + 1 + tl.arange(0, 1), w1.to(tl.int64))
+        tl.store(out + 2 + tl.arange(0, 1), w2.to(tl.int64))
+        tl.store(out + 3 + tl.arange(0, 1), w3.to(tl.int64))
+
+    for counter, key in [
+        ([0, 0, 0, 0], [0, 0]),
+        ([2**32 - 1] * 4, [2**32 - 1] * 2),
+        ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]),
+    ]:
+        out = torch.zeros(4, dtype=torch.int64)
+        whole = np.array([key[0] | key[1] << 32], np.uint64).view(np.int64)
+        words[(1,)](out, torch.tensor(counter), torch.from_numpy(whole))
+        assert [int(v) % 2**32 for v in out] == philox4x32(counter, key).tolist()
+
+
+@pytest.mark.parametrize(("codes", "drop", "round_code"), [((3, 3, 2), False, -1), ((1, 3), True, 3), ((0, 1), False, 2)])
+def test_delta_keys(codes, drop, round_code):
+    case = Case(codes, sizes=(2, 2048 + 20))
+    args = case.delta_args(round_code=round_code, drop=drop)
+    kind = np.uint64 if 0 in codes else np.uint32
+    got, want = np.zeros((2, 2070, case.n), kind)
+    TRITON.delta_keys(case.segments, *args, got)
+    NUMPY.delta_keys(case.segments, *args, want)
+    assert np.array_equal(got, np.minimum(want, kind(0x7FF8000000000000 if 0 in codes else 0x7FC00000)))
+
+
+@pytest.mark.parametrize(
+    ("codes", "drop", "sizes", "cap"),
+    [((3, 3, 3), False, (65_536 + 2048, 300), 4096), ((1, 2), True, (5000,), 40), ((0, 3), False, (2048,), 500)],
+)
+def test_count(codes, drop, sizes, cap):
+    case = Case(codes, sizes=sizes, kinds=["normal", "zeros"])
+    args = case.delta_args(drop=drop)
+    lo, hi = np.zeros((2, case.groups, case.n), np.uint64)
+    for g, keys in enumerate(case.sorted_keys(args)):
+        for i, k in enumerate(keys):
+            lo[g, i], hi[g, i] = k[int(0.78 * len(k))], k[int(0.8 * len(k))]
+    hi[0, 0] = max(hi[0, 0], lo[0, 0])
+    found = []
+    for kernels in (TRITON, NUMPY):
+        counts = np.full((case.tiles, case.n, 4), -1, np.int64)
+        keys = np.zeros((case.n, cap), np.uint64 if 0 in codes else np.uint32)
+        where, used = np.zeros((case.n, cap, 2), np.int64), np.zeros(case.n, np.int64)
+        kernels.count(case.segments, *args, lo, hi, counts, keys, where, used)
+        found.append((counts, used, keys, where))
+    (counts, used, keys, where), (want_counts, want_used, want_keys, want_where) = found
+    assert np.array_equal(counts, want_counts)
+    assert np.array_equal(used, want_used)
+    for i, n in enumerate(used):
+        if n <= cap:  # the order of a list is not part of the contract, nor is which keys fit
+            got = sorted(zip(keys[i, :n].tolist(), where[i, :n].tolist(), strict=True))
+            assert got == sorted(zip(want_keys[i, :n].tolist(), want_where[i, :n].tolist(), strict=True))
+
+
+# ---- consensus -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_every_mode(mode):
+    i = MODES.index(mode)
+    codes, keep = MIXES[i % len(MIXES)], KEEPS[(i + i // len(KEEPS)) % len(KEEPS)]
+    case = Case(codes, out=[3, 2, 1, 0][i % 4], sizes=(9, 2048 + 8), seed=i)
+    args = (*case.keep_args(keep, round_code=[-1, 3, 2][i % 3]), *mode, *case.rules())
+    both(case, lambda k, s: k.consensus(s, *args))
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_every_keep(keep):
+    case = Case((3, 3, 3), sizes=(1000, 2056), kinds=["two", "special"])
+    args = (*case.keep_args(keep), 1, False, 0, 0, *case.rules())
+    both(case, lambda k, s: k.consensus(s, *args))
+
+
+def test_tie_cuts_across_tiles(monkeypatch):
+    """Data that is nearly all ties, cut in the second of three tiles, with the pieces given out of order."""
+    monkeypatch.setattr(_launch, "INTERPRETER_BLOCK", 16_384)
+    case = Case((3, 3, 3), sizes=(2 * 65_536 + 5000,), kinds=["two"])
+    args = list(case.keep_args("index"))
+    args[6][0, :, :] = [(1, 20_000, -1), (1, 3, -1)]
+    rest = (1, False, 0, 0, *case.rules())
+    both(case, lambda k, s: k.consensus(s, *args, *rest))
+    want = case.outs[0].copy()
+    s = case.segments
+    whole = s.table[0].copy()
+    pieces = []
+    for start, stop in [(131_072, 136_072), (0, 65_536), (65_536, 131_072)]:
+        row = whole.copy()
+        row[1], row[2] = stop - start, start
+        row[[0, 7, 8, 9]] += 2 * start
+        pieces.append(row)
+    s.table, s.nonfinite = np.stack(pieces), np.zeros(3, np.int64)
+    case.outs[0][:] = 0
+    TRITON.consensus(s, *args, *rest)
+    oracle.same(case.outs[0], want)
+
+
+@pytest.mark.parametrize(("elect", "split"), [(1, False), (1, True), (2, False)])
+def test_votes(elect, split):
+    case = Case((3, 1, 3), sizes=(2048, 77))
+    args = (*case.keep_args("drop+index"), elect, split, case.rules()[0])
+    got, want = np.full((2, case.tiles, 2), -1, np.int64)
+    TRITON.votes(case.segments, *args, got)
+    NUMPY.votes(case.segments, *args, want)
+    assert np.array_equal(got, want)

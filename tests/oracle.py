@@ -1,0 +1,157 @@
+"""What the tests of methods share: tensors that look like checkpoints, backends, and a driver that cuts the work."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from fastmerge.dtypes import BF16, F16, F32, F64
+from fastmerge.families.memory import segments
+from fastmerge.methods.base import TILE
+from fastmerge.methods.reference import torch_dtype
+from fastmerge.methods.resolve import make_group
+from tests.kernels_numpy import NumpyKernels
+
+torch.set_num_threads(1)
+
+TYPES = {
+    "bf16": lambda n: [BF16] * n,
+    "fp16": lambda n: [F16] * n,
+    "fp32": lambda n: [F32] * n,
+    "fp64": lambda n: [F64] * n,
+    "mixed": lambda n: [(BF16, F32, F16)[i % 3] for i in range(n)],
+    "mixed64": lambda n: [(BF16, F32, F64)[i % 3] for i in range(n)],
+}
+
+SHAPES = ((), (0,), (3, 0), (1,), (7,), (33, 65), (3, 5, 7), (1, 2049))
+
+
+def kernels():
+    """Every backend of the kernel interface that is here."""
+    found = {"numpy": NumpyKernels()}
+    try:
+        from fastmerge.families.native import NativeKernels
+
+        found["native"] = NativeKernels()
+    except ImportError:
+        pass
+    return found
+
+
+KERNELS = kernels()
+FAST = KERNELS.get("native", KERNELS["numpy"])
+
+
+def case_parts(method, case):
+    """(parameters, preset, number of inputs, whether the first is the base) of one of a method's cases."""
+    parameters = {k: v for k, v in case.items() if k not in {"preset", "models"}}
+    models = case.get("models", method.contract.most or 3)
+    lists = [len(v) for v in parameters.values() if isinstance(v, list)]
+    models = lists[0] if lists else models
+    has_base = method.contract.base == "required"
+    return parameters, case.get("preset"), models + has_base, has_base
+
+
+def group_of(method, case, shape, types, name="model.layers.0.w", out=None, seed=0):
+    parameters, preset, count, has_base = case_parts(method, case)
+    return make_group(
+        method,
+        name,
+        shape,
+        TYPES[types](count),
+        has_base=has_base,
+        out_dtype=out,
+        parameters=parameters,
+        preset=preset,
+        seed=seed,
+    )
+
+
+def inputs_of(group, seed=0, *, special=False, tie_free=False):
+    """Fine-tunes of one base: weights of sd 0.02, updates of sd 0.002, rounded to their types.
+
+    Args:
+        group: shape and types.
+        seed: of the numbers.
+        special: sprinkle NaN, infinities, signed zeros, subnormals and the largest numbers.
+        tie_free: magnitudes that no two elements share, large enough to survive the types.
+    """
+    g = torch.Generator().manual_seed(seed)
+    n = group.numel
+    base = torch.randn(n, generator=g, dtype=torch.float64) * 0.02
+    out = []
+    for i, d in enumerate(group.dtypes):
+        x = base.clone()
+        if i or not group.has_base:
+            x += torch.randn(n, generator=g, dtype=torch.float64) * (0.5 if tie_free else 0.002)
+        if special and n:
+            odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-41, -1e-7, 6e4, -3e38])
+            where = torch.randint(0, n, (1 + n // 40,), generator=g)
+            x[where] = odd[torch.randint(0, len(odd), where.shape, generator=g)].double()
+        out.append(x.to(torch_dtype(d)).reshape(group.shape))
+    return out
+
+
+def bits(t):
+    """A tensor's bytes."""
+    return t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def same(got, want):
+    return got.dtype == want.dtype and got.shape == want.shape and bits(got) == bits(want)
+
+
+def cut(method, groups, step):
+    """Pieces of at most about ``step`` elements, as the stream cuts them."""
+    out = []
+    for g, group in enumerate(groups):
+        n, s = group.numel, max(TILE, step // TILE * TILE)
+        if method.scope(group) == "row" and n:
+            s = max(1, step // group.row) * group.row
+        out += [(g, e0, min(s, n - e0)) for e0 in range(0, max(n, 1), s)]
+    return np.array(out, np.int64).reshape(-1, 3)
+
+
+def drive(method, groups, inputs, backend, *, step=None, shuffle=None, most=200):
+    """Runs a program as the stream would: poisoned outputs between guards, pieces in any order, one call each."""
+    program = method.program(groups, backend)
+    rng = random.Random(shuffle)
+    guard = 64
+    held = [torch.full((g.numel * g.out_dtype.size + 2 * guard,), 0xDD, dtype=torch.uint8) for g in groups]
+    outputs = [
+        h[guard : guard + g.numel * g.out_dtype.size].view(torch_dtype(g.out_dtype)).reshape(g.shape)
+        for h, g in zip(held, groups, strict=True)
+    ]
+    before = [[bits(t) for t in tensors] for tensors in inputs]
+    every = cut(method, groups, step or 1 << 62)
+    passes = 0
+    while not program.ready:
+        passes += 1
+        assert passes <= most, "the passes do not end"
+        due = program.pieces()
+        pieces = every if due is None else smaller(due, step)
+        if shuffle is not None:
+            pieces = pieces[rng.sample(range(len(pieces)), len(pieces))]
+        chunks = [pieces] if step is None else [pieces[i : i + 1] for i in range(len(pieces))]
+        program.advance([program.statistics(s) for c in chunks for s in segments(groups, inputs, None, c)])
+    nonfinite = 0
+    for s in segments(groups, inputs, outputs, every):
+        program.apply(s)
+        nonfinite += int(s.nonfinite.sum())
+    for h in held:
+        assert bool((h[:guard] == 0xDD).all()), "written before the output"
+        assert bool((h[len(h) - guard :] == 0xDD).all()), "written past the output"
+    assert before == [[bits(t) for t in tensors] for tensors in inputs], "an input was written to"
+    assert nonfinite == sum(int((~torch.isfinite(o)).sum()) for o in outputs)
+    return outputs
+
+
+def smaller(pieces, step):
+    """Pieces longer than a tile, cut at tiles."""
+    if step is None:
+        return pieces
+    s = max(TILE, step // TILE * TILE)
+    out = [(g, e0 + a, min(s, n - a)) for g, e0, n in pieces.tolist() for a in range(0, max(n, 1), s)]
+    return np.array(out, np.int64).reshape(-1, 3)

@@ -1,0 +1,460 @@
+"""The grammar: what is accepted, what is refused and how it is said."""
+
+import pickle
+
+import pytest
+
+import fastmerge.recipe as package
+from fastmerge.errors import RecipeError
+from fastmerge.methods import METHODS
+from fastmerge.methods.base import Contract, Method
+from fastmerge.recipe import ModelRef, Parameters, Recipe, Rule, Setting
+
+LINEAR = (
+    "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: 1}}\n  - {model: b, parameters: {weight: 2}}\n"
+)
+TIES = """\
+merge_method: ties
+base_model: base
+models:
+  - model: a
+    parameters: {weight: 1, density: 0.5}
+  - model: b
+    parameters: {weight: 1}
+"""
+SLERP = "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]\nparameters: {t: 0.5}\n"
+STACK = """\
+merge_method: passthrough
+slices:
+  - sources: [{model: a, layer_range: [0, 4]}]
+  - sources: [{model: b, layer_range: [2, 4]}]
+"""
+
+
+def problems(text):
+    with pytest.raises(RecipeError) as e:
+        Recipe.load(text)
+    return e.value.problems
+
+
+def test_every_problem_at_once_in_the_order_of_the_lines():
+    found = problems("""\
+merge_method: ties
+modles: []
+base_model: a+lora
+dtype: bf16
+models:
+  - model: x
+    parameters: {density: 1.5, wieght: 1}
+  - model: x@1@2
+    parameter: {weight: .nan}
+parameters:
+  normalize: maybe
+  lambda: .inf
+seed: x
+""")
+    assert [p.split(": ", 2)[:2] for p in found] == [
+        ["recipe:2", "modles"],
+        ["recipe:3", "base_model"],
+        ["recipe:4", "dtype"],
+        ["recipe:7", "models[0].parameters.density"],
+        ["recipe:7", "models[0].parameters.wieght"],
+        ["recipe:8", "models[1].model"],
+        ["recipe:9", "models[1].parameter"],
+        ["recipe:11", "parameters.normalize"],
+        ["recipe:12", "parameters.lambda"],
+        ["recipe:13", "seed"],
+    ]
+    text = "\n".join(found)
+    for said in (
+        "did you mean 'models'?",
+        "adapters (model+lora) are not supported yet",
+        "did you mean 'bfloat16'?",
+        "expected a number in 0 .. 1; got 1.5",
+        "did you mean 'weight'?",
+        "expected one path[@revision]",
+        "did you mean 'parameters'?",
+        "expected true or false; got 'maybe'",
+        "expected a finite number; got inf",
+        "expected a valid integer; got 'x'",
+    ):
+        assert said in text, said
+
+
+def test_unknown_keys_do_not_hide_what_needs_the_whole_recipe():
+    found = "\n".join(problems("merge_method: slerp\nmodles: 1\nmodels: [{model: a}]\n"))
+    assert "modles" in found
+    assert "needs a 'base_model'" in found
+    assert "needs the parameter 't'" in found
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models: [{model: a}]\n", "merge_method: this key is required"),
+        ("merge_method: linar\nmodels: [{model: a}]\n", "unknown method 'linar' (did you mean 'linear'?); known: dare"),
+        ("merge_method: 3\nmodels: [{model: a}]\n", "merge_method: expected a valid string; got 3"),
+        ("merge_method: linear\n", "exactly one of 'models' and 'slices'"),
+        ("merge_method: linear\nmodels: []\n", "exactly one of 'models' and 'slices'"),
+        (LINEAR + "slices: [{sources: [{model: a, layer_range: [0, 1]}]}]\n", "exactly one of"),
+        (LINEAR + "modules: {text: {}}\n", "'modules' is not supported yet"),
+        ("merge_method: linear\nmodels: {model: a}\n", "models: expected a list; got a mapping"),
+        ("merge_method: linear\nmodels: [a]\n", "models[0]: expected a mapping; got 'a'"),
+        ("merge_method: linear\nmodels: [{parameters: {weight: 1}}]\n", "models[0].model: this key is required"),
+        ("merge_method: linear\nmodels: [{model: 3, parameters: {weight: 1}}]\n", "expected a model"),
+        ("merge_method: linear\nmodels: [{model: '', parameters: {weight: 1}}]\n", "expected a model"),
+        (LINEAR.replace("model: a", "model: a, weight: 1"), "'weight' is a parameter of 'linear': put it under"),
+        (LINEAR.replace("model: b", "model: a"), "recipe:4: models[1].model: model 'a' is listed twice"),
+        (LINEAR.replace("model: b", "model: ./a"), "one model is written in two ways: 'a' and './a'"),
+        (LINEAR + "parameters: 3\n", "parameters: expected a mapping of parameters; got 3"),
+        (LINEAR + "parameters: {normalise: true}\n", "unknown parameter of 'linear' (did you mean 'normalize'?)"),
+        (LINEAR.replace("weight: 2", "weight: 2, normalize: true"), "normalize: shared by all models: put it under"),
+        (LINEAR.replace("weight: 2", "weight: null"), "expected a value, a list of values, or {filter, value}"),
+        (LINEAR.replace("weight: 2", "weight: [1, null]"), "weight[1]: expected a value"),
+        (LINEAR.replace("weight: 2", "weight: [1, [2]]"), "weight[1]: expected a value"),
+        (LINEAR.replace("weight: 2", "weight: [1, {value: 2}]"), "either values or {filter, value} entries, not both"),
+        (LINEAR.replace("weight: 2", "weight: {filter: x}"), "an entry needs a 'value'"),
+        (LINEAR.replace("weight: 2", "weight: {filter: 3, value: 1}"), "a filter is part of a tensor name; got 3"),
+        (LINEAR.replace("weight: 2", "weight: {fliter: x, value: 1}"), "unknown key; an entry has 'filter' and"),
+        (LINEAR.replace("weight: 2", "weight: nan"), "expected a finite number; got 'nan'"),
+        (LINEAR.replace("weight: 2", "weight: 1" + "0" * 400), "expected a"),
+        (LINEAR + "dtype: int64\n", "'int64' is no floating-point type"),
+        (LINEAR + "out_dtype: float8_e4m3fn\n", "is no floating-point type: expected one of float64, float32"),
+        (LINEAR + "dtype: 16\n", "expected one of float64, float32, float16, bfloat16; got 16"),
+        (LINEAR + "seed: 9223372036854775808\n", "expected a 64-bit signed integer"),
+        (LINEAR + "seed: true\n", "seed: expected a valid integer"),
+        (LINEAR + "preset: papre\n", "'linear' has no preset 'papre'; known: mergekit, soup"),
+        (TIES + "preset: papre\n", "did you mean 'paper'?"),
+        (TIES + "parameters: {tise: all}\n", "did you mean 'ties'?"),
+        (TIES + "parameters: {ties: al}\n", "expected one of index, all, spread; got 'al' (did you mean 'all'?)"),
+        (TIES.replace("base_model: base\n", ""), "'ties' needs a 'base_model'"),
+        (TIES.replace("weight: 1, density", "density"), "models[0]: 'ties' needs the parameter 'weight' for 'a'"),
+        (SLERP.replace("{model: b}", "{model: b}, {model: c}"), "exactly 1 model beside the base 'a'; got 2"),
+        ("merge_method: passthrough\nbase_model: x\nmodels: [{model: a}]\n", "1 input; got 2 (the base_model joins"),
+        (STACK.replace("[0, 4]", "[4, 4]"), "expected [first, end) with 0 <= first < end; got [4, 4]"),
+        (STACK.replace("[0, 4]", "[-1, 4]"), "0 <= first < end"),
+        (STACK.replace("[0, 4]", "[0, 4, 5]"), "layer_range: tuple should have at most 2 items"),
+        (STACK.replace("[0, 4]", "[0, 4.5]"), "layer_range[1]: expected a valid integer; got 4.5"),
+        (STACK.replace(", layer_range: [0, 4]", ""), "slices[0].sources[0].layer_range: this key is required"),
+        ("merge_method: passthrough\nslices: [{sources: []}]\n", "a slice needs at least one source"),
+        ("merge_method: passthrough\nslices: [{}]\n", "slices[0].sources: this key is required"),
+        (STACK + "residual_weight: 1\n", "residual_weight: unknown key"),
+        (LINEAR + "tokenizer_source: union\n", "a union of vocabularies is not supported yet"),
+        (LINEAR + "tokenizer: {}\n", "a union of vocabularies is not supported yet"),
+        (LINEAR + "tokenizer: {source: a, tokens: {x: {source: a}}}\n", "changes to the vocabulary: not supported yet"),
+        (LINEAR + "tokenizer: {source: a, pad_to_multiple_of: 8}\n", "'pad_to_multiple_of' needs changes"),
+        (LINEAR + "tokenizer: {source: a}\ntokenizer_source: a\n", "either 'tokenizer' or 'tokenizer_source'"),
+        (LINEAR + "tokenizer_source: base\n", "'base' needs a 'base_model'"),
+        (LINEAR + "tokenizer_source: c\n", "'c' is not a model of this recipe"),
+        (LINEAR + "tokenizer: {sauce: a}\n", "tokenizer.sauce: unknown key (did you mean 'source'?)"),
+        (LINEAR + "chat_template: chatml\n", "the built-in 'chatml' is not supported yet"),
+        (LINEAR + "chat_template: short\n", "expected 'auto' or a Jinja template"),
+        (LINEAR.replace("model: a", "model: a+b"), "adapters"),
+        (LINEAR.replace("model: a", "model: {model: a, lora: b}"), "adapters"),
+        (LINEAR.replace("model: a", "model: {path: a}"), "got a mapping of ['path']"),
+    ],
+)  # fmt: skip
+def test_refused(text, said):
+    assert said in "\n".join(problems(text))
+
+
+def test_sources_of_a_slice_need_equal_lengths_and_the_base():
+    text = """\
+merge_method: slerp
+base_model: a
+slices:
+  - sources: [{model: a, layer_range: [0, 4]}, {model: b, layer_range: [0, 3]}]
+  - sources: [{model: b, layer_range: [0, 4]}, {model: c, layer_range: [0, 4]}]
+parameters: {t: 0.5}
+"""
+    found = "\n".join(problems(text))
+    assert "recipe:4: slices[0].sources: all sources of a slice need equally many layers; got 4, 3" in found
+    assert "recipe:5: slices[1].sources: the base 'a' must be one of the sources of each slice" in found
+
+
+def test_a_required_parameter_may_stand_at_any_level():
+    assert Recipe.load(
+        TIES.replace("weight: 1, ", "").replace("    parameters: {weight: 1}\n", "") + "parameters: {weight: 1}\n"
+    )
+    assert Recipe.load("merge_method: linear\nbase_model: c\nmodels: [{model: a}]\nparameters: {weight: 1}\n")
+    found = problems(LINEAR + "base_model: c\n")
+    assert found == ["recipe:2: models[2]: 'linear' needs the parameter 'weight' for 'c'"]
+
+
+def test_presets_decide_what_is_required():
+    bare = "merge_method: ties\nbase_model: x\nmodels: [{model: a}]\n"
+    assert "needs the parameter 'weight'" in problems(bare)[0]
+    assert Recipe.load(bare + "preset: paper\n").preset == "paper"
+    assert Recipe.load(bare + "parameters: {weight: 1}\npreset: mergekit\n")
+    assert "needs the parameter 'density'" in "\n".join(problems(bare + "parameters: {weight: 1}\npreset: peft\n"))
+
+
+def test_values_are_typed():
+    recipe = Recipe.load(
+        TIES.replace("density: 0.5", "density: 5e-1").replace("weight: 1}", "weight: '2'}")
+        + "parameters: {normalize: 'no', rescale: 1}\n"
+    )
+    assert recipe.models[0].parameters["density"] == Setting((Rule(0.5),))
+    assert recipe.models[1].parameters["weight"].plain() == 2.0
+    assert recipe.parameters["normalize"].plain() is False
+    assert recipe.parameters["rescale"].plain() is True
+
+
+def test_int8_mask_is_accepted_everywhere():
+    assert "int8_mask" in Recipe.load(LINEAR + "parameters: {int8_mask: true}\n").parameters
+
+
+def test_recipes_are_frozen_hashable_and_pickle():
+    recipe = Recipe.load(TIES)
+    with pytest.raises(Exception, match="frozen"):
+        recipe.dtype = "float32"
+    with pytest.raises(TypeError):
+        recipe.parameters["x"] = 1
+    assert hash(recipe) == hash(Recipe.load(TIES))
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+    assert Recipe.load(recipe) is recipe
+    assert recipe.method is METHODS["ties"]
+
+
+def test_model_references():
+    text = """
+merge_method: linear
+parameters: {weight: 1}
+models:
+  - model: org/name@abc
+  - model: {model: {path: 'a+b@c', revision: main}}
+  - model: {model: ../x}
+"""
+    recipe = Recipe.load(text)
+    assert recipe.refs == (ModelRef("org/name", "abc"), ModelRef("a+b@c", "main"), ModelRef("../x"))
+    assert str(recipe.refs[0]) == "org/name@abc"
+    assert Recipe.load(recipe.to_yaml()) == recipe
+
+
+def test_order_of_models_is_base_first_then_as_written():
+    assert [str(r) for r in Recipe.load(TIES).refs] == ["base", "a", "b"]
+    assert [str(r) for r in Recipe.load(LINEAR + "base_model: b\n").refs] == ["b", "a"]
+    assert [str(r) for r in Recipe.load(STACK).refs] == ["a", "b"]
+
+
+def test_a_base_joins_last_where_the_method_has_none_and_as_base_where_it_has():
+    (part,) = Recipe.load(LINEAR + "base_model: c\nparameters: {weight: 1}\n").parts
+    assert [str(s.model) for s in part.sources] == ["a", "b", "c"]
+    assert part.base is None
+    (part,) = Recipe.load(TIES).parts
+    assert [str(s.model) for s in part.sources] == ["a", "b", "base"]
+    assert part.base == ModelRef("base")
+    (part,) = Recipe.load(LINEAR + "base_model: b\n").parts
+    assert [str(s.model) for s in part.sources] == ["a", "b"]
+
+
+def test_slice_bases_win():
+    text = """\
+merge_method: slerp
+base_model: a
+slices:
+  - sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]
+  - sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]
+    base_model: b
+    parameters: {t: 0.1}
+parameters: {t: 0.5}
+"""
+    first, second = Recipe.load(text).parts
+    assert (str(first.base), str(second.base)) == ("a", "b")
+    assert second.parameters["t"].plain() == 0.1
+    assert first.ranges == ((0, 2), (0, 2))
+
+
+def test_tokenizers():
+    for text in (
+        "tokenizer_source: base\n",
+        "tokenizer: {source: base}\n",
+        "tokenizer_source: a\n",
+        "tokenizer_source: model:a\n",
+    ):
+        recipe = Recipe.load(SLERP + text)
+        assert recipe.tokenizer_source == ModelRef("a")
+        assert Recipe.load(recipe.to_yaml()) == recipe
+    assert Recipe.load(SLERP + "chat_template: auto\n").chat_template == "auto"
+    assert Recipe.load(SLERP + "tokenizer_source: model:b\n").tokenizer_source == ModelRef("b")
+
+
+# The SLERP recipe of the user's specification: base and two other models, t for each.
+SPEC_SLERP = """\
+merge_method: slerp
+base_model: mistralai/Mistral-7B-v0.1
+models:
+  - model: WizardLM/WizardLM-7B-V1.0
+    parameters:
+      t: 0.5
+  - model: teknium/OpenHermes-2.5-Mistral-7B
+    parameters:
+      t: 0.5
+dtype: bfloat16
+"""
+
+
+def test_equal_t_of_each_model_is_the_shared_t():
+    recipe = Recipe.load(SPEC_SLERP)
+    assert recipe.parameters["t"].plain() == 0.5
+    assert not any(m.parameters for m in recipe.models)
+    assert recipe.donor_only_base
+    (part,) = recipe.parts
+    assert [str(s.model) for s in part.sources] == ["WizardLM/WizardLM-7B-V1.0", "teknium/OpenHermes-2.5-Mistral-7B"]
+    assert part.base == part.sources[0].model
+    assert Recipe.load(recipe.to_yaml()) == recipe
+    with_top = Recipe.load(SPEC_SLERP + "parameters: {t: 0.5}\n")
+    assert with_top == recipe
+    one = Recipe.load("merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b, parameters: {t: [0, 1]}}]\n")
+    assert one.parameters["t"].plain() == [0.0, 1.0]
+    assert not one.donor_only_base
+
+
+def test_different_t_is_an_error_with_its_line():
+    found = problems(SPEC_SLERP.replace("t: 0.5\ndtype", "t: 0.4\ndtype"))
+    assert found == [
+        "recipe:9: models[1].parameters.t: one 't' is shared by both models; got 0.4 here and 0.5 elsewhere"
+    ]
+    found = problems(SPEC_SLERP + "parameters: {t: 0.1}\n")
+    assert len(found) == 2
+    assert "got 0.5 here and 0.1 elsewhere" in found[0]
+
+
+def test_per_source_t_moves_to_its_slice():
+    text = """\
+merge_method: slerp
+base_model: a
+slices:
+  - sources:
+      - {model: a, layer_range: [0, 2], parameters: {t: 0.2}}
+      - {model: b, layer_range: [0, 2], parameters: {t: 0.2}}
+  - sources: [{model: a, layer_range: [2, 4]}, {model: b, layer_range: [2, 4]}]
+parameters: {t: 0.9}
+"""
+    assert "got 0.2 here" not in "\n".join(str(Recipe.load(text).slices))
+    recipe = Recipe.load(text)
+    assert recipe.slices[0].parameters["t"].plain() == 0.2
+    assert not recipe.slices[1].parameters
+
+
+EXAMPLES = {
+    "linear": """\
+models:
+  - model: psmathur/orca_mini_v3_13b
+    parameters:
+      weight: 1.0
+  - model: WizardLM/WizardLM-13B-V1.2
+    parameters:
+      weight: 0.3
+merge_method: linear
+dtype: float16
+""",
+    "ties with gradients": """\
+models:
+  - model: psmathur/orca_mini_v3_13b
+    parameters:
+      density: [1, 0.7, 0.1] # density gradient
+      weight: 1.0
+  - model: garage-bAInd/Platypus2-13B
+    parameters:
+      density: 0.5
+      weight: [0, 0.3, 0.7, 1] # weight gradient
+  - model: WizardLM/WizardMath-13B-V1.0
+    parameters:
+      density: 0.33
+      weight:
+        - filter: mlp
+          value: 0.5
+        - value: 0
+merge_method: ties
+base_model: TheBloke/Llama-2-13B-fp16
+parameters:
+  normalize: true
+  int8_mask: true
+dtype: float16
+""",
+    "ties biomedical": """\
+models:
+  - model: mistralai/Mistral-7B-Instruct-v0.2
+    parameters:
+      density: 0.5
+      weight: 0.5
+merge_method: ties
+base_model: mistralai/Mistral-7B-v0.1
+parameters:
+  normalize: false
+  int8_mask: true
+dtype: float16
+""",
+    "gradient slerp": """\
+slices:
+  - sources:
+      - model: psmathur/orca_mini_v3_13b
+        layer_range: [0, 40]
+      - model: garage-bAInd/Platypus2-13B
+        layer_range: [0, 40]
+merge_method: slerp
+base_model: psmathur/orca_mini_v3_13b
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3, 0.7, 1]
+    - filter: mlp
+      value: [1, 0.5, 0.7, 0.3, 0]
+    - value: 0.5 # fallback for rest of tensors
+dtype: float16
+""",
+    "layer stack": """\
+slices:
+  - sources:
+    - model: psmathur/orca_mini_v3_13b
+      layer_range: [0, 24]
+  - sources:
+    - model: garage-bAInd/Platypus2-13B
+      layer_range: [20, 40]
+merge_method: passthrough
+dtype: float16
+""",
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_shapes_of_mergekits_examples(name):
+    import yaml
+
+    from tests.recipe.oracle import config
+
+    recipe = Recipe.load(EXAMPLES[name])
+    assert Recipe.load(recipe.to_yaml()) == recipe
+    ours = config.MergeConfiguration.model_validate(yaml.safe_load(recipe.to_yaml()))
+    theirs = config.MergeConfiguration.model_validate(yaml.safe_load(EXAMPLES[name]))
+    assert ours == theirs
+
+
+def test_shape_of_the_arcee_fusion_example(monkeypatch):
+    fusion = type("Fusion", (Method,), {"name": "arcee_fusion", "contract": Contract("required", 1, 1), "params": ()})
+    monkeypatch.setattr(package, "METHODS", {"arcee_fusion": fusion})
+    text = "models: [{model: model_a}, {model: model_b}]\nmerge_method: arcee_fusion\nbase_model: model_a\ndtype: bfloat16\n"
+    (part,) = Recipe.load(text).parts
+    assert str(part.base) == "model_a"
+
+
+def test_canonical_has_no_paths_and_knows_identities_and_seed():
+    here, there = (
+        Recipe.load(TIES.replace("base\n", f"{root}/base\n").replace("model: a", f"model: {root}/a"))
+        for root in ("/x", "/y/z")
+    )
+    assert here.canonical(["1", "2", "3"]) == there.canonical(["1", "2", "3"])
+    assert "/x" not in here.canonical()
+    assert here.canonical(["1", "2", "3"]) != here.canonical(["1", "2", "4"])
+    assert here.canonical(seed=1) != here.canonical()
+    assert here.canonical(seed=0) == here.canonical()
+    assert here.canonical() != Recipe.load(TIES.replace("0.5", "0.4")).canonical()
+    assert "\n" not in here.canonical()
+
+
+def test_parameters_are_a_mapping():
+    one = Parameters({"a": Setting((Rule(1.0),))})
+    assert one == Parameters({"a": Setting((Rule(1.0),))})
+    assert one != Parameters()
+    assert "Rule" in repr(one)

@@ -1,0 +1,159 @@
+"""Hostile and broken YAML: refused at once, with file and line."""
+
+import contextlib
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastmerge.errors import RecipeError
+from fastmerge.recipe import Recipe, tree
+
+GOOD = "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: 1}}\n"
+
+
+def problems(text):
+    with pytest.raises(RecipeError) as e:
+        Recipe.load(text)
+    return e.value.problems
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x: !!python/object/apply:os.system ['true']\n", "recipe:1: tag:yaml.org,2002:python"),
+        ("x: !!python/name:os.system ''\n", "no place in a recipe"),
+        ("x: !foreign {a: 1}\n", "no place in a recipe"),
+        ("x: !!set {a, b}\n", "!!set has no place"),
+        ("x: !!binary aGk=\n", "!!binary values have no place"),
+        ("d: 2001-01-01\n", "!!timestamp values have no place"),
+        ("a: 1\nb: 2\na: 3\n", "recipe:3: duplicate key 'a' (first on line 1)"),
+        ("1: x\n", "keys are strings, not '1'"),
+        ("yes: x\n", "keys are strings, not 'yes'"),
+        ("? [a, b]\n: x\n", "keys are strings, not a sequence"),
+        ("- merge_method\n- linear\n", "this holds a list"),
+        ("# nothing\n\n", "this is empty"),
+        ("a: [1, 2\nb: 3\n", "not valid YAML"),
+        ("a: b: c\n", "recipe:1: not valid YAML"),
+        ("a: *nobody\n", "undefined alias"),
+        ("a: \x00\n", "not valid YAML"),
+        ("a: &a [*a]\n", "a value that contains itself"),
+        ("a: &a {b: *a}\n", "a value that contains itself"),
+        ("<<: 1\nb: 2\n", "'<<' takes mappings, not a number"),
+        ("a: 0x" + "f" * 9000 + "\nb: " + "9" * 9000 + "\n", "cannot read"),
+    ],
+)
+def test_refused_with_a_line(text, said):
+    assert said in "\n".join(problems(text)).replace("!!python", "tag:yaml.org,2002:python")
+
+
+def test_several_documents_are_several_recipes():
+    (only,) = problems(GOOD + "---\n" + GOOD)
+    assert only == "recipe:4: more than one YAML document ('---'); one file is one recipe: split it"
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "a: " + "{b: " * 5000, "a:\n" + "- " * 3000])
+def test_deep_nesting_does_not_reach_the_recursive_composer(text):
+    assert "levels deep" in problems(text + "\n")[0]
+
+
+def test_alias_bombs():
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    assert "refused" in problems("\n".join(lines) + "\n")[0]
+    assert "more than 200 aliases" in problems("a: &a 1\nb: [" + "*a, " * 300 + "]\n")[0]
+
+
+def test_size_and_node_caps():
+    assert "more than 1,000,000 bytes" in problems("a: " + "x" * 1_000_001 + "\n")[0]
+    assert "more than 200,000 values" in problems("a: [" + "1," * 250_000 + "]\n")[0]
+
+
+def test_files(tmp_path):
+    path = tmp_path / "r.yml"
+    path.write_text("\ufeff" + GOOD)
+    assert Recipe.load(path) == Recipe.load(str(path)) == Recipe.load(GOOD)
+    path.write_bytes(b"a: \xff\n")
+    with pytest.raises(RecipeError, match=r"r\.yml: not UTF-8 text \(byte 3\)"):
+        Recipe.load(path)
+    path.write_bytes(b"a: " + b"x" * 2_000_000)
+    with pytest.raises(RecipeError, match=r"r\.yml: a recipe of more than"):
+        Recipe.load(path)
+    with pytest.raises(RecipeError, match=r"no\.yml: cannot read the recipe: No such file"):
+        Recipe.load(tmp_path / "no.yml")
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        Recipe.load(tmp_path)
+    path.write_text(GOOD.replace("weight", "wieght"))
+    with pytest.raises(RecipeError, match=r"r\.yml:3: models\[0\]\.parameters\.wieght: .*did you mean 'weight'"):
+        Recipe.load(path)
+
+
+def test_anchors_and_merge_keys_work_as_in_mergekit():
+    text = """
+merge_method: linear
+models:
+  - model: a
+    parameters: &p {weight: 0.25}
+  - model: b
+    parameters: *p
+  - model: c
+    parameters:
+      <<: *p
+      weight: 0.5
+"""
+    recipe = Recipe.load(text)
+    assert [m.parameters["weight"].plain() for m in recipe.models] == [0.25, 0.25, 0.5]
+
+
+def test_mappings_have_no_lines_and_are_bounded():
+    with pytest.raises(RecipeError, match=r"^recipe: models\[0\]\.parameters\.weight: expected a number"):
+        Recipe.load({"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": "x"}}]})
+    with pytest.raises(RecipeError, match="keys are strings"):
+        Recipe.load({1: 2})
+    loop: dict = {}
+    loop["a"] = loop
+    with pytest.raises(RecipeError, match="levels deep"):
+        Recipe.load(loop)
+
+
+def test_numpy_values_are_numbers():
+    import numpy as np
+
+    data = {"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": np.float32(0.5)}}]}
+    assert Recipe.load(data).models[0].parameters["weight"].plain() == 0.5
+    data["models"][0]["parameters"]["weight"] = np.array([0.0, 1.0])
+    assert Recipe.load(data).models[0].parameters["weight"].plain() == [0.0, 1.0]
+
+
+def test_lines():
+    found = tree.parse("a: 1\nb:\n  - x\n  - y: 3\n", "f")
+    assert tree.line_at(found, ("b", 1, "y")) == 4
+    assert tree.line_at(found, ("b", 7)) == 2
+    assert tree.line_at(found, ("zzz",)) == 1
+
+
+KEYS = ["merge_method", "models", "slices", "sources", "model", "parameters", "weight", "layer_range", "base_model", "x"]
+KEYS += ["filter", "value", "tokenizer", "tokenizer_source", "seed", "preset", "chat_template", "modules", "dtype", "path"]
+LEAVES = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.sampled_from(["linear", "ties", "a", "a@b", "a+b", "base"])
+TREES = st.recursive(
+    LEAVES | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
+    max_leaves=25,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS), TREES, max_size=7))
+def test_whatever_is_written_only_recipe_errors_come_out(raw):
+    for source in (raw, yaml.safe_dump(raw) + "\n"):
+        with contextlib.suppress(RecipeError):
+            Recipe.load(source)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=60) | st.text("{}[]:,&*!-?|>'\"% \n\tab1<", max_size=60))
+def test_whatever_text_it_is(text):
+    for source in (text, text + "\n"):
+        with contextlib.suppress(RecipeError):
+            Recipe.load(source)

@@ -1,0 +1,185 @@
+"""The command line as people use it: outputs, errors without tracebacks, exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from fastmerge.cli import main
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return tiny.family(tmp_path_factory.mktemp("models"), hidden=64, vocab=1000)
+
+
+@pytest.fixture
+def recipe(paths, tmp_path):
+    file = tmp_path / "recipe.yml"
+    file.write_text(tiny.recipe(paths, "ties", weight=0.5, density=0.4))
+    return file
+
+
+def run(*words):
+    return CliRunner().invoke(main, [str(w) for w in words])
+
+
+def test_merge_says_what_it_did(recipe, tmp_path):
+    done = run("merge", recipe, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "GB/s" in done.output
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_quiet_says_nothing(recipe, tmp_path):
+    done = run("merge", recipe, tmp_path / "out", "--quiet")
+    assert done.exit_code == 0
+    assert done.output == ""
+
+
+def test_json_events(recipe, tmp_path):
+    done = run("merge", recipe, tmp_path / "out", "--log-format", "json")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert events[0]["event"] == "start"
+    assert events[-1]["event"] == "done"
+    assert events[-1]["bytes_written"] > 0
+
+
+def test_dry_run_and_plan_write_nothing(recipe, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    dry, planned = run("merge", recipe, tmp_path / "out", "--dry-run"), run("plan", recipe, "--json")
+    assert dry.exit_code == planned.exit_code == 0
+    facts = json.loads(planned.output)
+    assert facts["bottleneck"] in {"read", "compute", "write"}
+    assert facts["bytes_out"] > 0
+    assert facts["seconds_estimated"] > 0
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_existing_output_is_refused_and_overwritten_on_request(recipe, tmp_path):
+    assert run("merge", recipe, tmp_path / "out").exit_code == 0
+    again = run("merge", recipe, tmp_path / "out")
+    assert again.exit_code == 4
+    assert "--overwrite" in again.output
+    assert "Traceback" not in again.output
+    assert run("merge", recipe, tmp_path / "out", "--overwrite").exit_code == 0
+    assert run("merge", recipe, tmp_path / "out", "--resume").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (("ties", "tise"), 2, ["tise", "ties", ":1:"]),
+        (("density: 0.4", "density: 1.4"), 2, ["density", "1.4"]),
+        (("density: 0.4", "densty: 0.4"), 2, ["densty", "density"]),
+        (("dtype: bfloat16", "dtype: bf15"), 2, ["bf15"]),
+    ],
+)
+def test_wrong_recipes_are_refused_with_line_and_hint(recipe, tmp_path, change, code, words):
+    recipe.write_text(recipe.read_text().replace(*change))
+    done = run("merge", recipe, tmp_path / "out")
+    assert done.exit_code == code
+    assert all(w in done.output for w in words), done.output
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_model_and_a_small_budget_and_a_gpu_that_is_not_there(recipe, paths, tmp_path):
+    budget = run("merge", recipe, tmp_path / "out", "--memory", "1KB")
+    assert budget.exit_code == 5
+    assert ">=" in budget.output
+    gpu = run("merge", recipe, tmp_path / "out", "--device", "cuda")
+    assert gpu.exit_code == 6
+    assert len(gpu.output.splitlines()) == 1
+    recipe.write_text(recipe.read_text().replace(str(paths["b"]), "/nowhere/model"))
+    missing = run("merge", recipe, tmp_path / "out")
+    assert missing.exit_code == 3
+    assert "/nowhere/model" in missing.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_describe_themselves():
+    from fastmerge.methods import METHODS
+
+    overview = run("methods").output
+    for name, method in METHODS.items():
+        assert name in overview
+        text = run("methods", name).output
+        assert method.formula in text
+        assert all(p.name in text for p in method.params)
+    assert run("methods", "tise").exit_code == 2
+
+
+def test_verify_finds_what_is_wrong(recipe, tmp_path):
+    out = tmp_path / "out"
+    run("merge", recipe, out)
+    good = run("verify", out)
+    assert good.exit_code == 0, good.output
+    assert "ties" in good.output
+    facts = json.loads(run("verify", out, "--json").output)
+    assert facts["ok"]
+    assert facts["unchecked"] == 0
+    assert facts["checked"] == facts["nbytes"] > 0
+    file = out / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 16
+    file.write_bytes(data)
+    bad = run("verify", out)
+    assert bad.exit_code == 3
+    assert "model.safetensors" in bad.output
+
+
+def test_doctor_and_bench(recipe, tmp_path):
+    facts = json.loads(run("doctor", "--json", "--directory", tmp_path).output)
+    assert "backend native" in facts
+    assert "not used" in facts["backend triton"]
+    rows = json.loads(run("bench", "--json", "--runs", "1").output)
+    assert {r["method"] for r in rows} >= {"linear", "ties", "slerp"}
+    assert all(r["G elements/s"] > 0 for r in rows)
+    rows = json.loads(run("bench", recipe, "--json", "--runs", "1").output)
+    assert [r["what"] for r in rows] == ["merge", "floor"]
+    assert not [p for p in recipe.parent.iterdir() if p.name.startswith(".fastmerge")]
+
+
+def test_merging_on_the_cpu_imports_no_torch(recipe, tmp_path):
+    code = (
+        "import sys\nfrom fastmerge.cli import main\n"
+        f"try:\n    main(['merge', {str(recipe)!r}, {str(tmp_path / 'out')!r}, '--device', 'cpu'])\n"
+        "except SystemExit as e:\n    assert not e.code\n"
+        "assert not {'torch', 'transformers', 'huggingface_hub', 'rich'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_merge_says_how_to_go_on_and_does(paths, recipe, tmp_path, number):
+    slow = (
+        "import sys, time\nfrom fastmerge import stream, schedule, engine\nfrom fastmerge.devices import FakeDevice\n"
+        "from fastmerge.families.native import NativeKernels\n"
+        "schedule.UNIT_ELEMENTS = 1 << 16\n"
+        "engine.devices = lambda spec, chosen: [FakeDevice(NativeKernels(), latency=0.4)]\n"
+        "print('ready', flush=True)\n"
+        "from fastmerge.cli import main\nmain(sys.argv[1:])\n"
+    )
+    out = tmp_path / "out"
+    child = subprocess.Popen(
+        [sys.executable, "-c", slow, "merge", str(recipe), str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    child.stdout.readline()
+    time.sleep(1.5)
+    os.kill(child.pid, number)
+    started = time.monotonic()
+    _, err = child.communicate(timeout=20)
+    assert time.monotonic() - started < 5
+    assert child.returncode == 128 + number, err
+    assert "--resume" in err
+    assert not out.exists()
+    assert run("merge", recipe, out, "--resume").exit_code == 0
+    assert run("verify", out).exit_code == 0

@@ -1,0 +1,248 @@
+"""Against mergekit 0.1.5 and peft, through their functions in memory, and against the papers' rules written out.
+
+fp64 agrees to 1e-12 and fp32 to 1e-5 of the tensor's largest value on data without equal magnitudes; DARE with the
+same mask; TIES as a set where magnitudes are equal; and in bf16 the error against fp64 is no larger than mergekit's.
+"""
+
+import importlib.util
+import warnings
+
+import pytest
+import torch
+
+from fastmerge.methods import get
+from fastmerge.philox import DROP, u16
+from tests import oracle
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    pytest.importorskip("mergekit")
+    from mergekit import sparsify
+    from mergekit.merge_methods import merge_tensors
+
+TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5}
+SHAPES = ((), (1,), (64,), (33, 65), (7, 3, 5), (128, 256))
+
+CASES = [
+    ("linear", {"weight": [0.3, 0.5, 0.9]}),
+    ("linear", {"weight": [0.3, -0.5, 0.9], "normalize": False}),
+    ("linear", {"weight": [2.0]}),
+    ("passthrough", {"scale": [-0.7]}),
+    ("task_arithmetic", {"weight": [0.3, 0.5, -0.9]}),
+    ("task_arithmetic", {"weight": [0.3, 0.5], "normalize": True, "lambda": 0.7}),
+    ("task_arithmetic", {"weight": [0.5, -0.5], "normalize": True}),
+    ("slerp", {"t": 0.3}),
+    ("slerp", {"t": 1.4}),
+    ("model_stock", {"models": 2}),
+    ("model_stock", {"models": 4}),
+    ("model_stock", {"models": 3, "filter_wise": True}),
+    ("ties", {"weight": [1.0, 0.5, 0.8], "density": [0.2, 0.5, 0.8]}),
+    ("ties", {"weight": [1.0, 0.5], "density": 0.3, "normalize": False, "lambda": 0.6}),
+    ("ties", {"weight": [1.0, 0.5, 0.8], "density": 0.4, "rescale": True}),
+    ("ties", {"weight": [1.0, -0.5, 0.8], "density": [0.0, 1.0, 0.4]}),
+    ("dare_linear", {"weight": [1.0, 0.5, 0.8], "density": [0.2, 0.5, 0.8]}),
+    ("dare_linear", {"weight": [1.0, 0.5], "density": [1.0, 0.7], "rescale": False, "normalize": True}),
+    ("dare_ties", {"weight": [1.0, 0.5, 0.8], "density": [0.2, 0.5, 0.8]}),
+    ("dare_ties", {"weight": [1.0, 0.5], "density": 0.66, "normalize": True, "lambda": 1.2}),
+]
+NAMES = [f"{name}-{i}" for i, (name, _) in enumerate(CASES)]
+every_case = pytest.mark.parametrize(("name", "case"), CASES, ids=NAMES)
+
+
+def theirs(name, group, inputs, case, monkeypatch, dtype=None):
+    """mergekit's result; its random masks are replaced by ours."""
+    parameters = {}
+    for key, value in case.items():
+        if key != "models":
+            # per-model values may not name the base where the method has one
+            each = dict(enumerate(value, start=group.has_base)) if isinstance(value, list) else value
+            parameters[key] = each
+    density = [m.get("density", 1.0) for m in group.models]
+    masks = [
+        torch.from_numpy(u16(group.key, i, DROP, 0, group.numel).astype("int64") < t).reshape(group.shape)
+        for i, t, d in zip(group.indices, dropped(name, group), density, strict=True)
+        if d < 1
+    ]
+    supply = iter(masks)
+    monkeypatch.setattr(sparsify.torch, "bernoulli", lambda p: next(supply).to(p.dtype))
+    return merge_tensors(inputs, name, parameters=parameters, base_index=0 if group.has_base else None, dtype=dtype)
+
+
+def dropped(name, group):
+    return get(name).spec(group).bernoulli if name.startswith("dare") else [65536] * len(group.models)
+
+
+def ours(name, group, inputs):
+    return oracle.drive(get(name), [group], [inputs], oracle.FAST)[0]
+
+
+@pytest.mark.parametrize("types", TOLERANCE)
+@every_case
+def test_against_mergekit(name, case, types, monkeypatch):
+    for i, shape in enumerate(SHAPES):
+        group = oracle.group_of(get(name), case, shape, types)
+        inputs = oracle.inputs_of(group, seed=i, tie_free=True)
+        want = theirs(name, group, inputs, case, monkeypatch)
+        got = ours(name, group, inputs)
+        assert got.shape == want.shape
+        assert got.dtype == want.dtype
+        # mergekit computes random masks, and with them the delta, in fp32 even for fp64 tensors on the CPU
+        tolerance = 1e-6 if name.startswith("dare") and types == "fp64" else TOLERANCE[types]
+        assert (got - want).abs().max() <= tolerance * want.abs().max(), shape
+
+
+def test_dare_in_fp64_written_out():
+    case = {"weight": [1.0, 0.5], "density": [0.3, 0.6], "lambda": 1.3}
+    group = oracle.group_of(get("dare_linear"), case, (90, 70), "fp64")
+    base, *others = oracle.inputs_of(group)
+    want = base.clone()
+    for i, (x, m) in enumerate(zip(others, group.models, strict=True)):
+        d = x - base
+        random = torch.from_numpy(u16(group.key, i, DROP, 0, group.numel).astype("int64")).reshape(d.shape)
+        kept = d * (random < int(m["density"] * 65536 + 0.5))
+        want += 1.3 * m["weight"] * kept * (d.abs().sum() / kept.abs().sum())
+    assert (ours("dare_linear", group, [base, *others]) - want).abs().max() <= 1e-12
+
+
+def test_slerp_of_siblings_is_linear(monkeypatch):
+    group = oracle.group_of(get("slerp"), {"t": 0.3}, (40, 50), "fp64")
+    inputs = oracle.inputs_of(group)  # updates of 10 %: |cos| is above the threshold
+    inputs[1] = inputs[0] + 0.1 * (inputs[1] - inputs[0])
+    want = theirs("slerp", group, inputs, {"t": 0.3}, monkeypatch)
+    assert torch.allclose(want, 0.7 * inputs[0] + 0.3 * inputs[1], atol=1e-16)
+    assert torch.allclose(ours("slerp", group, inputs), want, atol=1e-16)
+
+
+@every_case
+def test_bf16_is_at_least_as_accurate(name, case, monkeypatch):
+    group = oracle.group_of(get(name), case, (64, 512), "bf16")
+    exact = oracle.group_of(get(name), case, (64, 512), "fp64")
+    inputs = oracle.inputs_of(group, seed=5, tie_free=True)
+    truth = get(name).reference([x.double() for x in inputs], exact)
+
+    def error(x):
+        return (x.double() - truth).square().mean().sqrt().item()
+
+    want = theirs(name, group, inputs, case, monkeypatch)
+    assert error(ours(name, group, inputs)) <= 1.001 * error(want)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.5])
+def test_ties_on_equal_magnitudes_is_the_same_set(density, monkeypatch):
+    """bf16 weights: many magnitudes are equal; mergekit keeps an arbitrary subset of those at the threshold."""
+    case = {"weight": [1.0], "density": density, "normalize": False}
+    group = oracle.group_of(get("ties"), case, (64, 1024), "bf16", out=oracle.F32)
+    inputs = oracle.inputs_of(group, seed=1)
+    wide = [x.float() for x in inputs]
+    delta = wide[1] - wide[0]
+    got = ours("ties", group, inputs) - wide[0]
+    want = theirs("ties", group, wide, case, monkeypatch) - wide[0]
+    k = max(1, int(density * delta.numel()))
+    at = delta.abs().flatten().sort(descending=True).values[k - 1]
+    assert at > 0
+    for kept in (got != 0, want != 0):
+        assert int(kept.sum()) == k
+        assert bool(kept[delta.abs() > at].all())
+        assert not bool(kept[delta.abs() < at].any())
+    first = torch.nonzero((delta.abs() == at).flatten()).flatten()
+    mine = (got != 0).flatten()[first]
+    assert bool(mine[: int(mine.sum())].all()), "the lowest indices are kept"
+
+
+# ---- peft --------------------------------------------------------------------------------------------------
+
+
+def peft_functions():
+    """peft's merge functions without the rest of peft, which imports transformers."""
+    spec = importlib.util.find_spec("peft")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("peft is not installed")
+    path = f"{spec.submodule_search_locations[0]}/utils/merge_utils.py"
+    found = importlib.util.spec_from_file_location("peft_merge_utils", path)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("elect", "theirs_elect"), [("mass", "total"), ("count", "frequency")])
+@pytest.mark.parametrize("types", TOLERANCE)
+def test_ties_preset_peft(types, elect, theirs_elect):
+    case = {"preset": "peft", "weight": [0.9, 1.1, 0.4], "density": 0.35, "elect": elect}
+    group = oracle.group_of(get("ties"), case, (33, 65), types)
+    inputs = oracle.inputs_of(group, tie_free=True)
+    inputs[0] = torch.zeros_like(inputs[0])
+    weights = torch.tensor(case["weight"], dtype=inputs[0].dtype)
+    want = peft_functions().ties(inputs[1:], weights, 0.35, theirs_elect)
+    assert (ours("ties", group, inputs) - want).abs().max() <= TOLERANCE[types] * want.abs().max()
+
+
+# ---- the papers' rules, written out ------------------------------------------------------------------------
+
+
+def paper(deltas, density, merge):
+    """TIES on one flat vector per model: keep from the kth magnitude on, elect, merge the entries that agree."""
+    d = torch.stack(deltas)
+    kth = d.abs().kthvalue(d.shape[1] - int(d.shape[1] * density), dim=1, keepdim=True).values
+    d = d * (d.abs() >= kth)
+    sign = torch.sign(d.sum(dim=0))
+    sign[sign == 0] = torch.sign(sign.sum())
+    agree = torch.where(sign > 0, d > 0, d < 0)
+    total = (d * agree).sum(dim=0)
+    return total if merge == "sum" else total / agree.sum(dim=0).clamp(min=1)
+
+
+@pytest.mark.parametrize(("preset", "merge", "lam"), [("paper", "mean", 1.0), ("fusionbench", "sum", 0.3)])
+@pytest.mark.parametrize("types", ["fp64", "bf16"])
+def test_ties_presets_of_the_authors(types, preset, merge, lam):
+    method = get("ties")
+    case = {"preset": preset, "models": 3}
+    shapes = {"b.weight": (200, 300), "a.weight": (100, 301), "c.bias": (77,)}
+    groups = [oracle.group_of(method, case, s, types, name=n, out=oracle.F64) for n, s in shapes.items()]
+    inputs = [oracle.inputs_of(g, seed=i) for i, g in enumerate(groups)]
+    outs = oracle.drive(method, groups, inputs, oracle.FAST)
+    order = sorted(range(3), key=lambda g: groups[g].name)
+    bases = torch.cat([inputs[g][0].double().flatten() for g in order])
+    deltas = [torch.cat([(inputs[g][i].double() - inputs[g][0].double()).flatten() for g in order]) for i in (1, 2, 3)]
+    want = bases + lam * paper(deltas, 0.2, merge)
+    got = torch.cat([outs[g].flatten() for g in order])
+    assert (got - want).abs().max() <= (1e-12 if types == "fp64" else 1e-6) * want.abs().max()
+    touched = (got != bases).double().mean()
+    assert 0.2 < touched <= 0.95
+
+
+def test_ties_preset_sdmecha():
+    """Per tensor, all ties, the more frequent sign, the base where none is, the mean of what agrees."""
+    case = {"preset": "sdmecha", "models": 4}
+    group = oracle.group_of(get("ties"), case, (50, 60), "fp64")
+    inputs = oracle.inputs_of(group)
+    d = torch.stack([(x - inputs[0]).flatten() for x in inputs[1:]])
+    kth = d.abs().kthvalue(max(int(0.8 * d.shape[1]), 1), dim=1, keepdim=True).values
+    d = d * (d.abs() >= kth)
+    sign = torch.sign(torch.sign(d).sum(dim=0))
+    agree = (torch.sign(d) == sign) & (sign != 0)
+    want = inputs[0].flatten() + (d * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
+    assert (ours("ties", group, inputs).flatten() - want).abs().max() <= 1e-12
+
+
+def test_dare_ties_of_the_paper_trims_after_the_drop():
+    case = {"preset": "paper", "density": 0.5, "trim_density": 0.3, "trim_scope": "tensor", "models": 2}
+    group = oracle.group_of(get("dare_ties"), case, (90, 80), "fp64")
+    inputs = oracle.inputs_of(group)
+    deltas = []
+    for i, x in enumerate(inputs[1:]):
+        mask = torch.from_numpy(u16(group.key, i, DROP, 0, group.numel).astype("int64") < 32768)
+        deltas.append((x - inputs[0]).flatten() * mask * 2)
+    want = inputs[0].flatten() + paper(deltas, 0.3, "mean")
+    assert (ours("dare_ties", group, inputs).flatten() - want).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("models", [2, 3, 5])
+def test_model_stock_of_fusionbench_averages_angles(models):
+    group = oracle.group_of(get("model_stock"), {"preset": "fusionbench", "models": models}, (30, 40), "fp64")
+    inputs = oracle.inputs_of(group)
+    d = [(x - inputs[0]).flatten() for x in inputs[1:]]
+    pairs = [(a, b) for i, a in enumerate(d) for b in d[i + 1 :]]
+    angle = torch.stack([torch.acos(a @ b / (a.norm() * b.norm())) for a, b in pairs]).mean()
+    t = models * angle.cos() / (1 + (models - 1) * angle.cos())
+    want = t * sum(inputs[1:]) / models + (1 - t) * inputs[0]
+    assert (ours("model_stock", group, inputs) - want).abs().max() <= 1e-12
