@@ -102,7 +102,8 @@ Table check_table(const py::array& table, const py::array& ins, const Needs& nee
   return t;
 }
 
-template <class Args> void run(void (*kernel)(const Args&), const Args& args) {
+template <class Args>
+void run(void (*kernel)(const Args&), const Args& args) {
   py::gil_scoped_release release;
   const PlainFloat plain;
   kernel(args);
@@ -131,7 +132,8 @@ struct Freed {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
 };
 
-void gram(const py::array& table, const py::array& ins, const py::array& partials, bool delta, bool diff, bool per_row) {
+void gram(const py::array& table, const py::array& ins, const py::array& partials, bool delta, bool diff,
+          bool per_row) {
   GramArgs a;
   Needs needs;
   needs.partials = partials.ndim() == 2 ? partials.shape(0) : 0;
@@ -338,7 +340,8 @@ int64_t count_nonfinite(int64_t address, int64_t n, int code) {
 
 using Transfer = int (*)(const int64_t*, int64_t, int64_t&, int64_t&);
 
-template <Transfer kTransfer, int kColumns> py::tuple transfer(const py::array& table, int64_t row, int64_t done) {
+template <Transfer kTransfer, int kColumns>
+py::tuple transfer(const py::array& table, int64_t row, int64_t done) {
   const int64_t* t = data<int64_t>(table, "table", {-1, kColumns});
   const int64_t rows = table.shape(0);
   if (row < 0 || row > rows || done < 0) fail("row and done: outside the table");
@@ -382,9 +385,12 @@ PYBIND11_MODULE(_native, m) {
   m.def("write_some", transfer<write_some, 4>, arg("table"), arg("row"), arg("done"));
   m.def("copy_some", transfer<copy_some, 5>, arg("table"), arg("row"), arg("done"));
   m.def("isa", [] { return std::string(kernels().name); });
-  m.def("set_isa", [](const std::string& name) {
-    if (!use_isa(name.c_str())) fail("isa " + name + ": not built, or this machine cannot run it");
-  }, arg("name"));
+  m.def(
+      "set_isa",
+      [](const std::string& name) {
+        if (!use_isa(name.c_str())) fail("isa " + name + ": not built, or this machine cannot run it");
+      },
+      arg("name"));
   m.def("has_cuda", [] {
 #if defined(FASTMERGE_HAS_CUDA)
     return true;

@@ -57,14 +57,18 @@ FM_HD uint32_t key_of(float x) { return bits_of(x) & 0x7fffffffu; }
 FM_HD uint64_t key_of(double x) { return bits_of(x) & 0x7fffffffffffffffull; }
 
 // The unsigned integer type of the keys of a work type.
-template <class W> struct KeyOf;
-template <> struct KeyOf<float> {
+template <class W>
+struct KeyOf;
+template <>
+struct KeyOf<float> {
   using type = uint32_t;
 };
-template <> struct KeyOf<double> {
+template <>
+struct KeyOf<double> {
   using type = uint64_t;
 };
-template <class W> using Key = typename KeyOf<W>::type;
+template <class W>
+using Key = typename KeyOf<W>::type;
 
 // ---- loads: exact ------------------------------------------------------------------------------------
 
@@ -80,7 +84,10 @@ FM_HD float widen(Fp16 x) {
 
 FM_HD double widen(double x) { return x; }  // stays fp64: an fp64 input makes the work type double
 
-template <class W, class T> FM_HD W load(T x) { return static_cast<W>(widen(x)); }
+template <class W, class T>
+FM_HD W load(T x) {
+  return static_cast<W>(widen(x));
+}
 
 // ---- stores: one rounding to nearest even, NaN canonical ----------------------------------------------
 
@@ -121,7 +128,8 @@ FM_HD void round_to(double x, Fp16& out) { out.bits = fp16_bits(odd_f32(x)); }
 FM_HD void round_to(double x, float& out) { out = x == x ? static_cast<float>(x) : float_of(kNanF32); }
 FM_HD void round_to(double x, double& out) { out = x == x ? x : double_of(kNanF64); }
 
-template <class T, class W> FM_HD T store(W x) {
+template <class T, class W>
+FM_HD T store(W x) {
   T out;
   round_to(x, out);
   return out;
@@ -133,7 +141,8 @@ FM_HD bool is_finite(float x) { return key_of(x) < 0x7f800000u; }
 FM_HD bool is_finite(double x) { return key_of(x) < 0x7ff0000000000000ull; }
 
 // A delta rounded to the base's type and widened again (delta_dtype = base).
-template <class W> FM_HD W round_through(W x, int32_t code) {
+template <class W>
+FM_HD W round_through(W x, int32_t code) {
   if (code == kBF16) return static_cast<W>(widen(store<Bf16>(x)));
   if (code == kF16) return static_cast<W>(widen(store<Fp16>(x)));
   if (code == kF32) return static_cast<W>(store<float>(x));

@@ -14,7 +14,8 @@ constexpr int kMost = 8;
 constexpr int64_t kRun = 8192;  // elements after which a fused run reads its tally
 
 // The parameters of one run, rounded once to the work type.
-template <class W> struct Scale {
+template <class W>
+struct Scale {
   W lambda, div;
 };
 
@@ -78,14 +79,22 @@ int64_t fused_run(const Segment& s, int64_t at, int64_t n, const double* coef, S
 template <class T, bool kDelta>
 int64_t fused(int m, const Segment& s, int64_t at, int64_t n, const double* coef, Scale<float> scale) {
   switch (m) {
-    case 1: return fused_run<T, kDelta ? 2 : 1, kDelta>(s, at, n, coef, scale);  // delta has two inputs at least
-    case 2: return fused_run<T, 2, kDelta>(s, at, n, coef, scale);
-    case 3: return fused_run<T, 3, kDelta>(s, at, n, coef, scale);
-    case 4: return fused_run<T, 4, kDelta>(s, at, n, coef, scale);
-    case 5: return fused_run<T, 5, kDelta>(s, at, n, coef, scale);
-    case 6: return fused_run<T, 6, kDelta>(s, at, n, coef, scale);
-    case 7: return fused_run<T, 7, kDelta>(s, at, n, coef, scale);
-    default: return fused_run<T, 8, kDelta>(s, at, n, coef, scale);
+    case 1:
+      return fused_run<T, kDelta ? 2 : 1, kDelta>(s, at, n, coef, scale);  // delta has two inputs at least
+    case 2:
+      return fused_run<T, 2, kDelta>(s, at, n, coef, scale);
+    case 3:
+      return fused_run<T, 3, kDelta>(s, at, n, coef, scale);
+    case 4:
+      return fused_run<T, 4, kDelta>(s, at, n, coef, scale);
+    case 5:
+      return fused_run<T, 5, kDelta>(s, at, n, coef, scale);
+    case 6:
+      return fused_run<T, 6, kDelta>(s, at, n, coef, scale);
+    case 7:
+      return fused_run<T, 7, kDelta>(s, at, n, coef, scale);
+    default:
+      return fused_run<T, 8, kDelta>(s, at, n, coef, scale);
   }
 }
 
@@ -116,10 +125,14 @@ void add_steps(const W* const* in, const W* coef, const W* base, int64_t n, W* a
 template <class W, bool kDelta, bool kFirst>
 void add(int k, const W* const* in, const W* coef, const W* base, int64_t n, W* acc) {
   switch (k) {
-    case 1: return add_steps<W, 1, kDelta, kFirst>(in, coef, base, n, acc);
-    case 2: return add_steps<W, 2, kDelta, kFirst>(in, coef, base, n, acc);
-    case 3: return add_steps<W, 3, kDelta, kFirst>(in, coef, base, n, acc);
-    default: return add_steps<W, 4, kDelta, kFirst>(in, coef, base, n, acc);
+    case 1:
+      return add_steps<W, 1, kDelta, kFirst>(in, coef, base, n, acc);
+    case 2:
+      return add_steps<W, 2, kDelta, kFirst>(in, coef, base, n, acc);
+    case 3:
+      return add_steps<W, 3, kDelta, kFirst>(in, coef, base, n, acc);
+    default:
+      return add_steps<W, 4, kDelta, kFirst>(in, coef, base, n, acc);
   }
 }
 
@@ -168,7 +181,8 @@ int64_t run(const CombineArgs& a, bool fuse, const Segment& s, int64_t at, int64
   return block_run<W, kDelta>(a, s, at, n, coef, scale);
 }
 
-template <class W, bool kDelta> void all(const CombineArgs& a) {
+template <class W, bool kDelta>
+void all(const CombineArgs& a) {
   const bool fuse = fusable(a);
   for (int64_t i = 0; i < a.table.segments; ++i) {
     const Segment& s = a.table[i];

@@ -16,7 +16,8 @@ constexpr int kDeep = 4;
 constexpr int64_t kInput = kDeep * kWide + 64;  // one input's chunk; padded, as streams 4 KiB apart share cache sets
 
 // One chunk of sums: U rows of kWide elements of M inputs, kInput apart.
-template <class W, int U, int M, bool kDiff> void sums_of(const W* x, W* acc) {
+template <class W, int U, int M, bool kDiff>
+void sums_of(const W* x, W* acc) {
   const W *a = x, *b = x + (M > 1 ? kInput : 0), *c = x + (M > 2 ? 2 * kInput : 0);
   W *s0 = acc, *s1 = acc + kWide, *s2 = acc + 2 * kWide, *s3 = acc + 3 * kWide, *s4 = acc + 4 * kWide,
     *s5 = acc + 5 * kWide, *sd = acc + (M * (M + 1) / 2) * kWide;
@@ -38,7 +39,8 @@ template <class W, int U, int M, bool kDiff> void sums_of(const W* x, W* acc) {
 }
 
 // K columns of one row of the triangle: acc[k] += p * q[k].
-template <class W, int U, int K> void row_of(const W* p, const W* q, W* acc) {
+template <class W, int U, int K>
+void row_of(const W* p, const W* q, W* acc) {
   FM_LOOP for (int64_t j = 0; j < kWide; ++j) {
     W t[K];
     for (int k = 0; k < K; ++k) t[k] = acc[k * kWide + j];
@@ -50,7 +52,8 @@ template <class W, int U, int K> void row_of(const W* p, const W* q, W* acc) {
   }
 }
 
-template <class W, int U> void sums(int m, bool diff, const W* x, W* acc) {
+template <class W, int U>
+void sums(int m, bool diff, const W* x, W* acc) {
   if (m == 1) return sums_of<W, U, 1, false>(x, acc);
   if (m == 2) return diff ? sums_of<W, U, 2, true>(x, acc) : sums_of<W, U, 2, false>(x, acc);
   if (m == 3) return diff ? sums_of<W, U, 3, true>(x, acc) : sums_of<W, U, 3, false>(x, acc);
@@ -60,10 +63,18 @@ template <class W, int U> void sums(int m, bool diff, const W* x, W* acc) {
       const W* q = x + j * kInput;
       const int k = m - j < 4 ? m - j : 4;
       switch (k) {
-        case 1: row_of<W, U, 1>(p, q, acc); break;
-        case 2: row_of<W, U, 2>(p, q, acc); break;
-        case 3: row_of<W, U, 3>(p, q, acc); break;
-        default: row_of<W, U, 4>(p, q, acc); break;
+        case 1:
+          row_of<W, U, 1>(p, q, acc);
+          break;
+        case 2:
+          row_of<W, U, 2>(p, q, acc);
+          break;
+        case 3:
+          row_of<W, U, 3>(p, q, acc);
+          break;
+        default:
+          row_of<W, U, 4>(p, q, acc);
+          break;
       }
       acc += k * kWide;
       j += k;
@@ -71,8 +82,7 @@ template <class W, int U> void sums(int m, bool diff, const W* x, W* acc) {
   }
   if (diff) {
     const W *p = x, *q = x + kInput;
-    for (int u = 0; u < U; ++u)
-      FM_LOOP for (int64_t j = 0; j < kWide; ++j) {
+    for (int u = 0; u < U; ++u) FM_LOOP for (int64_t j = 0; j < kWide; ++j) {
         const W d = p[u * kWide + j] - q[u * kWide + j];
         acc[j] = acc[j] + d * d;
       }
@@ -80,7 +90,8 @@ template <class W, int U> void sums(int m, bool diff, const W* x, W* acc) {
 }
 
 // Widens up to kWide elements of one row of lanes; beyond the end of the tile (n elements from `at`) zeros.
-template <class W> void widen_row(int32_t code, int64_t address, int64_t at, int64_t start, int64_t n, W* dst) {
+template <class W>
+void widen_row(int32_t code, int64_t address, int64_t at, int64_t start, int64_t n, W* dst) {
   int64_t m = n - start < kWide ? n - start : kWide;
   if (m > 0)
     load_any(code, address, at + start, m, dst);
@@ -90,7 +101,8 @@ template <class W> void widen_row(int32_t code, int64_t address, int64_t at, int
   if (whole < kWide) memset(dst + whole, 0, static_cast<size_t>(kWide - whole) * sizeof(W));
 }
 
-template <class W> void tile(const GramArgs& a, const Segment& s, int64_t at, int64_t n, W* scratch, double* out) {
+template <class W>
+void tile(const GramArgs& a, const Segment& s, int64_t at, int64_t n, W* scratch, double* out) {
   const int from = a.delta ? 1 : 0, m = a.table.inputs - from;
   const int64_t columns = a.columns, rows = (n + kLanes - 1) / kLanes;
   const int64_t lanes = n < kLanes ? n : kLanes;
@@ -110,8 +122,7 @@ template <class W> void tile(const GramArgs& a, const Segment& s, int64_t at, in
         for (int i = 0; i < m; ++i) {
           W* dst = x + i * kInput + u * kWide;
           widen_row(a.table.codes[i + from], s.in[i + from], at, start, n, dst);
-          if (a.delta)
-            FM_LOOP for (int64_t j = 0; j < kWide; ++j) dst[j] = dst[j] - base[j];
+          if (a.delta) FM_LOOP for (int64_t j = 0; j < kWide; ++j) dst[j] = dst[j] - base[j];
         }
       }
       if (deep == kDeep)
@@ -131,7 +142,8 @@ template <class W> void tile(const GramArgs& a, const Segment& s, int64_t at, in
   }
 }
 
-template <class W> void all(const GramArgs& a) {
+template <class W>
+void all(const GramArgs& a) {
   W* scratch = static_cast<W*>(a.scratch);
   for (int64_t i = 0; i < a.table.segments; ++i) {
     const Segment& s = a.table[i];

@@ -3,8 +3,8 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include <cerrno>
 #include <unistd.h>
+#include <cerrno>
 
 #include "kernels.h"
 
@@ -46,7 +46,8 @@ int copy_some(const int64_t* table, int64_t rows, int64_t& row, int64_t& done) {
 #if defined(__linux__)
   return walk(table, rows, 5, row, done, [](const int64_t* r, int64_t at) -> int64_t {
     off64_t from = r[1] + at, to = r[3] + at;
-    return copy_file_range(static_cast<int>(r[0]), &from, static_cast<int>(r[2]), &to, static_cast<size_t>(r[4] - at), 0);
+    return copy_file_range(static_cast<int>(r[0]), &from, static_cast<int>(r[2]), &to, static_cast<size_t>(r[4] - at),
+                           0);
   });
 #else
   (void)table, (void)rows, (void)row, (void)done;

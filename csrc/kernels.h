@@ -157,18 +157,18 @@ struct Kernels {
   int64_t (*count_nonfinite)(const void* data, int64_t n, int32_t code);
 };
 
-#define FM_DECLARE_KERNELS(isa)                                                                         \
-  namespace isa {                                                                                       \
-  void combine(const CombineArgs&);                                                                     \
-  void gram(const GramArgs&);                                                                           \
-  void fold(const FoldArgs&);                                                                           \
-  void delta_keys(const DeltaKeysArgs&);                                                                \
-  void count(const CountArgs&);                                                                         \
-  void l1(const L1Args&);                                                                               \
-  void votes(const VotesArgs&);                                                                         \
-  void consensus(const ConsensusArgs&);                                                                 \
-  void philox(uint64_t key, uint32_t model, uint32_t op, int64_t e0, int64_t n, uint16_t* out);         \
-  int64_t count_nonfinite(const void* data, int64_t n, int32_t code);                                   \
+#define FM_DECLARE_KERNELS(isa)                                                                 \
+  namespace isa {                                                                               \
+  void combine(const CombineArgs&);                                                             \
+  void gram(const GramArgs&);                                                                   \
+  void fold(const FoldArgs&);                                                                   \
+  void delta_keys(const DeltaKeysArgs&);                                                        \
+  void count(const CountArgs&);                                                                 \
+  void l1(const L1Args&);                                                                       \
+  void votes(const VotesArgs&);                                                                 \
+  void consensus(const ConsensusArgs&);                                                         \
+  void philox(uint64_t key, uint32_t model, uint32_t op, int64_t e0, int64_t n, uint16_t* out); \
+  int64_t count_nonfinite(const void* data, int64_t n, int32_t code);                           \
   }
 
 #if defined(__aarch64__)

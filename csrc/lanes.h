@@ -92,8 +92,7 @@ FM_LANES void tally32(Tally& t, Vec r) {
 
 FM_LANES Lanes canonical(Lanes a) {
   if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(a.v[0], a.v[1], _CMP_UNORD_Q)), 0))
-    for (Vec& x : a.v)
-      x = _mm256_blendv_ps(x, _mm256_set1_ps(float_of(kNanF32)), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    for (Vec& x : a.v) x = _mm256_blendv_ps(x, _mm256_set1_ps(float_of(kNanF32)), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   return a;
 }
 FM_LANES Word bf16_of(Vec x) {
@@ -151,7 +150,9 @@ FM_LANES Word bf16_of(Vec x) {  // sign-extended, so that packs_epi32 saturates 
   const Word odd = _mm_and_si128(_mm_srli_epi32(u, 16), _mm_set1_epi32(1));
   return _mm_srai_epi32(_mm_add_epi32(_mm_add_epi32(u, _mm_set1_epi32(0x7fff)), odd), 16);
 }
-FM_LANES Word either(Word mask, Word a, Word b) { return _mm_or_si128(_mm_and_si128(mask, a), _mm_andnot_si128(mask, b)); }
+FM_LANES Word either(Word mask, Word a, Word b) {
+  return _mm_or_si128(_mm_and_si128(mask, a), _mm_andnot_si128(mask, b));
+}
 FM_LANES Vec f32_of(Word h) {  // fp16 bits in 32-bit lanes; see widen(Fp16)
   const Word mag = _mm_and_si128(h, _mm_set1_epi32(0x7fff)), top = _mm_set1_epi32(0x38000000);
   const Word rebias = _mm_add_epi32(top, _mm_and_si128(_mm_cmpgt_epi32(mag, _mm_set1_epi32(0x7bff)), top));
@@ -260,10 +261,12 @@ FM_LANES Lanes canonical(Lanes a) {
   for (Vec& x : a.v) x = store<float>(x);
   return a;
 }
-template <class T> FM_LANES void load16(const T* p, Lanes& r) {
+template <class T>
+FM_LANES void load16(const T* p, Lanes& r) {
   for (int i = 0; i < 16; ++i) r.v[i] = load<float>(p[i]);
 }
-template <class T> FM_LANES void store16(const Lanes& a, T* p, Tally& t) {
+template <class T>
+FM_LANES void store16(const Lanes& a, T* p, Tally& t) {
   for (int i = 0; i < 16; ++i) p[i] = store<T>(a.v[i]), t.n += !is_finite(p[i]);
 }
 
@@ -276,7 +279,8 @@ FM_LANES void store16(const Lanes& a, float* p, Tally& t) {
 }
 
 // What has been counted for results of type T since clear().
-template <class T> FM_LANES int64_t total(const Tally& t, const T*) {
+template <class T>
+FM_LANES int64_t total(const Tally& t, const T*) {
   uint16_t narrow[sizeof(Word) / 2];
   uint32_t wide[sizeof(Word) / 4];
   memcpy(narrow, &t.n, sizeof t.n);
@@ -290,7 +294,8 @@ template <class T> FM_LANES int64_t total(const Tally& t, const T*) {
 }
 
 // Between the order of a storage type and the logical one; its own inverse.
-template <class T> FM_LANES void reorder(const T*, Lanes&) {}
+template <class T>
+FM_LANES void reorder(const T*, Lanes&) {}
 #if defined(__AVX2__)
 FM_LANES void reorder(const Bf16*, Lanes& a) {
   const Vec low = _mm256_permute2f128_ps(a.v[0], a.v[1], 0x20);

@@ -28,18 +28,21 @@ constexpr int64_t kStep = 16;     // blocks are computed in whole steps, so that
 inline int64_t round_up(int64_t n) { return (n + kStep - 1) & -kStep; }
 
 // n elements at src where that is a whole number of steps, else a copy in `stage` that may be read beyond n.
-template <class T> inline const T* whole_steps(const T* src, int64_t n, T* stage) {
+template <class T>
+inline const T* whole_steps(const T* src, int64_t n, T* stage) {
   if (n % kStep == 0) return src;
   memcpy(stage, src, static_cast<size_t>(n) * sizeof(T));
   memset(stage + n, 0, static_cast<size_t>(round_up(n) - n) * sizeof(T));
   return stage;
 }
 
-template <class T, class W> inline void widen_steps(const T* src, int64_t n, W* dst) {
+template <class T, class W>
+inline void widen_steps(const T* src, int64_t n, W* dst) {
   FM_LOOP for (int64_t j = 0; j < (n & -kStep); ++j) dst[j] = load<W>(src[j]);
 }
 
-template <class T> inline void widen_steps(const T* src, int64_t n, float* dst) {
+template <class T>
+inline void widen_steps(const T* src, int64_t n, float* dst) {
   for (int64_t j = 0; j < n; j += kStep) {
     Lanes a;
     load16(src + j, a);
@@ -52,32 +55,42 @@ inline void widen_steps(const double* src, int64_t n, float* dst) {  // never as
 }
 
 // Widens n <= kBlock elements; dst has room for whole steps, and what lies beyond n becomes 0.
-template <class T, class W> inline void load_block(const T* src, int64_t n, W* dst) {
+template <class T, class W>
+inline void load_block(const T* src, int64_t n, W* dst) {
   T stage[kBlock];
   widen_steps(whole_steps(src, n, stage), round_up(n), dst);
 }
 
 // The same from elements `offset` on of an array of storage type `code`.
-template <class W> inline void load_any(int32_t code, int64_t address, int64_t offset, int64_t n, W* dst) {
+template <class W>
+inline void load_any(int32_t code, int64_t address, int64_t offset, int64_t n, W* dst) {
   switch (code) {
-    case kBF16: return load_block(reinterpret_cast<const Bf16*>(address) + offset, n, dst);
-    case kF16: return load_block(reinterpret_cast<const Fp16*>(address) + offset, n, dst);
-    case kF32: return load_block(reinterpret_cast<const float*>(address) + offset, n, dst);
-    default: return load_block(reinterpret_cast<const double*>(address) + offset, n, dst);
+    case kBF16:
+      return load_block(reinterpret_cast<const Bf16*>(address) + offset, n, dst);
+    case kF16:
+      return load_block(reinterpret_cast<const Fp16*>(address) + offset, n, dst);
+    case kF32:
+      return load_block(reinterpret_cast<const float*>(address) + offset, n, dst);
+    default:
+      return load_block(reinterpret_cast<const double*>(address) + offset, n, dst);
   }
 }
 
-template <size_t kBytes> struct UnsignedOf {
+template <size_t kBytes>
+struct UnsignedOf {
   using type = uint16_t;
 };
-template <> struct UnsignedOf<4> {
+template <>
+struct UnsignedOf<4> {
   using type = uint32_t;
 };
-template <> struct UnsignedOf<8> {
+template <>
+struct UnsignedOf<8> {
   using type = uint64_t;
 };
 
-template <class T> inline int64_t nonfinite_block(const T* p, int64_t n) {
+template <class T>
+inline int64_t nonfinite_block(const T* p, int64_t n) {
   int64_t bad = 0;
   for (int64_t i = 0; i < n; i += 16384) {  // short runs may be counted in narrow lanes
     const int64_t m = n - i < 16384 ? n - i : 16384;
@@ -89,12 +102,14 @@ template <class T> inline int64_t nonfinite_block(const T* p, int64_t n) {
 }
 
 // Rounds n <= kBlock values (whole steps) to storage; returns how many results are not finite.
-template <class T, class W> inline int64_t round_steps(const W* src, int64_t n, T* dst) {
+template <class T, class W>
+inline int64_t round_steps(const W* src, int64_t n, T* dst) {
   FM_LOOP for (int64_t j = 0; j < (n & -kStep); ++j) dst[j] = store<T>(src[j]);
   return nonfinite_block(dst, n);
 }
 
-template <class T> inline int64_t round_steps(const float* src, int64_t n, T* dst) {
+template <class T>
+inline int64_t round_steps(const float* src, int64_t n, T* dst) {
   Tally tally;
   clear(tally);
   for (int64_t j = 0; j < n; j += kStep) {
@@ -111,7 +126,8 @@ inline int64_t round_steps(const float* src, int64_t n, double* dst) {
 }
 
 // The same for any n <= kBlock (src readable in whole steps).
-template <class T, class W> inline int64_t store_block(const W* src, int64_t n, T* dst) {
+template <class T, class W>
+inline int64_t store_block(const W* src, int64_t n, T* dst) {
   if (n % kStep == 0) return round_steps(src, n, dst);
   T stage[kBlock];
   round_steps(src, round_up(n), stage);
@@ -119,12 +135,17 @@ template <class T, class W> inline int64_t store_block(const W* src, int64_t n, 
   return nonfinite_block(dst, n);
 }
 
-template <class W> inline int64_t store_any(int32_t code, int64_t address, int64_t offset, int64_t n, const W* src) {
+template <class W>
+inline int64_t store_any(int32_t code, int64_t address, int64_t offset, int64_t n, const W* src) {
   switch (code) {
-    case kBF16: return store_block(src, n, reinterpret_cast<Bf16*>(address) + offset);
-    case kF16: return store_block(src, n, reinterpret_cast<Fp16*>(address) + offset);
-    case kF32: return store_block(src, n, reinterpret_cast<float*>(address) + offset);
-    default: return store_block(src, n, reinterpret_cast<double*>(address) + offset);
+    case kBF16:
+      return store_block(src, n, reinterpret_cast<Bf16*>(address) + offset);
+    case kF16:
+      return store_block(src, n, reinterpret_cast<Fp16*>(address) + offset);
+    case kF32:
+      return store_block(src, n, reinterpret_cast<float*>(address) + offset);
+    default:
+      return store_block(src, n, reinterpret_cast<double*>(address) + offset);
   }
 }
 
@@ -201,7 +222,8 @@ inline void random_block(uint64_t key, uint32_t model, uint32_t op, int64_t e0, 
     philox_words(key, model, op, block, words);
     const int64_t skip = done < 0 ? -done : 0, to = done + skip;
     const int64_t room = 8 * kCounters - skip, want = n - to;
-    memcpy(out + to, reinterpret_cast<const uint16_t*>(words) + skip, static_cast<size_t>(room < want ? room : want) * 2);
+    memcpy(out + to, reinterpret_cast<const uint16_t*>(words) + skip,
+           static_cast<size_t>(room < want ? room : want) * 2);
   }
 }
 

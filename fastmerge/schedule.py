@@ -8,7 +8,7 @@ that stays in the cache, warm files arrive at 14.9 GB/s per core; into one of 64
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -196,6 +196,38 @@ def _model_job(number: int, outputs: Sequence[Output], members: Sequence[int], e
     if bundle:
         units.append(_unit(number, outputs, bundle))
     return Job("merge", tuple(members), tuple(units))
+
+
+def sample_units(
+    outputs: Sequence[Output], job: Job, pieces: Iterable[tuple[int, int, int]], slot_bytes: int
+) -> Iterator[Unit]:
+    """Units for a pass that reads only some pieces of a job, each within one slot.
+
+    Args:
+        outputs: the plan's outputs.
+        job: whose pass it is.
+        pieces: (group, first element, elements); a piece longer than a tile starts at one.
+        slot_bytes: 0 where nothing is read into slots.
+    """
+    number = job.units[0].job
+    bundle: list[tuple[int, int, int]] = []
+    size, key = 0, None
+    for index, start, total in pieces:
+        o = job.outputs[index]
+        group = outputs[o].group
+        if group is None:
+            continue
+        for e0 in range(start, start + max(total, 1), TILE):
+            length = min(TILE, start + total - e0)
+            nbytes = piece_bytes(group, length)
+            if bundle and (batch_key(outputs[o]) != key or (slot_bytes and size + nbytes > slot_bytes)):
+                yield Unit(number, tuple(bundle), size)
+                bundle, size = [], 0
+            key = batch_key(outputs[o])
+            bundle.append((o, e0, length))
+            size += nbytes
+    if bundle:
+        yield Unit(number, tuple(bundle), size)
 
 
 def _copy_units(outputs: Sequence[Output], members: Sequence[int]) -> Iterator[tuple[tuple[int, int, int], ...]]:

@@ -124,7 +124,7 @@ class FileStore:
             assert group is not None
             rows.append(segment_row(cursor, length, e0, group, group_of[o], [c[k] for c in addresses]))
             cursor += length * first.out_dtype.size
-        if unit.nbytes and cursor > buffer.address + buffer.nbytes:
+        if cursor > buffer.address + buffer.nbytes:
             raise AssertionError(f"a unit of {cursor - buffer.address} bytes in a slot of {buffer.nbytes}")
         self._files.read(np.array([r for r in reads if r[3]], np.int64).reshape(-1, 4))
         table = np.array(rows, np.int64)

@@ -7,6 +7,7 @@ worker that brings the last partial result solves, and puts the units of the nex
 
 from __future__ import annotations
 
+import functools
 import signal
 import threading
 import time
@@ -22,7 +23,7 @@ from fastmerge.devices import Buffer, Device
 from fastmerge.errors import Interrupted
 from fastmerge.methods.base import HEADER, I64, Group, Program, Segments
 from fastmerge.planning import Output
-from fastmerge.schedule import Job, Schedule, Unit
+from fastmerge.schedule import Job, Schedule, Unit, sample_units
 
 SYNC_SECONDS = 2.0
 """How much finished work a kill can cost."""
@@ -96,10 +97,12 @@ class _Task:
 class Queue:
     """Hands out units in file order; the next pass of a started job goes before anything new."""
 
-    def __init__(self, schedule: Schedule, program: Callable[[Job], Program], store: Store) -> None:
+    def __init__(
+        self, outputs: Sequence[Output], schedule: Schedule, program: Callable[[Job], Program], store: Store
+    ) -> None:
         self._program = program
         self._store = store
-        self._elements = schedule.elements
+        self._sample = functools.partial(sample_units, outputs, slot_bytes=schedule.slot_bytes)
         self._fresh = self._first(schedule.jobs)
         self._ready: deque[_Task] = deque()
         self._waiting = 0
@@ -124,25 +127,11 @@ class Queue:
         if program.ready:
             return [_Task(running, u, i, "apply") for i, u in enumerate(job.units) if not self._store.done(job, u)]
         pieces = program.pieces()
-        units = job.units if pieces is None else tuple(self._cut(job, pieces))
+        units = job.units if pieces is None else tuple(self._sample(job, pieces.tolist()))
         running.partials = []
         running.missing = len(units)
         self._waiting += 1
         return [_Task(running, u, i, "statistics") for i, u in enumerate(units)]
-
-    def _cut(self, job: Job, pieces: I64) -> Iterator[Unit]:
-        """Units for a pass that reads only some pieces, each within one slot."""
-        number = job.units[0].job
-        bundle: list[tuple[int, int, int]] = []
-        size = 0
-        for group, e0, length in pieces.tolist():
-            if bundle and size + length > self._elements // 4:
-                yield Unit(number, tuple(bundle), 0)
-                bundle, size = [], 0
-            bundle.append((job.outputs[group], e0, length))
-            size += length
-        if bundle:
-            yield Unit(number, tuple(bundle), 0)
 
     def take(self) -> _Task | None:
         """The next task, or None when there is nothing left or the run was stopped."""
@@ -220,7 +209,7 @@ class Runner:
         self._devices = devices[: schedule.slots]
         self._factory = program
         self.stats = Stats()
-        self._queue = Queue(schedule, lambda job: self._make(job, self._devices[0]), store)
+        self._queue = Queue(outputs, schedule, lambda job: self._make(job, self._devices[0]), store)
 
     def _make(self, job: Job, device: Device) -> Program:
         return self._factory([self._outputs[o] for o in job.outputs], device)

@@ -49,7 +49,7 @@ def model_ref(raw: Any) -> ModelRef:
         shown = repr(raw) if isinstance(raw, str) else kind(raw)
         raise ValueError(f"expected a model: a directory or org/name[@revision]; got {shown}")
     if "+" in raw:
-        raise ValueError(f"{raw!r}: {NO_ADAPTERS}")
+        raise ValueError(f"{raw!r}: {NO_ADAPTERS} (a path with '+' is written {{model: {{path: ...}}}})")
     path, at, revision = raw.partition("@")
     if at and (not path or not revision or "@" in revision):
         raise ValueError(f"{raw!r}: expected one path[@revision]")
@@ -78,7 +78,9 @@ def dtype_name(raw: Any) -> str:
     """
     names = [d.name for d in FLOATS]
     if not isinstance(raw, str):
-        raise ValueError(f"expected one of {', '.join(names)}; got {raw if isinstance(raw, int | float) else kind(raw)}")
+        raise ValueError(
+            f"expected one of {', '.join(names)}; got {raw if isinstance(raw, int | float) else kind(raw)}"
+        )
     name = raw.removeprefix("torch.")
     if name in names:
         return name

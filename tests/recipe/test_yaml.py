@@ -133,9 +133,37 @@ def test_lines():
     assert tree.line_at(found, ("zzz",)) == 1
 
 
-KEYS = ["merge_method", "models", "slices", "sources", "model", "parameters", "weight", "layer_range", "base_model", "x"]
-KEYS += ["filter", "value", "tokenizer", "tokenizer_source", "seed", "preset", "chat_template", "modules", "dtype", "path"]
-LEAVES = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.sampled_from(["linear", "ties", "a", "a@b", "a+b", "base"])
+KEYS = [
+    "merge_method",
+    "models",
+    "slices",
+    "sources",
+    "model",
+    "parameters",
+    "weight",
+    "layer_range",
+    "base_model",
+    "x",
+]
+KEYS += [
+    "filter",
+    "value",
+    "tokenizer",
+    "tokenizer_source",
+    "seed",
+    "preset",
+    "chat_template",
+    "modules",
+    "dtype",
+    "path",
+]
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats()
+    | st.sampled_from(["linear", "ties", "a", "a@b", "a+b", "base"])
+)
 TREES = st.recursive(
     LEAVES | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
