@@ -34,7 +34,7 @@ VERSION = 1
 """Part of what identifies a written model; raise it when the bytes change."""
 
 POOL = 1 << 22
-"""Elements of a pool, and of the windows that tensors are made of."""
+"""Elements of a pool, and of the largest window; models without large tensors have smaller pools."""
 
 DELTAS = (7e-5, 1e-4, 2e-4, 2.5e-4)
 """Standard deviations of the deltas of matrices; every tensor has one. From 29 to 57 % of its deltas are zero."""
@@ -151,7 +151,13 @@ def to_bf16(x: npt.NDArray[np.float32]) -> Bits:
     return out
 
 
-def pools(seed: int, model: int, *, count: int = POOL) -> list[Bits]:
+def pool_size(size: Size) -> int:
+    """Elements of the pools of models of this size: a power of two, at most :data:`POOL`."""
+    largest = max(int(np.prod(shape)) for shape in shapes(size).values())
+    return min(POOL, 1 << max(16, (largest - 1).bit_length()))
+
+
+def pools(seed: int, model: int, count: int = POOL) -> list[Bits]:
     """The pools of one model: one per entry of :data:`DELTAS`, then the one of the norms.
 
     Args:
@@ -176,13 +182,13 @@ def pools(seed: int, model: int, *, count: int = POOL) -> list[Bits]:
     return out
 
 
-def windows(name: str, shape: tuple[int, ...], seed: int) -> Iterator[tuple[int, int, int]]:
+def windows(name: str, shape: tuple[int, ...], seed: int, pool: int = POOL) -> Iterator[tuple[int, int, int]]:
     """What a tensor is made of: (pool, offset, length) of its blocks, in order; the same for every model."""
     kind = len(DELTAS) if len(shape) == 1 else zlib.crc32(name.encode(), seed & 0xFFFFFFFF) % len(DELTAS)
     length = int(np.prod(shape))
-    for block, start in enumerate(range(0, length, POOL)):
+    for block, start in enumerate(range(0, length, pool)):
         digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=4).digest()
-        yield kind, int.from_bytes(digest, "little") % POOL, min(POOL, length - start)
+        yield kind, int.from_bytes(digest, "little") % pool, min(pool, length - start)
 
 
 def shard(tensors: Shapes, limit: int) -> list[Shapes]:
@@ -221,7 +227,8 @@ def write_model(directory: Path, size: Size, seed: int, model: int, *, limit: in
     staging = directory.with_name(f".{directory.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    source = [memoryview(pool) for pool in pools(seed, model)]
+    pool = pool_size(size)
+    source = pools(seed, model, pool)
     files = shard(shapes(size), limit)
     where, total = {}, 0
     for number, tensors in enumerate(files, start=1):
@@ -231,8 +238,8 @@ def write_model(directory: Path, size: Size, seed: int, model: int, *, limit: in
             out.write(header(tensors))
             for name, shape in tensors.items():
                 where[name] = path.name
-                for kind, offset, length in windows(name, shape, seed):
-                    out.write(source[kind][offset : offset + length])
+                for kind, offset, length in windows(name, shape, seed, pool):
+                    out.write(source[kind][offset : offset + length].data)
                     total += 2 * length
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}

@@ -119,7 +119,8 @@ def peer(bench: Bench) -> list[Row]:
     found = version("mergekit")
     if not found:
         print("mergekit is not installed here: fastmerge alone is measured")
-    family, rows = bench.family("768x12", 3), []
+    family = bench.family("768x12", 3)
+    rows: list[Row] = []
     for method in bench.chosen(recipes.METHODS):
         path, files = bench.recipe(method, family)
         warm(files)
@@ -156,8 +157,7 @@ def against_floor(bench: Bench) -> list[Row]:
     """The 1.5b family against ``cat`` and ``dd`` of the same bytes, alternated."""
     family = bench.family("1.5b", 3)
     return [
-        _floor_row(bench, method, *bench.recipe(method, family), FLOOR_TARGET)
-        for method in bench.chosen(FLOOR_METHODS)
+        _floor_row(bench, method, *bench.recipe(method, family), FLOOR_TARGET) for method in bench.chosen(FLOOR_METHODS)
     ]
 
 
@@ -194,7 +194,8 @@ def _output_bytes(files: Sequence[Path]) -> int:
 
 def memory(bench: Bench) -> list[Row]:
     """Peak resident bytes of 1.5b merges under a budget of 1 GB."""
-    family, rows = bench.family("1.5b", 3), []
+    family = bench.family("1.5b", 3)
+    rows: list[Row] = []
     for method in bench.chosen(FLOOR_METHODS):
         path, files = bench.recipe(method, family)
         warm(files)
@@ -215,7 +216,7 @@ def memory(bench: Bench) -> list[Row]:
 
 def moe(bench: Bench) -> list[Row]:
     """A mixture of experts with 18,867 tensors against a dense model of equal bytes."""
-    rows = []
+    rows: list[Row] = []
     for method in bench.chosen(("linear", "ties")):
         pair = []
         for size in ("dense3g", "moe18k"):
@@ -232,7 +233,8 @@ def moe(bench: Bench) -> list[Row]:
 
 def start(bench: Bench) -> list[Row]:
     """How long ``--help`` and ``plan`` take to answer."""
-    family, rows = bench.family("1.5b", 3), []
+    family = bench.family("1.5b", 3)
+    rows: list[Row] = []
     path, _ = bench.recipe("ties", family)
     for label, words in {"--help": ["--help"], "plan": ["plan", str(path)]}.items():
         runs = [run([*FASTMERGE, *words]) for _ in range(bench.runs + 1)][1:]

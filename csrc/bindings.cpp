@@ -7,6 +7,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -53,7 +54,7 @@ struct Needs {
   int out_code = -1;        // type of the output; -1: none
   bool by_row = false;      // parameter row and tiles go by row
   bool tiles = false;       // pieces start where a tile does
-  int64_t base = 0;         // inputs at least
+  int64_t base = 0;         // 1 where input 0 is a base: one more input at least
 };
 
 [[noreturn]] void fail_at(int64_t s, const std::string& what) { fail("table row " + std::to_string(s) + ": " + what); }
@@ -321,10 +322,8 @@ py::array_t<uint16_t> philox_lanes(uint64_t key, uint32_t model, uint32_t op, in
 py::array_t<uint32_t> philox_words(const py::array& counter, const py::array& key) {
   const uint32_t* c = data<uint32_t>(counter, "counter", {4});
   const uint32_t* k = data<uint32_t>(key, "key", {2});
-  py::array_t<uint32_t> out(4);
-  uint32_t* p = out.mutable_data();
-  for (int i = 0; i < 4; ++i) p[i] = c[i];
-  philox4x32(p, k[0], k[1]);
+  py::array_t<uint32_t> out(4, c);
+  philox4x32(out.mutable_data(), k[0], k[1]);
   return out;
 }
 
@@ -347,11 +346,10 @@ py::tuple transfer(const py::array& table, int64_t row, int64_t done) {
   if (row < 0 || row > rows || done < 0) fail("row and done: outside the table");
   for (int64_t i = row; i < rows; ++i)
     if (t[i * kColumns + kColumns - 1] < 0) fail_at(i, "nbytes must not be negative");
-  int error = 0;
-  {
+  const int error = [&] {
     py::gil_scoped_release release;
-    error = kTransfer(t, rows, row, done);
-  }
+    return kTransfer(t, rows, row, done);
+  }();
   return py::make_tuple(row, done, error);
 }
 

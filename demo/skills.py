@@ -53,7 +53,6 @@ def lines(skill: str, count: int, generator: torch.Generator) -> torch.Tensor:
     return torch.cat([column(skill), question, column("="), SKILLS[skill](question), column("<eos>")], 1)
 
 
-@torch.no_grad()
 def score(model: torch.nn.Module, count: int = 2_000, seed: int = 2_026) -> dict[str, float]:
     """Share of unseen lines that a model completes without a single wrong digit, by skill.
 
@@ -64,7 +63,8 @@ def score(model: torch.nn.Module, count: int = 2_000, seed: int = 2_026) -> dict
     result = {}
     for skill in SKILLS:
         text = lines(skill, count, torch.Generator().manual_seed(seed))
-        predicted = model(input_ids=text, use_cache=False).logits[:, DIGITS + 1 : -2].argmax(-1)
+        with torch.no_grad():
+            predicted = model(input_ids=text, use_cache=False).logits[:, DIGITS + 1 : -2].argmax(-1)
         right = (predicted == text[:, DIGITS + 2 : -1]).all(1)
         result[skill] = float(right.double().mean())
     return result

@@ -45,7 +45,7 @@ def fixture(cache_dir: str | Path | None = None) -> dict[str, Path]:
     version = hashlib.blake2b(b"".join((here / f).read_bytes() for f in ("skills.py", "train.py")), digest_size=6)
     home = cache / f"models-{version.hexdigest()}"
     cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / "lock", "w") as lock:
+    with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not home.exists():
             staging = Path(tempfile.mkdtemp(prefix="training-", dir=cache))
@@ -60,7 +60,9 @@ def fixture(cache_dir: str | Path | None = None) -> dict[str, Path]:
 def _train_all(home: Path) -> None:
     """Trains and saves everything below ``home``, leaving torch's global state as it was."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # One: matrices this small gain little from a second thread, lose tenfold on a busy machine, and give the
+    # same bits whatever the number of cores.
+    torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -142,10 +144,11 @@ def _save(model: Any, directory: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel(TOKEN, unk_token="<pad>"))
+    tokenizer = Tokenizer(models.WordLevel(TOKEN, unk_token="<pad>"))  # noqa: S106  a token of text
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
     )
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    special = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     model.to(torch.bfloat16).save_pretrained(directory)
     wrapped.save_pretrained(directory)

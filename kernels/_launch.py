@@ -236,6 +236,10 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 """Options of every launch: no multiply-add is ever contracted (design law L1)."""
 
 
+FULL_SUMS = {"maxnreg": 128}
+"""Options of plain fp32 sums, so that two programs share a multiprocessor (the compiler takes up to 175 else)."""
+
+
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter, on CPU addresses (TRITON_INTERPRET=1 at import)."""
     return bool(triton.knobs.runtime.interpret)

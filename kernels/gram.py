@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ._jit import at, fold, load
-from ._launch import CONFIGS, GRAM_PAIRS, I64, OPTIONS, chunks, upload
+from ._launch import CONFIGS, FULL_SUMS, GRAM_PAIRS, I64, OPTIONS, chunks, upload
 
 
 @triton.jit
@@ -122,11 +122,12 @@ def gram(
     """
     k = inputs - int(delta)
     columns = k * (k + 1) // 2 + int(diff)
+    more = FULL_SUMS if plain and not wide else {}
     for part in chunks(upload(items, table.device), 1):
         for c in range(0, columns, GRAM_PAIRS):
             span = (c, min(c + GRAM_PAIRS, columns))
             gram_kernel[(len(part),)](
-                partials, table, part, inputs, codes, columns, *span, delta, diff, wide, plain, **CONFIGS["gram"], **OPTIONS
+                partials, table, part, inputs, codes, columns, *span, delta, diff, wide, plain, **CONFIGS["gram"], **OPTIONS, **more
             )  # fmt: skip
 
 

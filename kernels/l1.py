@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ._jit import at, fold, load
 from ._keep import delta, keep
-from ._launch import CONFIGS, I64, L1_MODELS, OPTIONS, Keep, chunks, upload
+from ._launch import CONFIGS, FULL_SUMS, I64, L1_MODELS, OPTIONS, Keep, chunks, upload
 
 
 @triton.jit
@@ -107,10 +107,11 @@ def l1(
         wide: work in fp64.
         plain, cut: which variant the items are for.
     """
+    more = FULL_SUMS if plain and not wide else {}
     for part in chunks(upload(items, table.device), 1):
         for i in range(0, inputs - 1, L1_MODELS):
             models = (i, min(i + L1_MODELS, inputs - 1))
             l1_kernel[(len(part),)](
                 sums, table, part, *keep.tables, inputs, codes, *keep.flags, *models, wide, plain, cut,
-                **CONFIGS["l1"], **OPTIONS
+                **CONFIGS["l1"], **OPTIONS, **more
             )  # fmt: skip

@@ -38,7 +38,7 @@ def text_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Map, st
     """
     if isinstance(source, Mapping):
         return yamltree.locate(source), "recipe"
-    if isinstance(source, str) and ("\n" in source or (_looks_like_yaml(source) and not os.path.isfile(source))):
+    if isinstance(source, str) and ("\n" in source or _looks_like_yaml(source)):
         return yamltree.parse(source, "recipe"), "recipe"
     path = Path(source)
     if "\0" in str(path):
@@ -57,7 +57,9 @@ def text_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Map, st
 
 
 def _looks_like_yaml(text: str) -> bool:
-    return ": " in text or text.lstrip().startswith("{")
+    if ": " not in text and not text.lstrip().startswith("{"):
+        return False
+    return not os.path.isfile(text)  # noqa: PTH113  Path.is_file raises for names that are too long
 
 
 def build(cls: type[S], tree: Map, name: str, methods: Mapping[str, type[Method]]) -> tuple[S | None, Problems]:

@@ -78,9 +78,8 @@ def dtype_name(raw: Any) -> str:
     """
     names = [d.name for d in FLOATS]
     if not isinstance(raw, str):
-        raise ValueError(
-            f"expected one of {', '.join(names)}; got {raw if isinstance(raw, int | float) else kind(raw)}"
-        )
+        shown = raw if isinstance(raw, int | float) else kind(raw)
+        raise ValueError(f"expected one of {', '.join(names)}; got {shown}")  # noqa: TRY004  pydantic collects these
     name = raw.removeprefix("torch.")
     if name in names:
         return name

@@ -434,8 +434,8 @@ def test_shapes_of_mergekits_examples(name):
 def test_shape_of_the_arcee_fusion_example(monkeypatch):
     fusion = type("Fusion", (Method,), {"name": "arcee_fusion", "contract": Contract("required", 1, 1), "params": ()})
     monkeypatch.setattr(package, "METHODS", {"arcee_fusion": fusion})
-    text = "models: [{model: model_a}, {model: model_b}]\nmerge_method: arcee_fusion\nbase_model: model_a\ndtype: bfloat16\n"
-    (part,) = Recipe.load(text).parts
+    text = "models: [{model: model_a}, {model: model_b}]\nmerge_method: arcee_fusion\nbase_model: model_a\n"
+    (part,) = Recipe.load(text + "dtype: bfloat16\n").parts
     assert str(part.base) == "model_a"
 
 
