@@ -1,17 +1,21 @@
-"""combine and gram of the extension on one core, beside memcpy in the same run.
+"""combine and gram of the extension on one core, beside memcpy in the same run; nothing is written.
 
     python bench/native.py
 
-Cold: buffers of 256 MB, memcpy and kernel alternated, GB/s of bytes moved (memcpy of n bytes moves 2n, combine
-(M + 1) n, gram M n). Hot: 1 MiB in all, as the stream's units are, GB/s of inputs. Medians; nothing is written.
+Cold: buffers of 256 MiB, memcpy and kernel alternated, GB/s of bytes moved (memcpy of n bytes moves 2n, combine
+(M + 1) n, gram M n). Hot: 256 KiB per buffer, as in the stream, GB/s of inputs. Medians of the thread's CPU time, so
+that other work on the machine counts less.
 """
 
 import ctypes
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from report import provenance, table
+import numpy.typing as npt
+from report import Row, provenance, table
 
 from fastmerge import _native
 
@@ -22,20 +26,21 @@ memcpy = ctypes.CDLL(None).memcpy
 memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
-def seconds(work):
-    start = time.perf_counter()
+def seconds(work: Callable[[], object]) -> float:
+    """CPU time of one call."""
+    start = time.thread_time()
     work()
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
-def buffers(count, n, kind):
+def buffers(count: int, n: int, kind: Any) -> list[npt.NDArray[Any]]:
     """Values around 0.01 in either 16-bit type, and in the high half of fp32."""
     rng = np.random.default_rng(0)
     some = rng.integers(0x2400, 0x2600, 1 << 16).astype(kind) + kind(0x1800)
     return [np.resize(np.roll(some << (16 if kind == np.uint32 else 0), 77 * i), n) for i in range(count)]
 
 
-def measure(kernel, code, inputs, *, delta, diff=False, n):
+def measure(kernel: str, code: int, inputs: int, *, delta: bool, diff: bool = False, n: int) -> Row:
     """One row: median GB/s of a kernel, beside memcpy where n is out of cache."""
     name, kind = TYPES[code]
     *x, out = buffers(inputs + 1, n, kind)
@@ -45,7 +50,7 @@ def measure(kernel, code, inputs, *, delta, diff=False, n):
     vectors = inputs - delta
     partials = np.zeros((-(-n // 65536), vectors * (vectors + 1) // 2 + diff))
 
-    def work():
+    def work() -> None:
         if kernel == "combine":
             _native.combine(rows, ins, code, coef, scale, delta, False, bad)
         else:

@@ -40,6 +40,8 @@ struct Lanes {
   Vec v[kParts];
 };
 
+// store16<true> bypasses the caches: 64-byte aligned addresses only, and streamed() after the last one.
+
 // Counts the stored results that are not finite, in lanes as wide as the stored type: read it at the latest every
 // 2^15 stores.
 struct Tally {
@@ -80,6 +82,11 @@ FM_LANES Lanes canonical(Lanes a);
 
 #if defined(__AVX2__)  // v4 as well: the same source, encoded with what that adds
 
+template <bool kStream>
+FM_LANES void put(void* p, Word r) {
+  kStream ? _mm256_stream_si256(static_cast<Word*>(p), r) : _mm256_storeu_si256(static_cast<Word*>(p), r);
+}
+FM_LANES void streamed() { _mm_sfence(); }
 FM_LANES void clear(Tally& t) { t.n = _mm256_setzero_si256(); }
 FM_LANES void tally16(Tally& t, Word r, int16_t exponent) {
   const Word e = _mm256_set1_epi16(exponent);
@@ -106,26 +113,33 @@ FM_LANES void load16(const Bf16* p, Lanes& r) {
   r.v[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, x));
   r.v[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, x));
 }
+template <bool kStream = false>
 FM_LANES void store16(const Lanes& a, Bf16* p, Tally& t) {
   const Lanes x = canonical(a);
   const Word r = _mm256_packus_epi32(bf16_of(x.v[0]), bf16_of(x.v[1]));
-  _mm256_storeu_si256(reinterpret_cast<Word*>(p), r);
+  put<kStream>(p, r);
   tally16(t, r, 0x7f80);
 }
 FM_LANES void load16(const Fp16* p, Lanes& r) {
   r.v[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   r.v[1] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
 }
+template <bool kStream = false>
 FM_LANES void store16(const Lanes& a, Fp16* p, Tally& t) {
   const Lanes x = canonical(a);
   const Word r = _mm256_set_m128i(_mm256_cvtps_ph(x.v[1], _MM_FROUND_TO_NEAREST_INT),
                                   _mm256_cvtps_ph(x.v[0], _MM_FROUND_TO_NEAREST_INT));
-  _mm256_storeu_si256(reinterpret_cast<Word*>(p), r);
+  put<kStream>(p, r);
   tally16(t, r, 0x7c00);
 }
 
 #elif defined(__SSE2__)
 
+template <bool kStream>
+FM_LANES void put(void* p, Word r) {
+  kStream ? _mm_stream_si128(static_cast<Word*>(p), r) : _mm_storeu_si128(static_cast<Word*>(p), r);
+}
+FM_LANES void streamed() { _mm_sfence(); }
 FM_LANES void clear(Tally& t) { t.n = _mm_setzero_si128(); }
 FM_LANES void tally16(Tally& t, Word r, int16_t exponent) {
   const Word e = _mm_set1_epi16(exponent);
@@ -181,11 +195,12 @@ FM_LANES void load16(const Bf16* p, Lanes& r) {
     r.v[2 * i + 1] = _mm_castsi128_ps(_mm_unpackhi_epi16(zero, x));
   }
 }
+template <bool kStream = false>
 FM_LANES void store16(const Lanes& a, Bf16* p, Tally& t) {
   const Lanes x = canonical(a);
   for (int i = 0; i < 2; ++i) {
     const Word r = _mm_packs_epi32(bf16_of(x.v[2 * i]), bf16_of(x.v[2 * i + 1]));
-    _mm_storeu_si128(reinterpret_cast<Word*>(p + 8 * i), r);
+    put<kStream>(p + 8 * i, r);
     tally16(t, r, 0x7f80);
   }
 }
@@ -197,17 +212,23 @@ FM_LANES void load16(const Fp16* p, Lanes& r) {
     r.v[2 * i + 1] = f32_of(_mm_unpackhi_epi16(x, zero));
   }
 }
+template <bool kStream = false>
 FM_LANES void store16(const Lanes& a, Fp16* p, Tally& t) {
   const Lanes x = canonical(a);  // a canonical NaN has no sign
   for (int i = 0; i < 2; ++i) {
     const Word r = _mm_packs_epi32(fp16_of(x.v[2 * i]), fp16_of(x.v[2 * i + 1]));
-    _mm_storeu_si128(reinterpret_cast<Word*>(p + 8 * i), r);
+    put<kStream>(p + 8 * i, r);
     tally16(t, r, 0x7c00);
   }
 }
 
 #elif defined(__ARM_NEON)
 
+template <bool>
+FM_LANES void put(void* p, Word r) {
+  memcpy(p, &r, sizeof r);
+}
+FM_LANES void streamed() {}
 FM_LANES void clear(Tally& t) { t.n = vdupq_n_u16(0); }
 FM_LANES void tally16(Tally& t, Word r, uint16_t exponent) {
   const Word e = vdupq_n_u16(exponent);
@@ -231,11 +252,12 @@ FM_LANES void load16(const Bf16* p, Lanes& r) {
   for (int i = 0; i < 4; ++i)
     r.v[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p) + 4 * i), 16));
 }
+template <bool kStream = false>
 FM_LANES void store16(const Lanes& a, Bf16* p, Tally& t) {
   const Lanes x = canonical(a);
   for (int i = 0; i < 2; ++i) {
     const Word r = vcombine_u16(bf16_of(x.v[2 * i]), bf16_of(x.v[2 * i + 1]));
-    vst1q_u16(reinterpret_cast<uint16_t*>(p) + 8 * i, r);
+    put<kStream>(p + 8 * i, r);
     tally16(t, r, 0x7f80);
   }
 }
@@ -243,18 +265,24 @@ FM_LANES void load16(const Fp16* p, Lanes& r) {
   for (int i = 0; i < 4; ++i)
     r.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p) + 4 * i)));
 }
+template <bool kStream = false>
 FM_LANES void store16(const Lanes& a, Fp16* p, Tally& t) {
   const Lanes x = canonical(a);
   for (int i = 0; i < 2; ++i) {
     const Word r = vcombine_u16(vreinterpret_u16_f16(vcvt_f16_f32(x.v[2 * i])),
                                 vreinterpret_u16_f16(vcvt_f16_f32(x.v[2 * i + 1])));
-    vst1q_u16(reinterpret_cast<uint16_t*>(p) + 8 * i, r);
+    put<kStream>(p + 8 * i, r);
     tally16(t, r, 0x7c00);
   }
 }
 
 #else
 
+template <bool>
+FM_LANES void put(void* p, Word r) {
+  memcpy(p, &r, sizeof r);
+}
+FM_LANES void streamed() {}
 FM_LANES void clear(Tally& t) { t.n = 0; }
 FM_LANES void tally32(Tally& t, Vec r) { t.n += !is_finite(r); }
 FM_LANES Lanes canonical(Lanes a) {
@@ -265,17 +293,22 @@ template <class T>
 FM_LANES void load16(const T* p, Lanes& r) {
   for (int i = 0; i < 16; ++i) r.v[i] = load<float>(p[i]);
 }
-template <class T>
+template <bool kStream = false, class T>
 FM_LANES void store16(const Lanes& a, T* p, Tally& t) {
   for (int i = 0; i < 16; ++i) p[i] = store<T>(a.v[i]), t.n += !is_finite(p[i]);
 }
 
 #endif
 
+template <bool kStream = false>
 FM_LANES void store16(const Lanes& a, float* p, Tally& t) {
   const Lanes x = canonical(a);
-  put16(x, p);
-  for (int i = 0; i < kParts; ++i) tally32(t, x.v[i]);
+  for (int i = 0; i < kParts; ++i) {
+    Word r;
+    memcpy(&r, &x.v[i], sizeof r);
+    put<kStream>(p + i * kPart, r);
+    tally32(t, x.v[i]);
+  }
 }
 
 // What has been counted for results of type T since clear().

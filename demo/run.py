@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 from skills import SKILLS, accuracy, complete
 from train import fixture
+from transformers.utils import logging
 
 KEPT = 0.8
 """A merge holds a skill when it answers at least this share of the questions."""
@@ -66,8 +67,8 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, help="where models and merges are kept [./.cache/demo]")
     home = (parser.parse_args().cache or Path(os.environ.get("FASTMERGE_DEMO_CACHE", ".cache/demo"))).resolve()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
     print(f"A base and three specialists, below {home} (about a minute where they are not there yet)")
     start = time.perf_counter()

@@ -115,14 +115,14 @@ def _progress(planned: Plan) -> Callable[[Stats], None]:
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
         bar = Progress(
-            "merging", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), "{task.fields[slow]}",
+            "merging", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), "{task.fields[s]}",
             console=Console(stderr=True), transient=True,
         )  # fmt: skip
-        task = bar.add_task("merging", total=total, slow="")
+        task = bar.add_task("merging", total=total, s="")
         bar.start()
 
         def draw(stats: Stats) -> None:
-            bar.update(task, completed=stats.bytes_written, slow=f"bound by {stats.bottleneck}")
+            bar.update(task, completed=stats.bytes_written, s=f"bound by {stats.bottleneck}")
             if stats.bytes_written >= total:
                 bar.stop()
 

@@ -57,7 +57,7 @@ class Finite:
             if not there:
                 raise OutputError(
                     f"{out.name}: the merge made {bad} NaN or Inf values out of finite inputs "
-                    f"(stored as {segments.out_dtype.name}); expected finite ones: try out_dtype float32, or other weights"
+                    f"(stored as {segments.out_dtype.name}); expected finite ones: try out_dtype float32"
                 )
             if self.policy == "error":
                 raise OutputError(f"{out.name}: {there} NaN or Inf values in its inputs (--nan error)")

@@ -86,7 +86,7 @@ def verify(directory: str | os.PathLike[str]) -> Verification:
             found.nbytes += size
             if bad:
                 found.nonfinite[name] = bad
-        _checksums(model, found, pool)
+        _checksums(found, pool)
     return found
 
 
@@ -111,7 +111,7 @@ def _scan(model: Checkpoint, name: str) -> tuple[str, int, int]:
     return name, bad, info.nbytes
 
 
-def _checksums(model: Checkpoint, found: Verification, pool: ThreadPoolExecutor) -> None:
+def _checksums(found: Verification, pool: ThreadPoolExecutor) -> None:
     """Compares every range that the merge recorded."""
     path = Path(found.directory) / "merge_report.json"
     ranges: list[list[Any]] = []

@@ -12,6 +12,9 @@ one program works on (segment, first element relative to the segment, elements, 
 every block is full, so that all accesses are unmasked and 128 bits wide.
 """
 
+# ruff: noqa: PLR0124
+# x == x is the language's test for NaN
+
 import triton
 import triton.language as tl
 
@@ -97,17 +100,15 @@ def narrow(x, CODE: tl.constexpr):
     if CODE == 0:
         u = x.to(tl.float64).to(tl.uint64, bitcast=True)
         return tl.where(x == x, u, 0x7FF8000000000000)
-    elif CODE == 1:
+    if CODE == 1:
         u = x.to(tl.float32).to(tl.uint32, bitcast=True)
         return tl.where(x == x, u, 0x7FC00000)
-    elif CODE == 2:
+    if CODE == 2:
         h = x.to(tl.float16).to(tl.uint16, bitcast=True)
         return tl.where(x == x, h, 0x7E00).to(tl.uint16)
-    else:
-        if x.dtype == tl.float64:
-            return round_bf16(round_odd(x))
-        else:
-            return round_bf16(x)
+    if x.dtype == tl.float64:
+        return round_bf16(round_odd(x))
+    return round_bf16(x)
 
 
 @triton.jit
@@ -115,17 +116,15 @@ def widen(u, CODE: tl.constexpr, WIDE: tl.constexpr):
     """Bits of type ``CODE`` back to the work type, exactly."""
     if CODE == 0:
         return u.to(tl.float64, bitcast=True)
+    if CODE == 1:
+        x = u.to(tl.float32, bitcast=True)
+    elif CODE == 2:
+        x = u.to(tl.float16, bitcast=True).to(tl.float32)
     else:
-        if CODE == 1:
-            x = u.to(tl.float32, bitcast=True)
-        elif CODE == 2:
-            x = u.to(tl.float16, bitcast=True).to(tl.float32)
-        else:
-            x = (u.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-        if WIDE:
-            return x.to(tl.float64)
-        else:
-            return x
+        x = (u.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    if WIDE:
+        return x.to(tl.float64)
+    return x
 
 
 @triton.jit
@@ -133,12 +132,11 @@ def unfit(u, CODE: tl.constexpr):
     """1 where the bits of type ``CODE`` are an infinity or a NaN, else 0 (int32)."""
     if CODE == 0:
         return ((u & 0x7FF0000000000000) == 0x7FF0000000000000).to(tl.int32)
-    elif CODE == 1:
+    if CODE == 1:
         return ((u & 0x7F800000) == 0x7F800000).to(tl.int32)
-    elif CODE == 2:
+    if CODE == 2:
         return ((u & 0x7C00) == 0x7C00).to(tl.int32)
-    else:
-        return ((u & 0x7F80) == 0x7F80).to(tl.int32)
+    return ((u & 0x7F80) == 0x7F80).to(tl.int32)
 
 
 @triton.jit
@@ -170,8 +168,7 @@ def divide(x, y):
     """IEEE quotient of two blocks; ``/`` is that for fp64 only."""
     if x.dtype == tl.float64:
         return x / y
-    else:
-        return tl.div_rn(x, y)
+    return tl.div_rn(x, y)
 
 
 @triton.jit
@@ -180,9 +177,8 @@ def magnitude(d):
     if d.dtype == tl.float64:
         k = d.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
         return tl.minimum(k, 0x7FF8000000000000)
-    else:
-        k = d.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        return tl.minimum(k, 0x7FC00000)
+    k = d.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.minimum(k, 0x7FC00000)
 
 
 @triton.jit
@@ -207,10 +203,9 @@ def random16(key, e, model, OP: tl.constexpr, BLOCK: tl.constexpr, PLAIN: tl.con
         w = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [n, e bit 2, e bit 1]
         u = tl.join(w & 0xFFFF, w >> 16)
         return tl.reshape(u, (BLOCK,)).to(tl.int32)
-    else:
-        word = ((each >> 1) & 3).to(tl.int32)
-        w = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
-        return tl.where((each & 1) == 1, w >> 16, w & 0xFFFF).to(tl.int32)
+    word = ((each >> 1) & 3).to(tl.int32)
+    w = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
+    return tl.where((each & 1) == 1, w >> 16, w & 0xFFFF).to(tl.int32)
 
 
 @triton.jit

@@ -187,7 +187,8 @@ def cuts(
     Args:
         out: int64 ``[S, N]`` on the device: the element index from which ties are lost.
         table: int64 ``[S, 7 + M]`` on the device.
-        bern: int32 ``[P, N]``; model_index: int32 ``[N]``.
+        bern: int32 ``[P, N]``.
+        model_index: int32 ``[N]``.
         thr: keys int32 (int64 where wide) ``[P, N]``.
         cut: int64 ``[P, N, 3]`` (tile, rank, tie).
         inputs: M = N + 1, the base included.

@@ -179,8 +179,10 @@ def undecided(table: I64, items: I64, thr: npt.NDArray[np.uint64], cut: I64, *, 
     """Which items need every element's tie rule: ties thinned or cut inside, or a threshold that is a NaN's key.
 
     Args:
-        table: segment table; items: int64 ``[T, 5]``.
-        thr: ``[P, N]``; cut: ``[P, N, 3]`` (tile, rank, tie).
+        table: segment table.
+        items: int64 ``[T, 5]``.
+        thr: ``[P, N]``.
+        cut: ``[P, N, 3]`` (tile, rank, tie).
         wide: keys are of fp64.
     """
     first = table[items[:, 0], 2] + items[:, 1]
@@ -236,8 +238,13 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 """Options of every launch: no multiply-add is ever contracted (design law L1)."""
 
 
-FULL_SUMS = {"maxnreg": 128}
-"""Options of plain fp32 sums, so that two programs share a multiprocessor (the compiler takes up to 175 else)."""
+def registers(*, fast: bool) -> dict[str, int]:
+    """Options of a kernel of sums: how many registers it may take.
+
+    At most 128 where speed counts, so that two programs share a multiprocessor (the compiler would take up to 175);
+    elsewhere all, so that nothing spills.
+    """
+    return {"maxnreg": 128 if fast else 255}
 
 
 def interpreted() -> bool:

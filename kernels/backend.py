@@ -52,7 +52,9 @@ class TritonKernels:
         """
         self.device = torch.device(device)
         if self.device.type == "cpu" and not interpreted():
-            raise RuntimeError("Triton kernels run on the CPU only with TRITON_INTERPRET=1, set before the first import")
+            raise RuntimeError(
+                "Triton kernels run on the CPU only with TRITON_INTERPRET=1, set before the first import"
+            )
 
     # ---- helpers ---------------------------------------------------------------------------------------
 

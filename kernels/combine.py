@@ -8,6 +8,9 @@ Tiling: one program per block of 2048 elements, eight to a thread, flat: no loop
 flight at once; a program finds its block through the work items, so one launch covers any number of tensors.
 """
 
+# ruff: noqa: SIM108
+# branches on constants are statements in the language
+
 from __future__ import annotations
 
 import torch
@@ -89,7 +92,8 @@ def combine(
     Args:
         table: int64 ``[S, 7 + M]`` on the device; the results go to its addresses.
         items: work items (host) of this variant.
-        coef, scale: ``[P, M]`` and ``[P, 2]`` (lambda, divisor) in the work type, on the device.
+        coef: ``[P, M]`` in the work type, on the device.
+        scale: ``[P, 2]`` (lambda, divisor), likewise.
         nonfinite: int64 ``[S]`` on the device, added to.
         inputs: M, the base included.
         codes: packed type codes of the inputs.

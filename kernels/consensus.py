@@ -1,7 +1,7 @@
 """Consensus of deltas: keep, weight, elect a sign, merge what agrees, add to the base (TIES, DARE, DELLA, SCE, ...).
 
-``d_i = keep(x_i - b)``, ``v_i = c_i d_i``, ``A = sum v_i``, ``B = sum |v_i|``; the elected sign is that of A (``mass``),
-of ``sum a_i d_i`` (``mass`` with split) or of the number of positive less negative deltas (``count``). Then
+``d_i = keep(x_i - b)``, ``v_i = c_i d_i``, ``A = sum v_i``, ``B = sum |v_i|``; the elected sign is that of A
+(``mass``), of ``sum a_i d_i`` (``mass`` with split) or of the number of positive less negative deltas (``count``). Then
 
 - mean: ``mix = (A + B) / 2 / G+`` where the sign is plus, ``(A - B) / 2 / G-`` where it is minus, with G the sum of
   g_i over the values of that sign (0 counts as 1);
@@ -12,6 +12,9 @@ and ``out = round(b + lam * mix)``. One pass, ``(N + 2) * b`` bytes per element:
 device memory). The sums over the elected sign are formed from A and B, which costs a third less than two sums under
 masks (reference: TIES-Merging, arXiv 2306.01708). Tiling: one flat program per 2048 elements, 8 per thread.
 """
+
+# ruff: noqa: PLR0124, SIM102, SIM108
+# x == x is the language's test for NaN, and branches on constants are statements in the language
 
 from __future__ import annotations
 
@@ -185,15 +188,18 @@ def consensus(
         inputs: M = N + 1, the base included.
         codes: packed type codes of the inputs.
         out: type code of the results.
-        elect, split, zero, merge: the rules above.
+        elect: how the sign is elected, as above.
+        split: elect by ``sum a_i d_i`` instead of A.
+        zero: what a vote of zero means.
+        merge: how what agrees is merged.
         div: whether any divisor is not 1.
         wide: work in fp64.
-        plain, cut: which variant the items are for.
+        plain: which variant the items are for.
+        cut: whether ties may be decided inside them.
     """
     cfg = config("consensus")
     log = spread(items, cfg["BLOCK"])
-    flags = (elect, split, zero, merge, div, wide, plain, cut)
+    flags = (inputs, codes, out, *keep.flags, elect, split, zero, merge, div, wide, plain, cut)
     for part in chunks(upload(items, table.device), 1 << log):
-        consensus_kernel[(len(part) << log,)](
-            table, part, *keep.tables, f, scale, nonfinite, log, inputs, codes, out, *keep.flags, *flags, **cfg, **OPTIONS
-        )
+        grid = (len(part) << log,)
+        consensus_kernel[grid](table, part, *keep.tables, f, scale, nonfinite, log, *flags, **cfg, **OPTIONS)

@@ -13,6 +13,9 @@ element is found costs 27 instructions per element and model, for elements of wh
 Counts are integers: their order does not matter.
 """
 
+# ruff: noqa: RUF005
+# the language has no unpacking in tuples
+
 from __future__ import annotations
 
 import torch
@@ -22,7 +25,6 @@ import triton.language as tl
 from ._jit import at, load, magnitude
 from ._keep import delta, drop
 from ._launch import CONFIGS, I64, OPTIONS, chunks, upload
-
 
 TILES = (2**31 - 1) // 8192
 """Programs per tile, as :func:`chunks` counts them, so that the marks of a launch take at most 8192 tiles."""
@@ -55,7 +57,6 @@ def count_kernel(
     start = tl.load(item + 1)
     count = tl.load(item + 2).to(tl.int32)
     p = tl.load(item + 3)
-    stat = tl.load(item + 4)
     e = tl.load(row + 2) + start
     key = tl.load(row + 4)
     offs = tl.arange(0, BLOCK)
@@ -91,6 +92,7 @@ def count_kernel(
             tl.store(to + byte, tl.sum(tl.reshape(mark, (GROUPS, 8)), axis=1).to(tl.uint8))
         packs = new
         done += BLOCK
+    stat = tl.load(item + 4)  # not held in registers during the loop
     for i in tl.static_range(N):
         to = counts + (stat * N + i) * 4
         tl.store(to, tl.sum(packs[i] & 1023, axis=0).to(tl.int64))
@@ -193,8 +195,10 @@ def count(
         used: int64 ``[N]``, added to; past cap nothing is stored.
         table: int64 ``[S, 7 + M]`` on the device.
         items: work items (host) of this variant, one per tile.
-        model_index: int32 ``[N]``; bern: int32 ``[P, N]``.
-        lo, hi: bracket keys int32 (int64 where wide) ``[P, N]``, lo <= hi.
+        model_index: int32 ``[N]``.
+        bern: int32 ``[P, N]``.
+        lo: lower key of the bracket, int32 (int64 where wide) ``[P, N]``.
+        hi: upper key, not below lo.
         inputs: M = N + 1, the base included.
         codes: packed type codes of the inputs.
         round_code: type that deltas are rounded to, -1 for none.

@@ -54,7 +54,10 @@ def delta_keys_kernel(
         d = delta(x, 0, offs, mask, b, ROUND, WIDE, PLAIN)
         if DROP:
             d = drop(d, key, e, tl.load(model_index + i), tl.load(bern + p * N + i), BLOCK, PLAIN)
-        tl.store(to + offs * N + i, magnitude(d), mask=mask)
+        if PLAIN:
+            tl.store(to + offs * N + i, magnitude(d))
+        else:
+            tl.store(to + offs * N + i, magnitude(d), mask=mask)
 
 
 def delta_keys(
@@ -77,7 +80,8 @@ def delta_keys(
         out: int32 (int64 where wide) ``[L, N]`` on the device: the bits of the keys.
         table: int64 ``[S, 7 + M]`` on the device.
         items: work items (host) of this variant; the output row is where the item starts among all elements.
-        model_index: int32 ``[N]``; bern: int32 ``[P, N]``.
+        model_index: int32 ``[N]``.
+        bern: int32 ``[P, N]``.
         inputs: M = N + 1, the base included.
         codes: packed type codes of the inputs.
         round_code: type that deltas are rounded to, -1 for none.

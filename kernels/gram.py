@@ -10,6 +10,9 @@ tiles in fp64 in tile order. Tiling: one program per tile, 8 warps, eight neighb
 load of 16-bit values is one 128-bit access and each column costs 8 registers.
 """
 
+# ruff: noqa: RUF005
+# the language has no unpacking in tuples
+
 from __future__ import annotations
 
 import torch
@@ -17,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ._jit import at, fold, load
-from ._launch import CONFIGS, FULL_SUMS, GRAM_PAIRS, I64, OPTIONS, chunks, upload
+from ._launch import CONFIGS, GRAM_PAIRS, I64, OPTIONS, chunks, registers, upload
 
 
 @triton.jit
@@ -41,7 +44,6 @@ def gram_kernel(
     row = table + tl.load(item) * (7 + M)
     start = tl.load(item + 1)
     count = tl.load(item + 2).to(tl.int32)
-    stat = tl.load(item + 4)
     offs = tl.arange(0, BLOCK)
     FIRST: tl.constexpr = 1 if DELTA else 0
     K: tl.constexpr = M - FIRST
@@ -74,6 +76,7 @@ def gram_kernel(
             new = new + (sums[PAIRS - FROM] + e * e,)
         sums = new
         done += BLOCK
+    stat = tl.load(item + 4)  # not held in registers during the loop
     for c in tl.static_range(TO - FROM):
         tl.store(partials + stat * COLUMNS + FROM + c, fold(sums[c], BLOCK).to(tl.float64))
 
@@ -122,20 +125,21 @@ def gram(
     """
     k = inputs - int(delta)
     columns = k * (k + 1) // 2 + int(diff)
-    more = FULL_SUMS if plain and not wide else {}
+    more = registers(fast=plain and not wide)
     for part in chunks(upload(items, table.device), 1):
         for c in range(0, columns, GRAM_PAIRS):
             span = (c, min(c + GRAM_PAIRS, columns))
-            gram_kernel[(len(part),)](
-                partials, table, part, inputs, codes, columns, *span, delta, diff, wide, plain, **CONFIGS["gram"], **OPTIONS, **more
-            )  # fmt: skip
+            flags = (inputs, codes, columns, *span, delta, diff, wide, plain)
+            gram_kernel[(len(part),)](partials, table, part, *flags, **CONFIGS["gram"], **OPTIONS, **more)
 
 
 def fold_rows(out: torch.Tensor, partials: torch.Tensor, first: torch.Tensor) -> None:
     """Ordered fp64 sums of row ranges: ``out[g] = ((0 + partials[first[g]]) + ...)``; never waits.
 
     Args:
-        out: f64 ``[G, C]``; partials: f64 ``[R, C]``; first: int64 ``[G + 1]``; all on the device.
+        out: f64 ``[G, C]`` on the device.
+        partials: f64 ``[R, C]``.
+        first: int64 ``[G + 1]``.
     """
     groups, columns = out.shape
     if groups and columns:

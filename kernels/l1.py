@@ -6,6 +6,9 @@ from counters and thresholds, never stored. Tiling: one program per tile, 2048 l
 model.
 """
 
+# ruff: noqa: RUF005
+# the language has no unpacking in tuples
+
 from __future__ import annotations
 
 import torch
@@ -14,7 +17,7 @@ import triton.language as tl
 
 from ._jit import at, fold, load
 from ._keep import delta, keep
-from ._launch import CONFIGS, FULL_SUMS, I64, L1_MODELS, OPTIONS, Keep, chunks, upload
+from ._launch import CONFIGS, I64, L1_MODELS, OPTIONS, Keep, chunks, registers, upload
 
 
 @triton.jit
@@ -48,7 +51,6 @@ def l1_kernel(
     start = tl.load(item + 1)
     count = tl.load(item + 2).to(tl.int32)
     p = tl.load(item + 3)
-    stat = tl.load(item + 4)
     e = tl.load(row + 2) + start
     key = tl.load(row + 4)
     offs = tl.arange(0, BLOCK)
@@ -77,6 +79,7 @@ def l1_kernel(
         before = new_before
         after = new_after
         done += BLOCK
+    stat = tl.load(item + 4)  # not held in registers during the loop
     for i in tl.static_range(FROM, TO):
         to = sums + (stat * N + i) * 2
         tl.store(to, fold(before[i - FROM], BLOCK).to(tl.float64))
@@ -105,13 +108,12 @@ def l1(
         inputs: M = N + 1, the base included.
         codes: packed type codes of the inputs.
         wide: work in fp64.
-        plain, cut: which variant the items are for.
+        plain: which variant the items are for.
+        cut: whether ties may be decided inside them.
     """
-    more = FULL_SUMS if plain and not wide else {}
+    more = registers(fast=plain and not wide)
     for part in chunks(upload(items, table.device), 1):
         for i in range(0, inputs - 1, L1_MODELS):
             models = (i, min(i + L1_MODELS, inputs - 1))
-            l1_kernel[(len(part),)](
-                sums, table, part, *keep.tables, inputs, codes, *keep.flags, *models, wide, plain, cut,
-                **CONFIGS["l1"], **OPTIONS, **more
-            )  # fmt: skip
+            flags = (inputs, codes, *keep.flags, *models, wide, plain, cut)
+            l1_kernel[(len(part),)](sums, table, part, *keep.tables, *flags, **CONFIGS["l1"], **OPTIONS, **more)

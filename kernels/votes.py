@@ -5,6 +5,9 @@ pass, ``(N + 1) * b`` bytes per element. Tiling: one program per tile; two count
 eight neighbours (at most 256 each per tile).
 """
 
+# ruff: noqa: RUF005, SIM108
+# the language has no unpacking in tuples, and branches on constants are statements in the language
+
 from __future__ import annotations
 
 import torch
@@ -48,7 +51,6 @@ def votes_kernel(
     start = tl.load(item + 1)
     count = tl.load(item + 2).to(tl.int32)
     p = tl.load(item + 3)
-    stat = tl.load(item + 4)
     e = tl.load(row + 2) + start
     key = tl.load(row + 4)
     offs = tl.arange(0, BLOCK)
@@ -81,6 +83,7 @@ def votes_kernel(
             inc = tl.where(mask, inc, 0)
         pack += tl.sum(tl.reshape(inc, (BLOCK // 8, 8)), axis=1)
         done += BLOCK
+    stat = tl.load(item + 4)  # not held in registers during the loop
     tl.store(counts + stat * 2, tl.sum(pack & 0xFFFF, axis=0).to(tl.int64))
     tl.store(counts + stat * 2 + 1, tl.sum(pack >> 16, axis=0).to(tl.int64))
 
@@ -110,12 +113,12 @@ def votes(
         f: ``[P, N, 3]`` (c, g, a) in the work type, on the device.
         inputs: M = N + 1, the base included.
         codes: packed type codes of the inputs.
-        elect, split: how the vote is formed (see consensus.py).
+        elect: how the vote is formed (see consensus.py).
+        split: by ``sum a_i d_i`` instead of A.
         wide: work in fp64.
-        plain, cut: which variant the items are for.
+        plain: which variant the items are for.
+        cut: whether ties may be decided inside them.
     """
     for part in chunks(upload(items, table.device), 1):
-        votes_kernel[(len(part),)](
-            counts, table, part, *keep.tables, f, inputs, codes, *keep.flags, elect, split, wide, plain, cut,
-            **CONFIGS["votes"], **OPTIONS
-        )  # fmt: skip
+        flags = (inputs, codes, *keep.flags, elect, split, wide, plain, cut)
+        votes_kernel[(len(part),)](counts, table, part, *keep.tables, f, *flags, **CONFIGS["votes"], **OPTIONS)

@@ -25,7 +25,9 @@ def check(wheel: Path) -> list[str]:
             problems.append("the native extension is missing")
         with tempfile.TemporaryDirectory() as d:
             z.extractall(d)
-            run = "import fastmerge, sys; from fastmerge import _native; print(_native.isa()); assert 'torch' not in sys.modules"
+            run = (
+                "import fastmerge, sys; from fastmerge import _native; _native.isa(); assert 'torch' not in sys.modules"
+            )
             done = subprocess.run(
                 [sys.executable, "-c", run], cwd="/", env={"PYTHONPATH": d}, capture_output=True, text=True
             )

@@ -170,7 +170,10 @@ def test_a_stopped_merge_says_how_to_go_on_and_does(paths, recipe, tmp_path, num
     )
     out = tmp_path / "out"
     child = subprocess.Popen(
-        [sys.executable, "-c", slow, "merge", str(recipe), str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", slow, "merge", str(recipe), str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     child.stdout.readline()
     time.sleep(1.5)

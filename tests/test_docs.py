@@ -35,7 +35,12 @@ def test_python_examples_run(place, code):
 
 
 def test_shell_examples_run(place):
-    lines = [line.split("#")[0].split() for block in blocks("bash") for line in block.splitlines() if line.startswith("fastmerge")]
+    lines = [
+        line.split("#")[0].split()
+        for block in blocks("bash")
+        for line in block.splitlines()
+        if line.startswith("fastmerge")
+    ]
     assert len(lines) >= 3
     for words in lines:
         done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False, env=env())
@@ -53,9 +58,16 @@ def test_the_method_table_is_complete():
 
     for name, method in METHODS.items():
         assert f"`{name}`" in TEXT
-        listed = TEXT + subprocess.run(
-            [sys.executable, "-m", "fastmerge", "methods", name], capture_output=True, text=True, check=True, env=env()
-        ).stdout
+        listed = (
+            TEXT
+            + subprocess.run(
+                [sys.executable, "-m", "fastmerge", "methods", name],
+                capture_output=True,
+                text=True,
+                check=True,
+                env=env(),
+            ).stdout
+        )
         assert all(p in listed for p in method.presets)
 
 

@@ -36,7 +36,8 @@ def card(name: str, method: str, formula: str, paper: str, models: Sequence[tupl
         hub = hub_id(ref) if not local or "models--" in ref else None
         if hub and hub not in ids:
             ids.append(hub)
-        shown.append(f"[{hub}](https://huggingface.co/{hub})" if hub else f"`{ref.rstrip('/').rsplit('/', maxsplit=1)[-1]}`")
+        last = ref.rstrip("/").rsplit("/", maxsplit=1)[-1]
+        shown.append(f"[{hub}](https://huggingface.co/{hub})" if hub else f"`{last}`")
     front: dict[str, object] = {"library_name": "transformers", "tags": ["mergekit", "merge", "fastmerge"]}
     if ids:
         front = {"base_model": ids, **front}

@@ -1,24 +1,34 @@
-"""Every Triton kernel, in the interpreter, against plain numpy: bit for bit."""
+"""Every Triton kernel against plain numpy, bit for bit: in the interpreter, or for real on a GPU.
+
+With ``TRITON_INTERPRET=0`` the same tests run compiled kernels on ``cuda`` and carry the mark ``gpu``.
+"""
 
 import itertools
 
 import numpy as np
 import pytest
 
-pytest.importorskip("triton", reason="the Triton kernels need triton")
-pytest.importorskip("torch", reason="the Triton kernels need torch")
-
-from fastmerge.kernels import TritonKernels, _launch
 from fastmerge.philox import philox4x32, u16
 from tests import keep_oracle as oracle
-from tests.kernels.cases import Case
+from tests.kernels.cases import Case, Elsewhere
 from tests.kernels_numpy import NumpyKernels
 
-if not _launch.interpreted():
-    pytest.skip("needs TRITON_INTERPRET=1; on a GPU tests/kernels/test_gpu.py runs instead", allow_module_level=True)
+pytest.importorskip("triton", reason="the Triton kernels need triton")
+torch = pytest.importorskip("torch", reason="the Triton kernels need torch")
 
-TRITON, NUMPY = TritonKernels("cpu"), NumpyKernels()
-B = {"bf16": 3, "fp16": 2, "fp32": 1, "fp64": 0}
+
+from fastmerge.kernels import TritonKernels, _launch  # noqa: E402 - after the checks for triton and torch
+
+if _launch.interpreted():
+    DEVICE = "cpu"
+    TRITON = TritonKernels(DEVICE)
+else:
+    pytestmark = pytest.mark.gpu
+    DEVICE = "cuda"
+    if not torch.cuda.is_available():
+        pytest.skip("TRITON_INTERPRET=0 needs a CUDA device", allow_module_level=True)
+    TRITON = Elsewhere(TritonKernels(DEVICE))
+NUMPY = NumpyKernels()
 MIXES = [(3, 3, 3), (2, 2, 2), (1, 1, 1), (0, 0), (3, 2, 1), (3, 0, 1, 2)]
 
 MODES = [(0, False, 0, 0)] + [
@@ -98,6 +108,23 @@ def test_misaligned_and_empty():
     TRITON.combine(case.segments, coef, scale, delta=True, per_row=False)
 
 
+def test_data_elsewhere():
+    """The copies that the tests make for a GPU, on the CPU; results into tensors of the device, without a copy back."""
+    case = Case((3, 3), sizes=(2048 + 9, 3), shift=1)
+    kernels = Elsewhere(TritonKernels(DEVICE))
+    coef, scale = case.rng.normal(size=(2, 2)), np.ones((2, 2))
+    got, bad = case.written(lambda s: kernels.combine(s, coef, scale, delta=True, per_row=False))
+    want, want_bad = case.written(lambda s: NUMPY.combine(s, coef, scale, delta=True, per_row=False))
+    for g, w in zip(got, want, strict=True):
+        oracle.same(g, w)
+    assert bad.tolist() == want_bad.tolist()
+    there = torch.zeros((2, 3), dtype=torch.float64, device=DEVICE)
+    here = np.zeros((2, 3))
+    kernels.gram(case.segments, there, delta=False, diff=False, per_row=False)
+    NUMPY.gram(case.segments, here, delta=False, diff=False, per_row=False)
+    equal(there.cpu().numpy(), here)
+
+
 # ---- sums ------------------------------------------------------------------------------------------------
 
 
@@ -172,7 +199,6 @@ def test_random_lanes_follow_the_element(e0):
 
 def test_known_answers_of_philox():
     """Random123's vectors through the kernels' own call: counter (lo, hi, model, op) and 64-bit key."""
-    import torch
     import triton
     import triton.language as tl
 
@@ -191,13 +217,15 @@ def test_known_answers_of_philox():
         ([2**32 - 1] * 4, [2**32 - 1] * 2),
         ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]),
     ]:
-        out = torch.zeros(4, dtype=torch.int64)
+        out = torch.zeros(4, dtype=torch.int64, device=DEVICE)
         whole = np.array([key[0] | key[1] << 32], np.uint64).view(np.int64)
-        words[(1,)](out, torch.tensor(counter), torch.from_numpy(whole))
+        words[(1,)](out, torch.tensor(counter, device=DEVICE), torch.from_numpy(whole).to(DEVICE))
         assert [int(v) % 2**32 for v in out] == philox4x32(counter, key).tolist()
 
 
-@pytest.mark.parametrize(("codes", "drop", "round_code"), [((3, 3, 2), False, -1), ((1, 3), True, 3), ((0, 1), False, 2)])
+@pytest.mark.parametrize(
+    ("codes", "drop", "round_code"), [((3, 3, 2), False, -1), ((1, 3), True, 3), ((0, 1), False, 2)]
+)
 def test_delta_keys(codes, drop, round_code):
     case = Case(codes, sizes=(2, 2048 + 20))
     args = case.delta_args(round_code=round_code, drop=drop)
