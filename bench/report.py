@@ -16,6 +16,8 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
+PACKAGES = ("mergekit", "numpy", "torch", "safetensors")
+
 Row = Mapping[str, Any]
 
 
@@ -25,6 +27,7 @@ def provenance(directory: Path | None = None) -> dict[str, Any]:
     Args:
         directory: where the measured files lie; its filesystem is named.
     """
+    engine, isa = _engine()
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
@@ -36,8 +39,8 @@ def provenance(directory: Path | None = None) -> dict[str, Any]:
         "kernel": platform.release(),
         "filesystem": filesystem(directory) if directory else None,
         "python": platform.python_version(),
-        "isa": _isa(),
-        "versions": {name: version(name) for name in ("fastmerge", "mergekit", "numpy", "torch", "safetensors")},
+        "isa": isa,
+        "versions": {"fastmerge": engine, **{name: version(name) for name in PACKAGES}},
     }
 
 
@@ -81,11 +84,12 @@ def _cpu() -> str:
     return platform.machine()
 
 
-def _isa() -> str | None:
-    """The instruction set that the extension chose, asked in a process of its own to keep this one small."""
-    code = "from fastmerge import _native; print(_native.isa())"
+def _engine() -> tuple[str | None, str | None]:
+    """Version and instruction set of fastmerge, asked in a process of its own to keep this one small."""
+    code = "from fastmerge import _native, version; print(version.__version__, _native.isa())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    found = done.stdout.split()
+    return (found[0], found[1]) if len(found) == 2 else (None, None)
 
 
 def save(kind: str, sections: Mapping[str, Sequence[Row]], about: Mapping[str, Any]) -> Path:

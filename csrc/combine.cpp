@@ -21,9 +21,15 @@ struct Scale {
 
 // ---- fused ----------------------------------------------------------------------------------------------
 
+// How a run is computed: in cache, with a division, or past the caches into an output that they could not hold.
+enum Mode { kNear, kDivided, kFar };
+constexpr int64_t kFarBytes = 8 << 20;
+constexpr int64_t kAhead = 1024;  // elements; a far run fetches its inputs this much earlier
+
 // Pointers and coefficients are copied to locals: stores could otherwise be thought to change them.
-template <class T, int M, bool kDelta, bool kDivide>
-int64_t fused_steps(const T* const* in, T* out, int64_t n, const float* coef, Scale<float> s) {
+template <class T, int M, bool kDelta, Mode kMode>
+__attribute__((noinline)) int64_t fused_steps(const T* const* in, T* out, int64_t n, const float* coef,
+                                              Scale<float> s) {
   constexpr int kFrom = kDelta ? 1 : 0;
   const T* x[M];
   float c[M];
@@ -32,23 +38,33 @@ int64_t fused_steps(const T* const* in, T* out, int64_t n, const float* coef, Sc
   clear(tally);
   for (int64_t j = 0; j < n; j += kStep) {
     Lanes base, v, acc;
+    for (int i = 0; i < (kMode == kFar ? M : 0); ++i) __builtin_prefetch(x[i] + j + kAhead);
     if (kDelta) load16(x[0] + j, base);
     for (int i = kFrom; i < M; ++i) {
       load16(x[i] + j, v);
       if (kDelta) v = v - base;
       acc = i == kFrom ? c[i] * v : acc + c[i] * v;
     }
-    if (kDivide) acc = acc / s.div;
+    if (kMode == kDivided) acc = acc / s.div;
     if (kDelta) acc = base + s.lambda * acc;
-    store16(acc, out + j, tally);
+    store16<kMode == kFar>(acc, out + j, tally);
   }
+  if (kMode == kFar) streamed();
   return total(tally, out);
 }
 
+// m < kStep elements.
 template <class T, int M, bool kDelta>
-int64_t fused_some(const T* const* in, T* out, int64_t n, const float* coef, Scale<float> s) {
-  return s.div != 1.0f ? fused_steps<T, M, kDelta, true>(in, out, n, coef, s)
-                       : fused_steps<T, M, kDelta, false>(in, out, n, coef, s);
+__attribute__((noinline)) int64_t fused_few(const T* const* in, T* out, int64_t m, const float* coef, Scale<float> s) {
+  T stage[M][kStep], result[kStep];
+  const T* x[M];
+  for (int i = 0; i < M; ++i) x[i] = whole_steps(in[i], m, stage[i]);
+  if (s.div != 1.0f)
+    fused_steps<T, M, kDelta, kDivided>(x, result, kStep, coef, s);
+  else
+    fused_steps<T, M, kDelta, kNear>(x, result, kStep, coef, s);
+  memcpy(out, result, static_cast<size_t>(m) * sizeof(T));
+  return nonfinite_block(result, m);
 }
 
 template <class T, int M, bool kDelta>
@@ -58,22 +74,24 @@ int64_t fused_run(const Segment& s, int64_t at, int64_t n, const double* coef, S
   T* out = reinterpret_cast<T*>(s.out) + at;
   const T* in[M];
   for (int i = 0; i < M; ++i) in[i] = reinterpret_cast<const T*>(s.in[i]) + at;
-  int64_t bad = 0;
-  for (int64_t left = n & -kStep; left > 0;) {
-    const int64_t m = left < kRun ? left : kRun;
-    bad += fused_some<T, M, kDelta>(in, out, m, c, scale);
+  int64_t bad = 0, m = 0;
+  const auto advance = [&] {
     for (int i = 0; i < M; ++i) in[i] += m;
     out += m;
-    left -= m;
+    n -= m;
+  };
+  const bool far = n * static_cast<int64_t>(sizeof(T)) >= kFarBytes && scale.div == 1.0f;
+  for (; far && reinterpret_cast<intptr_t>(out) % 64 != 0; advance()) {
+    m = 1;
+    bad += fused_few<T, M, kDelta>(in, out, m, c, scale);
   }
-  if (const int64_t m = n % kStep) {
-    T stage[M][kStep], result[kStep];
-    for (int i = 0; i < M; ++i) in[i] = whole_steps(in[i], m, stage[i]);
-    fused_some<T, M, kDelta>(in, result, kStep, c, scale);
-    memcpy(out, result, static_cast<size_t>(m) * sizeof(T));
-    bad += nonfinite_block(result, m);
+  for (; n >= kStep; advance()) {
+    m = n < kRun ? n & -kStep : kRun;
+    bad += far                 ? fused_steps<T, M, kDelta, kFar>(in, out, m, c, scale)
+           : scale.div != 1.0f ? fused_steps<T, M, kDelta, kDivided>(in, out, m, c, scale)
+                               : fused_steps<T, M, kDelta, kNear>(in, out, m, c, scale);
   }
-  return bad;
+  return n > 0 ? bad + fused_few<T, M, kDelta>(in, out, n, c, scale) : bad;
 }
 
 template <class T, bool kDelta>

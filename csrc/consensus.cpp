@@ -165,7 +165,7 @@ struct Work {
   Work(const Table& t, const KeepArgs& k, const double* factors, Mix<W> m, int64_t* ranks)
       : table(t), keep(k), f(factors), mix(m), models(t.inputs - 1), rank(ranks) {}
 
-  void start_tile() {
+  void start() {  // of a segment: ties are ranked in one tile at most
     for (int64_t i = 0; i < models; ++i) rank[i] = 0;
   }
 
@@ -206,8 +206,8 @@ void consensus_all(const ConsensusArgs& a) {
     const Rule<W> rule{static_cast<W>(scale[0]), elects ? W(1) : static_cast<W>(scale[1]), plus,
                        elects && a.zero == kZeroBase};
     int64_t bad = 0;
+    work.start();
     for (int64_t at = 0, n; at < s.length; at += n) {
-      if (at == 0 || ((s.e0 + at) & (kTile - 1)) == 0) work.start_tile();
       n = block_length(s.e0 + at, s.length - at);
       work.block(s, rule, at, n);
       apply_block(rule, mean, n, work.sums, work.base, work.out);
@@ -226,10 +226,10 @@ void votes_all(const VotesArgs& a) {
   for (int64_t r = 0; r < a.table.segments; ++r) {
     const Segment& s = a.table[r];
     int64_t* counts = a.counts + 2 * s.stats;
+    work.start();
     for (int64_t at = 0, end; at < s.length; at = end, counts += 2) {
       end = at + tile_length(s.e0 + at, s.length - at);
       counts[0] = counts[1] = 0;
-      work.start_tile();
       for (int64_t n; at < end; at += n) {
         n = block_length(s.e0 + at, end - at);
         work.block(s, rule, at, n);

@@ -174,7 +174,7 @@ inline int64_t ties_in(const W* d, int64_t n, Int<W> thr) {
 
 // Magnitude trim of one model's block. Returns t: what is kept are the elements with key > t, which the caller's
 // next pass applies; only where that does not say it all (ties thinned, or cut within this block) are elements
-// zeroed here. `rank` runs over the ties of a tile, from 0 at its start.
+// zeroed here. `rank` runs over the ties of the cut tile, from 0.
 template <class W>
 FM_STEP Int<W> trim_block(const KeepArgs& k, const Segment& s, int64_t models, int32_t i, int64_t at, int64_t n,
                           int64_t& rank, W* d) {

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from skills import DIGITS, SKILLS, TOKEN, VOCABULARY, lines
 
-BASE_STEPS, BASE_LEARNING_RATE = 600, 3e-3
+BASE_STEPS, BASE_LEARNING_RATE = 900, 3e-3
 SPECIALIST_STEPS, SPECIALIST_LEARNING_RATE = 100, 1e-3
-BATCH = 192
+BATCH = 128
 """Lines per step; a specialist reads as many of its own and as many replayed."""
 
 Batch = Callable[[torch.Generator], torch.Tensor]

@@ -3,7 +3,8 @@
 The frozen arithmetic of single values, once for Triton. Everything is written so that the interpreter and the
 compiler give the same bits: values are widened right after the load, bf16 is rounded with integers (the
 interpreter's cast truncates), random numbers are integers, and sums have a written order. Nothing here uses
-libdevice, inline assembly, fused multiply-add or approximate instructions.
+libdevice, inline assembly, fused multiply-add or approximate instructions. (Branches on constants need their
+``else``, and a function one ``return``: the compiler takes what follows a ``return`` for reachable.)
 
 Vocabulary of the kernels: ``table`` int64 ``[S, 7 + M]`` is the segment table, ``items`` int64 ``[T, 5]`` says what
 one program works on (segment, first element relative to the segment, elements, parameter row, output row);
@@ -11,9 +12,6 @@ one program works on (segment, first element relative to the segment, elements, 
 ``WIDE`` is true where the arithmetic is fp64; ``PLAIN`` is true where every address is a multiple of 16 bytes and
 every block is full, so that all accesses are unmasked and 128 bits wide.
 """
-
-# ruff: noqa: PLR0124
-# x == x is the language's test for NaN
 
 import triton
 import triton.language as tl
@@ -98,45 +96,44 @@ def round_odd(x):
 def narrow(x, CODE: tl.constexpr):
     """The work type rounded once to type ``CODE``: its bits as an unsigned integer, with canonical NaNs."""
     if CODE == 0:
-        u = x.to(tl.float64).to(tl.uint64, bitcast=True)
-        return tl.where(x == x, u, 0x7FF8000000000000)
-    if CODE == 1:
-        u = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        return tl.where(x == x, u, 0x7FC00000)
-    if CODE == 2:
-        h = x.to(tl.float16).to(tl.uint16, bitcast=True)
-        return tl.where(x == x, h, 0x7E00).to(tl.uint16)
-    if x.dtype == tl.float64:
-        return round_bf16(round_odd(x))
-    return round_bf16(x)
+        u = tl.where(x == x, x.to(tl.float64).to(tl.uint64, bitcast=True), 0x7FF8000000000000)
+    elif CODE == 1:
+        u = tl.where(x == x, x.to(tl.float32).to(tl.uint32, bitcast=True), 0x7FC00000)
+    elif CODE == 2:
+        u = tl.where(x == x, x.to(tl.float16).to(tl.uint16, bitcast=True), 0x7E00).to(tl.uint16)
+    elif x.dtype == tl.float64:
+        u = round_bf16(round_odd(x))
+    else:
+        u = round_bf16(x)
+    return u
 
 
 @triton.jit
 def widen(u, CODE: tl.constexpr, WIDE: tl.constexpr):
     """Bits of type ``CODE`` back to the work type, exactly."""
     if CODE == 0:
-        return u.to(tl.float64, bitcast=True)
-    if CODE == 1:
+        x = u.to(tl.float64, bitcast=True)
+    elif CODE == 1:
         x = u.to(tl.float32, bitcast=True)
     elif CODE == 2:
-        x = u.to(tl.float16, bitcast=True).to(tl.float32)
+        x = u.to(tl.float16, bitcast=True)
     else:
         x = (u.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    if WIDE:
-        return x.to(tl.float64)
-    return x
+    return x.to(tl.float64 if WIDE else tl.float32)
 
 
 @triton.jit
 def unfit(u, CODE: tl.constexpr):
     """1 where the bits of type ``CODE`` are an infinity or a NaN, else 0 (int32)."""
     if CODE == 0:
-        return ((u & 0x7FF0000000000000) == 0x7FF0000000000000).to(tl.int32)
-    if CODE == 1:
-        return ((u & 0x7F800000) == 0x7F800000).to(tl.int32)
-    if CODE == 2:
-        return ((u & 0x7C00) == 0x7C00).to(tl.int32)
-    return ((u & 0x7F80) == 0x7F80).to(tl.int32)
+        wrong = (u & 0x7FF0000000000000) == 0x7FF0000000000000
+    elif CODE == 1:
+        wrong = (u & 0x7F800000) == 0x7F800000
+    elif CODE == 2:
+        wrong = (u & 0x7C00) == 0x7C00
+    else:
+        wrong = (u & 0x7F80) == 0x7F80
+    return wrong.to(tl.int32)
 
 
 @triton.jit
@@ -167,18 +164,20 @@ def store(p, offs, mask, x, bad, CODE: tl.constexpr, PLAIN: tl.constexpr, BLOCK:
 def divide(x, y):
     """IEEE quotient of two blocks; ``/`` is that for fp64 only."""
     if x.dtype == tl.float64:
-        return x / y
-    return tl.div_rn(x, y)
+        q = x / y
+    else:
+        q = tl.div_rn(x, y)
+    return q
 
 
 @triton.jit
 def magnitude(d):
     """Key that orders |d| as a signed integer (int32, fp64: int64); every NaN has the same, above infinity."""
     if d.dtype == tl.float64:
-        k = d.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-        return tl.minimum(k, 0x7FF8000000000000)
-    k = d.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.minimum(k, 0x7FC00000)
+        k = tl.minimum(d.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF, 0x7FF8000000000000)
+    else:
+        k = tl.minimum(d.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7FC00000)
+    return k
 
 
 @triton.jit
@@ -201,11 +200,12 @@ def random16(key, e, model, OP: tl.constexpr, BLOCK: tl.constexpr, PLAIN: tl.con
     w0, w1, w2, w3 = tl.philox(key.to(tl.uint64, bitcast=True), lo, hi, who, op)
     if PLAIN:
         w = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [n, e bit 2, e bit 1]
-        u = tl.join(w & 0xFFFF, w >> 16)
-        return tl.reshape(u, (BLOCK,)).to(tl.int32)
-    word = ((each >> 1) & 3).to(tl.int32)
-    w = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
-    return tl.where((each & 1) == 1, w >> 16, w & 0xFFFF).to(tl.int32)
+        u = tl.reshape(tl.join(w & 0xFFFF, w >> 16), (BLOCK,))
+    else:
+        word = ((each >> 1) & 3).to(tl.int32)
+        w = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
+        u = tl.where((each & 1) == 1, w >> 16, w & 0xFFFF)
+    return u.to(tl.int32)
 
 
 @triton.jit

@@ -8,9 +8,6 @@ Tiling: one program per block of 2048 elements, eight to a thread, flat: no loop
 flight at once; a program finds its block through the work items, so one launch covers any number of tensors.
 """
 
-# ruff: noqa: SIM108
-# branches on constants are statements in the language
-
 from __future__ import annotations
 
 import torch

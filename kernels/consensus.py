@@ -13,9 +13,6 @@ device memory). The sums over the elected sign are formed from A and B, which co
 masks (reference: TIES-Merging, arXiv 2306.01708). Tiling: one flat program per 2048 elements, 8 per thread.
 """
 
-# ruff: noqa: PLR0124, SIM102, SIM108
-# x == x is the language's test for NaN, and branches on constants are statements in the language
-
 from __future__ import annotations
 
 import torch

@@ -13,9 +13,6 @@ element is found costs 27 instructions per element and model, for elements of wh
 Counts are integers: their order does not matter.
 """
 
-# ruff: noqa: RUF005
-# the language has no unpacking in tuples
-
 from __future__ import annotations
 
 import torch

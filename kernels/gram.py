@@ -10,9 +10,6 @@ tiles in fp64 in tile order. Tiling: one program per tile, 8 warps, eight neighb
 load of 16-bit values is one 128-bit access and each column costs 8 registers.
 """
 
-# ruff: noqa: RUF005
-# the language has no unpacking in tuples
-
 from __future__ import annotations
 
 import torch

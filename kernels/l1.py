@@ -6,9 +6,6 @@ from counters and thresholds, never stored. Tiling: one program per tile, 2048 l
 model.
 """
 
-# ruff: noqa: RUF005
-# the language has no unpacking in tuples
-
 from __future__ import annotations
 
 import torch

@@ -5,9 +5,6 @@ pass, ``(N + 1) * b`` bytes per element. Tiling: one program per tile; two count
 eight neighbours (at most 256 each per tile).
 """
 
-# ruff: noqa: RUF005, SIM108
-# the language has no unpacking in tuples, and branches on constants are statements in the language
-
 from __future__ import annotations
 
 import torch

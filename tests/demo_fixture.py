@@ -10,7 +10,7 @@ if str(DEMO) not in sys.path:
 # transformers asks for a package of that name, and finds our folder where the root is on the path.
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
-from skills import SKILLS, accuracy, complete  # noqa: E402
-from train import fixture  # noqa: E402
+from skills import SKILLS, accuracy, complete
+from train import fixture
 
 __all__ = ["SKILLS", "accuracy", "complete", "fixture"]

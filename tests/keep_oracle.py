@@ -194,7 +194,14 @@ def make(rng, n, codes, kind="normal"):
             odd = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-40, 6e-8, 65504.0, -3e38, 3.39e38]
             where = rng.random(n) < 0.3
             x = np.where(where, rng.choice(odd, n), x)
-        out.append(stored(x, code))
+        bits = stored(x, code)
+        if kind == "nans":  # most are NaN, with any sign and payload, signalling ones too
+            low = {0: 52, 1: 23, 2: 10, 3: 7}[code]
+            exponent = bits.dtype.type(NAN[code] & ~((1 << (low - 1)) - 1) & ~(1 << (low - 1)))
+            payload = rng.integers(1, 1 << low, n).astype(bits.dtype)
+            sign = rng.integers(0, 2, n).astype(bits.dtype) << bits.dtype.type(8 * bits.itemsize - 1)
+            bits = np.where(rng.random(n) < 0.7 * (i > 0), exponent | payload | sign, bits)
+        out.append(bits)
     return out
 
 

@@ -50,8 +50,8 @@ def store(x, code):
 
 def key(d):
     if d.dtype == np.float64:
-        return d.view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF)
-    return d.view(np.uint32) & np.uint32(0x7FFFFFFF)
+        return np.minimum(d.view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF), np.uint64(0x7FF8000000000000))
+    return np.minimum(d.view(np.uint32) & np.uint32(0x7FFFFFFF), np.uint32(0x7FC00000))
 
 
 def tile_sum(v):

@@ -14,7 +14,7 @@ BENCH = Path(__file__).resolve().parent.parent / "bench"
 if str(BENCH) not in sys.path:
     sys.path.append(str(BENCH))
 
-import generate as g  # noqa: E402
+import generate as g
 
 
 def fp32(bits):

@@ -120,6 +120,21 @@ def test_combine_equals_torch():
         assert torch.equal(got[~nan].view(torch.uint8), want[~nan].view(torch.uint8))
 
 
+@pytest.mark.parametrize(("code", "delta"), [(3, False), (3, True), (2, False), (1, True)])
+def test_combine_past_the_caches(code, delta):
+    rng = np.random.default_rng(code)
+    n = (9 << 20) // (4 if code == 1 else 2) + 37  # large outputs are streamed, from an address that is not aligned
+    b = Batch((code,) * 3, [n], code, rng)
+    coef, scale = np.array([[0.25, -1.5, 0.3]]), np.array([[0.7, 1.0]])
+    _native.combine(b.table, b.ins, code, coef, scale, delta, False, b.nonfinite)
+    lam, div = scale[0].astype(b.work)
+    expected = store(combined(b.x(0), coef[0].astype(b.work), lam, div, delta), code)
+    got = b.outputs[0]
+    assert np.array_equal(bits(got[1:-1]), bits(expected))
+    assert (got[0], got[-1]) == (np.array(-7.0).astype(got.dtype),) * 2
+    assert b.nonfinite[0] == (~np.isfinite(widen(expected, code, np.float64))).sum()
+
+
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("row", [1, 5, 16, 100])
 def test_combine_by_row_from_the_middle_of_a_row(row, delta):

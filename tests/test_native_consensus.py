@@ -10,8 +10,8 @@ from tests import keep_oracle as oracle
 
 DTYPES = [(3, 3, 3, 3), (2, 2, 2), (1, 1, 1, 1), (0, 0, 0), (3, 2, 1), (1, 0, 3), (3, 3)]
 OUTS = [3, 2, 1, 0]
-KINDS = ["normal", "zeros", "equal", "two", "special"]
-SIZES = [1, 9, 1025, 65_537, 140_003]
+KINDS = ["normal", "zeros", "equal", "two", "special", "nans"]
+SIZES = [1, 9, 1025, 65_537, 140_003, 70_000]
 KEEPS = ["all", "drop", "index", "spread", "drop+index"]
 BEST = _native.isa()
 

@@ -12,7 +12,7 @@ from tests import keep_oracle as oracle
 BF16_3 = (3, 3, 3, 3)
 DTYPES = [BF16_3, (2, 2, 2), (1, 1, 1), (0, 0), (3, 2, 1), (2, 3, 3, 1), (1, 0, 3, 2), (0, 3)]
 SIZES = [1, 7, 1023, 4096, 65_536, 70_001, 131_073]
-KINDS = ["normal", "zeros", "equal", "two", "special"]
+KINDS = ["normal", "zeros", "nans", "equal", "two", "special"]
 BEST = _native.isa()
 
 
@@ -185,7 +185,8 @@ def test_count(codes, round_code, drop, seed):
 @pytest.mark.parametrize(
     ("drop", "trim", "spread"), [(False, False, False), (True, False, False), (False, True, False), (True, True, True)]
 )
-def test_l1(codes, drop, trim, spread):
+@pytest.mark.parametrize("round_code", [-1, 3])
+def test_l1(codes, drop, trim, spread, round_code):
     rng = np.random.default_rng(3)
     groups = tensors_of(rng, codes)
     models = len(codes) - 1
@@ -193,7 +194,7 @@ def test_l1(codes, drop, trim, spread):
     thr, cut = np.zeros((len(groups), models), np.uint64), np.zeros((len(groups), models, 3), np.int64)
     want, parts, total = [], [], 0
     for g, tensors in enumerate(groups):
-        round_code, key, n = 3, 2**63 + g, len(tensors[0])
+        key, n = 2**63 + g, len(tensors[0])
         _, ds = oracle.deltas(tensors, codes, round_code)
         for i, d in enumerate(ds):
             thr[g, i] = np.sort(oracle.keys(d))[int(0.7 * n)]
@@ -211,7 +212,7 @@ def test_l1(codes, drop, trim, spread):
         total += oracle.tiles(n)
     sums = np.full((total, models, 2), np.nan)
     rows = oracle.table(parts[::-1], len(codes))
-    _native.l1(rows, np.array(codes, np.int32), 3, drop, trim, index, bern, thr, cut, sums)
+    _native.l1(rows, np.array(codes, np.int32), round_code, drop, trim, index, bern, thr, cut, sums)
     want = np.concatenate(want)
     assert np.array_equal(np.isnan(sums), np.isnan(want))
     assert np.array_equal(np.nan_to_num(sums, nan=-1.0).view(np.uint64), np.nan_to_num(want, nan=-1.0).view(np.uint64))

@@ -138,11 +138,15 @@ def gram(values: Sequence[torch.Tensor], *, diff: bool = False) -> npt.NDArray[n
 
 
 def keys(d: torch.Tensor) -> npt.NDArray[np.uint64]:
-    """Magnitudes as integers of the same order; NaN above infinity."""
+    """Magnitudes as integers of the same order; every NaN is the same one, above infinity.
+
+    The payload of a NaN that arithmetic made differs between processors, so it must not decide ties.
+    """
     import torch
 
     kind = torch.int64 if d.dtype == torch.float64 else torch.int32
-    found: npt.NDArray[np.uint64] = d.abs().view(kind).numpy().astype(np.uint64)
+    canonical = torch.where(d.isnan(), torch.full_like(d, float("nan")), d.abs())
+    found: npt.NDArray[np.uint64] = canonical.view(kind).numpy().astype(np.uint64)
     return found
 
 

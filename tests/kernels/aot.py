@@ -114,9 +114,8 @@ def describe(name: str, constants: dict) -> str:
         words.append("+".join(NAMES[(constants["CODES"] >> (4 * i)) & 15] for i in range(count)))
     if "OUT" in constants:
         words.append("to " + NAMES[constants["OUT"]])
-    for flag in ("ELECT", "MERGE", "ZERO", "ROUND"):
-        if constants.get(flag, -1) > 0:
-            words.append(f"{flag.lower()}={constants[flag]}")
+    rules = ("ELECT", "MERGE", "ZERO", "ROUND")
+    words += [f"{rule.lower()}={constants[rule]}" for rule in rules if constants.get(rule, -1) > 0]
     if "FROM" in constants:
         words.append(f"{constants['FROM']}..{constants['TO']}")
     flags = ("DELTA", "DIFF", "DIV", "DROP", "TRIM", "SPREAD", "SPLIT", "CUT", "PLAIN")

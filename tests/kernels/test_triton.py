@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 torch = pytest.importorskip("torch", reason="the Triton kernels need torch")
 
 
-from fastmerge.kernels import TritonKernels, _launch  # noqa: E402 - after the checks for triton and torch
+from fastmerge.kernels import TritonKernels, _launch
 
 if _launch.interpreted():
     DEVICE = "cpu"
