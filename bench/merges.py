@@ -1,6 +1,6 @@
 """Whole merges, as processes: beside mergekit, beside the floor of their bytes, within a budget, and how they start.
 
-    python bench/merges.py                         # everything; about 20 GB of disk, half an hour on two cores
+    python bench/merges.py                         # everything; about 35 GB of disk, half an hour on two cores
     python bench/merges.py --quick                 # small models, one run each: does it work?
     python bench/merges.py --sections peer --methods ties slerp
 

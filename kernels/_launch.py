@@ -228,9 +228,9 @@ def upload(array: Any, device: torch.device) -> torch.Tensor:
     return t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
 
 
-def chunks(items: torch.Tensor, programs: int) -> list[torch.Tensor]:
-    """The items in pieces whose programs fit one grid."""
-    most = max(1, (2**31 - 1) // max(1, programs))
+def chunks(items: torch.Tensor, programs: int, *, most: int = 2**31 - 1) -> list[torch.Tensor]:
+    """The items in pieces of at most ``most``, whose programs fit one grid."""
+    most = max(1, min(most, (2**31 - 1) // max(1, programs)))
     return [items[i : i + most] for i in range(0, len(items), most)]
 
 

@@ -23,8 +23,8 @@ from ._jit import at, load, magnitude
 from ._keep import delta, drop
 from ._launch import CONFIGS, I64, OPTIONS, chunks, upload
 
-TILES = (2**31 - 1) // 8192
-"""Programs per tile, as :func:`chunks` counts them, so that the marks of a launch take at most 8192 tiles."""
+MOST_TILES = 8192
+"""Tiles of one launch: their marks take 64 MiB per model."""
 
 
 @triton.jit
@@ -204,7 +204,7 @@ def count(
         plain: which variant the items are for.
     """
     models = inputs - 1
-    for part in chunks(upload(items, table.device), TILES):
+    for part in chunks(upload(items, table.device), models, most=MOST_TILES):
         marks = torch.empty(len(part) * models * 8192, dtype=torch.uint8, device=table.device)
         args = (marks, table, part, model_index, bern, lo, hi, inputs, codes, round_code, drop, wide, plain)
         count_kernel[(len(part),)](counts, *args, **CONFIGS["count"], **OPTIONS)

@@ -3,7 +3,7 @@
 Every launcher is called for real on small tables, with a driver that only names the target, so what is compiled is
 what a GPU of that target would be given: same signature, same specialisation, same options. Then, per kernel:
 
-- the PTX holds no fused multiply-add, approximation or flush to zero;
+- the PTX holds no fused multiply-add, approximation or flush to zero, nor does the machine code fuse anything;
 - no spills: STACK 0, LOCAL 0, no LDL or STL; registers within the cap of the kernel;
 - plain variants move 128 bits per access: as many LDG.E.128 as the inputs need, no 16-bit loads, stores likewise;
 - on sm_90, instructions per element at most 3 % above the committed table (``--update`` writes it anew).
@@ -145,6 +145,8 @@ def inspect(name: str, constants: dict, kernel, arch: int) -> Found:
     found = Found(describe(name, constants), arch, registers, issued(code, constants["BLOCK"], warps), wide)
     bad = found.problems
     bad += [f"PTX holds {w}" for w in FORBIDDEN if w in kernel.asm["ptx"]]
+    if "div." not in kernel.asm["ptx"] and any(re.search(r"\b[FD]FMA\b", t) for t in text):
+        bad.append("machine code holds a fused multiply-add that no division asked for")
     if stack or local or any(re.search(r"\b(LDL|STL)\b", t) for t in text):
         bad.append(f"spills: STACK {stack}, LOCAL {local}")
     family = name.removesuffix("_kernel")
