@@ -22,6 +22,9 @@ from fastmerge.planning import Output
 
 log = logging.getLogger("fastmerge")
 
+WAITING = 2
+"""Workers beyond the cores: while some wait for the disk, others compute."""
+
 BACKENDS = ("native", "triton", "reference")
 
 
@@ -132,7 +135,7 @@ def devices(spec: str, chosen: Backend) -> list[Device]:
             raise BackendUnavailable(f"--device {spec}: {cuda_reason()}")
         if name not in ("cpu", "auto"):
             raise BackendUnavailable(f"--device {spec}: unknown device {name!r}; expected auto, cpu, cuda or cuda:N")
-    workers = cores() if chosen.name == "native" else 1
+    workers = cores() + WAITING if chosen.name == "native" else 1
     return [CpuDevice(chosen.kernels) for _ in range(workers)]
 
 

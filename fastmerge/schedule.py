@@ -23,7 +23,10 @@ COPY_BYTES = 64 << 20
 """Bytes per ``copy_file_range`` unit."""
 
 ALIGN = 64
-"""Alignment of every run of input or output bytes inside a slot."""
+"""Alignment of every run of input bytes inside a slot."""
+
+BLOCK = 4096
+"""A run of output bytes has the same place in a block of memory as in one of its file: direct writes ask for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ class Schedule:
 
 def piece_bytes(group: Group, length: int) -> int:
     """Slot bytes of ``length`` elements of all inputs and of the output."""
-    return length * (sum(d.size for d in group.dtypes) + group.out_dtype.size) + ALIGN * (len(group.dtypes) + 1)
+    return length * (sum(d.size for d in group.dtypes) + group.out_dtype.size) + ALIGN * len(group.dtypes) + BLOCK
 
 
 def schedule(outputs: Sequence[Output], *, workers: int, memory: int | None, whole: bool = False) -> Schedule:
@@ -211,19 +214,21 @@ def sample_units(
     """
     number = job.units[0].job
     bundle: list[tuple[int, int, int]] = []
-    size, key = 0, None
+    size, key, of = 0, None, -1
     for index, start, total in pieces:
         o = job.outputs[index]
         group = outputs[o].group
         if group is None:
             continue
+        if o != of:
+            mine, of = batch_key(outputs[o]), o
         for e0 in range(start, start + max(total, 1), TILE):
             length = min(TILE, start + total - e0)
             nbytes = piece_bytes(group, length)
-            if bundle and (batch_key(outputs[o]) != key or (slot_bytes and size + nbytes > slot_bytes)):
+            if bundle and (mine != key or (slot_bytes and size + nbytes > slot_bytes)):
                 yield Unit(number, tuple(bundle), size)
                 bundle, size = [], 0
-            key = batch_key(outputs[o])
+            key = mine
             bundle.append((o, e0, length))
             size += nbytes
     if bundle:

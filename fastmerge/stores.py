@@ -18,7 +18,7 @@ from fastmerge.dtypes import DType
 from fastmerge.errors import CheckpointError, OutputError
 from fastmerge.methods.base import I64, Segments
 from fastmerge.planning import Output, Plan, Source
-from fastmerge.schedule import ALIGN, Job, Unit
+from fastmerge.schedule import ALIGN, BLOCK, Job, Unit
 from fastmerge.stream import segment_row
 
 NanPolicy = Literal["warn", "error", "zero"]
@@ -117,11 +117,16 @@ class FileStore:
                 run[3] += length * size
                 cursor += length * size
             addresses.append(column)
-        cursor = (cursor + ALIGN - 1) & -ALIGN
         rows = []
+        last = (-1, -1)
         for k, (out, (o, e0, length)) in enumerate(zip(outs, unit.pieces, strict=True)):
             group = out.group
             assert group is not None
+            place = self._places[out.name]
+            offset = place.offset + e0 * first.out_dtype.size
+            if last != (place.shard, offset):
+                cursor += (offset - cursor) % BLOCK
+            last = (place.shard, offset + length * first.out_dtype.size)
             rows.append(segment_row(cursor, length, e0, group, group_of[o], [c[k] for c in addresses]))
             cursor += length * first.out_dtype.size
         if cursor > buffer.address + buffer.nbytes:
@@ -191,6 +196,8 @@ class FileStore:
 
     def done(self, job: Job, unit: Unit) -> bool:
         """Whether the journal of the interrupted run covers every output range of the unit."""
+        if not self._writer.resumed:
+            return False
         for o, start, length in unit.pieces:
             out = self._outputs[o]
             size = 1 if job.kind == "copy" else out.dtype.size

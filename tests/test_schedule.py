@@ -87,7 +87,7 @@ def test_a_small_budget_means_smaller_units_then_fewer_slots_then_a_clear_refusa
     small = schedule(outputs, workers=2, memory=large.slot_bytes)
     assert small.elements < large.elements
     assert small.slots == 2
-    least = schedule(outputs, workers=1, memory=TILE * 2 * 3 + 1000)
+    least = schedule(outputs, workers=1, memory=TILE * 2 * 3 + 8192)
     one = schedule(outputs, workers=8, memory=least.slot_bytes)
     assert one.slots == 1
     with pytest.raises(BudgetError, match=f">= {least.slot_bytes} bytes"):

@@ -143,6 +143,23 @@ def write(io: Io, table: I64, name: Callable[[int], object]) -> None:
         raise _write_error(where, code, int(table[row:, 3].sum()) - done)
 
 
+def write_direct(io: Io, table: I64, name: Callable[[int], object]) -> bool:
+    """Writes rows as :func:`write` does, through descriptors that bypass the page cache.
+
+    Returns:
+        False where the filesystem would not take them so: the caller writes the same bytes through the cache.
+
+    Raises:
+        OutputError: the disk is full.
+    """
+    table = rows(table)
+    row, done, code = _run(io.write_some, table)
+    if code in FULL:
+        where = f"{name(int(table[row, 0]))}:{table[row, 1] + done}"
+        raise _write_error(where, int(code or 0), int(table[row:, 3].sum()) - done)
+    return code is None
+
+
 def copy(io: Io, table: I64, name: Callable[[int], object]) -> I64:
     """Copies rows (fd_in, offset_in, fd_out, offset_out, nbytes) inside the kernel, as far as it can.
 

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 COPY_PIECE = 64 << 20
 """Bytes of one in-kernel copy; after each, writeback starts."""
 
+DIRECT_BYTES = 64 << 10
+"""Shortest stretch that is written past the page cache.
+
+A new page of the cache costs its allocation and a copy: measured with two writers on a virtual machine, 3 GB took
+1.9 s of system time past the cache and 8 to 20 s through it.
+"""
+
 _BUFFER = 4 << 20
 _PART = ".part"
 
@@ -43,6 +50,7 @@ class ShardFiles:
 
     def __init__(self, data: Path, layout: Layout, io: Io, features: dict[str, bool]) -> None:
         self.fds: list[int] = []
+        self._direct: list[int] = []
         self._data = data
         self._layout = layout
         self._io = io
@@ -61,6 +69,7 @@ class ShardFiles:
             fd = self._open(shard.name)
             self.fds.append(fd)
             self._names[fd] = str(self._data / shard.name)
+        self._open_direct()
         self._reserve()
         for fd, shard in zip(self.fds, self._layout.shards, strict=True):
             self._write_bytes(fd, shard.header)
@@ -80,7 +89,10 @@ class ShardFiles:
 
     def write(self, rows: list[list[int]]) -> list[Range]:
         """Writes checked rows (shard, offset, address, nbytes); their checksums, one per stretch of a file."""
-        _io.write(self._io, np.array([[self.fds[r[0]], *r[1:]] for r in rows], np.int64), self.name)
+        if self._direct:
+            self._write_split(rows)
+        else:
+            self._write_rows(rows)
         # While the bytes are still in the cache.
         ranges: list[Range] = []
         rows = sorted(r for r in rows if r[3])
@@ -97,6 +109,33 @@ class ShardFiles:
             ranges.append((shard, start, stop - start, digest.intdigest()))
             system.start_writeback(self.fds[shard], start, stop - start)
         return ranges
+
+    def _write_rows(self, rows: list[list[int]]) -> None:
+        _io.write(self._io, np.array([[self.fds[r[0]], *r[1:]] for r in rows], np.int64), self.name)
+
+    def _write_split(self, rows: list[list[int]]) -> None:
+        """Writes whole blocks past the page cache, where memory and file agree on their place in a block.
+
+        The first and last bytes of a stretch share blocks with its neighbours, perhaps in another thread's hands,
+        so they go through the cache, whose pages take both.
+        """
+        block = system.PAGE
+        plain: list[list[int]] = []
+        for shard, offset, address, nbytes in rows:
+            head = -offset % block
+            body = (nbytes - head) // block * block
+            if body < DIRECT_BYTES or (offset - address) % block:
+                plain.append([shard, offset, address, nbytes])
+                continue
+            table = np.array([[self._direct[shard], offset + head, address + head, body]], np.int64)
+            if not _io.write_direct(self._io, table, self.name):
+                self._features["direct"] = False
+                plain.append([shard, offset, address, nbytes])
+                continue
+            tail = head + body
+            plain += [[shard, offset, address, head], [shard, offset + tail, address + tail, nbytes - tail]]
+        if plain:
+            self._write_rows(plain)
 
     def copy(self, fd: int, source: int, shard: int, to: int, nbytes: int) -> tuple[int, list[Range]]:
         """Copies bytes of an input file; in the kernel as far as that goes, the rest through memory.
@@ -179,8 +218,9 @@ class ShardFiles:
 
     def close(self) -> None:
         """Closes the files."""
-        while self.fds:
-            os.close(self.fds.pop())
+        for fds in (self.fds, self._direct):
+            while fds:
+                os.close(fds.pop())
 
     def _open(self, name: str) -> int:
         """A shard in progress; one that a commit had renamed already gets its working name back."""
@@ -191,6 +231,21 @@ class ShardFiles:
         if not part.is_file():
             flags |= os.O_CREAT | os.O_EXCL
         return system.open_many(lambda: os.open(part, flags, 0o666))
+
+    def _open_direct(self) -> None:
+        """Second handles that bypass the page cache, on filesystems where that is known to be fast and safe."""
+        if not system.direct_is_good(self.fds[0] if self.fds else -1):
+            return
+        for fd in self.fds:
+            try:
+                again = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+            except OSError:
+                self._features["direct"] = False
+                while self._direct:
+                    os.close(self._direct.pop())
+                return
+            self._names[again] = self._names[fd]
+            self._direct.append(again)
 
     def _reserve(self) -> None:
         """Takes the disk space of all shards before a byte is read."""

@@ -18,6 +18,10 @@ _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WRITE = 2
 _AT_FDCWD = -100
+_EXT4, _XFS = 0xEF53, 0x58465342
+
+PAGE = max(4096, os.sysconf("SC_PAGE_SIZE"))
+"""What direct writes are aligned to: a multiple of every disk's block, and of the pages that others may be writing."""
 
 UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 """What a filesystem answers to a call that it does not have."""
@@ -36,6 +40,8 @@ def _function(name: str, *argtypes: Any) -> Callable[..., int] | None:
 _fallocate = _function("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _sync_file_range = _function("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _renameat2 = _function("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+
+_fstatfs = _function("fstatfs", ctypes.c_int, ctypes.c_char_p)
 
 _memoryview = ctypes.pythonapi.PyMemoryView_FromMemory
 _memoryview.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
@@ -60,6 +66,16 @@ def fallocate(fd: int, nbytes: int) -> int:
     Unlike ``posix_fallocate`` it never writes zeros where the filesystem cannot reserve (NFS before 4.2).
     """
     return _call(_fallocate, fd, 0, 0, nbytes) if nbytes else 0
+
+
+def direct_is_good(fd: int) -> bool:
+    """Whether the file is on ext4 or XFS, whose direct writes are coherent with the page cache and fast."""
+    if _fstatfs is None or fd < 0 or not hasattr(os, "O_DIRECT"):
+        return False
+    answer = ctypes.create_string_buffer(256)
+    if _call(_fstatfs, fd, answer):
+        return False
+    return ctypes.c_long.from_buffer(answer).value in (_EXT4, _XFS)
 
 
 def start_writeback(fd: int, offset: int, nbytes: int) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+
+HUGE = 2 << 20
+"""Bytes of a huge page: a slot of 10 MiB has more small pages than a core's TLB has entries."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +19,7 @@ class Buffer:
 
     Attributes:
         data: owns the memory.
-        address: first byte, 64-byte aligned.
+        address: first byte, at the start of a huge page.
         nbytes: usable bytes.
     """
 
@@ -25,6 +30,8 @@ class Buffer:
     @classmethod
     def allocate(cls, nbytes: int) -> Buffer:
         """Ordinary memory of ``nbytes``, not yet touched."""
-        data = np.empty(nbytes + 64, np.uint8)
-        address = (data.ctypes.data + 63) & ~63
+        memory = mmap.mmap(-1, max(nbytes, 1) + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        data = np.frombuffer(memory, np.uint8)
+        address = (data.ctypes.data + HUGE - 1) & -HUGE
         return cls(data, address, nbytes)

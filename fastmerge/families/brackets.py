@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fastmerge.methods.base import I64
 
-BLOCKS = 512
+BLOCKS = 256
 """Blocks of a sample."""
 
 BLOCK = 256
