@@ -39,7 +39,7 @@ test-big: $(STAMP)  ## tensors of more than 2^31 elements, on sparse files
 	$(BIN)/python -m pytest -m big
 
 gpu: $(STAMP)  ## everything that needs a CUDA device
-	$(BIN)/python -m pytest -m gpu
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu tests/kernels
 
 clean:
 	rm -rf $(VENV) build dist .cache

@@ -10,24 +10,25 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastmerge import planning
-from fastmerge.checkpoint import Files, Writer
 from fastmerge.dispatch import Backend, backend, devices, program_factory
 from fastmerge.planning import Plan
 from fastmerge.recipe import Recipe
-from fastmerge.report import Report, card
-from fastmerge.report.card import hub_id
 from fastmerge.schedule import schedule
 from fastmerge.sizes import default_memory, parse_bytes
-from fastmerge.stores import FileStore, Finite, NanPolicy
-from fastmerge.stream import Runner, Stats
 from fastmerge.version import __version__
 
-log = logging.getLogger("fastmerge")
+if TYPE_CHECKING:
+    from fastmerge.checkpoint import Writer
+    from fastmerge.report import Report
+    from fastmerge.stores import Finite, NanPolicy
+    from fastmerge.stream import Stats
 
-Progress = Callable[[Stats], None]
+    Progress = Callable[[Stats], None]
+
+log = logging.getLogger("fastmerge")
 
 
 def plan(
@@ -86,6 +87,11 @@ def merge(
         FastMergeError: a subclass that says what is wrong; the target is untouched, and work that was done
             is kept for ``resume``.
     """
+    from fastmerge.checkpoint import Files, Writer
+    from fastmerge.report import Report
+    from fastmerge.stores import FileStore, Finite
+    from fastmerge.stream import Runner
+
     started = time.perf_counter()
     planned = recipe if isinstance(recipe, Plan) else plan(recipe, seed=seed, shard_size=shard_size)
     chosen = _backend(backend)
@@ -123,6 +129,8 @@ _backend = backend
 def _report(
     planned: Plan, out: str, started: float, stats: Stats, chosen: Backend, names: list[str], finite: Finite
 ) -> Report:
+    from fastmerge.report import Report
+
     warnings = list(planned.warnings)
     for name, count in sorted(finite.found.items()):
         warnings.append(f"{name}: {count} NaN or Inf values, from the inputs")
@@ -155,6 +163,8 @@ def _report(
 
 def _extras(planned: Plan, writer: Writer, report: Report) -> None:
     """Everything in the output directory that is not weights."""
+    from fastmerge.report.card import card, hub_id
+
     if planned.config:
         writer.add("config.json", (json.dumps(planned.config, indent=2) + "\n").encode())
     for name, path in planned.carry:

@@ -141,7 +141,8 @@ def _jobs(outputs: Sequence[Output], elements: int, *, whole: bool) -> Iterator[
         key = batch_key(out)
         if bundle and (key != bundle_key or bundle_size + n > elements):
             yield from flush()
-        if n <= elements or scope == "whole":
+        # A tensor with statistics that is a little too large is cheaper to keep than to read twice.
+        if n <= (2 * elements if scope == "tensor" else elements) or scope == "whole":
             bundle.append(position)
             bundle_key = key
             bundle_size += n

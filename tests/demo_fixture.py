@@ -7,9 +7,6 @@ DEMO = Path(__file__).resolve().parent.parent / "demo"
 if str(DEMO) not in sys.path:
     sys.path.append(str(DEMO))
 
-# transformers asks for a package of that name, and finds our folder where the root is on the path.
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
-
 from skills import SKILLS, accuracy, complete
 from train import fixture
 

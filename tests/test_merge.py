@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import fastmerge as fm
 from fastmerge import engine, schedule
-from fastmerge.devices import FakeDevice
+from fastmerge.devices.fake import FakeDevice
 from fastmerge.families.native import NativeKernels
 from tests import tiny
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmerge import schedule as scheduling
-from fastmerge.devices import CpuDevice, FakeDevice
+from fastmerge.devices import CpuDevice
+from fastmerge.devices.fake import FakeDevice
 from fastmerge.dtypes import F32
 from fastmerge.errors import FastMergeError, Interrupted
 from fastmerge.methods.base import TILE, Group

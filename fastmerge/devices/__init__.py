@@ -10,10 +10,9 @@ from typing import Any, Protocol
 
 from fastmerge.devices.buffer import Buffer
 from fastmerge.devices.cpu import CpuDevice, cores
-from fastmerge.devices.fake import FakeDevice
 from fastmerge.methods.base import Segments
 
-__all__ = ["Buffer", "CpuDevice", "Device", "FakeDevice", "cores"]
+__all__ = ["Buffer", "CpuDevice", "Device", "cores"]
 
 
 class Device(Protocol):

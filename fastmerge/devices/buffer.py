@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-
 HUGE = 2 << 20
 """Bytes of a huge page: a slot of 10 MiB has more small pages than a core's TLB has entries."""
 

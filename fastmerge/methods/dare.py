@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from fastmerge.families.consensus import program
 from fastmerge.methods import consensus
 from fastmerge.methods.base import Contract, Group, Method, Param, Program
 from fastmerge.methods.ties import PAPER, SEED, warnings
@@ -104,6 +103,8 @@ class DareLinear(Method):
     @classmethod
     def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
         """Any selection and sums, then consensus."""
+        from fastmerge.families.consensus import program
+
         return program(groups, [cls.spec(g) for g in groups], kernels)
 
     @classmethod

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from fastmerge.families.combine import CombineProgram
-from fastmerge.families.consensus import program
 from fastmerge.methods import consensus, reference
 from fastmerge.methods.base import Contract, Group, Method, Param, Program
 
@@ -89,6 +88,8 @@ class TaskArithmetic(Method):
     @classmethod
     def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
         """One pass of the combine kernel, or of the consensus kernel where deltas are rounded."""
+        from fastmerge.families.consensus import program
+
         if any(g.params["delta_dtype"] == "base" for g in groups):
             return program(groups, [cls.spec(g) for g in groups], kernels)
         coef = np.array([(0.0, *consensus.weights(g)) for g in groups])
