@@ -5,7 +5,8 @@
 Everything is real and runs here: small Llama checkpoints in Hugging Face's layout (about a minute to train
 on two cores, then cached), recipes in YAML, ``fastmerge merge`` as a user would call it, and accuracies
 measured on 2,000 fixed questions per skill, which no model was trained on. Weights and densities in the
-recipes were picked by such scores, so they flatter the merges a little. Exits with 1 when no merge keeps all three skills.
+recipes were picked by such scores, so they flatter the merges a little. Exits with 1 when no merge keeps all
+three skills.
 """
 
 from __future__ import annotations

@@ -99,8 +99,13 @@ def test_the_output_directory_is_what_a_user_expects(paths, tmp_path):
     os.umask(0o022)
     report = fm.merge(recipe_of(paths, "linear"), out)
     assert sorted(p.name for p in out.iterdir()) == [
-        "README.md", "config.json", "merge_report.json", "mergekit_config.yml", "model.safetensors", "tokenizer_config.json",
-    ]  # fmt: skip
+        "README.md",
+        "config.json",
+        "merge_report.json",
+        "mergekit_config.yml",
+        "model.safetensors",
+        "tokenizer_config.json",
+    ]
     assert stat.S_IMODE((out / "model.safetensors").stat().st_mode) == 0o644
     with safe_open(out / "model.safetensors", "pt") as f:
         assert f.metadata()["format"] == "pt"
