@@ -33,7 +33,7 @@ def bench_kernels(*, runs: int = 5) -> list[Row]:
     """Every method's passes on one core: three bf16 models (and a base), one unit in the cache.
 
     Args:
-        runs: counted runs; the median is shown.
+        runs: counted runs, at least one; the median is shown.
 
     Returns:
         One row per method: G elements/s, GB/s of inputs and outputs once, and share of memcpy's bandwidth.
@@ -71,7 +71,7 @@ def _passes(method: type[Method], group: Group, kernels: Any, segments: Segments
 def _median(work: Callable[[], None], runs: int) -> float:
     work()
     times = []
-    for _ in range(runs):
+    for _ in range(max(1, runs)):
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
@@ -128,14 +128,14 @@ def bench_recipe(recipe: str, *, memory: str | None = None, runs: int = 5) -> li
         recipe: a recipe file; its models are read from disk, and the output goes to a temporary directory
             beside the recipe, which is removed.
         memory: the merge's budget.
-        runs: counted runs of each; the median is shown.
+        runs: counted runs of each, at least one; the median is shown.
     """
     planned = engine.plan(recipe)
     files = sorted({str(f.path) for c in planned.checkpoints for f in c.files})
     merges, floors = [], []
     with tempfile.TemporaryDirectory(dir=Path(recipe).resolve().parent, prefix=".fastmerge-bench-") as directory:
         out = Path(directory) / "out"
-        for run in range(runs + 1):
+        for run in range(max(1, runs) + 1):
             start = time.perf_counter()
             engine.merge(planned, out, memory=memory)
             merged = time.perf_counter() - start

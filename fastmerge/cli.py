@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fastmerge.stream import Stats
 
 EXIT_CODES = """Exit codes: 0 done, 1 other error, 2 recipe or usage, 3 checkpoint, 4 output, 5 memory budget,
-6 backend or device unavailable, 130 and 143 stopped by Ctrl-C and SIGTERM."""
+6 backend or device unavailable; 129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM."""
 
 
 class _Commands(click.Group):
@@ -32,6 +33,12 @@ class _Commands(click.Group):
         except FastMergeError as error:
             click.echo(f"fastmerge: {error}", err=True)
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("fastmerge: stopped; nothing that was written is lost, continue with --resume", err=True)
+            ctx.exit(130)
+        except OSError as error:
+            click.echo(f"fastmerge: {error}", err=True)
+            ctx.exit(1)
 
 
 @click.group(cls=_Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -109,27 +116,20 @@ def merge(
         click.echo(str(report))
 
 
-def _progress(planned: Plan) -> Callable[[Stats], None]:
+@contextlib.contextmanager
+def _progress(planned: Plan) -> Iterator[Callable[[Stats], None]]:
     """A bar of output bytes on a terminal; a plain line every 10 s elsewhere."""
-    total = planned.layout.total
+    total = sum(p.nbytes for p in planned.layout.places.values())
     started = last = time.monotonic()
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-        bar = Progress(
-            "merging", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), "{task.fields[s]}",
-            console=Console(stderr=True), transient=True,
-        )  # fmt: skip
-        task = bar.add_task("merging", total=total, s="")
-        bar.start()
-
-        def draw(stats: Stats) -> None:
-            bar.update(task, completed=stats.bytes_written, s=f"bound by {stats.bottleneck}")
-            if stats.bytes_written >= total:
-                bar.stop()
-
-        return draw
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), "{task.fields[by]}")
+        with Progress("merging", *columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("merging", total=total, by="")
+            yield lambda s: bar.update(task, completed=int(s.bytes_written), by=f"bound by {s.bottleneck}")
+        return
 
     def line(stats: Stats) -> None:
         nonlocal last
@@ -140,10 +140,11 @@ def _progress(planned: Plan) -> Callable[[Stats], None]:
             rate = (stats.bytes_read + stats.bytes_written) / (now - started) / 1e9
             click.echo(f"{share:.0f} % of {total / 1e9:.2f} GB, {rate:.2f} GB/s, bound by {stats.bottleneck}", err=True)
 
-    return line
+    yield line
 
 
-def _json_lines(planned: Plan) -> Callable[[Stats], None]:
+@contextlib.contextmanager
+def _json_lines(planned: Plan) -> Iterator[Callable[[Stats], None]]:
     """One JSON event per second."""
     last = time.monotonic()
     click.echo(json.dumps({"event": "start", "ts": time.time(), **planned.summary()}))
@@ -155,7 +156,7 @@ def _json_lines(planned: Plan) -> Callable[[Stats], None]:
             names = ("bytes_read", "bytes_written", "read", "compute", "write", "units")
             click.echo(json.dumps({"event": "progress", "ts": time.time(), **{n: getattr(stats, n) for n in names}}))
 
-    return line
+    yield line
 
 
 @main.command()
@@ -212,7 +213,7 @@ def methods(name: str | None) -> None:
 @main.command()
 @click.argument("recipe", required=False, type=click.Path(exists=True, dir_okay=False))
 @click.option("--memory", help="Budget of the merge.")
-@click.option("--runs", default=5, show_default=True, help="Counted runs; the median is shown.")
+@click.option("--runs", default=5, type=click.IntRange(1), show_default=True, help="Counted runs; the median is shown.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench(recipe: str | None, memory: str | None, runs: int, as_json: bool) -> None:
     """Measure this machine: the kernels beside memcpy, or merging RECIPE beside its floor."""

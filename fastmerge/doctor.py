@@ -39,9 +39,14 @@ def examine(directory: str = ".") -> dict[str, Any]:
     }
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
         facts["platform"] = "best effort: fastmerge is made for Linux on x86-64 and arm64"
-    write, read = _disk(directory)
-    facts["disk write"] = f"{write / 1e9:.2f} GB/s with fdatasync, in {os.path.abspath(directory)}"  # noqa: PTH100
-    facts["disk read, cached"] = f"{read / 1e9:.2f} GB/s, one core"
+    try:
+        write, read = _disk(directory)
+        place = os.path.abspath(directory)  # noqa: PTH100
+    except OSError as error:
+        facts["disk"] = f"cannot be probed in {directory}: {error.strerror or error}"
+    else:
+        facts["disk write"] = f"{write / 1e9:.2f} GB/s with fdatasync, in {place}"
+        facts["disk read, cached"] = f"{read / 1e9:.2f} GB/s, one core"
     return facts
 
 

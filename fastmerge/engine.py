@@ -8,12 +8,14 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmerge import planning
 from fastmerge.dispatch import Backend, backend, devices, program_factory
+from fastmerge.errors import RecipeError
 from fastmerge.planning import Plan
 from fastmerge.recipe import Recipe
 from fastmerge.schedule import schedule
@@ -63,7 +65,7 @@ def merge(
     resume: bool = False,
     overwrite: bool = False,
     nan: NanPolicy = "warn",
-    progress: Callable[[Plan], Progress] | None = None,
+    progress: Callable[[Plan], AbstractContextManager[Progress]] | None = None,
 ) -> Report:
     """Merges checkpoints into a new directory, which appears complete or not at all.
 
@@ -77,8 +79,9 @@ def merge(
         shard_size: largest output file, in bytes.
         resume: continue an interrupted merge of the same recipe and inputs.
         overwrite: replace an existing output, atomically.
-        nan: ``warn``, ``error`` or ``zero`` for NaN and Inf that come from the inputs.
-        progress: makes, from the plan, what is called about every 50 ms with the running statistics.
+        nan: ``warn``, ``error`` or ``zero`` for NaN and Inf that come from the inputs. Tensors that are copied
+            byte for byte are looked at for ``error`` and ``zero`` only.
+        progress: from the plan, a context that gives what is called about every 50 ms with the running statistics.
 
     Returns:
         Bytes, seconds and everything noticed; also written to ``merge_report.json``.
@@ -92,8 +95,12 @@ def merge(
     from fastmerge.stores import FileStore, Finite
     from fastmerge.stream import Runner
 
+    if nan not in ("warn", "error", "zero"):
+        raise RecipeError(f"nan: expected warn, error or zero; got {nan!r}")
     started = time.perf_counter()
     planned = recipe if isinstance(recipe, Plan) else plan(recipe, seed=seed, shard_size=shard_size)
+    if nan != "warn":
+        planned = _look_at_copies(planned, nan)
     chosen = _backend(backend)
     workers = devices(device, chosen)
     budget = parse_bytes(memory) if memory is not None else default_memory()
@@ -111,9 +118,12 @@ def merge(
             finite = Finite(nan)
             store = FileStore(planned, files, writer, finite)
             runner = Runner(planned.outputs, work, store, workers, program_factory(chosen))
-            stats = runner.run(progress=progress(planned) if progress else None)
+            with progress(planned) if progress else nullcontext() as tick:
+                stats = runner.run(progress=tick)
             for checkpoint in planned.checkpoints:
                 checkpoint.recheck()
+        if writer.resumed:
+            stats.notes.append("resumed: NaN and Inf were counted in this run's part only; fastmerge verify counts all")
         report = _report(planned, str(out), started, stats, chosen, [d.name for d in workers[: work.slots]], finite)
         _extras(planned, writer, report)
         writer.commit()
@@ -126,12 +136,26 @@ def merge(
 _backend = backend
 
 
+def _look_at_copies(planned: Plan, nan: str) -> Plan:
+    """Sends tensors that would be copied through a kernel, so that the policy sees their NaN and Inf."""
+    from fastmerge.methods.passthrough import Passthrough
+    from fastmerge.methods.resolve import make_group
+
+    outputs = tuple(
+        replace(o, method=Passthrough, group=make_group(Passthrough, o.name, o.shape, [o.dtype], has_base=False))
+        if o.method is None and o.dtype.mergeable
+        else o
+        for o in planned.outputs
+    )
+    return replace(planned, outputs=outputs, fingerprint=f"{planned.fingerprint}-{nan}")
+
+
 def _report(
     planned: Plan, out: str, started: float, stats: Stats, chosen: Backend, names: list[str], finite: Finite
 ) -> Report:
     from fastmerge.report import Report
 
-    warnings = list(planned.warnings)
+    warnings = [*planned.warnings, *stats.notes]
     for name, count in sorted(finite.found.items()):
         warnings.append(f"{name}: {count} NaN or Inf values, from the inputs")
     for text in warnings[len(planned.warnings) :]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+import operator
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.dispatch import backend as choose
@@ -52,7 +53,7 @@ def merge_tensors(
         name: of the tensor; with the seed it keys the random numbers.
         dtype: type of the result where ``out_dtype`` is absent. Inputs are never rounded to it.
         out_dtype: type of the result; the promoted input type where both are absent.
-        out: contiguous tensor that receives the result; it may be one of the inputs of an elementwise method.
+        out: contiguous tensor that receives the result; it may be one of the inputs, but overlap none otherwise.
         preset: a published variant of the method.
         seed: of the random methods.
         backend: ``native``, ``reference``, ``triton`` or None for the best one.
@@ -62,17 +63,20 @@ def merge_tensors(
 
     Raises:
         RecipeError: for an unknown method, a wrong parameter or a wrong number of inputs.
-        ShapeError: where shapes or devices differ.
+        ShapeError: where shapes or devices differ, or ``out`` does not fit or overlaps an input.
     """
+    if not len(tensors):
+        raise RecipeError("tensors: expected at least one, got none")
     keys = list(ids) if ids is not None else list(range(len(tensors)))
     if len(keys) != len(tensors) or len(set(keys)) != len(keys):
         raise RecipeError(f"ids: expected {len(tensors)} different ids, got {keys!r}")
-    base = None if base_index is None else keys[range(len(keys))[base_index]]
+    base = None if base_index is None else keys[_index(base_index, len(keys))]
     kind = get(method)
-    binding = _bind(kind, keys, base, parameters or {}, preset)
+    binding = _bind(kind, keys, base, parameters, preset)
     target = out_dtype or dtype
-    output, inputs = _output(kind, binding, name or "", dict(zip(keys, tensors, strict=True)), base, target, seed)
-    result = _result(output, inputs[0], out)
+    named = dict(zip(keys, tensors, strict=True))
+    output, inputs = _output(kind, binding, name or "", named, base, target, seed)
+    result = _result(output, inputs[0], out, named)
     _run([output], [inputs], [result], backend)
     return result
 
@@ -106,7 +110,8 @@ def merge_state_dicts(
 
     Returns:
         Merged tensors by name, in the order of the first model. Integer and bool tensors are copied
-        where all models agree.
+        where all models agree. Names that are one tensor in every model (tied weights) are merged once,
+        under the first of them, and are one tensor in the result.
 
     Raises:
         RecipeError: for an unknown method, a wrong parameter or a wrong number of models.
@@ -126,12 +131,19 @@ def merge_state_dicts(
     if strict and missing:
         raise ShapeError(sorted(set(missing)))
     kind = get(method)
-    binding = _bind(kind, list(states), base, parameters or {}, preset)
+    binding = _bind(kind, list(states), base, parameters, preset)
     merged: dict[str, torch.Tensor] = {}
+    owners: dict[Hashable, str] = {}
+    kept = []  # A mapping may make its tensors on access: while all are kept, no two names share an address by chance.
     outputs, inputs, results = [], [], []
     for name in first:
         group = {k: s[name] for k, s in states.items() if name in s}
         if len(group) < len(states):
+            continue
+        kept.append(group)
+        owner = owners.setdefault(_identity(group.values()) or name, name)
+        if owner != name:
+            merged[name] = merged[owner]
             continue
         if not first[name].is_floating_point():
             if not all(torch.equal(first[name], t) for t in group.values()):
@@ -139,7 +151,7 @@ def merge_state_dicts(
             merged[name] = first[name].clone()
             continue
         output, tensors = _output(kind, binding, name, group, base, out_dtype or dtype, seed)
-        merged[name] = _result(output, tensors[0], None)
+        merged[name] = _result(output, tensors[0], None, {})
         outputs.append(output)
         inputs.append(tensors)
         results.append(merged[name])
@@ -155,10 +167,31 @@ class _Binding:
     by_input: Mapping[Hashable, Mapping[str, Any]]
 
 
+def _index(base_index: Any, n: int) -> int:
+    """Position of the base; as everywhere in Python, -1 is the last."""
+    if not isinstance(base_index, bool):
+        with contextlib.suppress(TypeError, IndexError):
+            return range(n)[operator.index(base_index)]
+    raise RecipeError(f"base_index: expected a whole number from {-n} to {n - 1}, got {base_index!r}")
+
+
+def _identity(tensors: Iterable[torch.Tensor]) -> Hashable:
+    """Equal for two names that are the same memory, read the same way, in every model; None for no memory."""
+    parts = tuple((t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)
+    return parts if all(p[0] for p in parts) else None
+
+
 def _bind(
-    method: type[Method], keys: Sequence[Hashable], base: Hashable | None, given: Mapping[str, Any], preset: str | None
+    method: type[Method],
+    keys: Sequence[Hashable],
+    base: Hashable | None,
+    parameters: Mapping[str, Any] | None,
+    preset: str | None,
 ) -> _Binding:
     """Checks and spreads parameters over the inputs, in mergekit's way."""
+    given: Any = {} if parameters is None else parameters
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"parameters: expected a mapping of names to values, got {type(given).__name__}")
     problems: list[str] = []
     known = {p.name: p for p in method.params}
     problems += [f"parameter {n!r}: unknown{hint(n, known)}" for n in given if n not in known]
@@ -262,17 +295,36 @@ def _output(
     return output, [tensors[k].detach().contiguous() for k in order]
 
 
-def _result(output: Output, like: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+def _result(
+    output: Output, like: torch.Tensor, out: torch.Tensor | None, inputs: Mapping[Hashable, torch.Tensor]
+) -> torch.Tensor:
+    """A new tensor, or the caller's ``out`` where it fits and overlaps none of the inputs except as one of them."""
     import torch
 
     dtype = getattr(torch, output.dtype.name)
     if out is None:
         return torch.empty(output.shape, dtype=dtype, device=like.device)
     if tuple(out.shape) != output.shape or out.dtype != dtype or not out.is_contiguous() or out.device.type != "cpu":
+        layout = "" if out.is_contiguous() else f", not contiguous (strides {tuple(out.stride())})"
         raise ShapeError(
-            f"out: expected a contiguous CPU tensor {output.shape} of {dtype}, got {tuple(out.shape)} of {out.dtype}"
+            f"out: expected a contiguous CPU tensor {output.shape} of {dtype}, "
+            f"got {tuple(out.shape)} of {out.dtype} on {out.device}{layout}"
         )
+    start, end = _extent(out)
+    for key, t in inputs.items():
+        low, high = _extent(t)
+        if max(start, low) < min(end, high) and (low != start or t.dtype != out.dtype):
+            raise ShapeError(f"out overlaps input {key!r}: expected that input itself, or memory of its own")
     return out
+
+
+def _extent(t: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the first byte of a tensor and of the one behind its last."""
+    start = t.data_ptr()
+    if not t.numel():
+        return start, start
+    last = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    return start, start + (last + 1) * t.element_size()
 
 
 def _run(

@@ -11,15 +11,17 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fastmerge import _native
 from fastmerge.checkpoint import Files, Writer
 from fastmerge.devices import Buffer
 from fastmerge.dtypes import DType
 from fastmerge.errors import CheckpointError, OutputError
-from fastmerge.methods.base import I64, Segments
+from fastmerge.methods.base import HEADER, I64, Segments
 from fastmerge.planning import Output, Plan, Source
 from fastmerge.schedule import ALIGN, BLOCK, Job, Unit
 from fastmerge.stream import segment_row
+
+COMPARE_BYTES = 1 << 20
+"""Bytes of integer tensors that are compared at a time."""
 
 NanPolicy = Literal["warn", "error", "zero"]
 """What to do with NaN and Inf in outputs; see :class:`Finite`."""
@@ -28,9 +30,9 @@ NanPolicy = Literal["warn", "error", "zero"]
 class Finite:
     """Keeps the books of NaN and Inf.
 
-    A non-finite output whose inputs were non-finite is counted and reported (``warn``), refused
-    (``error``) or stored as 0 (``zero``). One whose inputs were all finite is an error in every case: the
-    merge itself overflowed (fp16) or divided by zero.
+    A non-finite output element with a non-finite input at its place is counted and reported (``warn``), refused
+    (``error``) or stored as 0 (``zero``). One whose own inputs are all finite is an error in every case: the
+    merge overflowed (fp16) or divided by zero, or a NaN elsewhere in the tensor spoilt its statistics.
     """
 
     def __init__(self, policy: NanPolicy) -> None:
@@ -48,27 +50,27 @@ class Finite:
             return
         for s in np.flatnonzero(segments.nonfinite).tolist():
             out = outputs[unit.pieces[s][0]]
-            row = segments.table[s]
-            there = sum(
-                _native.count_nonfinite(int(address), int(row[1]), d.code)
-                for address, d in zip(row[7:], segments.dtypes, strict=True)
-            )
-            bad = int(segments.nonfinite[s])
-            if not there:
+            row = segments.table[s].tolist()
+            bad = _nonfinite(row[0], row[1], segments.out_dtype)
+            given = np.zeros_like(bad)
+            for address, dtype in zip(row[HEADER:], segments.dtypes, strict=True):
+                given |= _nonfinite(address, row[1], dtype)
+            made = int((bad & ~given).sum())
+            if made:
                 raise OutputError(
-                    f"{out.name}: the merge made {bad} NaN or Inf values out of finite inputs "
+                    f"{out.name}: the merge made {made} NaN or Inf values out of finite inputs "
                     f"(stored as {segments.out_dtype.name}); expected finite ones: try out_dtype float32"
                 )
             if self.policy == "error":
-                raise OutputError(f"{out.name}: {there} NaN or Inf values in its inputs (--nan error)")
+                raise OutputError(f"{out.name}: {int(bad.sum())} NaN or Inf values from its inputs (--nan error)")
             if self.policy == "zero":
-                _zero(int(row[0]), int(row[1]), segments.out_dtype)
+                _bits(row[0], row[1], segments.out_dtype)[0][bad] = 0
             with self._lock:
-                self.found[out.name] += bad
+                self.found[out.name] += int(bad.sum())
 
 
-def _zero(address: int, n: int, dtype: DType) -> None:
-    """Stores +0 over every NaN and Inf: those whose exponent bits are all set."""
+def _bits(address: int, n: int, dtype: DType) -> tuple[npt.NDArray[Any], int]:
+    """Elements in memory as unsigned integers, and the mask of their exponents."""
     word, exponent = {
         0: (np.uint64, 0x7FF0000000000000),
         1: (np.uint32, 0x7F800000),
@@ -76,8 +78,13 @@ def _zero(address: int, n: int, dtype: DType) -> None:
         3: (np.uint16, 0x7F80),
     }[dtype.code]
     memory: Any = (ctypes.c_char * (n * dtype.size)).from_address(address)
-    bits: npt.NDArray[Any] = np.frombuffer(memory, np.dtype(word))
-    bits[(bits & word(exponent)) == word(exponent)] = 0
+    return np.frombuffer(memory, np.dtype(word)), exponent
+
+
+def _nonfinite(address: int, n: int, dtype: DType) -> npt.NDArray[np.bool_]:
+    """Which elements are NaN or Inf: all bits of the exponent are set."""
+    bits, exponent = _bits(address, n, dtype)
+    return np.asarray((bits & bits.dtype.type(exponent)) == exponent)
 
 
 class FileStore:
@@ -180,19 +187,21 @@ class FileStore:
         """Integer and bool tensors are copied only where every model has the same bytes."""
         if not out.compare:
             return
-        mine = self._bytes(out.sources[0])
-        for other in out.compare:
-            if self._bytes(other) != mine:
-                raise CheckpointError(
-                    f"{out.name}: {out.dtype.name} tensors are copied, not merged, and model {other.model} differs "
-                    f"from model {out.sources[0].model}; expected equal bytes"
-                )
+        total = out.sources[0].info.nbytes
+        for at in range(0, total, COMPARE_BYTES):
+            mine = self._bytes(out.sources[0], at)
+            for other in out.compare:
+                if not np.array_equal(self._bytes(other, at), mine):
+                    raise CheckpointError(
+                        f"{out.name}: {out.dtype.name} tensors are copied, not merged, and model {other.model} differs "
+                        f"from model {out.sources[0].model}; expected equal bytes"
+                    )
 
-    def _bytes(self, source: Source) -> bytes:
+    def _bytes(self, source: Source, at: int) -> npt.NDArray[np.uint8]:
         fd = self._files.fd(source.model, source.info.file)
-        data = np.empty(source.info.nbytes, np.uint8)
-        self._files.read(np.array([[fd, source.info.offset, data.ctypes.data, data.nbytes]], np.int64))
-        return data.tobytes()
+        data = np.empty(min(COMPARE_BYTES, source.info.nbytes - at), np.uint8)
+        self._files.read(np.array([[fd, source.info.offset + at, data.ctypes.data, data.nbytes]], np.int64))
+        return data
 
     def done(self, job: Job, unit: Unit) -> bool:
         """Whether the journal of the interrupted run covers every output range of the unit."""

@@ -62,6 +62,7 @@ class Stats:
     bytes_read: int = 0
     bytes_written: int = 0
     units: int = 0
+    notes: list[str] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, **amounts: float) -> None:
@@ -227,16 +228,25 @@ class Runner:
         ]
         over = threading.Event()
         syncer = threading.Thread(target=self._sync, args=(over,), name="fastmerge-sync", daemon=True)
+        started: list[threading.Thread] = []
         with _signals(self._queue):
-            for thread in (*workers, syncer):
-                thread.start()
-            for thread in workers:
-                while thread.is_alive():
-                    thread.join(0.05)
-                    if progress is not None:
-                        progress(self.stats)
-            over.set()
-            syncer.join()
+            try:
+                for thread in (*workers, syncer):
+                    thread.start()
+                    started.append(thread)
+                for thread in workers:
+                    while thread.is_alive():
+                        thread.join(0.05)
+                        if progress is not None:
+                            progress(self.stats)
+            except BaseException as error:
+                self._queue.stop(error)
+                raise
+            finally:
+                # Whatever happens, nobody reads or writes after the caller has closed files and freed tensors.
+                over.set()
+                for thread in started:
+                    thread.join()
         if self._queue.error is not None:
             raise self._queue.error
         return self.stats
@@ -248,8 +258,6 @@ class Runner:
             except Exception as error:  # noqa: BLE001  any failure to persist ends the run
                 self._queue.stop(error)
                 return
-        if isinstance(self._queue.error, Interrupted):
-            self._store.sync()
 
     def _work(self, device: Device) -> None:
         try:
@@ -307,7 +315,8 @@ class _signals:  # noqa: N801  a context manager used like a function
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                self._old[number] = signal.signal(number, self._stop)
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup, background jobs, foreign handlers
+                    self._old[number] = signal.signal(number, self._stop)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         error = Interrupted(f"stopped by {signal.Signals(number).name}; continue with --resume")

@@ -21,6 +21,14 @@ from fastmerge.errors import CheckpointError
 BLOCK = 8 << 20
 """Bytes per read."""
 
+REPORT = "merge_report.json"
+
+SHOWN = 20
+"""Wrong entries of a report that are named one by one."""
+
+Range = tuple[str, int, int, str]
+"""File, offset, bytes and checksum of what a merge wrote."""
+
 
 @dataclass
 class Verification:
@@ -112,29 +120,94 @@ def _scan(model: Checkpoint, name: str) -> tuple[str, int, int]:
 
 
 def _checksums(found: Verification, pool: ThreadPoolExecutor) -> None:
-    """Compares every range that the merge recorded."""
-    path = Path(found.directory) / "merge_report.json"
-    ranges: list[list[Any]] = []
-    if path.exists():
-        try:
-            ranges = json.loads(path.read_text())["details"]["checksums"]
-        except (ValueError, KeyError, TypeError):
-            found.problems.append(f"{path}: not a merge report")
+    """Compares every range that the merge recorded; whatever the report holds, this raises nothing."""
+    directory = Path(found.directory)
+    ranges, wrong = _ranges(directory)
+    found.problems += wrong[:SHOWN]
+    if len(wrong) > SHOWN:
+        found.problems.append(f"{directory / REPORT}: {len(wrong) - SHOWN} more entries are wrong")
     ends: dict[str, int] = defaultdict(int)
     ranges.sort(key=lambda r: (r[0], r[1]))
-    for (shard, offset, nbytes, _), good in zip(
-        ranges, pool.map(lambda r: _matches(found.directory, r), ranges), strict=True
+    for (shard, offset, nbytes, _), wrong_bytes in zip(
+        ranges, pool.map(lambda r: _differs(directory, r), ranges), strict=True
     ):
         # A resumed merge may have recorded overlapping ranges; each byte counts once.
         found.checked += max(0, offset + nbytes - max(offset, ends[shard]))
         ends[shard] = max(ends[shard], offset + nbytes)
-        if not good:
-            found.problems.append(f"{shard}: bytes {offset} to {offset + nbytes} differ from what the merge wrote")
-    found.unchecked = found.nbytes - found.checked
+        if wrong_bytes:
+            found.problems.append(f"{shard}: bytes {offset} to {offset + nbytes} {wrong_bytes}")
+    found.unchecked = max(0, found.nbytes - found.checked)
 
 
-def _matches(directory: str, entry: list[Any]) -> bool:
-    shard, offset, nbytes, expected = entry
-    with (Path(directory) / os.path.basename(shard)).open("rb") as f:  # noqa: PTH119  a name from a file stays a name
-        f.seek(offset)
-        return bool(xxhash.xxh3_64_hexdigest(f.read(nbytes)) == expected)
+def _ranges(directory: Path) -> tuple[list[Range], list[str]]:
+    """The report's ranges that lie inside files of the model, and a line for everything that is not one."""
+    path = directory / REPORT
+    if not path.exists():
+        return [], []
+    if not path.is_file():
+        return [], [f"{path}: not a file"]
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["details"]["checksums"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        entries = None
+    if not isinstance(entries, list):
+        return [], [f"{path}: not a merge report"]
+    sizes: dict[str, int | None] = {}
+    ranges: list[Range] = []
+    wrong: list[str] = []
+    for i, entry in enumerate(entries):
+        reason = _refused(directory, entry, sizes)
+        if reason:
+            wrong.append(f"{path}: checksum {i}: {reason}")
+        else:
+            ranges.append(tuple(entry))
+    return ranges, wrong
+
+
+def _refused(directory: Path, entry: Any, sizes: dict[str, int | None]) -> str | None:
+    """Why one entry of the report cannot be checked; ``sizes`` remembers the files."""
+    if not isinstance(entry, list) or len(entry) != 4:
+        return "expected [file, offset, bytes, checksum]"
+    name, offset, nbytes, expected = entry
+    # JSON's true is an int of Python's: types are compared, not classes.
+    if type(name) is not str or type(offset) is not int or type(nbytes) is not int or type(expected) is not str:
+        return "expected [file, offset, bytes, checksum]"
+    if name not in sizes:
+        sizes[name] = _size(directory, name)
+    size = sizes[name]
+    if size is None:
+        return f"{name[:80]!r} is not a file of this model"
+    if offset < 0 or nbytes < 0 or offset + nbytes > size:
+        start, length = str(offset)[:24], str(nbytes)[:24]
+        return f"{name}: {length} bytes at {start} are not inside the file of {size} bytes"
+    return None
+
+
+def _size(directory: Path, name: str) -> int | None:
+    """Bytes of a file of the directory; None where the name is a path or names no file."""
+    if os.path.basename(name) != name:  # noqa: PTH119  a name from a file stays a name
+        return None
+    try:
+        path = directory / name
+        return path.stat().st_size if path.is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _differs(directory: Path, entry: Range) -> str | None:
+    """What is wrong with the bytes of one range; one block of memory, whatever the range."""
+    name, offset, left, expected = entry
+    digest = xxhash.xxh3_64()
+    block = memoryview(bytearray(min(BLOCK, left)))
+    try:
+        with (directory / name).open("rb", buffering=0) as f:
+            f.seek(offset)
+            while left:
+                got = f.readinto(block[: min(left, BLOCK)])
+                if not got:
+                    return "cannot be read: the file shrank"
+                digest.update(block[:got])
+                left -= got
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if digest.hexdigest() == expected else "differ from what the merge wrote"

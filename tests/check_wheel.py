@@ -23,18 +23,19 @@ def check(wheel: Path) -> list[str]:
         problems += [f"{n}: does not belong in the wheel" for n in names for f in FORBIDDEN if f in n]
         if not any(n.startswith("fastmerge/_native") and n.endswith(".so") for n in names):
             problems.append("the native extension is missing")
+        # -S: an editable installation in the environment would come first.
         with tempfile.TemporaryDirectory() as d:
             z.extractall(d)
             run = (
                 "import fastmerge, sys; from fastmerge import _native; _native.isa(); assert 'torch' not in sys.modules"
             )
             done = subprocess.run(
-                [sys.executable, "-c", run], cwd="/", env={"PYTHONPATH": d}, capture_output=True, text=True
+                [sys.executable, "-S", "-c", run], cwd="/", env={"PYTHONPATH": d}, capture_output=True, text=True
             )
             if done.returncode:
                 problems.append(f"does not import: {done.stderr.strip()}")
             elif d not in subprocess.run(
-                [sys.executable, "-c", "import fastmerge; print(fastmerge.__file__)"],
+                [sys.executable, "-S", "-c", "import fastmerge; print(fastmerge.__file__)"],
                 cwd="/", env={"PYTHONPATH": d}, capture_output=True, text=True,
             ).stdout:  # fmt: skip
                 problems.append("another fastmerge was imported instead of the wheel's")

@@ -10,7 +10,9 @@ import time
 import pytest
 from click.testing import CliRunner
 
+from fastmerge import benchmark
 from fastmerge.cli import main
+from fastmerge.methods import METHODS
 from tests import tiny
 
 
@@ -105,8 +107,6 @@ def test_a_missing_model_and_a_small_budget_and_a_gpu_that_is_not_there(recipe, 
 
 
 def test_methods_describe_themselves():
-    from fastmerge.methods import METHODS
-
     overview = run("methods").output
     for name, method in METHODS.items():
         assert name in overview
@@ -133,6 +133,67 @@ def test_verify_finds_what_is_wrong(recipe, tmp_path):
     bad = run("verify", out)
     assert bad.exit_code == 3
     assert "model.safetensors" in bad.output
+
+
+SHARD = "model.safetensors"
+DAMAGE = {
+    "a missing file": ([["gone.safetensors", 0, 8, "x"]], "'gone.safetensors' is not a file"),
+    "a path": ([["../recipe.yml", 0, 1, "x"]], "is not a file"),
+    "a directory": ([[".", 0, 1, "x"]], "is not a file"),
+    "a name of bytes that no file has": ([["\0\ud800", 0, 1, "x"]], "is not a file"),
+    "a negative offset": ([[SHARD, -1, 8, "x"]], "8 bytes at -1 are not inside"),
+    "short entries": ([1, [1], {}, None], "expected [file, offset"),
+    "wrong types": ([[SHARD, True, 8, "x"], [SHARD, 0, 1.0, "x"], [SHARD, 0, 1, 2]], "expected [file, offset"),
+    "more bytes than there are": ([[SHARD, 0, 10**13, "x"]], "not inside the file"),
+    "very many bytes": ([[SHARD, 0, 10**400, "x"]], "not inside the file"),
+    "a mapping": ({}, "not a merge report"),
+    "many": ([1] * 1000, "980 more entries"),
+    "wrong checksum": ([[SHARD, 0, 1, "x"]], "differ from"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_verify_survives_damaged_reports(recipe, tmp_path, case):
+    entries, words = DAMAGE[case]
+    out = tmp_path / "out"
+    run("merge", recipe, out)
+    (out / "merge_report.json").write_text(json.dumps({"details": {"checksums": entries}}))
+    done = run("verify", out)
+    assert done.exit_code == 3, done.output
+    assert isinstance(done.exception, SystemExit)
+    assert "problem " in done.output
+    assert words in done.output
+    assert json.loads(run("verify", out, "--json").output)["unchecked"] >= 0
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "1", "", "[" * 100_000, '{"details": []}', b"\xff\xfe", None])
+def test_verify_survives_reports_that_are_none(recipe, tmp_path, text):
+    out = tmp_path / "out"
+    run("merge", recipe, out)
+    report = out / "merge_report.json"
+    report.unlink()
+    if text is None:
+        report.mkdir()
+    else:
+        report.write_bytes(text if isinstance(text, bytes) else text.encode())
+    done = run("verify", out)
+    assert done.exit_code == 3, done.output
+    assert isinstance(done.exception, SystemExit)
+    assert "merge_report.json: not a" in done.output
+
+
+def test_doctor_says_where_the_disk_cannot_be_probed():
+    done = run("doctor", "--directory", "/proc")
+    assert done.exit_code == 0, done.output
+    assert "cannot be probed in /proc: " in done.output
+
+
+@pytest.mark.parametrize("runs", [0, -3])
+def test_bench_runs_at_least_once(recipe, runs, monkeypatch):
+    monkeypatch.setattr("fastmerge.benchmark.METHODS", {"linear": METHODS["linear"]})
+    assert len(benchmark.bench_kernels(runs=runs)) == 1
+    assert len(benchmark.bench_recipe(str(recipe), runs=runs)) == 2
+    assert "Traceback" not in run("bench", "--runs", runs).output
 
 
 def test_doctor_and_bench(recipe, tmp_path):

@@ -6,6 +6,8 @@ from mergekit.merge_methods import merge_state_dicts as peer_state_dicts
 from mergekit.merge_methods import merge_tensors as peer
 
 import fastmerge as fm
+from fastmerge.benchmark import _group
+from fastmerge.methods import METHODS
 
 
 def tensors(n=3, shape=(33, 65), dtype=torch.float32, seed=0):
@@ -133,3 +135,103 @@ def test_unknown_backends_and_the_environment(monkeypatch):
     monkeypatch.setenv("FASTMERGE_BACKEND", "abacus")
     with pytest.raises(fm.BackendUnavailable, match="abacus"):
         fm.merge_tensors(tensors(), "linear", parameters={"weight": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(base_index=3), "base_index: expected a whole number from -3 to 2, got 3"),
+        (dict(base_index="0"), "base_index: .* got '0'"),
+        (dict(base_index=0.0), "base_index: .* got 0.0"),
+        (dict(base_index=True), "base_index: .* got True"),
+        (dict(parameters=[1.0]), "parameters: expected a mapping .* got list"),
+        (dict(parameters=0.5), "parameters: expected a mapping .* got float"),
+        (dict(tensors=[]), "tensors: expected at least one"),
+        (dict(tensors=[], base_index=0), "tensors: expected at least one"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(change, words):
+    call = dict(tensors=tensors(), method="linear", parameters={"weight": 1.0}) | change
+    with pytest.raises(fm.RecipeError, match=words):
+        fm.merge_tensors(**call)
+
+
+def test_an_out_that_is_not_contiguous_is_named_so():
+    with pytest.raises(fm.ShapeError, match=r"not contiguous \(strides \(1, 33\)\)"):
+        fm.merge_tensors(tensors(), "linear", parameters={"weight": 1.0}, out=torch.empty(65, 33).T)
+
+
+OVERLAPS = {
+    "one element later": lambda flat: (flat[:2145], flat[1:2146]),
+    "one element before": lambda flat: (flat[1:2146], flat[:2145]),
+    "last element": lambda flat: (flat[:2145], flat[2144:4289]),
+    "strided": lambda flat: (flat[:4290:2], flat[4288:6433]),
+}
+
+
+@pytest.mark.parametrize("case", [*OVERLAPS, "another type"])
+def test_out_must_not_overlap_an_input(case):
+    flat = tensors(shape=(9000,))[0]
+    before = flat.clone()
+    other = tensors(shape=(2145,))[1]
+    if case == "another type":
+        given = flat[:2145].half()
+        out = given.view(torch.bfloat16)
+    else:
+        given, out = OVERLAPS[case](flat)
+    call = dict(parameters={"weight": 1.0}, ids=["a", "b"], out_dtype=out.dtype)
+    with pytest.raises(fm.ShapeError, match="out overlaps input 'b'"):
+        fm.merge_tensors([other, given], "linear", out=out, **call)
+    assert torch.equal(flat, before)
+    beside = flat[2145:4290]
+    want = fm.merge_tensors([other, flat[:2145]], "linear", parameters={"weight": 1.0})
+    assert torch.equal(fm.merge_tensors([other, flat[:2145]], "linear", out=beside, parameters={"weight": 1.0}), want)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("position", [0, -1])
+def test_out_may_be_an_input_of_every_method(method, position):
+    group = _group(METHODS[method])
+    inputs = tensors(len(group.dtypes), shape=(1100, 1000))
+    own = {p.name for p in METHODS[method].params}
+    parameters = {k: v for k, v in (group.params | group.models[0]).items() if k in own and v is not None}
+    call = dict(parameters=parameters, base_index=0 if group.has_base else None, name="x")
+    want = fm.merge_tensors(inputs, method, **call)
+    fm.merge_tensors(inputs, method, **call, out=inputs[position])
+    assert torch.equal(inputs[position], want)
+
+
+def test_tied_tensors_are_merged_once_and_stay_tied():
+    models = [dict(zip(("embed", "body"), tensors(2, seed=i), strict=True)) for i in range(3)]
+    models = [{"embed": m["embed"] * (i + 1), "body": m["body"], "n": torch.tensor([7])} for i, m in enumerate(models)]
+    call = dict(parameters={"weight": 1.0, "density": 0.3, "trim_scope": "model"}, base=0)
+    want = fm.merge_state_dicts(models, "ties", **call)
+    got = fm.merge_state_dicts([m | {"head": m["embed"], "m": m["n"]} for m in models], "ties", **call)
+    assert list(got) == ["embed", "body", "n", "head", "m"]
+    assert got["head"] is got["embed"]
+    assert got["m"] is got["n"]
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    # Tied in two of three models only, or the same memory read another way: tensors of their own.
+    loose = [m | {"head": m["embed"].clone() if i == 1 else m["embed"]} for i, m in enumerate(models)]
+    apart = fm.merge_state_dicts(loose, "ties", **call)
+    assert apart["head"] is not apart["embed"]
+    assert not torch.equal(apart["body"], want["body"])
+    turned = fm.merge_state_dicts([m | {"turned": m["embed"].T} for m in models], "linear", parameters={"weight": 1.0})
+    assert torch.equal(turned["turned"], turned["embed"].T)
+    assert turned["turned"].data_ptr() != turned["embed"].data_ptr()
+
+
+def test_empty_tensors_are_not_tied():
+    state = {"a": torch.empty(0), "b": torch.empty(0)}
+    got = fm.merge_state_dicts([state, dict(state)], "linear", parameters={"weight": 1.0})
+    assert got["a"] is not got["b"]
+
+
+def test_tensors_made_on_access_are_not_tied():
+    class Made(dict):
+        def __getitem__(self, name):
+            return torch.full((4096,), super().__getitem__(name))
+
+    state = Made({f"n{i}": i for i in range(50)})
+    got = fm.merge_state_dicts([state], "linear", parameters={"weight": 1.0})
+    assert all(torch.equal(t, state[name]) for name, t in got.items())

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import stat
 
 import numpy as np
@@ -202,6 +203,52 @@ def test_an_overflow_that_the_merge_made_is_an_error(paths, tmp_path):
     )
     with pytest.raises(fm.OutputError, match="finite inputs"):
         fm.merge(text, tmp_path / "out")
+
+
+@pytest.mark.parametrize("unit", [1 << 16, 1 << 20])
+def test_an_overflow_is_an_error_beside_a_nan_too(paths, tmp_path, monkeypatch, unit):
+    monkeypatch.setattr(schedule, "UNIT_ELEMENTS", unit)
+    big = {k: torch.full_like(v, 1e4) for k, v in load(paths["a"]).items()}
+    big["lm_head.weight"][0, 0] = float("nan")
+    models = {n: tiny.write(tmp_path / n, big) for n in "ab"}
+    extra = "parameters: {normalize: false}"
+    text = tiny.recipe(models, "linear", names=("a", "b"), base=None, dtype="float16", weight=100.0, extra=extra)
+    with pytest.raises(fm.OutputError, match="finite inputs"):
+        fm.merge(text, tmp_path / "out")
+
+
+def test_copied_tensors_follow_the_nan_policy(paths, tmp_path):
+    text = recipe_of(poisoned(paths, tmp_path, float("nan")), "passthrough")
+    fm.merge(text, tmp_path / "warn")
+    assert load(tmp_path / "warn")["model.norm.weight"].isnan().sum() == 1
+    with pytest.raises(fm.OutputError, match="model.norm.weight"):
+        fm.merge(text, tmp_path / "error", nan="error")
+    report = fm.merge(text, tmp_path / "zero", nan="zero")
+    assert load(tmp_path / "zero")["model.norm.weight"].isnan().sum() == 0
+    assert report.nonfinite == {"model.norm.weight": 1}
+    shutil.rmtree(tmp_path / "zero")
+    text = recipe_of(poisoned(paths, tmp_path / "again", float("nan")), "linear")
+    interrupted(text, tmp_path / "zero", nan="warn")
+    with pytest.raises(fm.OutputError, match="another"):
+        fm.merge(text, tmp_path / "zero", nan="zero", resume=True)
+
+
+def interrupted(text, out, **how):
+    """A merge that fails at its very end, with everything written."""
+    from fastmerge.checkpoint.writer import Writer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "commit", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fm.merge(text, out, **how)
+
+
+def test_rows_too_many_for_the_budget_are_refused(tmp_path):
+    models = {n: tiny.write(tmp_path / n, {"w": torch.randn(400_000, 3).bfloat16()}) for n in ("a", "base")}
+    text = tiny.recipe(models, "slerp", names=("a",), extra="parameters: {t: 0.5, scope: row}")
+    fm.merge(text, tmp_path / "out", memory="1GB")
+    with pytest.raises(fm.BudgetError, match="by row"):
+        fm.merge(text, tmp_path / "small", memory="100MB")
 
 
 def test_an_input_that_changes_under_the_merge_is_noticed(paths, tmp_path, monkeypatch):

@@ -190,3 +190,24 @@ def test_signals_stop_gracefully_within_seconds(number):
     assert caught.value.exit_code == 128 + number
     assert time.monotonic() - started < 5
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+
+
+def test_ignored_signals_stay_ignored():
+    outputs, inputs, expected = problem([(TILE, "element", 0)])
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGHUP)).start()
+        got = run(outputs, inputs, [FakeDevice(None, latency=0.2)], TILE)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
+    np.testing.assert_array_equal(got[0], expected[0])
+
+
+def test_no_worker_outlives_a_failing_progress_display(monkeypatch):
+    outputs, inputs, _ = problem([(TILE * 20, "element", 0)])
+    whole = Runner.run
+    monkeypatch.setattr(Runner, "run", lambda self: whole(self, progress=lambda stats: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        run(outputs, inputs, [FakeDevice(None, name=f"fake:{i}", latency=0.05) for i in range(2)], TILE)
+    assert not [t for t in threading.enumerate() if t.name.startswith("fastmerge-")]

@@ -120,7 +120,6 @@ class Journal:
         self._fd = os.open(path, flags, 0o666)
         os.ftruncate(self._fd, state.length if state else 0)
         os.lseek(self._fd, 0, os.SEEK_END)
-        self.ranges = len(state.ranges) if state else 0
 
     def begin(self, fingerprint: str, layout: str) -> None:
         """Writes the first line."""
@@ -131,7 +130,6 @@ class Journal:
         lines = [{"s": s, "o": o, "n": n, "x": f"{x:016x}"} for s, o, n, x in ranges]
         if lines:
             self._append(lines)
-            self.ranges += len(lines)
 
     def void(self, shard: int) -> None:
         """Takes back everything recorded of a shard."""

@@ -2,6 +2,8 @@
 
 Next to the output ``out`` lies ``.out.fastmerge-staging`` with ``lock``, ``journal.jsonl`` and ``data``.
 ``data`` becomes ``out`` in one rename; a killed run never leaves anything under the output's own name.
+Where names cannot be swapped, an output that is replaced waits as ``old`` until ``data`` has its name; until then
+``old`` is the only copy, and whatever ends the run puts it back before anything is removed.
 """
 
 from __future__ import annotations
@@ -110,11 +112,13 @@ class Staging:
 
     def restore(self) -> None:
         """Puts back an output that an interrupted commit had moved aside."""
-        if self._old.is_dir() and not os.path.lexists(self.target):
+        if self._displaced():
             self._old.rename(self.target)
+            system.sync_directory(self.target.parent)
 
     def clear(self) -> None:
-        """Removes everything that an earlier run left."""
+        """Removes everything that an earlier run left, once a displaced output is back in its place."""
+        self.restore()
         _remove(self.root, {self._lock_path.name, self._owner.name})
 
     def tidy(self, expected: set[str]) -> None:
@@ -131,8 +135,7 @@ class Staging:
             code = system.rename_exchange(self.data, self.target)
             if code in system.UNSUPPORTED:
                 self._features["rename_exchange"] = False
-                self.target.rename(self._old)
-                self.data.rename(self.target)
+                self._replace()
                 code = 0
         else:
             code = system.rename_new(self.data, self.target)
@@ -145,9 +148,12 @@ class Staging:
         system.sync_directory(self.target.parent)
 
     def release(self, *, remove: bool) -> None:
-        """Gives the lock back; with ``remove`` the staging directory goes too."""
+        """Gives the lock back; with ``remove`` the staging directory goes too, unless it holds the only old output."""
         if self._lock is None:
             return
+        with contextlib.suppress(OSError):
+            self.restore()
+        remove = remove and not self._displaced()
         if remove:
             self.clear()
             # The lock goes last: whoever takes it next finds an empty directory.
@@ -158,6 +164,21 @@ class Staging:
                 self.root.rmdir()
         os.close(self._lock)
         self._lock = None
+
+    def _displaced(self) -> bool:
+        """Whether the output that was to be replaced is only here."""
+        return self._old.is_dir() and not os.path.lexists(self.target)
+
+    def _replace(self) -> None:
+        """The output moves aside and ``data`` takes its name; if that fails, the output is put back."""
+        try:
+            self.target.rename(self._old)
+            self.data.rename(self.target)
+        except BaseException:
+            # Should this fail too, release() and the next run try again, and remove nothing before.
+            with contextlib.suppress(OSError):
+                self.restore()
+            raise
 
     def _acquire(self) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW

@@ -87,6 +87,7 @@ class Writer:
         self._sync_lock = threading.Lock()
         self._journal: _journal.Journal | None = None
         self._broken: str | None = None
+        self._worth_keeping = False
         with _wrapped(self.target):
             _staging.check(self.target, inputs, overwrite=overwrite)
             if not self.staging.exists():
@@ -142,6 +143,7 @@ class Writer:
                 with self._lock:
                     self._ranges[shard].add(to + at, to + at + copied)
                     self._dirty.add(shard)
+                    self._worth_keeping |= copied > 0
                 self._record(ranges)
 
     def add(self, name: str, data: bytes | Path) -> None:
@@ -235,12 +237,15 @@ class Writer:
             self._close(remove=True)
 
     def abort(self) -> None:
-        """Stops: journals what is durable, keeps the staging directory for ``resume``, gives the lock back."""
+        """Stops: journals what is durable, keeps the staging directory for ``resume``, gives the lock back.
+
+        A run that neither wrote nor copied nor resumed anything leaves no staging directory.
+        """
         if self._journal is None:
             return
         with contextlib.suppress(OutputError):
             self.sync()
-        self._close(remove=self._log.ranges == 0)
+        self._close(remove=not self._worth_keeping)
 
     def __enter__(self) -> Self:
         return self
@@ -283,11 +288,14 @@ class Writer:
             self.finished = True
             self._close(remove=True)
             return
-        if state is None:
-            self._staging.restore()
+        self._staging.restore()
         self._refuse_existing(resume=resume)
+        if self.finished:
+            self._close(remove=True)
+            return
         if state is None:
             self._staging.clear()
+        self._worth_keeping = state is not None
         self._staging.data.mkdir(exist_ok=True)
         self._shards.open()
         for record in state.ranges if state else ():
@@ -307,6 +315,7 @@ class Writer:
                 self._ranges[shard].add(start, start + nbytes)
                 self._dirty.add(shard)
             self._pending += ranges
+            self._worth_keeping |= bool(ranges)
 
     def _void(self, shard: int, error: OSError) -> None:
         """The kernel lost written data and will not say which: nothing of the shard counts any more."""

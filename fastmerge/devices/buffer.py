@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from dataclasses import dataclass
 
@@ -30,7 +31,8 @@ class Buffer:
     def allocate(cls, nbytes: int) -> Buffer:
         """Ordinary memory of ``nbytes``, not yet touched."""
         memory = mmap.mmap(-1, max(nbytes, 1) + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
         data = np.frombuffer(memory, np.uint8)
         address = (data.ctypes.data + HUGE - 1) & -HUGE
         return cls(data, address, nbytes)

@@ -79,6 +79,7 @@ class Select:
         self._ties = ties
         self._thr, self._cut = thr, cut
         self._models = ranks.shape[1]
+        self._listed: int = min(LISTED, max(1 << 16, 3 * LISTED // max(3, self._models)))
         double = groups[0].double
         self._key = np.uint64 if double else np.uint32
         self._largest = (1 << 63 if double else 1 << 31) - 1
@@ -136,7 +137,7 @@ class Select:
         lists = []
         for i in range(self._models):
             step = self._steps[i]
-            some = slice(offset % step, min(int(used[i]), cap, step * max(1024, int(4 * LISTED * share))), step)
+            some = slice(offset % step, min(int(used[i]), cap, step * max(1024, int(4 * self._listed * share))), step)
             lists.append((keys[i, some].copy(), where[i, some].copy()))
         return Partial(spans, counts, lists)
 
@@ -173,6 +174,7 @@ class Select:
     def _end_sample(self, partials: Sequence[Partial]) -> None:
         rows = np.concatenate([p.spans for p in partials])
         keys = np.concatenate([p.values for p in partials])
+        columns = np.ascontiguousarray(keys.T)
         place = np.full((len(self._groups), 2), -1, np.int64)  # set of tensors with one threshold, place in it
         sets = list(dict.fromkeys(tuple(q.groups) for q in self._queries))
         for n, members in enumerate(sets):
@@ -187,10 +189,10 @@ class Select:
         for n, members in enumerate(sets):
             mine = order[edges[n] : edges[n + 1]]
             lengths = rows[mine, 2]
-            parts = [keys[e - m : e] for e, m in zip(ends[mine].tolist(), lengths.tolist(), strict=True)]
-            some = np.concatenate(parts) if parts else keys[:0]
+            parts = [columns[:, e - m : e] for e, m in zip(ends[mine].tolist(), lengths.tolist(), strict=True)]
+            some = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1) if parts else columns[:, :0]
             for q in queries[members]:
-                column = np.ascontiguousarray(some[:, q.model])
+                column = some[q.model]
                 if len(column) == q.size:
                     self._end_whole(q, column)
                 else:
@@ -201,11 +203,12 @@ class Select:
         """All keys of a query, in tie order."""
         at = int(np.partition(keys, q.size - q.span.k)[q.size - q.span.k])
         missing = q.span.k - int(np.count_nonzero(keys > at))
-        tied = np.flatnonzero(keys == at)
-        ends = np.cumsum(self._numel[q.groups])
-        member = np.searchsorted(ends, tied, side="right")
-        start = (ends - self._numel[q.groups])[member]
-        self._settle(q, at, missing, len(tied), member, (tied - start) // TILE, np.ones(len(tied), np.int64))
+        sizes, tiles = self._numel[q.groups], self._tiles[q.groups]
+        member = np.repeat(np.arange(len(sizes)), tiles)
+        tile = np.arange(len(member)) - (np.cumsum(tiles) - tiles)[member]
+        starts = (np.cumsum(sizes) - sizes)[member] + tile * TILE
+        counts = np.add.reduceat(keys == at, starts, dtype=np.int64)
+        self._settle(q, at, missing, int(counts.sum()), member, tile, counts)
 
     # ---- counting --------------------------------------------------------------------------------------
 
@@ -220,13 +223,13 @@ class Select:
             q.ends, q.expected = bracket(q.span, q.sample, q.spread, q.passes, self._room(q))
             self._lo[q.groups, q.model], self._hi[q.groups, q.model] = q.ends
             expected[q.model] += q.expected
-        self._steps = [max(1, int(-(-e // LISTED))) for e in expected]
+        self._steps = [max(1, int(-(-e // self._listed))) for e in expected]
         groups = np.unique(np.concatenate([q.groups for q in self._queries])).astype(np.int64)
         self._read(np.stack([groups, np.zeros_like(groups), self._numel[groups]], axis=1))
 
     def _room(self, q: _Query) -> int:
         """How many keys a list of this query may safely hold."""
-        return max(512, min(LISTED, q.size // 32))
+        return max(512, min(self._listed, q.size // 32))
 
     def _end_count(self, partials: Sequence[Partial]) -> None:
         read = np.zeros(len(self._groups), np.int64)
