@@ -222,7 +222,8 @@ def test_merging_on_the_cpu_imports_no_torch(recipe, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_merge_says_how_to_go_on_and_does(paths, recipe, tmp_path, number):
     slow = (
-        "import sys, time\nfrom fastmerge import stream, schedule, engine\n"
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from fastmerge import stream, schedule, engine\n"
         "from fastmerge.devices.fake import FakeDevice\n"
         "from fastmerge.families.native import NativeKernels\n"
         "schedule.UNIT_ELEMENTS = 1 << 16\n"

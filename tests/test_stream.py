@@ -178,8 +178,22 @@ def test_a_fault_while_solving_ends_the_run(monkeypatch):
         run(outputs, inputs, [CpuDevice(None), CpuDevice(None)], TILE)
 
 
+@pytest.fixture
+def default_signals():
+    """What a shell gives; a process in the background may have inherited ignored ones."""
+    defaults = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    old = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_stop_gracefully_within_seconds(number):
+def test_signals_stop_gracefully_within_seconds(number, default_signals):
     outputs, inputs, _ = problem([(TILE * 40, "element", 0)])
     slow = [FakeDevice(None, name=f"fake:{i}", latency=0.2) for i in range(2)]
     threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
@@ -192,7 +206,7 @@ def test_signals_stop_gracefully_within_seconds(number):
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
 
 
-def test_ignored_signals_stay_ignored():
+def test_ignored_signals_stay_ignored(default_signals):
     outputs, inputs, expected = problem([(TILE, "element", 0)])
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
