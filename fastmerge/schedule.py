@@ -107,7 +107,8 @@ def schedule(outputs: Sequence[Output], *, workers: int, memory: int | None, who
         BudgetError: if one smallest unit does not fit; the message states the minimum.
     """
     elements = UNIT_ELEMENTS
-    tables = max((_row_tables(o) for o in outputs), default=0)
+    reach = scopes(outputs)
+    tables = max((_row_tables(o) for o, scope in zip(outputs, reach, strict=True) if scope == "row"), default=0)
     if memory is not None and tables > memory:
         raise BudgetError(
             f"--memory {memory} bytes: this recipe works by row, and the sums of its longest tensor's rows alone take "
@@ -116,7 +117,7 @@ def schedule(outputs: Sequence[Output], *, workers: int, memory: int | None, who
     if memory is not None and tables > SPARE:
         memory -= tables
     while True:
-        jobs = tuple(_jobs(outputs, elements, whole=whole))
+        jobs = tuple(_jobs(outputs, reach, elements, whole=whole))
         slot = max((u.nbytes for j in jobs if j.kind == "merge" for u in j.units), default=0)
         if memory is None or slot * workers <= memory:
             return Schedule(jobs, slot, workers, elements)
@@ -128,7 +129,22 @@ def schedule(outputs: Sequence[Output], *, workers: int, memory: int | None, who
     return Schedule(jobs, slot, max(1, memory // slot), elements)
 
 
-def _jobs(outputs: Sequence[Output], elements: int, *, whole: bool) -> Iterator[Job]:
+def scopes(outputs: Sequence[Output]) -> list[str]:
+    """What each result depends on (:meth:`Method.scope`); asked once per set of parameters, which tensors share."""
+    known: dict[tuple[int, ...], str] = {}
+    out = []
+    for o in outputs:
+        if o.method is None or o.group is None:
+            out.append("copy")
+            continue
+        key = (id(o.method), id(o.group.params), *map(id, o.group.models))
+        if key not in known:
+            known[key] = o.method.scope(o.group)
+        out.append(known[key])
+    return out
+
+
+def _jobs(outputs: Sequence[Output], reach: Sequence[str], elements: int, *, whole: bool) -> Iterator[Job]:
     """Jobs in file order; consecutive small tensors of one kind share a unit."""
     number = 0
     bundle: list[int] = []
@@ -148,7 +164,7 @@ def _jobs(outputs: Sequence[Output], elements: int, *, whole: bool) -> Iterator[
         if out.method is None or out.group is None:
             copies.append(position)
             continue
-        scope = "whole" if whole else out.method.scope(out.group)
+        scope = "whole" if whole else reach[position]
         if scope == "model":
             model.append(position)
             continue
@@ -177,9 +193,7 @@ def _jobs(outputs: Sequence[Output], elements: int, *, whole: bool) -> Iterator[
 
 def _row_tables(out: Output) -> int:
     """Bytes that a method by row keeps of a whole tensor between its passes."""
-    if out.method is None or out.group is None or out.method.scope(out.group) != "row":
-        return 0
-    return ROW_BYTES * (out.group.numel // max(1, out.group.row))
+    return ROW_BYTES * (out.group.numel // max(1, out.group.row)) if out.group else 0
 
 
 def _numel(out: Output) -> int:
