@@ -7,7 +7,10 @@ package imports neither: the names below are loaded at first use.
 from typing import TYPE_CHECKING, Any
 
 if __name__ != "fastmerge.kernels":
-    raise ImportError(f"import these kernels as fastmerge.kernels, not as {__name__}")
+    # A checkout on the path must neither give a second copy nor look like the package "kernels" that transformers
+    # asks for: without a path nothing below it can be imported, and without a file it reads as absent.
+    __path__ = []
+    del __file__
 
 if TYPE_CHECKING:
     from fastmerge.kernels.backend import TritonKernels as TritonKernels

@@ -71,10 +71,12 @@ def test_imports_point_one_way(path):
 
 
 def test_kernels_cannot_be_imported_twice():
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import kernels"
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, cwd=ROOT)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import kernels; from kernels import backend"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT)], check=False, capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode
-    assert "fastmerge.kernels" in done.stderr
+    assert "ImportError" in done.stderr
 
 
 @pytest.mark.parametrize("words", [["--help"], ["merge", "--help"], ["methods"], ["methods", "ties"]])
