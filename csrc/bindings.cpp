@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <initializer_list>
 #include <memory>
@@ -246,6 +247,32 @@ void count(const py::array& table, const py::array& ins, int round_code, bool dr
   run(kernels().count, a);
 }
 
+void find_kth(const py::array& table, const py::array& ins, int round_code, bool drop, const py::array& model_index,
+              const py::array& bern, const py::array& ranks, const py::array& thr, const py::array& found) {
+  check_round(round_code);
+  Needs needs;
+  needs.parameters = bern.ndim() == 2 ? bern.shape(0) : 0, needs.base = 1;
+  KthArgs a;
+  a.table = check_table(table, ins, needs);
+  const int64_t n = a.table.inputs - 1, p = needs.parameters;
+  a.round_code = round_code;
+  a.drop = drop;
+  a.model_index = data<int32_t>(model_index, "model_index", {n});
+  a.bern = data<int32_t>(bern, "bern", {p, n});
+  a.ranks = data<int64_t>(ranks, "ranks", {p, n});
+  a.thr = data<uint64_t>(thr, "thr", {p, n}, true);
+  a.found = data<int64_t>(found, "found", {p, n, 4}, true);
+  int64_t longest = 0;
+  for (int64_t s = 0; s < a.table.segments; ++s) {
+    if (a.table[s].e0 != 0) fail_at(s, "expected a whole tensor, e0 is " + std::to_string(a.table[s].e0));
+    longest = std::max(longest, a.table[s].length);
+  }
+  const auto bytes = static_cast<size_t>(kth_scratch(longest, a.table.inputs, a.table.wide()));
+  const std::unique_ptr<void, Freed> scratch(::operator new(bytes, std::align_val_t(64)));
+  a.scratch = scratch.get();
+  run(kth, a);
+}
+
 void l1(const py::array& table, const py::array& ins, int round_code, bool drop, bool trim,
         const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut,
         const py::array& sums) {
@@ -369,6 +396,8 @@ PYBIND11_MODULE(_native, m) {
         arg("bern"), arg("out"));
   m.def("count", count, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("model_index"), arg("bern"),
         arg("lo"), arg("hi"), arg("counts"), arg("keys"), arg("where"), arg("used"));
+  m.def("kth", find_kth, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("model_index"), arg("bern"),
+        arg("ranks"), arg("thr"), arg("found"));
   m.def("l1", l1, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("trim"), arg("model_index"),
         arg("bern"), arg("thr"), arg("cut"), arg("sums"));
   m.def("votes", votes, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("trim"), arg("model_index"),

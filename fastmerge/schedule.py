@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fastmerge.errors import BudgetError
 from fastmerge.methods.base import TILE, Group
@@ -36,8 +36,7 @@ SPARE = 100 << 20
 """What tables may take beside the budget: the law allows 300 MB, and the interpreter takes 60."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(NamedTuple):
     """One piece of work.
 
     Attributes:

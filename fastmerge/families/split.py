@@ -25,7 +25,7 @@ def by_kind(kinds: Sequence[Hashable], build: Callable[[list[int]], Program]) ->
     return SplitProgram([(np.array(m, np.int64), build(m)) for m in members.values()], len(kinds))
 
 
-class SplitProgram:
+class SplitProgram(Program):
     """Runs each piece through the program of its group; programs that are ready wait for the others."""
 
     def __init__(self, parts: Sequence[tuple[I64, Program]], groups: int) -> None:
@@ -65,6 +65,11 @@ class SplitProgram:
             table[:, 5] = self._local[table[:, 5]]
             out.append((n, rows, Segments(table, segments.dtypes, segments.out_dtype, np.zeros(len(rows), np.int64))))
         return out
+
+    def settle(self, segments: Segments) -> None:
+        """Each part with its own tensors."""
+        for n, _, some in self._cut(segments):
+            self._parts[n][1].settle(some)
 
     def statistics(self, segments: Segments) -> list[tuple[int, Any]]:
         """Partial results of the parts that are due.

@@ -153,6 +153,10 @@ class Program(Protocol):
     def ready(self) -> bool:
         """True once :meth:`apply` may be called; False while a statistics pass is due."""
 
+    def settle(self, segments: Segments) -> None:
+        """Takes all data of the groups at once, where it is in memory, to spare passes; does nothing by default."""
+        return
+
     def pieces(self) -> I64 | None:
         """What the due statistics pass reads: None for everything, or ``[K, 3]`` (group, e0, length).
 
