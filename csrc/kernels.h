@@ -123,7 +123,7 @@ struct KthArgs {
   void* scratch;               // kth_scratch() bytes, 64-byte aligned
 };
 // Keys that a query may list.
-constexpr int64_t kth_listed(int64_t length) { return length / 8 + 1024; }
+constexpr int64_t kth_listed(int64_t length) { return length / 16 + 4096; }
 
 struct L1Args {
   Table table;

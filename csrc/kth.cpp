@@ -12,7 +12,7 @@
 namespace fastmerge {
 namespace {
 
-// Elements of a block of the sample, and of the whole sample: enough for the bracket to hold a twentieth.
+// Elements of a block of the sample, and of the whole sample: enough for the bracket to hold one in fifteen.
 constexpr int64_t kPiece = 32, kShare = 64;
 // Half width of a bracket in standard deviations of the sampled rank: one in 16,000 misses.
 constexpr double kSigmas = 4.0;

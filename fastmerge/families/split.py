@@ -44,11 +44,9 @@ class SplitProgram(Program):
 
     def pieces(self) -> I64 | None:
         """What the parts that are due read; None where that is everything."""
+        asked = [(members, program.pieces()) for members, program in self._parts if not program.ready]
         wanted: list[I64] = []
-        for members, program in self._parts:
-            if program.ready:
-                continue
-            pieces = program.pieces()
+        for members, pieces in asked:
             if pieces is None:
                 return None
             moved = pieces.copy()

@@ -22,8 +22,7 @@ class Source(NamedTuple):
     info: TensorInfo
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """One tensor of the result.
 
     Attributes:
