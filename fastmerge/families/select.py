@@ -254,7 +254,7 @@ class Select:
             self._lo[q.groups, q.model], self._hi[q.groups, q.model] = q.ends
             expected[q.model] += q.expected
         self._steps = [max(1, int(-(-e // self._listed))) for e in expected]
-        groups = np.unique(np.concatenate([q.groups for q in self._queries])).astype(np.int64)
+        groups = np.array(sorted({g for q in self._queries for g in q.groups}), np.int64)
         self._read(np.stack([groups, np.zeros_like(groups), self._numel[groups]], axis=1))
 
     def _room(self, q: _Query) -> int:

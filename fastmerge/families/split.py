@@ -57,7 +57,7 @@ class SplitProgram(Program):
     def _cut(self, segments: Segments) -> list[tuple[int, I64, Segments]]:
         owner = self._part[segments.table[:, 5]]
         out = []
-        for n in np.unique(owner).tolist():
+        for n in np.flatnonzero(np.bincount(owner)).tolist():
             rows = np.flatnonzero(owner == n)
             table = segments.table[rows]
             table[:, 5] = self._local[table[:, 5]]

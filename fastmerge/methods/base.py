@@ -155,10 +155,11 @@ class Program(Protocol):
         return
 
     def pieces(self) -> I64 | None:
-        """Plans the due statistics pass; asked once before it. What it reads: None for everything, or ``[K, 3]`` (group, e0, length).
+        """Plans the due statistics pass; asked once before it.
 
-        A piece longer than a tile starts at a tile and may be cut further at tiles; shorter ones (samples)
-        start anywhere and stay whole.
+        Returns:
+            What it reads: None for everything, or ``[K, 3]`` (group, e0, length). A piece longer than a tile starts
+            at a tile and may be cut further at tiles; shorter ones (samples) start anywhere and stay whole.
         """
 
     def statistics(self, segments: Segments) -> Any:
