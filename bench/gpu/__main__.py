@@ -2,7 +2,7 @@
 
     make gpu                                       # all parts, at most 540 seconds
     make gpu                                       # the same again continues where that stopped or was killed
-    make gpu PARTS="build kernels" BUDGET=3000 WHEELS=dir
+    make gpu PARTS="build kernels" BUDGET=3000 WHEELS=dir      # parts are gathered in one table
     python -m bench.gpu --dry                      # toy sizes on the CPU: does the code run?
 
 Nothing comes from a network: the machine's own Python and packages are used, and WHEELS may supply what is missing.
@@ -16,7 +16,6 @@ usage, 3 the budget is spent: run the same command again.
 from __future__ import annotations
 
 import argparse
-import platform
 import signal
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from pathlib import Path
 from bench.gpu import runner, table
 from bench.gpu.bars import judge
 from bench.gpu.machine import facts
-from bench.gpu.plan import PARTS, ROOT, Context
+from bench.gpu.plan import PARTS, ROOT, Context, items
 from bench.gpu.state import State
 
 
@@ -37,7 +36,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", default="", help=f"some of: {' '.join(PARTS)} [all, in this order]")
     parser.add_argument("--budget", type=float, default=540, help="seconds, after which no item begins [540]")
     parser.add_argument("--wheels", help="folder of wheels for packages that are missing")
-    parser.add_argument("--data", type=Path, default=cache / "data", help="models and outputs [.cache/gpu/data]")
+    parser.add_argument("--cache", type=Path, default=cache, help="packages, build, models, outputs [.cache/gpu]")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="[bench/results]")
     parser.add_argument("--commit", help="what the tree is, where it is a copy without history")
     parser.add_argument("--fresh", action="store_true", help="begin a new run, whatever is unfinished")
@@ -45,23 +44,27 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU, in Triton's interpreter")
     args = parser.parse_args(words)
     args.parts = args.parts.split() or list(PARTS)
-    unknown = [p for p in args.parts if p not in PARTS]
-    if unknown:
-        parser.error(f"unknown parts: {' '.join(unknown)}; there are {' '.join(PARTS)}")
+    wrong = [p for p in args.parts if p not in PARTS]
+    if wrong:
+        parser.error(f"unknown parts: {' '.join(wrong)}; there are {' '.join(PARTS)}")
     args.parts = [p for p in PARTS if p in args.parts]
     return args
+
+
+def unknown(context: Context, state: State) -> str:
+    """What the run has no result of, part by part; a run without any is finished."""
+    missing = {p: sum(state.entry(p, i.name) is None for i in items(p, context)) for p in PARTS}
+    return ", ".join(f"{part} ({count})" for part, count in missing.items() if count)
 
 
 def main(words: list[str] | None = None) -> int:
     """Runs what is left, writes the table, says what comes next."""
     args = arguments(words)
-    if sys.version_info < (3, 10):
-        print(f"make gpu: needs Python 3.10 or newer, this is {platform.python_version()}")
-        return 2
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     wheels = str(Path(args.wheels).resolve()) if args.wheels else None
-    context = Context(args.dry, wheels, str(args.data.resolve()), str(args.data.resolve().parent))
+    context = Context(args.dry, wheels, str(args.cache.resolve()))
     context.site.mkdir(parents=True, exist_ok=True)
+    sys.path.append(str(context.site))
     about = facts(context, commit=args.commit)
     if "no_gpu" in about:
         print(f"make gpu: no usable GPU here: {about['no_gpu']}")
@@ -69,13 +72,17 @@ def main(words: list[str] | None = None) -> int:
     state = State.open(args.results, about, fresh=args.fresh)
     print(f"{state.path}: {about.get('gpu')}, driver {about.get('driver')}, torch {about['torch']}")
     left = runner.run(args.parts, context, state, budget=args.budget, retry=args.retry)
-    table.write(state, str(left))
+    rest = unknown(context, state)
+    table.write(state, rest)
     verdicts = judge(state)
     for row in verdicts:
         print(f"{row['verdict']:8} {row['bar']}: {table.cell(row['measured'])}, required {row['required']}")
     print(f"table: {state.path.with_suffix('.md')}")
-    if left.items:
-        print(f"stopped with {left} left to run; the same command continues")
+    if rest:
+        print(
+            f"not run yet: {rest}; " + ("the same command continues" if left else "PARTS chooses, FRESH=1 begins anew")
+        )
+    if left:
         return 3
     failed = any(e["status"] == "failed" for part in state.results.values() for e in part.values())
     return int(failed or any(row["verdict"] == "fail" for row in verdicts))

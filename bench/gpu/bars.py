@@ -71,7 +71,7 @@ def _numbers(state: State, bar: Bar) -> dict[str, Any]:
     worst: Callable[..., float] = max if bar.most is not None else min
     least, most = bar.least, bar.most
     required = f"<= {most}" if most is not None else f">= {least}"
-    out = {"bar": bar.text, "measured": None, "required": required, "verdict": "not run"}
+    out: dict[str, Any] = {"bar": bar.text, "measured": None, "required": required, "verdict": "not run"}
     if values:
         measured = worst(values.values())
         met = measured <= most if most is not None else least is not None and measured >= least

@@ -42,7 +42,8 @@ def packages(context: Context) -> Row:
     wanted = [w for w in wheels if canonical(w.name.split("-")[0]) not in there]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile",
            "--disable-pip-version-check", "--upgrade", "--target", str(context.site)]  # fmt: skip
-    installed, refused = [], []
+    installed: list[str] = []
+    refused: list[str] = []
     for wheel in wanted:  # one by one: a wheel for another Python is no reason to lack the others
         done = subprocess.run([*pip, str(wheel)], capture_output=True, text=True, check=False)
         (refused if done.returncode else installed).append(wheel.name)

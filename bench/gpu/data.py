@@ -1,6 +1,6 @@
 """Tensors to measure on, drawn on the device: a base and its fine-tunes in bf16.
 
-How many deltas are equal decides how hard a selection is, and how often counters and ties meet. So there are four kinds:
+How many deltas are equal decides how hard a selection is, and how often counters and ties meet: so four kinds.
 
 - ``random``: heavy-tailed deltas as large as the weights; hardly any two are equal;
 - ``lattice``: what bf16 makes of a fine-tune: updates of sd 2e-4 on weights of sd 0.02, half of the deltas zero, the
@@ -35,7 +35,7 @@ class Family:
     @property
     def n(self) -> int:
         """Elements of each."""
-        return self.base.numel()
+        return int(self.base.numel())
 
 
 def family(device: str, n: int, models: int, kind: str = "lattice", seed: int = 0) -> Family:

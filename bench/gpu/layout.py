@@ -41,7 +41,7 @@ def arenas(bench: Bench, cuts: Sequence[int]) -> Family:
 
 
 def batch(bench: Bench, what: str) -> Row:
-    """Device time of one call over all tensors, and of one over a single tensor of as many bytes; ``times``: their ratio."""
+    """Device time of one call over all tensors, and of one over a single tensor of as many bytes."""
     from fastmerge.kernels import TritonKernels
 
     cuts = lengths(small=bench.device == "cpu")

@@ -84,29 +84,31 @@ def same_bytes(context: Context, method: str) -> Row:
         AssertionError: the hashes differ.
     """
     body = recipe(method, family(context, SMALL))
-    found = {}
+    found: dict[str, str] = {}
     for name in DEVICES:
-        with_output(context, body, device(context, name), lambda out, name=name: found.update({name: digest(out)}))  # type: ignore[misc]
+        _, _, found[name] = merge(context, body, device(context, name), look=digest)
     if len(set(found.values())) != 1:
         raise AssertionError("different bytes: " + ", ".join(f"{k} {v[:12]}" for k, v in found.items()))
     return {"sha256": next(iter(found.values()))[:16], "devices": " = ".join(found)}
 
 
-def with_output(context: Context, body: Any, where: str, look: Callable[[Path], object]) -> tuple[float, Any]:
-    """Merges into a fresh directory, looks at it, removes it; seconds and report of the merge."""
+def merge(
+    context: Context, body: Any, where: str, *, look: Callable[[Path], str] | None = None
+) -> tuple[float, Any, str]:
+    """Merges into a fresh directory, looks at it, removes it: seconds and report of the merge, and what was seen."""
     import fastmerge
 
-    out = Path(context.data) / "out"
+    out = context.data / "out"
     shutil.rmtree(out, ignore_errors=True)
     try:
         start = time.perf_counter()
         report = fastmerge.merge(body, out, device=where)
         took = time.perf_counter() - start
-        look(out)
+        seen = look(out) if look is not None else ""
     finally:
         shutil.rmtree(out, ignore_errors=True)
     os.sync()  # removed pages are not to be written meanwhile
-    return took, report
+    return took, report, seen
 
 
 def digest(directory: Path) -> str:
@@ -131,10 +133,10 @@ def speed(context: Context, method: str, where: str, state: str) -> Row:
     report: Any = None
     for count in range(1 if context.dry else -1, RUNS):
         prepare(files, state)
-        took, report = with_output(context, body, device(context, where), lambda out: None)
+        took, report, _ = merge(context, body, device(context, where))
         if state == "cold":
             prepare(files, state)
-        probes = {"read": read_files(files), "write": write_file(Path(context.data) / "zeros", out_bytes)}
+        probes = {"read": read_files(files), "write": write_file(context.data / "zeros", out_bytes)}
         probes |= bus(read, out_bytes) if gpu else {"to device": 0.0, "from device": 0.0}
         if count >= 0:  # the first one compiles and allocates
             for name, value in {"merge": took, **probes}.items():
@@ -157,7 +159,7 @@ def process(context: Context, body: Any, where: str) -> float:
     """Seconds of the command line, from start to exit."""
     from bench.recipes import write
 
-    out, path = Path(context.data) / "out", write(body, Path(context.data) / "recipe.yml")
+    out, path = context.data / "out", write(body, context.data / "recipe.yml")
     shutil.rmtree(out, ignore_errors=True)
     words = [sys.executable, "-m", "fastmerge", "merge", str(path), str(out), "--device", where, "--quiet"]
     start = time.perf_counter()

@@ -83,7 +83,7 @@ def compare(bench: Bench, method: str, peer: Callable[[Bench, str], Callable[...
     }
 
 
-def eager(bench: Bench, method: str) -> Callable[..., Any]:
+def eager(_: Bench, method: str) -> Callable[..., Any]:
     """Torch as it is."""
     return MERGES[method]
 
@@ -98,7 +98,7 @@ def compiled(bench: Bench, method: str) -> Callable[..., Any]:
     return made
 
 
-def mergekit(bench: Bench, method: str) -> Callable[..., Any]:
+def mergekit(_: Bench, method: str) -> Callable[..., Any]:
     """Mergekit's own functions on the same tensors.
 
     Raises:

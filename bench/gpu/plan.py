@@ -38,19 +38,22 @@ class Context:
     Attributes:
         dry: toy sizes on the CPU, in Triton's interpreter: proves that the code runs, measures nothing.
         wheels: folder of wheels for packages that the machine lacks.
-        data: where generated models and merged outputs go.
-        cache: where packages and the build go.
+        cache: where packages, the build, generated models and merged outputs go.
     """
 
     dry: bool
     wheels: str | None
-    data: str
     cache: str
 
     @property
     def site(self) -> Path:
         """Where missing packages are installed, one folder per Python."""
         return Path(self.cache) / f"site-{platform.python_version()}"
+
+    @property
+    def data(self) -> Path:
+        """Where generated models and merged outputs go."""
+        return Path(self.cache) / "data"
 
     def environment(self) -> dict[str, str]:
         """The environment of every process of the run."""

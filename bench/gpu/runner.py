@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from bench.gpu.plan import ROOT, Context, Item, items
@@ -83,17 +82,6 @@ class Worker:
         self._process.wait()
 
 
-@dataclass(frozen=True, slots=True)
-class Left:
-    """Items that a run did not come to, by part."""
-
-    items: Sequence[tuple[str, str]]
-
-    def __str__(self) -> str:
-        parts = dict.fromkeys(part for part, _ in self.items)
-        return ", ".join(f"{part} ({sum(p == part for p, _ in self.items)})" for part in parts)
-
-
 def run(
     parts: Sequence[str],
     context: Context,
@@ -102,8 +90,8 @@ def run(
     budget: float,
     retry: bool = False,
     say: Callable[[str], None] = print,
-) -> Left:
-    """Runs what is left of the parts.
+) -> int:
+    """Runs what is left of the parts; how many items it did not come to.
 
     Args:
         parts: names, in order.
@@ -114,23 +102,23 @@ def run(
         say: takes progress lines.
     """
     deadline = time.monotonic() + budget
-    left: list[tuple[str, str]] = []
+    left = 0
     worker: Worker | None = None
     try:
-        for part, item in [(p, i) for p in parts for i in items(p, context)]:
+        for part, item in ((p, i) for p in parts for i in items(p, context)):
             known = state.entry(part, item.name)
             if known is not None and not (retry and known["status"] == "failed"):
                 continue
             remaining = deadline - time.monotonic()
             if left or remaining < item.needs:
-                left.append((part, item.name))
+                left += 1
                 continue
             say(f"{part}: {item.name}")
             if worker is None or not worker.alive:
                 worker = Worker(context)
             found = worker.perform(part, item, min(item.limit, remaining))
             if found is None and remaining < item.limit:
-                left.append((part, item.name))
+                left += 1
                 continue
             entry = found or {"status": "failed", "reason": f"took longer than {item.limit:.0f} s"}
             say(f"    {line(entry)}")
@@ -138,7 +126,7 @@ def run(
     finally:
         if worker is not None:
             worker.stop()
-    return Left(left)
+    return left
 
 
 def line(entry: dict[str, Any]) -> str:

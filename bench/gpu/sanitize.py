@@ -6,6 +6,7 @@ caching allocator is switched off, so that every tensor is an allocation of its 
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ def items(context: Context) -> Sequence[Item]:
     """Both tools over the extension, memcheck over Triton."""
     work = [(tool, "extension") for tool in TOOLS] + [("memcheck", "triton")]
     return [
-        Item(f"{tool} {what}", lambda t=tool, w=what: check(t, w, context), needs=40, limit=240)  # type: ignore[misc]
+        Item(f"{tool} {what}", functools.partial(check, tool, what, context), needs=40, limit=240)
         for tool, what in work
     ]
 

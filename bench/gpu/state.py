@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.gpu.plan import ROOT
 
-SOURCES = ("csrc", "fastmerge", "kernels", "bench/gpu", "tests/kernels", "CMakeLists.txt")
+SOURCES = ("csrc", "fastmerge", "kernels", "bench", "tests", "CMakeLists.txt")
 
 IDENTITY = ("sources", "gpu", "driver", "python", "torch", "triton", "dry")
 """Facts that a resumed run must share with what it continues."""

@@ -27,11 +27,11 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def rows_of(part: str, results: Mapping[str, Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+def rows_of(results: Mapping[str, Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
     """The rows of a part in groups that share their columns, and what could not run."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for name, entry in results.items():
-        row = {part: name}
+        row = {"item": name}
         row |= entry["row"] if entry["status"] == "ok" else {"status": entry["status"], "reason": entry["reason"]}
         groups.setdefault(tuple(row), []).append({**row, "s": entry.get("seconds")})
     return list(groups.values())
@@ -50,14 +50,14 @@ def page(state: State, left: str) -> str:
     if facts["dry"]:
         lines += ["A dry run: toy sizes on the CPU. Nothing here is a measurement.", ""]
     if left:
-        lines += [f"Left to run: {left}; the same command continues.", ""]
+        lines += [f"Not run yet: {left}.", ""]
     lines += [f"- {name}: {cell(facts[name])}" for name in FACTS if facts.get(name) is not None]
     lines += ["", "## Required", "", markdown(judge(state))]
     for part, about in PARTS.items():
         results = state.results.get(part)
         if results:
             lines += ["", f"## {part}: {about}"]
-            for rows in rows_of(part, results):
+            for rows in rows_of(results):
                 lines += ["", markdown(rows)]
     return "\n".join(lines) + "\n"
 

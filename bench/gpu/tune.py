@@ -5,6 +5,7 @@ Results do not depend on it. The shipped entry is named; ``best`` is the fastest
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,7 +31,7 @@ def items(context: Context) -> Sequence[Item]:
     bench = Bench.of(dry=context.dry)
     models = (2,) if context.dry else MODELS
     return [
-        Item(f"{name} N={n}", lambda name=name, n=n: compare(bench, name, n), needs=20, limit=120)  # type: ignore[misc]
+        Item(f"{name} N={n}", functools.partial(compare, bench, name, n), needs=20, limit=120)
         for name in CASES
         for n in models
     ]

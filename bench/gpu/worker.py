@@ -1,7 +1,7 @@
 """Runs items when asked, in a process of its own: ``python -m bench.gpu.worker CONTEXT``.
 
-Part and name of an item come by standard input, one a line; one line of JSON answers each. What items print goes to standard
-error. After a failure the process ends: a CUDA error leaves a context in which nothing works any more.
+Part and name of an item come by standard input, one a line; one line of JSON answers each. What items print goes to
+standard error. After a failure the process ends: a CUDA error leaves a context in which nothing works any more.
 """
 
 from __future__ import annotations
