@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch", reason="the GPU benches need torch")
 pytest.importorskip("triton", reason="the GPU benches need triton")
 
-from bench.gpu import bars, runner, sanitize, table
+from bench.gpu import bars, runner, sanitize, table, timing
 from bench.gpu.build import packages
 from bench.gpu.plan import PARTS, Absent, Context, Item, items
 from bench.gpu.state import IDENTITY, State
@@ -190,6 +190,72 @@ def test_what_the_sanitizer_says(tmp_path, monkeypatch, printed, status, want):
     else:
         with pytest.raises(want):
             sanitize.check("memcheck", "extension", context(tmp_path))
+
+
+def test_the_device_is_busy_until_the_host_has_issued(monkeypatch):
+    """The CUDA half of the timer, on a clock of our own: a host that takes 2 ms to issue 5 ms of work."""
+    torch = pytest.importorskip("torch")
+    now = {"host": 0.0, "device": 0.0, "slept": []}
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now["device"] = max(now["device"], now["host"])
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.at - self.at)
+
+    def synchronize():
+        now["host"] = now["device"] = max(now["device"], now["host"])
+
+    def sleep(cycles):
+        now["slept"].append(cycles / timing.CYCLES)
+        now["device"] += cycles / timing.CYCLES
+
+    def work():
+        now["host"] += 2e-3
+        now["device"] = max(now["device"], now["host"]) + 5e-3
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now["host"])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    found = timing.Bench("cuda:0", 1 << 20, 4).alternate({"one": work, "two": work})
+    assert found["one"].median == pytest.approx(5e-3)
+    assert found["two"].most == pytest.approx(5e-3)
+    assert len(now["slept"]) == 2 * (4 + 2)
+    assert now["slept"][-1] == pytest.approx(3 * 2e-3 + 2e-4)
+
+
+def test_instructions_are_counted_in_machine_code():
+    """As on a GPU, but for the launch: what is compiled for sm_90 agrees with the committed table."""
+    code = """
+import json, os, torch
+os.environ.pop("TRITON_INTERPRET", None)
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from tests.kernels.aot import TABLE, Driver
+driver.set_active(Driver(90))
+inner = JITFunction.run
+JITFunction.run = lambda self, *a, grid, warmup, **k: inner(self, *a, grid=grid, warmup=True, **k)
+from bench.gpu import calls, issue
+from bench.gpu.data import family
+from bench.gpu.spin import spin_kernel
+from fastmerge.kernels.backend import TritonKernels
+kernels = object.__new__(TritonKernels)
+kernels.device = torch.device("cpu")
+found = issue.per_element(calls.combine(kernels, family("cpu", 65_536, 2), delta=False), "combine")
+table = json.loads(TABLE.read_text())["per_element"]["combine bf16+bf16 to bf16 plain"]
+assert abs(found - table) <= 0.03 * table + 0.1, (found, table)
+spin = spin_kernel[(4,)](torch.zeros(4096, dtype=torch.int32), issue.TRIPS, BLOCK=issue.BLOCK, num_warps=issue.WARPS)
+each = issue.executed(issue.machine_code(spin.asm["cubin"]), issue.TRIPS)
+assert 1.0 <= each / (issue.TRIPS * 64 * 2 * issue.BLOCK / (32 * issue.WARPS)) < 1.02, each
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_wheels_supply_what_is_missing(tmp_path):

@@ -20,8 +20,9 @@ POOL = 1 << 26
 
 
 def lengths(*, small: bool) -> list[int]:
-    """Elements of the tensors of Llama 3 8B, in the order of the modules: 291 of them; or of a tiny one."""
-    return [math.prod(s) for s in shapes(SIZES["tiny" if small else "8b"]).values()]
+    """Elements of the 291 tensors of Llama 3 8B, in the order of the modules; or of the first of a tiny one."""
+    sizes = [math.prod(s) for s in shapes(SIZES["tiny" if small else "8b"]).values()]
+    return sizes[:6] if small else sizes
 
 
 def arenas(bench: Bench, cuts: Sequence[int]) -> Family:

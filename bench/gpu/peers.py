@@ -72,7 +72,7 @@ def compare(bench: Bench, method: str, peer: Callable[[Bench, str], Callable[...
     probes = Probes(bench)
     copy = 2 * probes.nbytes / bench.alternate({"copy": probes.copy}, runs=min(bench.runs, 5))["copy"].median
     found = bench.wall({"fastmerge": mine, "peer": other}, runs=min(bench.runs, 5))
-    apart = float((mine().float() - other().float()).abs().max())
+    apart = float((mine().float() - other().to(bench.device).float()).abs().max())  # mergekit may answer on the CPU
     moved = 2.0 * inputs[0].numel() * (len(inputs) + 1)
     return {
         "times faster": ratio(found["peer"].median, found["fastmerge"].median),
