@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -40,15 +39,14 @@ def rate(bench: Bench, experts: int, what: str) -> Row:
     call = entry()
     n = bench.elements(experts + 1)
     x = torch.randn(n, device=bench.device, dtype=torch.float32).to(torch.bfloat16)
-    words: dict[str, Any] = {"noise": 0.0 if what == "clean" else 1e-4, "mode": "absolute", "name": "w"}
-    known = inspect.signature(call).parameters
-    if "first_clean" in known:
-        words["first_clean"] = False
-    if "out" in known:
-        room = torch.empty((experts, n), dtype=torch.bfloat16, device=bench.device)
-        words["out"] = room if "Tensor" in str(known["out"].annotation).split("[")[0] else list(room)
+    room = torch.empty((experts, n), dtype=torch.bfloat16, device=bench.device)
+    noise = 0.0 if what == "clean" else 1e-4
+
+    def work() -> object:
+        return call(x, experts, noise=noise, mode="absolute", name="w", first_clean=False, out=room)
+
     probes = Probes(bench)
-    found = bench.alternate({"fill": probes.fill, "replicate": lambda: call(x, experts, **words)})
+    found = bench.alternate({"fill": probes.fill, "replicate": work})
     write = probes.nbytes / found["fill"].median
     took = found["replicate"].median
     moved = 2.0 * n * (experts + 1)
