@@ -276,20 +276,11 @@ class Runner:
             return
         host = self._store.load(job, unit, buffer)
         t1 = time.perf_counter()
-        segments = device.upload(host)
+        partial = device.run(lambda: self._compute(task, device, host))
+        t2 = t3 = time.perf_counter()
         if task.phase == "statistics":
-            assert task.running.program is not None
-            partial = task.running.program.statistics(segments)
-            t2 = t3 = time.perf_counter()
             self._queue.deposit(task, partial)
         else:
-            program = task.running.program or self._make(job, device)
-            while not program.ready:
-                pieces = program.pieces()
-                program.advance([program.statistics(segments if pieces is None else cut(segments, pieces))])
-            program.apply(segments)
-            device.download(segments, host)
-            t2 = time.perf_counter()
             self._store.store(unit, host)
             t3 = time.perf_counter()
         sizes = np.array([d.size for d in host.dtypes], np.int64)
@@ -303,6 +294,20 @@ class Runner:
             bytes_written=written,
             units=1,
         )
+
+    def _compute(self, task: _Task, device: Device, host: Segments) -> Any:
+        """What the device does for a task; gives the partial result of a statistics pass."""
+        segments = device.upload(host)
+        if task.phase == "statistics":
+            assert task.running.program is not None
+            return task.running.program.statistics(segments)
+        program = task.running.program or self._make(task.running.job, device)
+        while not program.ready:
+            pieces = program.pieces()
+            program.advance([program.statistics(segments if pieces is None else cut(segments, pieces))])
+        program.apply(segments)
+        device.download(segments, host)
+        return None
 
 
 class _signals:  # noqa: N801  a context manager used like a function

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastmerge.devices.buffer import Buffer
 from fastmerge.methods.base import Segments
+
+T = TypeVar("T")
 
 
 def cores() -> int:
@@ -25,6 +28,10 @@ class CpuDevice:
     def allocate(self, nbytes: int) -> Buffer:
         """Ordinary memory."""
         return Buffer.allocate(nbytes)
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Once: the CPU has nothing to make room of."""
+        return work()
 
     def upload(self, host: Segments) -> Segments:
         """Nothing to move."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fastmerge.devices.buffer import Buffer
 from fastmerge.errors import FastMergeError
 from fastmerge.methods.base import HEADER, Segments
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -43,6 +46,10 @@ class FakeDevice:
         buffer = Buffer.allocate(nbytes)
         buffer.data[:] = 0xDD
         return buffer
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Once."""
+        return work()
 
     def _pause(self) -> None:
         if self.latency:

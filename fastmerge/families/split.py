@@ -85,6 +85,9 @@ class SplitProgram:
     def apply(self, segments: Segments) -> None:
         """Each piece through its part."""
         for n, rows, some in self._cut(segments):
+            counted = len(segments.nonfinite) > 0
+            if counted:  # these may be on a device, and then so are the part's own
+                some.nonfinite = segments.nonfinite[rows]
             self._parts[n][1].apply(some)
-            if len(segments.nonfinite):
-                segments.nonfinite[rows] += some.nonfinite
+            if counted:
+                segments.nonfinite[rows] = some.nonfinite

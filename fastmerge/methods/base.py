@@ -130,6 +130,8 @@ class Segments:
     (bits), 5 index of the group, 6 scratch for the family, 7.. one input address per model, base first.
     All rows share the input types, the output type and the number of inputs. A piece starts at a multiple
     of the tile, or of the row for methods that work by row, unless a program asked for it otherwise.
+    Kernels add their non-finite outputs to ``nonfinite`` ``[S]``, which is empty where nobody asks; on a GPU it is a
+    tensor of the device, so that counting does not wait.
     """
 
     table: I64
