@@ -61,11 +61,11 @@ class CudaStreams:
 
         self._torch = torch
         self._device = torch.device("cuda", index)
-        self._arrive, self.compute, self._leave = (torch.cuda.Stream(self._device) for _ in range(3))
+        self._arrive, self._compute, self._leave = (torch.cuda.Stream(self._device) for _ in range(3))
 
     def enter(self) -> None:
         """Sets the calling thread's device and stream."""
-        self._torch.cuda.set_stream(self.compute)
+        self._torch.cuda.set_stream(self._compute)
 
     def free(self) -> int:
         """What the driver has, and what torch keeps of freed tensors."""
@@ -78,7 +78,7 @@ class CudaStreams:
         cuda = self._torch.cuda
         cuda.empty_cache()  # one large block does not fit between cached ones
         block = self._torch.empty(nbytes, dtype=self._torch.uint8, device=self._device)
-        for stream in (self._arrive, self.compute, self._leave):
+        for stream in (self._arrive, self._compute, self._leave):
             stream.wait_stream(cuda.current_stream(self._device))
         return block
 
@@ -106,18 +106,17 @@ class CudaStreams:
     def arrive(self, there: torch.Tensor, here: torch.Tensor) -> None:
         """Asynchronous copies, and an event on which the thread sleeps.
 
-        The thread and not only ``compute`` waits: kernels that wait in the shared stream would hold up those of
+        The thread waits in the place of ``compute``: what waits in the shared stream would hold up the kernels of
         other workers, whose data is there already.
         """
         with self._torch.cuda.stream(self._arrive):
             _copy(there, here)
             done = self._event()
-        self.compute.wait_event(done)
         done.synchronize()
 
     def leave(self, here: torch.Tensor, there: torch.Tensor, counters: torch.Tensor) -> npt.NDArray[np.int64]:
         """The same the other way; the counters land in pinned memory of torch's."""
-        self._leave.wait_stream(self.compute)
+        self._leave.wait_stream(self._compute)
         with self._torch.cuda.stream(self._leave):
             _copy(here, there)
             landed = self._torch.empty_like(counters, device="cpu", pin_memory=True)
@@ -135,7 +134,7 @@ class CudaStreams:
 
     def settle(self) -> None:
         """Waits for the three streams and empties the cache."""
-        for stream in (self._arrive, self.compute, self._leave):
+        for stream in (self._arrive, self._compute, self._leave):
             stream.synchronize()
         self._torch.cuda.empty_cache()
 
