@@ -91,10 +91,11 @@ class CudaStreams:
 
         Runs in a thread of its own, because an error of the runtime stays with the thread.
         """
+        runtime = self._torch.cuda.cudart()
         with self._torch.cuda.device(self._device):
-            code = self._torch.cuda.cudart().cudaHostRegister(buffer.address, buffer.nbytes, 1)
-        if int(code):
-            raise NoRoom(f"{buffer.nbytes} bytes of host memory cannot be page-locked (CUDA error {int(code)})")
+            code = runtime.cudaHostRegister(buffer.address, buffer.nbytes, 1)
+        if code != runtime.cudaError.success:
+            raise NoRoom(f"{buffer.nbytes} bytes of host memory cannot be page-locked ({code})")
         offset = buffer.address - buffer.data.ctypes.data
         return self._torch.from_numpy(buffer.data[offset : offset + buffer.nbytes])
 

@@ -166,9 +166,8 @@ def inspect(name: str, constants: dict, kernel, arch: int) -> Found:
 
 def launches(only: str):
     """Calls every launcher of interest on the kernels of one (fake) device."""
-    import torch
-
     import numpy as np
+    import torch
 
     from tests.kernels.cases import Case
 
