@@ -61,7 +61,7 @@ def bench_kernels(*, runs: int = 5) -> list[Row]:
 
 
 def _merge(method: type[Method], group: Group, kernels: Any, segments: Segments) -> None:
-    compute(method.program([group], kernels), segments)
+    compute(method.program([group], kernels), segments, segments, kernels)
 
 
 def _median(work: Callable[[], None], runs: int) -> float:

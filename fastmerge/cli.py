@@ -56,8 +56,9 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--shard-size", default="5GB", show_default=True, help="Largest output file, in bytes."),
         click.option("--seed", type=int, help="Seed of the random methods.  [default: the recipe's, else 0]"),
         click.option("--memory", help="Budget for data in flight, e.g. 8GB.  [default: 8GB or half of what is free]"),
+        click.option("--max-vram", help="Budget for slots on each GPU, e.g. 16GB.  [default: a third of what is free]"),
         click.option("--backend", type=click.Choice(["auto", "native", "triton", "reference"]), help="What computes."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, or cuda:0,cuda:1."),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, or cuda:0,cuda:1."),
     ):
         command = option(command)
     return command
@@ -80,6 +81,7 @@ def merge(
     shard_size: str,
     seed: int | None,
     memory: str | None,
+    max_vram: str | None,
     backend: str | None,
     device: str,
     resume: bool,
@@ -96,7 +98,9 @@ def merge(
 
     planned = engine.plan(recipe, seed=seed, shard_size=shard_size)
     if dry_run:
-        _show_plan(planned, memory, device, backend, as_json=log_format == "json")
+        _show_plan(
+            planned, as_json=log_format == "json", memory=memory, max_vram=max_vram, device=device, backend=backend
+        )
         return
     display = None if quiet else (_json_lines if log_format == "json" else _progress)
     report = engine.merge(
@@ -104,6 +108,7 @@ def merge(
         out,
         device=device,
         memory=memory,
+        max_vram=max_vram,
         backend=backend,
         resume=resume,
         overwrite=overwrite,
@@ -163,19 +168,18 @@ def _json_lines(planned: Plan) -> Iterator[Callable[[Stats], None]]:
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False))
 @_shared
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plan(
-    recipe: str, shard_size: str, seed: int | None, memory: str | None, backend: str | None, device: str, as_json: bool
-) -> None:
+def plan(recipe: str, shard_size: str, seed: int | None, as_json: bool, **where: str | None) -> None:
     """Show what merging RECIPE would do: bytes, memory, bottleneck, time. Reads headers only."""
     from fastmerge import engine
 
-    _show_plan(engine.plan(recipe, seed=seed, shard_size=shard_size), memory, device, backend, as_json=as_json)
+    _show_plan(engine.plan(recipe, seed=seed, shard_size=shard_size), as_json=as_json, **where)
 
 
-def _show_plan(planned: Plan, memory: str | None, device: str, backend: str | None, *, as_json: bool) -> None:
+def _show_plan(planned: Plan, *, as_json: bool, **where: Any) -> None:
+    """Prints the plan and its estimate; ``where`` is --device, --backend, --memory and --max-vram."""
     from fastmerge.estimate import estimate
 
-    facts = {**planned.summary(), **estimate(planned, memory=memory, device=device, backend=backend)}
+    facts = {**planned.summary(), **estimate(planned, **where)}
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return

@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastmerge.devices import CpuDevice, Device, cores
@@ -27,6 +30,9 @@ WAITING = 2
 
 BACKENDS = ("native", "triton", "reference")
 
+OLDEST = (8, 0)
+"""Compute capability from which on GPUs are supported."""
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -35,10 +41,12 @@ class Backend:
     Attributes:
         name: ``native`` (C++ on CPU cores), ``triton`` (GPU) or ``reference`` (plain torch).
         kernels: the object with the kernel functions; None for the reference.
+        gpus: the GPUs that it runs on, one number per logical device; empty for CPU cores.
     """
 
     name: str
     kernels: Any
+    gpus: tuple[int, ...] = ()
 
     @property
     def whole(self) -> bool:
@@ -55,29 +63,95 @@ def native_reason() -> str | None:
     return None
 
 
+def host_kernels() -> Any:
+    """The native backend's kernels; None where it cannot be used."""
+    if native_reason():
+        return None
+    from fastmerge.families.native import NativeKernels
+
+    return NativeKernels()
+
+
 def torch_reason() -> str | None:
     """Why torch cannot be used; None if it is installed. Does not import it."""
     found = importlib.util.find_spec("torch") is not None
     return None if found else "torch is not installed; pip install 'fastmerge[torch]'"
 
 
+def driver_reason() -> str | None:
+    """Why GPUs are out of the question; None where torch has to be asked. Imports nothing heavy."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver is installed (libcuda.so.1 was not found)"
+    if torch_reason():
+        return torch_reason()
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'fastmerge[gpu]'"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 keeps the kernels in Triton's interpreter, on the CPU"
+    return None
+
+
 def cuda_reason() -> str | None:
-    """Why no CUDA device can be used; None if one can."""
-    reason = torch_reason()
+    """Why no GPU can be used; None if torch sees one. Imports torch where there is a driver."""
+    reason = driver_reason()
     if reason:
         return reason
     import torch
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no usable device or driver"
-    return "streaming through GPUs is not part of this release; merges run on the CPU"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # no device, a driver that is too old, a forked process
+        return f"torch {torch.__version__} (CUDA {torch.version.cuda}): {_line(error)}"
+    return None
 
 
 @functools.cache
-def _fallback(reason: str) -> None:
-    log.info("native backend not used: %s; falling back to the reference", reason)
+def gpu_reason(index: int) -> str | None:
+    """Why GPU ``index`` cannot be used where others can; None if it can: one small kernel has run there."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if index >= count:
+        return f"there is no GPU {index}; torch sees {count}"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < OLDEST:
+        have, need = (".".join(map(str, c)) for c in (capability, OLDEST))
+        return f"{torch.cuda.get_device_name(index)} has compute capability {have}; expected {need} or newer"
+    try:
+        return _trial(f"cuda:{index}")
+    except Exception as error:  # noqa: BLE001  compilers, headers, drivers: whatever it is, it is the reason
+        return f"a first kernel failed: {type(error).__name__}: {_line(error)}"
+
+
+def _trial(device: str) -> str | None:
+    """Doubles three numbers on a device."""
+    import numpy as np
+    import torch
+
+    from fastmerge.dtypes import F32
+    from fastmerge.methods.base import Segments
+
+    x = torch.tensor([1.0, 2.0, 3.0], device=device)
+    out = torch.zeros_like(x)
+    table = np.array([[out.data_ptr(), 3, 0, 3, 0, 0, 0, x.data_ptr()]], np.int64)
+    segments = Segments(table, (F32,), F32)
+    kernels = importlib.import_module("fastmerge.kernels").TritonKernels(device)
+    kernels.combine(segments, np.full((1, 1), 2.0), np.ones((1, 2)), delta=False, per_row=False)
+    return None if out.tolist() == [2.0, 4.0, 6.0] else f"a first kernel gave {out.tolist()}, expected [2.0, 4.0, 6.0]"
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Once per reason."""
+    log.info("%s", text)
 
 
 def backend(name: str | None = None) -> Backend:
@@ -98,13 +172,11 @@ def backend(name: str | None = None) -> Backend:
     if name == "native" or (name == "auto" and reason is None):
         if reason:
             raise BackendUnavailable(f"backend native: {reason}")
-        from fastmerge.families.native import NativeKernels
-
-        return Backend("native", NativeKernels())
+        return Backend("native", host_kernels())
     if torch_reason():
         raise BackendUnavailable(f"backend reference: {torch_reason()}")
     if reason and name == "auto":
-        _fallback(reason)
+        _say(f"native backend not used: {reason}; falling back to the reference")
     return Backend("reference", None)
 
 
@@ -119,22 +191,90 @@ def _triton_interpreter() -> Any:
     return kernels.TritonKernels("cpu")
 
 
-def devices(spec: str, chosen: Backend) -> list[Device]:
-    """The devices that ``--device`` names, one entry per worker.
+def choose(spec: str, name: str | None = None) -> Backend:
+    """The backend for ``--device`` and ``--backend``.
 
     Args:
-        spec: ``auto``, ``cpu``, ``cuda`` or a list such as ``cuda:0,cuda:1``.
-        chosen: the backend for CPU cores.
+        spec: ``auto`` (all GPUs that can be used, else the CPU), ``cpu``, ``cuda`` (torch's current GPU) or a list
+            such as ``cuda:0,cuda:1``; one that is named twice is two logical devices.
+        name: as for :func:`backend`.
 
     Raises:
-        BackendUnavailable: for a device that cannot be used here.
+        BackendUnavailable: for a device or backend that cannot be used here, with the reason.
     """
     names = [s.strip() for s in spec.split(",")]
-    for name in names:
-        if name.split(":")[0] == "cuda":
-            raise BackendUnavailable(f"--device {spec}: {cuda_reason()}")
-        if name not in ("cpu", "auto"):
-            raise BackendUnavailable(f"--device {spec}: unknown device {name!r}; expected auto, cpu, cuda or cuda:N")
+    wanted = name or os.environ.get("FASTMERGE_BACKEND") or "auto"
+    if names == ["cpu"] or (names == ["auto"] and wanted not in ("auto", "triton")):
+        return backend(name)
+    if names == ["auto"]:
+        reason, gpus = _usable()
+        if gpus:
+            return gpu_backend(gpus)
+        _say(f"GPUs not used: {reason}; merging on the CPU")
+        return backend(name)
+    _check(spec, names, wanted)
+    reason = cuda_reason()
+    if reason:
+        raise BackendUnavailable(f"--device {spec}: {reason}")
+    import torch
+
+    gpus = tuple(int(n[5:]) if n[5:] else torch.cuda.current_device() for n in names)
+    for gpu in gpus:
+        reason = gpu_reason(gpu)
+        if reason:
+            raise BackendUnavailable(f"--device {spec}: {reason}")
+    return gpu_backend(gpus)
+
+
+def expected_gpus(spec: str, name: str | None = None) -> int:
+    """How many logical GPUs :func:`choose` will probably find, without torch; 0 for the CPU.
+
+    Raises:
+        BackendUnavailable: for a device that certainly cannot be used here.
+    """
+    names = [s.strip() for s in spec.split(",")]
+    wanted = name or os.environ.get("FASTMERGE_BACKEND") or "auto"
+    if names == ["cpu"] or (names == ["auto"] and (wanted not in ("auto", "triton") or driver_reason())):
+        return 0
+    if names == ["auto"]:
+        return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or 1
+    _check(spec, names, wanted)
+    return len(names)
+
+
+def _check(spec: str, names: Sequence[str], wanted: str) -> None:
+    """What is wrong with a list of GPUs, as far as torch need not be asked."""
+    wrong = [n for n in names if not re.fullmatch(r"cuda(:\d+)?", n)]
+    if wrong:
+        raise BackendUnavailable(
+            f"--device {spec}: unknown device {wrong[0]!r}; expected auto or cpu alone, or a list of cuda, cuda:0, ..."
+        )
+    if wanted not in ("auto", "triton"):
+        raise BackendUnavailable(f"--device {spec}: backend {wanted} runs on CPU cores only; expected triton")
+    reason = driver_reason()
+    if reason:
+        raise BackendUnavailable(f"--device {spec}: {reason}")
+
+
+def gpu_backend(gpus: tuple[int, ...]) -> Backend:
+    """The Triton kernels on these GPUs."""
+    return Backend("triton", importlib.import_module("fastmerge.kernels").TritonKernels("cuda"), gpus)
+
+
+def _usable() -> tuple[str | None, tuple[int, ...]]:
+    """Every GPU that can be used, or why there is none."""
+    reason = cuda_reason()
+    if reason:
+        return reason, ()
+    import torch
+
+    reasons = {i: gpu_reason(i) for i in range(torch.cuda.device_count())}
+    bad = "; ".join(r for r in reasons.values() if r)
+    return bad or "torch sees none", tuple(i for i, r in reasons.items() if r is None)
+
+
+def devices(chosen: Backend) -> list[Device]:
+    """The workers of a backend for CPU cores, one device each."""
     workers = cores() + WAITING if chosen.name == "native" else 1
     return [CpuDevice(chosen.kernels) for _ in range(workers)]
 

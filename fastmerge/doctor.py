@@ -31,8 +31,9 @@ def examine(directory: str = ".") -> dict[str, Any]:
         "fastmerge": f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         "cpu": f"{cores()} cores",
         "backend native": f"not used: {native}" if native else f"used for CPU devices, instruction set {_isa()}",
-        "backend triton": f"not used: {dispatch.cuda_reason()}",
+        "backend triton": _triton(),
         "backend reference": _reference(native),
+        **_gpus(),
         "cuda extension": "not built" if native else ("built" if _has_cuda() else "not built: nvcc was not found"),
         "memory budget": f"{default_memory() / 1e9:.1f} GB unless --memory says otherwise",
         "memcpy, one core": f"{memcpy_rate() / 1e9:.1f} GB/s moved",
@@ -60,6 +61,28 @@ def _has_cuda() -> bool:
     from fastmerge import _native
 
     return bool(_native.has_cuda())
+
+
+def _triton() -> str:
+    reason = dispatch.cuda_reason()
+    return f"not used: {reason}" if reason else "used for the GPUs below, which --device auto takes"
+
+
+def _gpus() -> dict[str, str]:
+    """Every GPU: name, memory, capability, and why it is not used where it is not."""
+    if dispatch.cuda_reason():
+        return {}
+    import torch
+
+    facts = {}
+    for i in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(i)
+        reason = dispatch.gpu_reason(i)
+        facts[f"cuda:{i}"] = (
+            f"{about.name}, {about.total_memory / 1e9:.0f} GB, compute capability {about.major}.{about.minor}"
+            + (f", not used: {reason}" if reason else "")
+        )
+    return facts
 
 
 def _reference(native: str | None) -> str:

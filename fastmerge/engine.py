@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmerge import planning
-from fastmerge.dispatch import Backend, backend, devices, program_factory
+from fastmerge.dispatch import Backend, choose, program_factory
 from fastmerge.errors import RecipeError
+from fastmerge.placement import Placement, place
 from fastmerge.planning import Plan
 from fastmerge.recipe import Recipe
-from fastmerge.schedule import schedule
 from fastmerge.sizes import default_memory, parse_bytes
 from fastmerge.version import __version__
 
@@ -59,6 +59,7 @@ def merge(
     *,
     device: str = "auto",
     memory: str | int | None = None,
+    max_vram: str | int | None = None,
     seed: int | None = None,
     backend: str | None = None,
     shard_size: str | int = "5GB",
@@ -72,8 +73,9 @@ def merge(
     Args:
         recipe: a file, YAML text, a mapping, a :class:`Recipe` or a :class:`Plan`.
         out: the directory to create.
-        device: ``auto``, ``cpu`` or ``cuda:0,cuda:1``.
-        memory: budget in bytes (``"8GB"``); peak memory stays below it plus 300 MB.
+        device: ``auto`` (all GPUs that can be used, else the CPU), ``cpu``, ``cuda`` or ``cuda:0,cuda:1``.
+        memory: budget in bytes (``"8GB"``); peak memory stays below it plus 300 MB (and a GPU's context).
+        max_vram: bytes for the slots of each GPU; None for a third of what is free.
         seed: of the random methods; None takes the recipe's own, else 0.
         backend: ``native``, ``triton``, ``reference`` or None for the best one.
         shard_size: largest output file, in bytes.
@@ -90,21 +92,37 @@ def merge(
         FastMergeError: a subclass that says what is wrong; the target is untouched, and work that was done
             is kept for ``resume``.
     """
-    from fastmerge.checkpoint import Files, Writer
-    from fastmerge.report import Report
-    from fastmerge.stores import FileStore, Finite
-    from fastmerge.stream import Runner
-
     if nan not in ("warn", "error", "zero"):
         raise RecipeError(f"nan: expected warn, error or zero; got {nan!r}")
     started = time.perf_counter()
     planned = recipe if isinstance(recipe, Plan) else plan(recipe, seed=seed, shard_size=shard_size)
     if nan != "warn":
         planned = _look_at_copies(planned, nan)
-    chosen = _backend(backend)
-    workers = devices(device, chosen)
+    chosen = choose(device, backend)
     budget = parse_bytes(memory) if memory is not None else default_memory()
-    work = schedule(planned.outputs, workers=len(workers), memory=budget, whole=chosen.whole)
+    vram = parse_bytes(max_vram) if max_vram is not None else None
+    with place(planned.outputs, chosen, memory=budget, max_vram=vram) as placed:
+        return _merge(planned, out, chosen, placed, started, nan, progress, resume=resume, overwrite=overwrite)
+
+
+def _merge(
+    planned: Plan,
+    out: str | os.PathLike[str],
+    chosen: Backend,
+    placed: Placement,
+    started: float,
+    nan: NanPolicy,
+    progress: Callable[[Plan], AbstractContextManager[Progress]] | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Report:
+    """Runs what is planned and placed."""
+    from fastmerge.checkpoint import Files, Writer
+    from fastmerge.report import Report
+    from fastmerge.stores import FileStore, Finite
+    from fastmerge.stream import Runner
+
     for text in planned.warnings:
         log.warning("%s", text)
     inputs = [c.path for c in planned.checkpoints]
@@ -117,23 +135,20 @@ def merge(
         with Files(planned.checkpoints) as files:
             finite = Finite(nan)
             store = FileStore(planned, files, writer, finite)
-            runner = Runner(planned.outputs, work, store, workers, program_factory(chosen))
+            runner = Runner(planned.outputs, placed.work, store, placed.workers, program_factory(chosen))
             with progress(planned) if progress else nullcontext() as tick:
                 stats = runner.run(progress=tick)
             for checkpoint in planned.checkpoints:
                 checkpoint.recheck()
         if writer.resumed:
             stats.notes.append("resumed: NaN and Inf were counted in this run's part only; fastmerge verify counts all")
-        report = _report(planned, str(out), started, stats, chosen, [d.name for d in workers[: work.slots]], finite)
+        report = _report(planned, str(out), started, stats, chosen, [d.name for d in placed.workers], finite)
         _extras(planned, writer, report)
         writer.commit()
     except BaseException:
         writer.abort()
         raise
     return replace(report, seconds=time.perf_counter() - started)
-
-
-_backend = backend
 
 
 def _look_at_copies(planned: Plan, nan: str) -> Plan:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastmerge.dispatch import backend as choose
-from fastmerge.dispatch import devices
+from fastmerge.dispatch import devices, expected_gpus
+from fastmerge.placement import fit
 from fastmerge.planning import Plan
 from fastmerge.schedule import kinds, schedule
 from fastmerge.sizes import default_memory, parse_bytes
@@ -20,22 +21,40 @@ ELEMENT_RATE = {"element": 1.0e9, "tensor": 0.35e9, "row": 0.5e9, "model": 0.3e9
 """Output elements per second and worker by the scope of the method, three bf16 models."""
 
 
-def estimate(planned: Plan, *, memory: str | None, device: str, backend: str | None) -> dict[str, Any]:
-    """Facts for ``fastmerge plan``.
+GPU_READ_RATE = 6e9
+"""Bytes per second and worker of warm files into a pinned slot of many MiB; not measured beside a GPU."""
+
+GPU_ELEMENT_RATE = 5e9
+"""Output elements per second and GPU: what PCIe 5 x16 brings of three bf16 models, and less than kernels can do."""
+
+
+def estimate(
+    planned: Plan, *, memory: str | None, device: str, backend: str | None, max_vram: str | None = None
+) -> dict[str, Any]:
+    """Facts for ``fastmerge plan``. GPUs are not asked (that would take torch seconds), only counted.
 
     Args:
         planned: the plan.
         memory: the budget, as the user wrote it; None for the default.
         device: as the user wrote it.
         backend: as the user wrote it.
+        max_vram: as the user wrote it.
 
     Returns:
         Passes over the input, memory in bytes, the bottleneck and an estimate of the seconds for warm files.
     """
-    chosen = choose(backend)
-    workers = devices(device, chosen)
+    gpus = expected_gpus(device, backend)
     budget = parse_bytes(memory) if memory is not None else default_memory()
-    work = schedule(planned.outputs, workers=len(workers), memory=budget, whole=chosen.whole)
+    if gpus:
+        name, read_rate = "triton", GPU_READ_RATE
+        work = fit(planned.outputs, gpus, memory=budget, vram=parse_bytes(max_vram) if max_vram is not None else None)
+        n = work.slots
+    else:
+        chosen = choose(backend)
+        name, read_rate = chosen.name, READ_RATE
+        workers = len(devices(chosen))
+        work = schedule(planned.outputs, workers=workers, memory=budget, whole=chosen.whole)
+        n = max(1, min(workers, work.slots))
     reads = elements_time = 0.0
     writes = 0
     reach = kinds(planned.outputs)
@@ -50,12 +69,11 @@ def estimate(planned: Plan, *, memory: str | None, device: str, backend: str | N
             scope = reach[o].scope
             passes = 1 if job.resident or scope == "element" else 2
             reads += passes * nbytes
-            elements_time += out.group.numel / ELEMENT_RATE[scope]
-    n = max(1, min(len(workers), work.slots))
-    stages = {"read": reads / READ_RATE / n, "compute": elements_time / n, "write": writes / WRITE_RATE}
+            elements_time += out.group.numel / (GPU_ELEMENT_RATE / passes if gpus else ELEMENT_RATE[scope])
+    stages = {"read": reads / read_rate / n, "compute": elements_time / (gpus or n), "write": writes / WRITE_RATE}
     seconds = 0.25 + stages["write"] + max(stages["read"], stages["compute"])
     return {
-        "backend": chosen.name,
+        "backend": name,
         "workers": n,
         "units": sum(len(j.units) for j in work.jobs),
         "bytes_read": int(reads),

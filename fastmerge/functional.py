@@ -5,16 +5,17 @@ the arithmetic is that of :mod:`fastmerge.methods` and runs on the same kernels,
 selection, reproducible on every machine, and needs no temporary per step. What those programs do that one may
 not expect is kept where results depend on it, and documented; where they crash, these do not.
 
-Every function returns new fp32 tensors on the CPU; inputs are not changed. Tensors of other types than fp16,
-bf16 and fp32 are converted to fp32 first.
+Every function returns new fp32 tensors, on the device of its inputs (the CPU, or one GPU); inputs are not changed.
+Tensors of other types than fp16, bf16 and fp32 are converted to fp32 first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.dispatch import backend
+from fastmerge.dispatch import choose
 from fastmerge.dtypes import BF16, F16, F32, DType
 from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.families.memory import run
@@ -35,9 +36,9 @@ _KINDS = {"torch.bfloat16": BF16, "torch.float16": F16, "torch.float32": F32}
 
 
 def _plain(t: torch.Tensor) -> torch.Tensor:
-    """A contiguous CPU tensor of a type that widens to fp32."""
+    """A contiguous tensor of a type that widens to fp32."""
     t = t.detach()
-    return (t if str(t.dtype) in _KINDS else t.float()).cpu().contiguous()
+    return (t if str(t.dtype) in _KINDS else t.float()).contiguous()
 
 
 def _load(ref: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -56,17 +57,28 @@ def _load(ref: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     return out
 
 
+def _current(device: str) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one; its current stream is used."""
+    if device == "cpu":
+        return nullcontext()
+    import torch
+
+    context: AbstractContextManager[Any] = torch.cuda.device(device)
+    return context
+
+
 def _same_shape(name: str, tensors: Sequence[torch.Tensor]) -> None:
     for t in tensors[1:]:
         if t.shape != tensors[0].shape:
             raise ShapeError(f"{name}: expected shape {tuple(tensors[0].shape)}, got {tuple(t.shape)}")
+        if t.device != tensors[0].device:
+            raise ShapeError(f"{name}: expected all tensors on {tensors[0].device}, got one on {t.device}")
 
 
 def _run(method: str, jobs: Sequence[Job], *, preset: str | None = None, seed: int = 0) -> dict[str, torch.Tensor]:
     """Runs a method over (name, inputs, parameters) and returns fp32 results by name, in order."""
     kind = METHODS[method]
-    kernels = backend().kernels
-    bundles: dict[int, list[tuple[Group, list[torch.Tensor]]]] = {}
+    bundles: dict[tuple[int, str], list[tuple[Group, list[torch.Tensor]]]] = {}
     for name, tensors, given in jobs:
         _same_shape(name, tensors)
         parameters = dict(given)
@@ -84,12 +96,14 @@ def _run(method: str, jobs: Sequence[Job], *, preset: str | None = None, seed: i
             preset=preset,
             seed=seed,
         )
-        bundles.setdefault(len(inputs), []).append((group, inputs))
+        bundles.setdefault((len(inputs), str(inputs[0].device)), []).append((group, inputs))
     results: dict[str, torch.Tensor] = {}
-    for bundle in bundles.values():
+    for (_, device), bundle in bundles.items():
+        kernels = choose(device).kernels
         groups = [g for g, _ in bundle]
         program = ReferenceProgram(kind, groups) if kernels is None else kind.program(groups, kernels)
-        outputs = run(program, groups, [i for _, i in bundle])
+        with _current(device):
+            outputs = run(program, groups, [i for _, i in bundle])
         results.update(zip((g.name for g in groups), outputs, strict=True))
     return {name: results[name] for name, _, _ in jobs}
 
@@ -130,7 +144,7 @@ def apply_task_vectors(
         lambdas: one factor per vector; negative ones remove what was learned.
 
     Returns:
-        fp32 tensors of all names of the base.
+        fp32 tensors of all names of the base, on the device of the vectors.
 
     Raises:
         RecipeError: where there are not as many factors as vectors.
@@ -140,7 +154,8 @@ def apply_task_vectors(
     jobs = []
     for name, base in _load(base_path).items():
         there = [(tau[name], float(lam)) for tau, lam in zip(task_vectors, lambdas, strict=True) if name in tau]
-        jobs.append((name, [base, *(t for t, _ in there)], [1.0, *(c for _, c in there)]))
+        first = base.to(there[0][0].device) if there else base
+        jobs.append((name, [first, *(t for t, _ in there)], [1.0, *(c for _, c in there)]))
     return _sum(jobs)
 
 
@@ -289,7 +304,7 @@ def _zeros(like: torch.Tensor) -> torch.Tensor:
     """A base that makes task vectors of models: small, and exact to subtract."""
     import torch
 
-    return torch.zeros(like.shape, dtype=torch.bfloat16)
+    return torch.zeros(like.shape, dtype=torch.bfloat16, device=like.device)
 
 
 def _weights(weights: Sequence[float] | None, task_vectors: Sequence[State]) -> list[float]:

@@ -8,8 +8,9 @@ import operator
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.dispatch import backend as choose
-from fastmerge.dispatch import devices, program_factory
+from fastmerge.devices import Device
+from fastmerge.devices.cuda import MEMORY_ELEMENTS, InPlace
+from fastmerge.dispatch import choose, devices, program_factory
 from fastmerge.dtypes import BY_NAME, DType, promote
 from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.methods import get
@@ -44,7 +45,8 @@ def merge_tensors(
     """Merges the inputs of one output tensor.
 
     Args:
-        tensors: inputs of one shape, ``[*S]`` each, on the CPU; they are not changed.
+        tensors: inputs of one shape, ``[*S]`` each, on the CPU or on one GPU; they are not changed. On a GPU,
+            kernels run on the current stream, nothing is copied to the host, and the result may still be under way.
         method: a name of ``fastmerge methods``.
         parameters: scalars for all inputs, sequences in input order (without the base for parameters of
             non-base models), or mappings keyed by ``ids``.
@@ -56,14 +58,15 @@ def merge_tensors(
         out: contiguous tensor that receives the result; it may be one of the inputs, but overlap none otherwise.
         preset: a published variant of the method.
         seed: of the random methods.
-        backend: ``native``, ``reference``, ``triton`` or None for the best one.
+        backend: ``native``, ``reference``, ``triton`` or None for the best one on the tensors' device.
 
     Returns:
-        The merged tensor ``[*S]``: ``out`` where that was given.
+        The merged tensor ``[*S]``, on the device of the inputs: ``out`` where that was given.
 
     Raises:
         RecipeError: for an unknown method, a wrong parameter or a wrong number of inputs.
         ShapeError: where shapes or devices differ, or ``out`` does not fit or overlaps an input.
+        BackendUnavailable: if the backend cannot work on the tensors' device.
     """
     if not len(tensors):
         raise RecipeError("tensors: expected at least one, got none")
@@ -97,7 +100,7 @@ def merge_state_dicts(
     """Merges state dictionaries (or modules) in memory, all tensors in one schedule.
 
     Args:
-        models: state dictionaries or modules, by id or in order.
+        models: state dictionaries or modules, by id or in order, all on the CPU or all on one GPU.
         method: a name of ``fastmerge methods``.
         parameters: as in :func:`merge_tensors`, the same for all tensors.
         base: id of the base model.
@@ -115,7 +118,8 @@ def merge_state_dicts(
 
     Raises:
         RecipeError: for an unknown method, a wrong parameter or a wrong number of models.
-        ShapeError: where names, shapes or non-float tensors disagree.
+        ShapeError: where names, shapes, devices or non-float tensors disagree.
+        BackendUnavailable: if the backend cannot work on the tensors' device.
     """
     import torch
 
@@ -141,6 +145,7 @@ def merge_state_dicts(
         if len(group) < len(states):
             continue
         kept.append(group)
+        _one_device(name, {"the first tensor": next(iter(kept[0].values())), **group})
         owner = owners.setdefault(_identity(group.values()) or name, name)
         if owner != name:
             merged[name] = merged[owner]
@@ -247,6 +252,18 @@ def _convert(p: Param, value: Any, problems: list[str]) -> Any:
         return value
 
 
+def _one_device(name: str, tensors: Mapping[Hashable, torch.Tensor]) -> None:
+    """All tensors of a call are on the CPU, or on one GPU."""
+    first, home = next((k, t.device) for k, t in tensors.items())
+    for key, t in tensors.items():
+        if t.device.type not in ("cpu", "cuda"):
+            raise ShapeError(f"{name or 'tensor'}: input {key!r} is on {t.device}; expected the CPU or a GPU")
+        if t.device != home:
+            raise ShapeError(
+                f"{name or 'tensor'}: input {key!r} is on {t.device} and {first!r} on {home}; expected one device"
+            )
+
+
 def _dtype(t: Any) -> DType:
     name = str(t).removeprefix("torch.")
     if name not in BY_NAME or not BY_NAME[name].mergeable:
@@ -268,11 +285,10 @@ def _output(
     others = [k for k in tensors if lead is None or k != lead]
     order = others if lead is None else [lead, *others]
     shape = tuple(next(iter(tensors.values())).shape)
+    _one_device(name, tensors)
     for key, t in tensors.items():
         if tuple(t.shape) != shape:
             raise ShapeError(f"{name or 'tensor'}: input {key!r} has shape {tuple(t.shape)}, expected {shape}")
-        if t.device.type != "cpu":
-            raise ShapeError(f"{name or 'tensor'}: input {key!r} is on {t.device}; expected the CPU")
     dtypes = tuple(_dtype(tensors[k].dtype) for k in order)
     kind = dtypes[0]
     for d in dtypes[1:]:
@@ -304,10 +320,10 @@ def _result(
     dtype = getattr(torch, output.dtype.name)
     if out is None:
         return torch.empty(output.shape, dtype=dtype, device=like.device)
-    if tuple(out.shape) != output.shape or out.dtype != dtype or not out.is_contiguous() or out.device.type != "cpu":
+    if tuple(out.shape) != output.shape or out.dtype != dtype or not out.is_contiguous() or out.device != like.device:
         layout = "" if out.is_contiguous() else f", not contiguous (strides {tuple(out.stride())})"
         raise ShapeError(
-            f"out: expected a contiguous CPU tensor {output.shape} of {dtype}, "
+            f"out: expected a contiguous tensor {output.shape} of {dtype} on {like.device}, "
             f"got {tuple(out.shape)} of {out.dtype} on {out.device}{layout}"
         )
     start, end = _extent(out)
@@ -333,9 +349,13 @@ def _run(
     results: Sequence[torch.Tensor],
     backend: str | None,
 ) -> None:
-    chosen = choose(backend)
-    workers = devices("cpu", chosen)
-    work = schedule(outputs, workers=len(workers), memory=None, whole=chosen.whole)
+    if not results:
+        return
+    home = results[0].device
+    chosen = choose(str(home), backend)
+    workers: list[Device] = [InPlace(chosen.kernels, home)] if chosen.gpus else devices(chosen)
+    elements = MEMORY_ELEMENTS if chosen.gpus else None
+    work = schedule(outputs, workers=len(workers), memory=None, whole=chosen.whole, elements=elements)
     store = MemoryStore(outputs, [[t.data_ptr() for t in row] for row in inputs], [t.data_ptr() for t in results])
     in_place = dataclasses.replace(work, slot_bytes=0)
     Runner(outputs, in_place, store, workers, program_factory(chosen)).run()

@@ -17,7 +17,7 @@ from fastmerge.methods.base import TILE, Group
 from fastmerge.planning import Output
 
 UNIT_ELEMENTS = 1 << 20
-"""Elements per unit where the budget allows it: 2 MiB per bf16 model."""
+"""Elements per unit on CPU cores, where the budget allows it: 2 MiB per bf16 model. Devices may prefer others."""
 
 COPY_BYTES = 64 << 20
 """Bytes per ``copy_file_range`` unit."""
@@ -94,7 +94,15 @@ def piece_bytes(group: Group, length: int, pieces: int = 1) -> int:
     return length * width + pieces * (ALIGN * len(group.dtypes) + BLOCK)
 
 
-def schedule(outputs: Sequence[Output], *, workers: int, memory: int | None, whole: bool = False) -> Schedule:
+def schedule(
+    outputs: Sequence[Output],
+    *,
+    workers: int,
+    memory: int | None,
+    whole: bool = False,
+    elements: int | None = None,
+    largest: int | None = None,
+) -> Schedule:
     """Cuts the outputs of a plan into units that fit the budget.
 
     Args:
@@ -102,11 +110,13 @@ def schedule(outputs: Sequence[Output], *, workers: int, memory: int | None, who
         workers: how many units could run at a time.
         memory: budget in bytes for all slots together; None for no limit.
         whole: never cut a tensor (the reference backend works on whole ones).
+        elements: per unit where the budget allows it; None for :data:`UNIT_ELEMENTS`.
+        largest: slot bytes that a device has room for; None for no limit.
 
     Raises:
         BudgetError: if one smallest unit does not fit; the message states the minimum.
     """
-    elements = UNIT_ELEMENTS
+    elements = elements or UNIT_ELEMENTS
     reach = kinds(outputs)
     tables = max((_row_tables(o) for o, kind in zip(outputs, reach, strict=True) if kind.scope == "row"), default=0)
     if memory is not None and tables > memory:
@@ -119,14 +129,17 @@ def schedule(outputs: Sequence[Output], *, workers: int, memory: int | None, who
     while True:
         jobs = tuple(_jobs(outputs, reach, elements, whole=whole))
         slot = max((u.nbytes for j in jobs if j.kind == "merge" for u in j.units), default=0)
-        if memory is None or slot * workers <= memory:
+        fits = largest is None or slot <= largest
+        if fits and (memory is None or slot * workers <= memory):
             return Schedule(jobs, slot, workers, elements)
         if elements <= TILE:
             break
         elements //= 2
-    if slot > memory:
+    if memory is not None and slot > memory:
         raise BudgetError(f"--memory {memory} bytes is below the minimum of this recipe: expected >= {slot} bytes")
-    return Schedule(jobs, slot, max(1, memory // slot), elements)
+    if not fits:
+        raise BudgetError(f"--max-vram {largest} bytes is below the minimum of this recipe: expected >= {slot} bytes")
+    return Schedule(jobs, slot, max(1, memory // slot) if memory is not None else workers, elements)
 
 
 class Kind(NamedTuple):

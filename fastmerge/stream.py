@@ -187,10 +187,17 @@ def cut(segments: Segments, pieces: I64) -> Segments:
     return Segments(out, segments.dtypes, segments.out_dtype, np.zeros(len(out), np.int64))
 
 
-def compute(program: Program, segments: Segments) -> None:
-    """All passes over groups that are in memory whole."""
-    if not program.ready:
-        program.settle(segments)
+def compute(program: Program, segments: Segments, host: Segments, native: Any) -> None:
+    """All passes over groups that are in memory whole.
+
+    Args:
+        program: of these groups.
+        segments: where the program's kernels run.
+        host: the same in host memory.
+        native: kernels that run there; None where there are none.
+    """
+    if native is not None and not program.ready:
+        program.settle(host, native)
     while not program.ready:
         pieces = program.pieces()
         program.advance([program.statistics(segments if pieces is None else cut(segments, pieces))])
@@ -286,17 +293,11 @@ class Runner:
             return
         host = self._store.load(job, unit, buffer)
         t1 = time.perf_counter()
-        segments = device.upload(host)
+        partial = device.run(lambda: self._compute(task, device, host))
+        t2 = t3 = time.perf_counter()
         if task.phase == "statistics":
-            assert task.running.program is not None
-            partial = task.running.program.statistics(segments)
-            t2 = t3 = time.perf_counter()
             self._queue.deposit(task, partial)
         else:
-            program = task.running.program or self._make(job, device)
-            compute(program, segments)
-            device.download(segments, host)
-            t2 = time.perf_counter()
             self._store.store(unit, host)
             t3 = time.perf_counter()
         sizes = np.array([d.size for d in host.dtypes], np.int64)
@@ -310,6 +311,17 @@ class Runner:
             bytes_written=written,
             units=1,
         )
+
+    def _compute(self, task: _Task, device: Device, host: Segments) -> Any:
+        """What the device does for a task; gives the partial result of a statistics pass."""
+        segments = device.upload(host)
+        if task.phase == "statistics":
+            assert task.running.program is not None
+            return task.running.program.statistics(segments)
+        program = task.running.program or self._make(task.running.job, device)
+        compute(program, segments, host, device.native)
+        device.download(segments, host)
+        return None
 
 
 class _signals:  # noqa: N801  a context manager used like a function

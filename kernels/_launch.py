@@ -213,19 +213,38 @@ def bounds(keys: npt.NDArray[np.uint64], *, wide: bool) -> npt.NDArray[Any]:
     return np.minimum(keys, np.uint64(most)).astype(np.int64 if wide else np.int32)
 
 
-def upload(array: Any, device: torch.device) -> torch.Tensor:
-    """A numpy array (or a tensor that is there already) on the device, without waiting for the copy."""
-    if isinstance(array, torch.Tensor):
-        return array
+def signed(array: Any) -> npt.NDArray[Any]:
+    """The array, contiguous and writable, its unsigned integers as the signed ones of the same bits."""
     a = np.ascontiguousarray(array)
     if a.dtype == np.uint64:
         a = a.view(np.int64)
     elif a.dtype == np.uint32:
         a = a.view(np.int32)
-    if not a.flags.writeable:
-        a = a.copy()
-    t = torch.from_numpy(a)
+    return a if a.flags.writeable else a.copy()
+
+
+def upload(array: Any, device: torch.device) -> torch.Tensor:
+    """A numpy array (or a tensor that is there already) on the device, without waiting for the copy."""
+    if isinstance(array, torch.Tensor):
+        return array
+    t = torch.from_numpy(signed(array))
+    # Pinned first: a copy from pageable memory waits for the stream, and the pinned block outlives the copy by itself.
     return t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
+
+
+def fold_here(partials: npt.NDArray[np.float64], first: I64) -> npt.NDArray[np.float64]:
+    """Ordered fp64 sums, from +0, of the row ranges of ``partials [R, C]`` that start at ``first [G + 1]``."""
+    out = np.zeros((len(first) - 1, partials.shape[1]))
+    starts, counts = first[:-1], np.diff(first)
+    longest = np.argsort(-counts, kind="stable")
+    left = int((counts > 0).sum())
+    with np.errstate(all="ignore"):
+        for k in range(int(counts.max(initial=0))):
+            while left and counts[longest[left - 1]] <= k:
+                left -= 1
+            some = longest[:left]
+            out[some] += partials[starts[some] + k]
+    return out
 
 
 def chunks(items: torch.Tensor, programs: int, *, most: int = 2**31 - 1) -> list[torch.Tensor]:

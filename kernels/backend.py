@@ -1,8 +1,9 @@
 """The Triton kernels as one object: segment tables and numpy parameters in, launches out.
 
 The same methods and arguments as the native backend. Tables are rounded to the work type here, once, and put on
-the device; results that are numpy arrays are copied back, which waits for the device. An output that is already a
-tensor on the device is written in place and nothing waits: that is how a stream keeps a GPU busy.
+the device; results that are numpy arrays are copied back, all of a call with one wait, and only for what the call
+itself launched. An output that is already a tensor on the device is written in place and nothing waits: that is how
+a stream keeps a GPU busy. Kernels run on the current stream of the calling thread.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from ._launch import (
     bounds,
     config,
     element_items,
+    fold_here,
     interpreted,
     pack,
+    signed,
     tile_items,
     undecided,
     upload,
@@ -36,13 +39,17 @@ Array = npt.NDArray[Any]
 
 
 class TritonKernels:
-    """Kernel backend on one CUDA device; on CPU addresses in Triton's interpreter (``TRITON_INTERPRET=1``).
+    """Kernel backend on a CUDA device; on CPU addresses in Triton's interpreter (``TRITON_INTERPRET=1``).
 
-    Segment tables carry addresses of the device's memory. ``keep`` stands for seven arguments, as in the native
-    backend: round_code, drop, trim, model_index ``[N]``, bern ``[P, N]``, thr ``[P, N]``, cut ``[P, N, 3]``.
+    ``cuda`` without a number is the current device of the thread that calls, so one object serves the workers of
+    several GPUs. Segment tables carry addresses of the device's memory. ``keep`` stands for seven arguments, as in
+    the native backend: round_code, drop, trim, model_index ``[N]``, bern ``[P, N]``, thr ``[P, N]``,
+    cut ``[P, N, 3]``. Every row of an output array belongs to a piece of the call.
     """
 
-    _turn = threading.Lock()  # the interpreter patches the language while a kernel runs
+    # Triton compiles and loads at the first launch and sets up a loaded kernel in steps that another thread can see;
+    # the interpreter patches the language while a kernel runs. Nobody waits for a device inside.
+    _turn = threading.Lock()
 
     def __init__(self, device: str | torch.device = "cuda") -> None:
         """Chooses the device.
@@ -55,17 +62,18 @@ class TritonKernels:
             raise RuntimeError(
                 "Triton kernels run on the CPU only with TRITON_INTERPRET=1, set before the first import"
             )
+        self._own = threading.local()
 
     # ---- helpers ---------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        """The device's context, or the interpreter to ourselves and without numpy's warnings."""
+        """The device's context, and the launches of one call without those of others in between."""
         if self.device.type == "cpu":
             with self._turn, np.errstate(all="ignore"):
                 yield
         else:
-            with torch.cuda.device(self.device):
+            with self._turn, torch.cuda.device(self.device):
                 yield
 
     def _put(self, array: Any) -> torch.Tensor:
@@ -78,18 +86,46 @@ class TritonKernels:
         with np.errstate(all="ignore"):
             return self._put(np.asarray(array).astype(np.float64 if wide else np.float32))
 
-    def _result(self, array: Any) -> tuple[torch.Tensor, Callable[[], None]]:
-        """An output on the device, with its present contents, and what brings it back to the caller's array."""
-        there = self._put(array)
-        if isinstance(array, torch.Tensor):
-            return there, lambda: None
+    def _room(self, array: Any) -> torch.Tensor:
+        """A tensor on the device like an output that is written whole; its contents are not copied there."""
+        if isinstance(array, torch.Tensor) or self.device.type == "cpu":
+            return self._put(array)
+        return torch.empty_like(torch.from_numpy(signed(array)), device=self.device)
 
-        def back() -> None:
-            here = there.cpu().numpy()
-            if not np.shares_memory(here, array):
-                np.copyto(array, here.view(array.dtype))
+    def _bring(self, *results: tuple[torch.Tensor, Any]) -> None:
+        """Copies (contiguous tensor, caller's array) pairs back: one wait, for what this thread has launched.
 
-        return there, back
+        The copies have a stream of their own, so that kernels that others launch meanwhile neither wait for them nor
+        are waited for.
+        """
+        pairs = [(t, a) for t, a in results if not isinstance(a, torch.Tensor) and a.size]
+        if self.device.type == "cpu":
+            for there, array in pairs:
+                if not np.may_share_memory(there.numpy(), array):
+                    np.copyto(array, there.numpy().view(array.dtype))
+            return
+        if not pairs:
+            return
+        with torch.cuda.device(self.device):
+            side = self._side()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                landed = [torch.empty_like(t, device="cpu", pin_memory=True) for t, _ in pairs]
+                for here, (there, _) in zip(landed, pairs, strict=True):
+                    here.copy_(there, non_blocking=True)
+                done = torch.cuda.Event(blocking=True)
+                done.record()
+        done.synchronize()
+        for here, (_, array) in zip(landed, pairs, strict=True):
+            np.copyto(array, here.numpy().view(array.dtype))
+
+    def _side(self) -> torch.cuda.Stream:
+        """This thread's stream for results on the current device."""
+        known: dict[int, torch.cuda.Stream] = self._own.__dict__.setdefault("streams", {})
+        index = torch.cuda.current_device()
+        if index not in known:
+            known[index] = torch.cuda.Stream()
+        return known[index]
 
     def _keep(self, s: Any, wide: bool, keep: tuple[Any, ...]) -> tuple[Keep, Callable[..., Any]]:
         """Tables of the keep pipeline on the device, and how work items split by the tie rule."""
@@ -122,11 +158,11 @@ class TritonKernels:
         wide = 0 in codes
         return codes, wide, {"inputs": len(codes), "codes": pack(codes), "wide": wide}
 
-    def _bad(self, s: Any) -> tuple[torch.Tensor, Callable[[], None]]:
-        """The caller's counters of non-finite outputs, or ones to throw away."""
+    def _bad(self, s: Any) -> tuple[torch.Tensor, Any]:
+        """Counters of non-finite outputs on the device, and the caller's; ones to throw away where it has none."""
         if len(s.nonfinite) == len(s.table):
-            return self._result(s.nonfinite)
-        return torch.zeros(len(s.table), dtype=torch.int64, device=self.device), lambda: None
+            return self._put(s.nonfinite), s.nonfinite
+        return torch.zeros(len(s.table), dtype=torch.int64, device=self.device), np.zeros(0, np.int64)
 
     # ---- kernels ---------------------------------------------------------------------------------------
 
@@ -136,32 +172,39 @@ class TritonKernels:
         out = int(s.out_dtype.code)
         items = element_items(s.table, codes, out, block=config("combine")["BLOCK"], per_row=per_row)
         with self._running():
-            bad, back = self._bad(s)
+            bad, given = self._bad(s)
             div = isinstance(scale, torch.Tensor) or bool((scale[:, 1] != 1).any())
             table, coef, scale = self._put(s.table), self._work(coef, wide), self._work(scale, wide)
             for plain, some in items.variants():
                 combine.combine(
                     table, some, coef, scale, bad, out=out, delta=bool(delta), div=div, plain=plain, **about
                 )  # fmt: skip
-            back()
+        self._bring((bad, given))
 
     def gram(self, segments: Any, partials: Any, *, delta: bool, diff: bool, per_row: bool) -> None:
         """Inner products of every tile into ``partials [R, pairs]``, from row ``stats`` of each piece on."""
         s, (codes, _, about) = segments, self._types(segments)
         items = tile_items(s.table, codes, block=CONFIGS["gram"]["BLOCK"], per_row=per_row)
         with self._running():
-            out, back = self._result(partials)
-            table = self._put(s.table)
+            out, table = self._room(partials), self._put(s.table)
             for plain, some in items.variants():
                 gram.gram(out, table, some, delta=bool(delta), diff=bool(diff), plain=plain, **about)
-            back()
+        self._bring((out, partials))
 
     def fold(self, partials: Any, first: Any) -> npt.NDArray[np.float64]:
-        """Ordered fp64 sums of the row ranges that start at ``first [G + 1]``: ``[G, C]``."""
+        """Ordered fp64 sums of the row ranges that start at ``first [G + 1]``: ``[G, C]``.
+
+        Partials that are an array are added here: they are few (one row per 65,536 elements), and a round trip to
+        the device would be the second one of the pass.
+        """
+        if not isinstance(partials, torch.Tensor):
+            return fold_here(np.asarray(partials), np.asarray(first))
+        result = np.empty((len(first) - 1, partials.shape[1]))
         with self._running():
-            out = torch.empty((len(first) - 1, partials.shape[1]), dtype=torch.float64, device=self.device)
-            gram.fold_rows(out, self._put(partials), self._put(first))
-            return out.cpu().numpy()
+            out = self._room(result)
+            gram.fold_rows(out, partials, self._put(first))
+        self._bring((out, result))
+        return result
 
     def delta_keys(self, segments: Any, round_code: int, drop: bool, model_index: Any, bern: Any, out: Any) -> None:
         """Magnitude keys of all elements, ``uint32 [L, N]`` (``uint64`` where the work type is fp64)."""
@@ -170,13 +213,13 @@ class TritonKernels:
         table[:, 6] = np.cumsum(table[:, 1]) - table[:, 1]  # the output row is where the piece's keys start
         items = element_items(table, codes, -1, block=config("delta_keys")["BLOCK"], lanes=True, rows=True)
         with self._running():
-            keys, back = self._result(out)
+            keys = self._room(out)
             args = (self._put(table), self._put(model_index), self._put(bern))
             for plain, some in items.variants():
                 delta_keys.delta_keys(
                     keys, args[0], some, *args[1:], round_code=int(round_code), drop=bool(drop), plain=plain, **about
                 )  # fmt: skip
-            back()
+        self._bring((keys, out))
 
     def count(
         self,
@@ -192,20 +235,25 @@ class TritonKernels:
         where: Any,
         used: Any,
     ) -> None:
-        """Keys above, at and inside brackets, per tile; those strictly inside are listed up to the capacity."""
+        """Keys above, at and inside brackets, per tile; those strictly inside are listed up to the capacity.
+
+        Of the lists, only what is used comes back: a second, short wait, where anything was listed at all.
+        """
         codes, wide, about = self._types(segments)
         items = tile_items(segments.table, codes, block=CONFIGS["count"]["BLOCK"], lanes=True)
         with self._running():
-            outs = [self._result(a) for a in (counts, keys, where, used)]
+            outs = [self._room(counts), self._room(keys), self._room(where), self._put(used)]
             ins = [self._put(a) for a in (model_index, bern, bounds(lo, wide=wide), bounds(hi, wide=wide))]
             table = self._put(segments.table)
             for plain, some in items.variants():
                 count.count(
-                    *(t for t, _ in outs), table, some, *ins, round_code=int(round_code), drop=bool(drop), plain=plain,
-                    **about
+                    *outs, table, some, *ins, round_code=int(round_code), drop=bool(drop), plain=plain, **about
                 )  # fmt: skip
-            for _, back in outs:
-                back()
+        self._bring((outs[0], counts), (outs[3], used))
+        if not isinstance(used, torch.Tensor):
+            full = np.minimum(used, keys.shape[1]).tolist()
+            pairs = ((outs[1], keys), (outs[2], where))
+            self._bring(*((there[i, :n], array[i, :n]) for there, array in pairs for i, n in enumerate(full)))
 
     def l1(self, segments: Any, *keep_and_sums: Any) -> None:
         """``keep``, then ``sums [R, N, 2]``: |d| and |kept d| of every tile."""
@@ -213,11 +261,11 @@ class TritonKernels:
         codes, wide, about = self._types(segments)
         items = tile_items(segments.table, codes, block=CONFIGS["l1"]["BLOCK"], lanes=True)
         with self._running():
-            out, back = self._result(sums)
+            out = self._room(sums)
             tables, split = self._keep(segments, wide, tuple(keep))
             for plain, cut, some in split(items):
                 l1.l1(out, self._put(segments.table), some, tables, plain=plain, cut=cut, **about)
-            back()
+        self._bring((out, sums))
 
     def votes(self, segments: Any, *keep_and_votes: Any) -> None:
         """``keep``, elect, split, ``f [P, N, 3]``, then ``counts [R, 2]``: positive and negative votes."""
@@ -226,12 +274,12 @@ class TritonKernels:
         items = tile_items(segments.table, codes, block=CONFIGS["votes"]["BLOCK"], lanes=True)
         about |= {"elect": int(elect), "split": bool(split_vote)}
         with self._running():
-            out, back = self._result(counts)
+            out = self._room(counts)
             tables, split = self._keep(segments, wide, tuple(keep))
             f = self._work(f, wide)
             for plain, cut, some in split(items):
                 votes.votes(out, self._put(segments.table), some, tables, f, plain=plain, cut=cut, **about)
-            back()
+        self._bring((out, counts))
 
     def consensus(self, segments: Any, *keep_and_rules: Any) -> None:
         """``keep``, elect, split, zero, merge, ``f [P, N, 3]``, ``scale [P, 3]``: the merge of deltas."""
@@ -242,9 +290,9 @@ class TritonKernels:
         about |= {"out": out, "elect": int(elect), "split": bool(split_vote), "zero": int(zero), "merge": int(merge)}
         about["div"] = elect == consensus.NONE and bool((scale[:, 1] != 1).any())
         with self._running():
-            bad, back = self._bad(s)
+            bad, given = self._bad(s)
             tables, split = self._keep(s, wide, tuple(keep))
             table, f, scale = self._put(s.table), self._work(f, wide), self._work(scale, wide)
             for plain, cut, some in split(items):
                 consensus.consensus(table, some, tables, f, scale, bad, plain=plain, cut=cut, **about)
-            back()
+        self._bring((bad, given))

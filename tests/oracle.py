@@ -126,9 +126,9 @@ def drive(method, groups, inputs, backend, *, step=None, shuffle=None, most=200)
     ]
     before = [[bits(t) for t in tensors] for tensors in inputs]
     every = cut(method, groups, step or 1 << 62)
-    if step is None and not program.ready:
+    if step is None and not program.ready and hasattr(backend, "kth"):
         for s in segments(groups, inputs, None, every):
-            program.settle(s)
+            program.settle(s, backend)
     passes = 0
     while not program.ready:
         passes += 1

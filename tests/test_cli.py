@@ -223,11 +223,11 @@ def test_merging_on_the_cpu_imports_no_torch(recipe, tmp_path):
 def test_a_stopped_merge_says_how_to_go_on_and_does(paths, recipe, tmp_path, number):
     slow = (
         "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from fastmerge import stream, schedule, engine\n"
+        "from fastmerge import stream, schedule, placement\n"
         "from fastmerge.devices.fake import FakeDevice\n"
         "from fastmerge.families.native import NativeKernels\n"
         "schedule.UNIT_ELEMENTS = 1 << 16\n"
-        "engine.devices = lambda spec, chosen: [FakeDevice(NativeKernels(), latency=0.4)]\n"
+        "placement.devices = lambda chosen: [FakeDevice(NativeKernels(), latency=0.4)]\n"
         "print('ready', flush=True)\n"
         "from fastmerge.cli import main\nmain(sys.argv[1:])\n"
     )

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import fastmerge as fm
-from fastmerge import engine, schedule
+from fastmerge import placement, schedule
 from fastmerge.devices.fake import FakeDevice
 from fastmerge.families.native import NativeKernels
 from tests import tiny
@@ -66,7 +66,7 @@ def test_the_same_bytes_from_the_reference_any_unit_size_and_any_devices(paths, 
     fm.merge(text, tmp_path / "chunks")
     assert weights(tmp_path / "chunks") == weights(tmp_path / "reference")
     fakes = [FakeDevice(NativeKernels(), name=f"fake:{i}", latency=0.002, seed=i) for i in range(3)]
-    monkeypatch.setattr(engine, "devices", lambda spec, chosen: fakes)
+    monkeypatch.setattr(placement, "devices", lambda chosen: fakes)
     fm.merge(text, tmp_path / "fake")
     assert weights(tmp_path / "fake") == weights(tmp_path / "reference")
     assert sum(f.uploads for f in fakes) > 0 or "passthrough" in name

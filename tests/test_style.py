@@ -21,6 +21,7 @@ LAYERS = [
     {"stream"},
     {"stores"},
     {"dispatch"},
+    {"placement"},
     {"report", "estimate", "describe", "doctor", "memory"},
     {"engine", "functional", "verify", "benchmark"},
     {"cli"},

@@ -1,18 +1,22 @@
 """Where units are computed: a CPU core, a GPU, or a fake one that proves the stream.
 
 A core is a device with its own worker thread, which runs single-threaded native kernels with the GIL
-released. Every device offers the same four things, so that the scheduler cannot tell them apart.
+released; on a GPU several workers share the streams, each with a slot of its own. Every device offers the same
+few things, so that the scheduler cannot tell them apart.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 from fastmerge.devices.buffer import Buffer
 from fastmerge.devices.cpu import CpuDevice, cores
 from fastmerge.methods.base import Segments
 
 __all__ = ["Buffer", "CpuDevice", "Device", "cores"]
+
+T = TypeVar("T")
 
 
 class Device(Protocol):
@@ -21,6 +25,7 @@ class Device(Protocol):
     Attributes:
         name: ``cpu``, ``cuda:0``, ``fake:1``.
         kernels: the kernel backend that runs here, or None for the reference backend.
+        native: kernels for the host's memory, which settle small tensors there; None where there are none.
     """
 
     @property
@@ -29,8 +34,14 @@ class Device(Protocol):
     @property
     def kernels(self) -> Any: ...  # noqa: D102  described above
 
+    @property
+    def native(self) -> Any: ...  # noqa: D102  described above
+
     def allocate(self, nbytes: int) -> Buffer:
-        """A host slot of ``nbytes`` for the worker of this device."""
+        """A host slot of ``nbytes``; called once, by the worker's own thread, before anything else here."""
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Calls ``work``, which uploads, computes and downloads one unit, and may be called again after a failure."""
 
     def upload(self, host: Segments) -> Segments:
         """Brings the inputs to where the kernels reach them; on the CPU they are there already."""

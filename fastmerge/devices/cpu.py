@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastmerge.devices.buffer import Buffer
 from fastmerge.methods.base import Segments
+
+T = TypeVar("T")
 
 
 def cores() -> int:
@@ -22,9 +25,18 @@ class CpuDevice:
     kernels: Any
     name: str = "cpu"
 
+    @property
+    def native(self) -> Any:
+        """The same kernels, if they are the C++ ones."""
+        return self.kernels if hasattr(self.kernels, "kth") else None
+
     def allocate(self, nbytes: int) -> Buffer:
         """Ordinary memory."""
         return Buffer.allocate(nbytes)
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Once: the CPU has nothing to make room of."""
+        return work()
 
     def upload(self, host: Segments) -> Segments:
         """Nothing to move."""

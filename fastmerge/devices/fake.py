@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fastmerge.devices.buffer import Buffer
 from fastmerge.errors import FastMergeError
 from fastmerge.methods.base import HEADER, Segments
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -38,11 +41,20 @@ class FakeDevice:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)  # noqa: S311  delays, not secrets
 
+    @property
+    def native(self) -> Any:
+        """The kernels, if they can."""
+        return self.kernels if hasattr(self.kernels, "kth") else None
+
     def allocate(self, nbytes: int) -> Buffer:
         """A host slot full of a pattern that no test expects."""
         buffer = Buffer.allocate(nbytes)
         buffer.data[:] = 0xDD
         return buffer
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Once."""
+        return work()
 
     def _pause(self) -> None:
         if self.latency:

@@ -123,10 +123,10 @@ class ConsensusProgram(Program):
         """Selection may ask for samples and for some tensors only; the other passes read everything."""
         return self._select.pieces() if self._select is not None and self._due[0] == "select" else None
 
-    def settle(self, segments: Segments) -> None:
-        """Thresholds in one call, where the backend can."""
+    def settle(self, segments: Segments, native: Any) -> None:
+        """Thresholds of small tensors in one call."""
         if self._due[:1] == ["select"] and self._select is not None:
-            self._select.settle(segments, self._kernels, self._keep.arguments(segments)[:5])
+            self._select.settle(segments, native, self._keep.arguments(segments)[:5])
             if self._select.done:
                 self._next()
 

@@ -27,23 +27,25 @@ def segments(
     outputs: Sequence[torch.Tensor] | None,
     pieces: I64,
 ) -> list[Segments]:
-    """Segment tables over tensors in host memory, one per combination of types.
+    """Segment tables over tensors in memory, one per combination of types.
 
     Args:
         groups: the tensors' descriptions.
-        inputs: per group, contiguous CPU tensors of its types and shape.
-        outputs: per group, a contiguous CPU tensor; None where nothing is written.
+        inputs: per group, contiguous tensors of its types and shape, all on one device.
+        outputs: per group, a contiguous tensor there; None where nothing is written.
         pieces: ``[K, 3]`` (group, e0, length).
 
     Raises:
         ShapeError: for a tensor that does not match its description.
     """
+    home = inputs[0][0].device if inputs else None
     for group, tensors in zip(groups, inputs, strict=True):
         for t, d in zip(tensors, group.dtypes, strict=True):
-            if tuple(t.shape) != group.shape or t.dtype != torch_dtype(d) or not t.is_contiguous() or t.is_cuda:
+            fits = tuple(t.shape) == group.shape and t.dtype == torch_dtype(d)
+            if not fits or not t.is_contiguous() or t.device != home:
                 raise ShapeError(
-                    f"{group.name}: expected a contiguous CPU tensor {group.shape} of {d.name}, "
-                    f"got {tuple(t.shape)} of {t.dtype}"
+                    f"{group.name}: expected a contiguous tensor {group.shape} of {d.name} on {home}, "
+                    f"got {tuple(t.shape)} of {t.dtype} on {t.device}"
                 )
     rows: dict[tuple[tuple[DType, ...], DType], list[list[int]]] = {}
     for g, e0, length in pieces.tolist():
@@ -68,21 +70,20 @@ def run(
     """Runs all passes of a program, single-threaded, and returns new tensors.
 
     Args:
-        program: of exactly these groups.
+        program: of exactly these groups, with kernels of the inputs' device.
         groups: the tensors' descriptions.
-        inputs: per group, contiguous CPU tensors.
+        inputs: per group, contiguous tensors, all on one device.
     """
     import torch
 
-    outputs = [torch.empty(g.shape, dtype=torch_dtype(g.out_dtype)) for g in groups]
+    home = inputs[0][0].device if inputs else None
+    outputs = [torch.empty(g.shape, dtype=torch_dtype(g.out_dtype), device=home) for g in groups]
     every = whole(groups)
-    if not program.ready:
-        for s in segments(groups, inputs, None, every):
-            program.settle(s)
     while not program.ready:
         due = program.pieces()
         some = every if due is None else due
         program.advance([program.statistics(s) for s in segments(groups, inputs, None, some)])
     for s in segments(groups, inputs, outputs, every):
+        s.nonfinite = s.nonfinite[:0]  # nobody asks, and on a GPU counting here would wait
         program.apply(s)
     return outputs

@@ -40,6 +40,10 @@ ALL_TILES = 1 << 62
 EXHAUSTIVE = TILE
 """Elements up to which everything is read in place of a sample."""
 
+SETTLED = 1 << 21
+"""Elements up to which a tensor is settled in host memory. That takes 0.7 ms of a core per million and model, the
+passes of a GPU about 0.3 ms of Python per tensor, model and pass."""
+
 LISTED = 1 << 20
 """Keys per model that a pass may list in all; where more lie inside, every n-th is kept to narrow by."""
 
@@ -102,14 +106,16 @@ class Select:
         """True once every threshold is known."""
         return not (self._queries if self._begun else self._open.any())
 
-    def settle(self, segments: Segments, kernels: Any, delta_args: tuple[Any, ...]) -> None:
-        """Finds thresholds of tensors that the segments hold whole, where the backend can; before the first pass."""
-        if self._whole_model or not hasattr(kernels, "kth"):
+    def settle(self, segments: Segments, native: Any, delta_args: tuple[Any, ...]) -> None:
+        """Finds thresholds of small tensors that the segments hold whole in host memory; before the first pass."""
+        small = segments.table[:, 1] <= SETTLED
+        if self._whole_model or not small.any():
             return
+        segments = Segments(segments.table[small], segments.dtypes, segments.out_dtype)
         found = np.zeros((*self._open.shape, 4), np.int64)
         thr = np.zeros(self._open.shape, np.uint64)
         round_code, drop, _, index, bern = delta_args
-        kernels.kth(segments, round_code, drop, index, bern, np.where(self._open, self._ranks, 0), thr, found)
+        native.kth(segments, round_code, drop, index, bern, np.where(self._open, self._ranks, 0), thr, found)
         known = found[:, :, 1] > 0
         self._thr[known] = thr[known]
         self._open &= ~known

@@ -64,10 +64,10 @@ class SplitProgram(Program):
             out.append((n, rows, Segments(table, segments.dtypes, segments.out_dtype, np.zeros(len(rows), np.int64))))
         return out
 
-    def settle(self, segments: Segments) -> None:
+    def settle(self, segments: Segments, native: Any) -> None:
         """Each part with its own tensors."""
         for n, _, some in self._cut(segments):
-            self._parts[n][1].settle(some)
+            self._parts[n][1].settle(some, native)
 
     def statistics(self, segments: Segments) -> list[tuple[int, Any]]:
         """Partial results of the parts that are due.
@@ -88,6 +88,9 @@ class SplitProgram(Program):
     def apply(self, segments: Segments) -> None:
         """Each piece through its part."""
         for n, rows, some in self._cut(segments):
+            counted = len(segments.nonfinite) > 0
+            if counted:  # these may be on a device, and then so are the part's own
+                some.nonfinite = segments.nonfinite[rows]
             self._parts[n][1].apply(some)
-            if len(segments.nonfinite):
-                segments.nonfinite[rows] += some.nonfinite
+            if counted:
+                segments.nonfinite[rows] = some.nonfinite

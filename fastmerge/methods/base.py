@@ -127,6 +127,8 @@ class Segments:
     (bits), 5 index of the group, 6 scratch for the family, 7.. one input address per model, base first.
     All rows share the input types, the output type and the number of inputs. A piece starts at a multiple
     of the tile, or of the row for methods that work by row, unless a program asked for it otherwise.
+    Kernels add their non-finite outputs to ``nonfinite`` ``[S]``, which is empty where nobody asks; on a GPU it is a
+    tensor of the device, so that counting does not wait.
     """
 
     table: I64
@@ -150,8 +152,11 @@ class Program(Protocol):
     def ready(self) -> bool:
         """True once :meth:`apply` may be called; False while a statistics pass is due."""
 
-    def settle(self, segments: Segments) -> None:
-        """Takes all data of the groups at once, where it is in memory, to spare passes; does nothing by default."""
+    def settle(self, segments: Segments, native: Any) -> None:
+        """Takes whole tensors in host memory, before the first pass, to spare passes; does nothing by default.
+
+        ``native`` are kernels for host memory, whatever those of the program are.
+        """
         return
 
     def pieces(self) -> I64 | None:

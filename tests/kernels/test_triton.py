@@ -162,7 +162,9 @@ def test_fold():
     rng = np.random.default_rng(0)
     partials = rng.normal(size=(40, 19)) * np.exp(8 * rng.normal(size=(40, 19)))
     first = np.array([0, 0, 1, 20, 40], np.int64)
-    equal(TRITON.fold(partials, first), NUMPY.fold(partials, first))
+    want = NUMPY.fold(partials, first)
+    equal(TRITON.fold(partials, first), want)
+    equal(TRITON.fold(torch.from_numpy(partials).to(DEVICE), first), want)
     assert TRITON.fold(np.zeros((0, 3)), np.array([0], np.int64)).shape == (0, 3)
 
 

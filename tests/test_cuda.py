@@ -1,0 +1,376 @@
+"""The GPU's device, streams and placement without a GPU: the real classes over host memory.
+
+Kernels are Triton's interpreter where they matter, and the native ones where only the bytes' way does.
+"""
+
+import logging
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastmerge as fm
+from fastmerge import dispatch, engine, memory, placement
+from fastmerge.devices.cuda import Gpu
+from fastmerge.devices.streams import HostStreams
+from fastmerge.dispatch import Backend
+from fastmerge.errors import BackendUnavailable, BudgetError, FastMergeError, ShapeError
+from fastmerge.families.native import NativeKernels
+from fastmerge.kernels import TritonKernels, _launch
+from fastmerge.methods.base import TILE
+from tests import tiny
+from tests.test_merge import RECIPES, recipe_of, weights
+
+if not _launch.interpreted():
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+
+class Native:
+    """Native kernels for a device whose counters are a tensor."""
+
+    def __init__(self):
+        self._kernels = NativeKernels()
+
+    def __getattr__(self, name):
+        call = getattr(self._kernels, name)
+
+        def run(segments, *args, **kwargs):
+            if name != "fold" and isinstance(segments.nonfinite, torch.Tensor):
+                segments = replace(segments, nonfinite=segments.nonfinite.numpy())
+            return call(segments, *args, **kwargs)
+
+        return run
+
+
+class Tight(HostStreams):
+    """Books of what was reserved and locked, and limits of both."""
+
+    def __init__(self, *, most=1 << 60, pins=1 << 60, free=1 << 40):
+        super().__init__(free)
+        self.most, self.pins = most, pins
+        self.reserved, self.locked, self.tries = [], {}, 0
+
+    def reserve(self, nbytes):
+        self.tries += 1
+        if nbytes > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nand so on")
+        self.reserved.append(nbytes)
+        return super().reserve(nbytes)
+
+    def pin(self, buffer):
+        if sum(self.locked.values()) + buffer.nbytes > self.pins:
+            raise placement.NoRoom(f"{buffer.nbytes} bytes of host memory cannot be page-locked (CUDA error 2)")
+        self.locked[buffer.address] = buffer.nbytes
+        return super().pin(buffer)
+
+    def unpin(self, buffer):
+        del self.locked[buffer.address]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """A few long rows: the interpreter pays per program. ``wide`` takes three units of a tile, or one large one."""
+    root, rng = tmp_path_factory.mktemp("models"), torch.Generator().manual_seed(0)
+    shapes = {"norm": (40,), "wide": (7, 20_000), "bias": (333,), "embed": (3, 9_001)}
+    base = {n: torch.randn(s, generator=rng) * 0.02 for n, s in shapes.items()}
+    found = {}
+    for name in ("base", "a", "b", "c"):
+        tuned = {n: t + torch.randn(t.shape, generator=rng) * 2e-4 * (name != "base") for n, t in base.items()}
+        found[name] = tiny.write(root / name, {n: t.to(torch.bfloat16) for n, t in tuned.items()})
+    return found
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Makes ``--device cuda...`` some GPUs of host memory; gives their streams as they are made."""
+
+    choose = engine.choose
+
+    def start(kernels, *, gpus=1, unit=1 << 25, smallest=TILE, **limits):
+        made = [Tight(**limits) for _ in range(gpus)]
+        chosen = Backend("triton", kernels, (0,) * gpus)
+        monkeypatch.setattr(engine, "choose", lambda spec, name: chosen if "cuda" in spec else choose(spec, name))
+        monkeypatch.setattr(placement, "UNIT_ELEMENTS", unit)
+        monkeypatch.setattr(placement, "SMALLEST", smallest)
+        monkeypatch.setattr(
+            placement, "logical", lambda chosen: [Gpu("cuda:0", chosen.kernels, s, share=gpus) for s in made]
+        )
+        return made
+
+    return start
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_logical_gpus_give_the_bytes_of_the_cpu(paths, name, tmp_path, pretend):
+    text = recipe_of(paths, name)
+    fm.merge(text, tmp_path / "cpu", device="cpu", backend="native")
+    streams = pretend(TritonKernels("cpu"), gpus=2, unit=TILE)
+    report = fm.merge(text, tmp_path / "gpu", device="cuda:0,cuda:0")
+    assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
+    assert report.backend == "triton"
+    assert set(report.devices) == {"cuda:0"}
+    assert all(not s.locked for s in streams)
+
+
+@pytest.mark.parametrize("name", ["ties", "slerp rows"])
+def test_whole_tensors_stay_in_their_slots(paths, name, tmp_path, pretend):
+    text = recipe_of(paths, name)
+    pretend(TritonKernels("cpu"))
+    report = fm.merge(text, tmp_path / "gpu", device="cuda")
+    fm.merge(text, tmp_path / "cpu", device="cpu", backend="native")
+    assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
+    assert report.bytes_read == sum(c["bytes_in"] for c in [fm.plan(text).summary()]), "each byte was read once"
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["linear", "slerp", "ties", "ties whole model", "dare_ties"]),
+    gpus=st.integers(1, 3),
+    unit=st.sampled_from([TILE, 2 * TILE, 1 << 25]),
+    cells=st.integers(1, 40),
+    most=st.integers(1, 40),
+)
+def test_any_budgets_and_devices_give_the_same_bytes(paths, tmp_path_factory, pretend, name, gpus, unit, cells, most):
+    root = tmp_path_factory.mktemp("any")
+    text = recipe_of(paths, name)
+    fm.merge(text, root / "cpu", device="cpu")
+    slot = 5 * 2 * TILE + (1 << 16)
+    streams = pretend(Native(), gpus=gpus, unit=unit, most=most * slot)
+    fm.merge(text, root / "gpu", device="cuda", memory=cells * slot, max_vram=3 * slot)
+    assert weights(root / "gpu") == weights(root / "cpu")
+    assert sum(map(sum, (s.reserved for s in streams))) <= cells * slot + 512 * gpus + 512 * 24
+    assert all(sum(s.reserved) <= 3 * slot + 8192 for s in streams)
+
+
+def test_too_little_memory_for_slots_means_smaller_ones(paths, tmp_path, pretend):
+    text = recipe_of(paths, "ties")
+    fm.merge(text, tmp_path / "cpu", device="cpu")
+    for i, limit in enumerate(({"most": 1_400_000}, {"pins": 1_400_000})):
+        (streams,) = pretend(Native(), **limit)
+        fm.merge(text, tmp_path / f"gpu{i}", device="cuda")
+        assert weights(tmp_path / f"gpu{i}") == weights(tmp_path / "cpu")
+        assert streams.tries > 1
+        assert not streams.locked
+
+
+@pytest.mark.parametrize("limit", [{"most": 100_000}, {"pins": 100_000}, {"free": 1000}])
+def test_no_memory_at_all_is_said_with_the_minimum_and_nothing_is_written(paths, tmp_path, pretend, limit):
+    (streams,) = pretend(Native(), **limit)
+    with pytest.raises(BudgetError, match=r"expected >= \d+ bytes"):
+        fm.merge(recipe_of(paths, "ties"), tmp_path / "out", device="cuda")
+    assert not list(tmp_path.iterdir())
+    assert not streams.locked
+
+
+def test_max_vram_is_what_is_reserved(paths, tmp_path, pretend):
+    for i, size in enumerate(["1.5MB", "20MB"]):
+        (streams,) = pretend(Native())
+        fm.merge(recipe_of(paths, "linear"), tmp_path / str(i), device="cuda", max_vram=size)
+        assert 0 < streams.reserved[-1] <= fm.sizes.parse_bytes(size) + 8192
+    pretend(Native())
+    with pytest.raises(BudgetError, match="--max-vram 1000 bytes"):
+        fm.merge(recipe_of(paths, "linear"), tmp_path / "out", device="cuda", max_vram=1000)
+
+
+class Failing(Native):
+    """Fails some calls of the last kernel."""
+
+    def __init__(self, calls, error):
+        super().__init__()
+        self.left, self.error = calls, error
+
+    def consensus(self, *args):
+        if self.left:
+            self.left -= 1
+            raise self.error
+        self.__getattr__("consensus")(*args)
+
+
+def test_running_out_of_memory_in_a_unit_is_tried_again(paths, tmp_path, pretend):
+    text = recipe_of(paths, "ties")
+    fm.merge(text, tmp_path / "cpu", device="cpu")
+    pretend(Failing(2, torch.OutOfMemoryError("CUDA out of memory. Tried")), unit=TILE)
+    fm.merge(text, tmp_path / "gpu", device="cuda")
+    assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), BudgetError, "smaller --max-vram; continue with"),
+        (RuntimeError("CUDA error: unspecified launch failure\nmore"), FastMergeError, "launch failure; continue with"),
+    ],
+)
+def test_a_gpu_that_fails_loses_nothing(paths, tmp_path, pretend, error, kind, words):
+    text = recipe_of(paths, "ties")
+    fm.merge(text, tmp_path / "cpu", device="cpu")
+    (streams,) = pretend(Failing(1 << 30, error), unit=TILE)
+    with pytest.raises(kind, match=words) as caught:
+        fm.merge(text, tmp_path / "gpu", device="cuda")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not streams.locked
+    fm.merge(text, tmp_path / "gpu", device="cpu", resume=True)
+    assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
+
+
+def test_nonfinite_outputs_are_counted_on_the_device(tmp_path, pretend):
+    base, a = (tiny.state(seed, layers=1, vocab=300) for seed in (0, 1))
+    a["model.norm.weight"][3] = float("nan")
+    paths = {n: tiny.write(tmp_path / n, s, layers=1) for n, s in (("base", base), ("a", a), ("b", base))}
+    pretend(TritonKernels("cpu"))
+    for method, lead in (("linear", None), ("ties", "base")):
+        text = tiny.recipe(paths, method, names=("a", "b"), base=lead, weight=0.5)
+        report = fm.merge(text, tmp_path / method, device="cuda")
+        assert report.nonfinite == {"model.norm.weight": 1}
+
+
+# ---- tensors in memory ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_tensors(monkeypatch):
+    """CPU tensors take the way of GPU tensors."""
+    monkeypatch.setattr(memory, "choose", lambda device, name: Backend("triton", TritonKernels("cpu"), (0,)))
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("linear", {"weight": 0.4}),
+        ("slerp", {"t": 0.3}),
+        ("model_stock", {}),
+        ("ties", {"weight": 0.5, "density": 0.3}),
+        ("dare_ties", {"weight": 0.5, "density": 0.4}),
+    ],
+)
+def test_tensors_on_a_gpu_are_merged_in_place(monkeypatch, method, given):
+    based, names = method != "linear", "xy" if method == "slerp" else "xyz"
+    models = {n: tiny.state(i, layers=1, hidden=24, vocab=9) for i, n in enumerate(names)}
+    want = fm.merge_state_dicts(models, method, parameters=given, base="x" if based else None, backend="native")
+    monkeypatch.setattr(memory, "choose", lambda device, name: Backend("triton", TritonKernels("cpu"), (0,)))
+    got = fm.merge_state_dicts(models, method, parameters=given, base="x" if based else None)
+    for name, tensor in want.items():
+        assert torch.equal(got[name].view(torch.int16), tensor.view(torch.int16)), name
+
+
+def test_waits_and_launches_do_not_grow_with_the_number_of_tensors(monkeypatch, gpu_tensors):
+    waits = []
+    bring = TritonKernels._bring
+
+    def count(self, *results):
+        waits.append(sum(1 for _, a in results if a.size))
+        bring(self, *results)
+
+    monkeypatch.setattr(TritonKernels, "_bring", count)
+    seen = []
+    for number in (2, 12):
+        waits.clear()
+        models = [{f"t{i}": torch.randn(40, generator=torch.Generator().manual_seed(i + j)) for i in range(number)}
+                  for j in range(3)]  # fmt: skip
+        fm.merge_state_dicts(models, "ties", parameters={"weight": 0.5, "density": 0.3}, base=0)
+        seen.append(sum(1 for w in waits if w))
+    assert seen[0] == seen[1] <= 2
+    waits.clear()
+    fm.merge_state_dicts(models, "linear", parameters={"weight": 0.5})
+    assert not any(waits), "a method without statistics waits for nothing"
+
+
+def test_mixed_devices_are_named():
+    here, there = torch.zeros(3), torch.zeros(3, device="meta")
+    with pytest.raises(ShapeError, match="meta"):
+        fm.merge_tensors([here, there], "linear", parameters={"weight": 0.5})
+    with pytest.raises(ShapeError, match="meta"):
+        fm.merge_state_dicts([{"a": here}, {"a": there}], "linear", parameters={"weight": 0.5})
+    with pytest.raises(ShapeError, match="meta"):
+        fm.merge_tensors([here, here], "linear", parameters={"weight": 0.5}, out=there)
+    with pytest.raises(ShapeError, match="meta"):
+        fm.ties_merge({"a": here}, [{"a": there}])
+
+
+# ---- the choice -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A machine where everything is there but the facts that a test changes."""
+    dispatch.gpu_reason.cache_clear()
+    monkeypatch.setattr(dispatch, "driver_reason", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "Some GPU")
+    monkeypatch.setattr(dispatch, "_trial", lambda device: None)
+    monkeypatch.setattr(dispatch, "gpu_backend", lambda gpus: Backend("triton", None, gpus))
+    yield monkeypatch
+    dispatch.gpu_reason.cache_clear()
+
+
+def test_devices_by_name(card):
+    assert dispatch.choose("auto").gpus == (0, 1)
+    assert dispatch.choose("cuda").gpus == (1,)
+    assert dispatch.choose("cuda:0, cuda:1").gpus == (0, 1)
+    assert dispatch.choose("cuda:0,cuda:0", "triton").gpus == (0, 0)
+    assert dispatch.choose("cpu").gpus == ()
+    assert dispatch.choose("auto", "native").gpus == ()
+
+
+def old_driver():
+    raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update.")
+
+
+@pytest.mark.parametrize(
+    ("change", "spec", "words"),
+    [
+        ((dispatch, "driver_reason", lambda: "no NVIDIA driver is installed"), "cuda", "no NVIDIA driver"),
+        ((torch.version, "cuda", None), "cuda", "built without CUDA"),
+        ((torch.cuda, "init", old_driver), "cuda", "too old"),
+        ((torch.cuda, "get_device_capability", lambda i: (7, 5)), "cuda", "7.5; expected 8.0"),
+        ((dispatch, "_trial", lambda device: 1 / 0), "cuda", "ZeroDivisionError"),
+        ((dispatch, "_trial", lambda device: None), "cuda:2", "no GPU 2; torch sees 2"),
+        ((dispatch, "_trial", lambda device: None), "cuda:0,cpu", "unknown device 'cpu'"),
+        ((dispatch, "_trial", lambda device: None), "cuda:x", "unknown device"),
+    ],
+)
+def test_a_named_gpu_works_or_says_why_in_one_line(card, change, spec, words):
+    card.setattr(*change)
+    with pytest.raises(BackendUnavailable) as caught:
+        dispatch.choose(spec)
+    assert words in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_backend_for_the_cpu_refuses_gpus(card):
+    with pytest.raises(BackendUnavailable, match="native runs on CPU cores"):
+        dispatch.choose("cuda", "native")
+    card.setenv("FASTMERGE_BACKEND", "reference")
+    with pytest.raises(BackendUnavailable, match="reference runs on CPU cores"):
+        dispatch.choose("cuda:0")
+
+
+def test_auto_falls_back_and_says_so_once(card, caplog):
+    dispatch._say.cache_clear()
+    card.setattr(torch.cuda, "get_device_capability", lambda i: (7, 0))
+    with caplog.at_level(logging.INFO, "fastmerge"):
+        assert dispatch.choose("auto").gpus == ()
+        assert dispatch.choose("auto").name == "native"
+    assert sum("compute capability 7.0" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_auto_and_plan_do_not_import_torch_where_no_driver_is(paths, tmp_path):
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(recipe_of(paths, "ties"))
+    code = (
+        "import sys\nfrom fastmerge import dispatch\nfrom fastmerge.cli import main\n"
+        "dispatch.ctypes.CDLL = lambda name: (_ for _ in ()).throw(OSError())\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as e:\n    assert not e.code\n"
+        "assert 'torch' not in sys.modules and 'triton' not in sys.modules"
+    )
+    for words in (["merge", recipe, tmp_path / "out", "-q"], ["plan", recipe]):
+        done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
