@@ -9,14 +9,13 @@
 #include <string>
 #include <type_traits>
 
+#include "checks.h"
 #include "kernels.h"
 
 namespace py = pybind11;
 using namespace fastmerge;
 
 namespace {
-
-[[noreturn]] void fail(const std::string& what) { throw py::value_error(what); }
 
 // The data of a C-contiguous array of T. shape: -1 stands for any size; `write` asks for a writable array.
 template <class T>
@@ -43,63 +42,13 @@ T* data(const py::array& a, const char* name, std::initializer_list<int64_t> sha
   return const_cast<T*>(static_cast<const T*>(a.data()));
 }
 
-void check_code(int64_t code, const char* name) {
-  if (code < 0 || code > 3) fail(std::string(name) + ": expected a type code 0..3, got " + std::to_string(code));
-}
-
-// What a kernel asks of each segment.
-struct Needs {
-  int64_t parameters = -1;  // rows of the parameter tables; -1: none
-  int64_t partials = -1;    // rows of the output partials; -1: none
-  int out_code = -1;        // type of the output; -1: none
-  bool by_row = false;      // parameter row and tiles go by row
-  bool tiles = false;       // pieces start where a tile does
-  int64_t base = 0;         // 1 where input 0 is a base: one more input at least
-};
-
-[[noreturn]] void fail_at(int64_t s, const std::string& what) { fail("table row " + std::to_string(s) + ": " + what); }
-
-int64_t tiles_of(const Segment& s, bool by_row) {
-  if (!by_row) return (s.length + kTile - 1) / kTile;
-  const int64_t whole = (s.row + kTile - 1) / kTile;
-  int64_t tiles = 0, at = 0, left = s.row - s.e0 % s.row;
-  if (s.e0 % s.row != 0) {
-    at = left < s.length ? left : s.length;
-    tiles += (at + kTile - 1) / kTile;
-  }
-  return tiles + (s.length - at) / s.row * whole + ((s.length - at) % s.row + kTile - 1) / kTile;
-}
-
 Table check_table(const py::array& table, const py::array& ins, const Needs& needs) {
   Table t;
   t.codes = data<int32_t>(ins, "ins", {-1});
   t.inputs = static_cast<int32_t>(ins.shape(0));
-  if (t.inputs <= needs.base) fail("ins: expected at least " + std::to_string(needs.base + 1) + " inputs");
-  for (int32_t i = 0; i < t.inputs; ++i) check_code(t.codes[i], "ins");
   t.data = data<int64_t>(table, "table", {-1, kHeader + t.inputs});
   t.segments = table.shape(0);
-  if (needs.out_code >= 0) check_code(needs.out_code, "out_code");
-  for (int64_t i = 0; i < t.segments; ++i) {
-    const Segment& s = t[i];
-    if (s.length < 0 || s.e0 < 0) fail_at(i, "length and e0 must not be negative");
-    if (s.length == 0) continue;
-    if (needs.by_row && s.row <= 0) fail_at(i, "expected a row length above 0, got " + std::to_string(s.row));
-    if (needs.out_code >= 0 && (s.out == 0 || s.out % size_of(needs.out_code) != 0))
-      fail_at(i, "the output address is 0 or not aligned to its elements");
-    for (int32_t m = 0; m < t.inputs; ++m)
-      if (s.in[m] == 0 || s.in[m] % size_of(t.codes[m]) != 0)
-        fail_at(i, "address of input " + std::to_string(m) + " is 0 or not aligned to its elements");
-    if (needs.parameters >= 0) {
-      const int64_t last = s.group + (needs.by_row ? (s.e0 + s.length - 1) / s.row : 0);
-      if (s.group < 0 || last >= needs.parameters)
-        fail_at(i, "parameter row " + std::to_string(s.group < 0 ? s.group : last) + " of " +
-                       std::to_string(needs.parameters));
-    }
-    if (needs.tiles && (needs.by_row ? s.e0 % s.row : s.e0) % kTile != 0)
-      fail_at(i, "e0 " + std::to_string(s.e0) + " is not where a tile starts");
-    if (needs.partials >= 0 && (s.stats < 0 || s.stats + tiles_of(s, needs.by_row) > needs.partials))
-      fail_at(i, "partials rows " + std::to_string(s.stats) + ".. of " + std::to_string(needs.partials));
-  }
+  check(t, needs);
   return t;
 }
 
@@ -158,12 +107,8 @@ py::array_t<double> fold(const py::array& partials, const py::array& first) {
   a.partials = data<double>(partials, "partials", {-1, -1});
   a.columns = partials.shape(1);
   a.first = data<int64_t>(first, "first", {-1});
-  if (first.shape(0) < 1) fail("first: expected at least one entry");
   a.groups = first.shape(0) - 1;
-  for (int64_t g = 0; g <= a.groups; ++g)
-    if (a.first[g] < (g ? a.first[g - 1] : 0) || a.first[g] > partials.shape(0))
-      fail("first: entry " + std::to_string(g) + " is " + std::to_string(a.first[g]) + ", not ascending within 0.." +
-           std::to_string(partials.shape(0)));
+  check_ranges(a.first, a.groups, partials.shape(0));
   py::array_t<double> out({a.groups, a.columns});
   a.out = out.mutable_data();
   run(kernels().fold, a);
@@ -171,10 +116,6 @@ py::array_t<double> fold(const py::array& partials, const py::array& first) {
 }
 
 // ---- select and consensus ---------------------------------------------------------------------------------
-
-void check_round(int round_code) {
-  if (round_code != -1) check_code(round_code, "round_code");
-}
 
 struct Keep {
   int round_code;
@@ -260,11 +201,6 @@ void l1(const py::array& table, const py::array& ins, int round_code, bool drop,
   run(kernels().l1, a);
 }
 
-void check_word(int value, int most, const char* name) {
-  if (value < 0 || value > most)
-    fail(std::string(name) + ": expected 0.." + std::to_string(most) + ", got " + std::to_string(value));
-}
-
 void votes(const py::array& table, const py::array& ins, int round_code, bool drop, bool trim,
            const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut, int elect,
            bool split, const py::array& f, const py::array& counts) {
@@ -307,6 +243,46 @@ void consensus(const py::array& table, const py::array& ins, int out_code, int r
   a.nonfinite = data<int64_t>(nonfinite, "nonfinite", {a.table.segments}, true);
   run(kernels().consensus, a);
 }
+
+// ---- replicate ----------------------------------------------------------------------------------------------
+
+ReplicateArgs replicate_args(int in_code, int out_code) {
+  check_code(in_code, "in_code");
+  check_code(out_code, "out_code");
+  ReplicateArgs a;
+  a.in_code = in_code;
+  a.out_code = out_code;
+  return a;
+}
+
+void replicate(const py::array& table, int in_code, int out_code, const py::array& lines) {
+  ReplicateArgs a = replicate_args(in_code, out_code);
+  a.table = data<int64_t>(table, "table", {-1, -1});
+  a.segments = table.shape(0);
+  a.experts = experts_of(table.shape(1));
+  a.lines = reinterpret_cast<const NormalLine*>(data<float>(lines, "lines", {kNormalLines, 2}));
+  check(a);
+  run(kernels().replicate, a);
+}
+
+#if defined(FASTMERGE_HAS_CUDA)
+void cuda_launch(int device, int64_t stream, int64_t table, int64_t segments, int64_t columns, int in_code,
+                 int out_code, int64_t lines, int64_t first, int64_t tiles, int64_t tile, bool random) {
+  ReplicateArgs a = replicate_args(in_code, out_code);
+  a.table = reinterpret_cast<const int64_t*>(table);
+  a.segments = segments;
+  a.experts = experts_of(columns);
+  a.lines = reinterpret_cast<const NormalLine*>(lines);
+  const ReplicateWalk walk = {reinterpret_cast<const int64_t*>(first), tiles, tile};
+  if (device < 0 || segments < 1 || tiles < 1 || tile < 1) fail("device, segments, tiles or tile: too small");
+  if (table == 0 || first == 0 || (random && lines == 0)) fail("table, first or lines: a null address");
+  const int status = [&] {
+    py::gil_scoped_release release;
+    return cuda_replicate(device, stream, a, walk, random);
+  }();
+  if (status) throw std::runtime_error("CUDA error " + std::to_string(status) + ": " + cuda_error(status));
+}
+#endif
 
 // ---- values -------------------------------------------------------------------------------------------------
 
@@ -376,6 +352,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("consensus", consensus, arg("table"), arg("ins"), arg("out_code"), arg("round_code"), arg("drop"), arg("trim"),
         arg("model_index"), arg("bern"), arg("thr"), arg("cut"), arg("elect"), arg("split"), arg("zero"), arg("merge"),
         arg("f"), arg("scale"), arg("nonfinite"));
+  m.def("replicate", replicate, arg("table"), arg("in_code"), arg("out_code"), arg("lines"));
+#if defined(FASTMERGE_HAS_CUDA)
+  m.def("cuda_replicate", cuda_launch, arg("device"), arg("stream"), arg("table"), arg("segments"), arg("columns"),
+        arg("in_code"), arg("out_code"), arg("lines"), arg("first"), arg("tiles"), arg("tile"), arg("random"));
+#endif
   m.def("philox_u16", philox_lanes, arg("key"), arg("model"), arg("op"), arg("e0"), arg("n"));
   m.def("philox4x32", philox_words, arg("counter"), arg("key"));
   m.def("count_nonfinite", count_nonfinite, arg("address"), arg("n"), arg("code"));
