@@ -246,41 +246,38 @@ void consensus(const py::array& table, const py::array& ins, int out_code, int r
 
 // ---- replicate ----------------------------------------------------------------------------------------------
 
-ReplicateArgs replicate_args(int in_code, int out_code) {
-  check_code(in_code, "in_code");
-  check_code(out_code, "out_code");
+ReplicateArgs replicate_args(const py::array& table, int in_code, int out_code) {
   ReplicateArgs a;
+  a.table = data<int64_t>(table, "table", {-1, -1});
+  a.segments = table.shape(0);
+  a.experts = experts_of(table.shape(1));
   a.in_code = in_code;
   a.out_code = out_code;
+  check(a);
   return a;
 }
 
 void replicate(const py::array& table, int in_code, int out_code, const py::array& lines) {
-  ReplicateArgs a = replicate_args(in_code, out_code);
-  a.table = data<int64_t>(table, "table", {-1, -1});
-  a.segments = table.shape(0);
-  a.experts = experts_of(table.shape(1));
+  ReplicateArgs a = replicate_args(table, in_code, out_code);
   a.lines = reinterpret_cast<const NormalLine*>(data<float>(lines, "lines", {kNormalLines, 2}));
-  check(a);
   run(kernels().replicate, a);
 }
 
 #if defined(FASTMERGE_HAS_CUDA)
-void cuda_launch(int device, int64_t stream, int64_t table, int64_t segments, int64_t columns, int in_code,
-                 int out_code, int64_t lines, int64_t first, int64_t tiles, int64_t tile, bool random) {
-  ReplicateArgs a = replicate_args(in_code, out_code);
-  a.table = reinterpret_cast<const int64_t*>(table);
-  a.segments = segments;
-  a.experts = experts_of(columns);
-  a.lines = reinterpret_cast<const NormalLine*>(lines);
-  const ReplicateWalk walk = {reinterpret_cast<const int64_t*>(first), tiles, tile};
-  if (device < 0 || segments < 1 || tiles < 1 || tile < 1) fail("device, segments, tiles or tile: too small");
-  if (table == 0 || first == 0 || (random && lines == 0)) fail("table, first or lines: a null address");
-  const int status = [&] {
-    py::gil_scoped_release release;
-    return cuda_replicate(device, stream, a, walk, random);
-  }();
-  if (status) throw std::runtime_error("CUDA error " + std::to_string(status) + ": " + cuda_error(status));
+// `there`: address of table, first and lines on the device, one after the other.
+int cuda_launch(int device, int64_t stream, const py::array& table, int in_code, int out_code, const py::array& first,
+                int64_t blocks, int64_t there) {
+  ReplicateArgs a = replicate_args(table, in_code, out_code);
+  ReplicateWalk walk = {data<int64_t>(first, "first", {a.segments + 1}), 0, blocks};
+  walk.tiles = check(a, walk);
+  if (device < 0 || there == 0) fail("device or there: not a device's address");
+  const bool random = any_noise(a);
+  const int64_t* at = reinterpret_cast<const int64_t*>(there);
+  a.table = at;
+  walk.first = at + table.size();
+  a.lines = reinterpret_cast<const NormalLine*>(walk.first + first.size());
+  py::gil_scoped_release release;
+  return walk.tiles ? cuda_replicate(device, stream, a, walk, random) : 0;
 }
 #endif
 
@@ -354,8 +351,9 @@ PYBIND11_MODULE(_native, m) {
         arg("f"), arg("scale"), arg("nonfinite"));
   m.def("replicate", replicate, arg("table"), arg("in_code"), arg("out_code"), arg("lines"));
 #if defined(FASTMERGE_HAS_CUDA)
-  m.def("cuda_replicate", cuda_launch, arg("device"), arg("stream"), arg("table"), arg("segments"), arg("columns"),
-        arg("in_code"), arg("out_code"), arg("lines"), arg("first"), arg("tiles"), arg("tile"), arg("random"));
+  m.def("cuda_replicate", cuda_launch, arg("device"), arg("stream"), arg("table"), arg("in_code"), arg("out_code"),
+        arg("first"), arg("blocks"), arg("there"));
+  m.def("cuda_error", cuda_error, arg("status"));
 #endif
   m.def("philox_u16", philox_lanes, arg("key"), arg("model"), arg("op"), arg("e0"), arg("n"));
   m.def("philox4x32", philox_words, arg("counter"), arg("key"));

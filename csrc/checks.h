@@ -93,6 +93,8 @@ inline int32_t experts_of(int64_t columns) {
 }
 
 inline void check(const ReplicateArgs& a) {
+  check_code(a.in_code, "in_code");
+  check_code(a.out_code, "out_code");
   for (int64_t i = 0; i < a.segments; ++i) {
     const Source& s = a[i];
     if (s.length < 0 || s.e0 < 0) fail_at(i, "length and e0 must not be negative");
@@ -109,6 +111,29 @@ inline void check(const ReplicateArgs& a) {
         fail_at(i, "number of expert " + std::to_string(e) + ": expected 0..2^32 - 1");
     }
   }
+}
+
+// The tiles of a walk, which must be those of the table.
+inline int64_t check(const ReplicateArgs& a, const ReplicateWalk& walk) {
+  if (walk.tile < 1) fail("blocks: expected at least 1, got " + std::to_string(walk.tile));
+  int64_t tiles = 0;
+  for (int64_t i = 0; i <= a.segments; ++i) {
+    if (walk.first[i] != tiles) fail("first: expected " + std::to_string(tiles) + " at " + std::to_string(i));
+    if (i == a.segments || a[i].length == 0) continue;
+    const int64_t blocks = ((a[i].e0 + a[i].length - 1) >> 3) - (a[i].e0 >> 3) + 1;
+    tiles += (blocks + walk.tile - 1) / walk.tile;
+  }
+  return tiles;
+}
+
+// Whether any expert has noise, in the work type.
+inline bool any_noise(const ReplicateArgs& a) {
+  for (int64_t i = 0; i < a.segments; ++i)
+    for (int32_t e = 0; e < a.experts; ++e) {
+      const double sigma = a[i].experts[e].sigma;
+      if ((a.in_code == kF64 ? sigma : static_cast<float>(sigma)) != 0) return true;
+    }
+  return false;
 }
 
 }  // namespace fastmerge
