@@ -21,7 +21,7 @@ LAYERS = [
     {"stream"},
     {"stores"},
     {"dispatch"},
-    {"report", "estimate", "describe", "doctor", "memory"},
+    {"report", "estimate", "describe", "doctor", "memory", "replicate"},
     {"engine", "functional", "verify", "benchmark"},
     {"cli"},
     {"__init__", "__main__"},

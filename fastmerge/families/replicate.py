@@ -75,7 +75,7 @@ def rows(sources: I64, outputs: I64, sigma: F64, numbers: I64) -> I64:
 
 
 def first_tiles(table: I64, blocks: int = BLOCKS) -> I64:
-    """Where each segment's tiles of ``blocks`` Philox blocks start, and after the last one their number: ``[S + 1]``."""
+    """Where each segment's tiles of ``blocks`` Philox blocks start, and then their number: int64 ``[S + 1]``."""
     length, e0 = table[:, 1], table[:, 2]
     touched = np.where(length > 0, ((e0 + length - 1) >> 3) - (e0 >> 3) + 1, 0)
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(-(-touched // blocks))])
@@ -106,7 +106,7 @@ def launch(copies: Copies, device: torch.device) -> None:
         return
     packed = np.concatenate([copies.table.reshape(-1), first, normal_lines().view(np.int64).reshape(-1)])
     with torch.cuda.device(device):
-        there = torch.from_numpy(packed).to(device)
+        there = torch.from_numpy(packed).pin_memory().to(device, non_blocking=True)
         stream = torch.cuda.current_stream(device).cuda_stream
         codes = copies.in_dtype.code, copies.out_dtype.code
         status = native.cuda_replicate(device.index, stream, copies.table, *codes, first, BLOCKS, there.data_ptr())
