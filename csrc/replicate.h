@@ -169,10 +169,11 @@ FM_HD void normals(const Table& table, uint32_t word, float& low, float& high) {
 }
 
 // One Philox block of a source for every expert. With kFast it must be whole, every address aligned, and false is
-// returned, and nothing written, where a value is NaN.
+// returned, and nothing written, where a NaN would need the careful conversion.
 template <class In, class Out, bool kRandom, bool kFast, class Table>
 FM_HD bool replicate8(const Source& s, int32_t experts, int64_t block, const Table& table) {
   using W = typename WorkOf<In>::type;
+  constexpr bool kCopies = std::is_same_v<In, Out>;           // where there is no noise
   const int64_t at = 8 * block - s.e0, left = s.length - at;  // relative to the segment's first element
   const Span span = {at < 0 ? static_cast<int>(-at) : 0, left < 8 ? static_cast<int>(left) : 8};
   const Eight<In> raw = get8<kFast, In>(s.in + at * static_cast<int64_t>(sizeof(In)), span);
@@ -183,7 +184,7 @@ FM_HD bool replicate8(const Source& s, int32_t experts, int64_t block, const Tab
     nan |= x[j] != x[j];
     if (kRandom && kFast) keep(x[j]);
   }
-  if (kFast && nan) return false;
+  if (kFast && nan && (kRandom || !kCopies)) return false;
   uint32_t keys[10][2];
   for (int r = 0; kRandom && r < 10; ++r) {
     const uint64_t key = static_cast<uint64_t>(s.key);
@@ -195,7 +196,7 @@ FM_HD bool replicate8(const Source& s, int32_t experts, int64_t block, const Tab
     const int64_t to = e->out + at * static_cast<int64_t>(sizeof(Out));
     const W sigma = kRandom ? static_cast<W>(e->sigma) : W(0);
     if (sigma == W(0)) {
-      if constexpr (std::is_same_v<In, Out>)
+      if constexpr (kCopies)
         put8<kFast>(raw, to, span);
       else
         put8<kFast>(store8<kFast, Out>(x), to, span);
