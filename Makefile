@@ -35,11 +35,14 @@ bench: $(STAMP)  ## kernels beside memcpy, whole merges beside mergekit and the 
 	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/merges.py
 
-test-big: $(STAMP)  ## tensors of more than 2^31 elements, on sparse files
+test-big: $(STAMP)  ## tensors of more than 2^31 elements, on sparse files: 20 GB of disk, 3 minutes
 	$(BIN)/python -m pytest -m big
 
-gpu: $(STAMP)  ## everything that needs a CUDA device
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu tests/kernels
+# Without the virtual environment and without a network: the machine's own Python, torch and triton.
+BUDGET ?= 540
+gpu:  ## everything that needs a CUDA device, in resumable parts: PARTS, BUDGET, WHEELS, FRESH, RETRY
+	$(PYTHON) -m bench.gpu --parts "$(PARTS)" --budget $(BUDGET) $(if $(WHEELS),--wheels "$(WHEELS)") \
+	  $(if $(COMMIT),--commit "$(COMMIT)") $(if $(FRESH),--fresh) $(if $(RETRY),--retry)
 
 clean:
 	rm -rf $(VENV) build dist .cache

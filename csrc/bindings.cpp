@@ -4,8 +4,6 @@
 
 #include <cstdlib>
 #include <initializer_list>
-#include <memory>
-#include <new>
 #include <string>
 #include <type_traits>
 
@@ -78,10 +76,6 @@ void combine(const py::array& table, const py::array& ins, int out_code, const p
   run(kernels().combine, a);
 }
 
-struct Freed {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-
 void gram(const py::array& table, const py::array& ins, const py::array& partials, bool delta, bool diff,
           bool per_row) {
   GramArgs a;
@@ -96,8 +90,7 @@ void gram(const py::array& table, const py::array& ins, const py::array& partial
   a.delta = delta;
   a.diff = diff;
   a.per_row = per_row;
-  const auto bytes = static_cast<size_t>(gram_scratch(a.table.inputs, a.columns, a.table.wide()));
-  const std::unique_ptr<void, Freed> scratch(::operator new(bytes, std::align_val_t(64)));
+  const Scratch scratch = scratch_of(gram_scratch(a.table.inputs, a.columns, a.table.wide()));
   a.scratch = scratch.get();
   run(kernels().gram, a);
 }
@@ -185,6 +178,26 @@ void count(const py::array& table, const py::array& ins, int round_code, bool dr
   a.where = data<int64_t>(where, "where", {n, a.cap, 2}, true);
   a.used = data<int64_t>(used, "used", {n}, true);
   run(kernels().count, a);
+}
+
+void find_kth(const py::array& table, const py::array& ins, int round_code, bool drop, const py::array& model_index,
+              const py::array& bern, const py::array& ranks, const py::array& thr, const py::array& found) {
+  check_round(round_code);
+  Needs needs;
+  needs.parameters = bern.ndim() == 2 ? bern.shape(0) : 0, needs.base = 1;
+  KthArgs a;
+  a.table = check_table(table, ins, needs);
+  const int64_t n = a.table.inputs - 1, p = needs.parameters;
+  a.round_code = round_code;
+  a.drop = drop;
+  a.model_index = data<int32_t>(model_index, "model_index", {n});
+  a.bern = data<int32_t>(bern, "bern", {p, n});
+  a.ranks = data<int64_t>(ranks, "ranks", {p, n});
+  a.thr = data<uint64_t>(thr, "thr", {p, n}, true);
+  a.found = data<int64_t>(found, "found", {p, n, 4}, true);
+  const Scratch scratch = scratch_of(kth_scratch(longest_whole(a.table), a.table.inputs, a.table.wide()));
+  a.scratch = scratch.get();
+  run(kth, a);
 }
 
 void l1(const py::array& table, const py::array& ins, int round_code, bool drop, bool trim,
@@ -342,6 +355,8 @@ PYBIND11_MODULE(_native, m) {
         arg("bern"), arg("out"));
   m.def("count", count, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("model_index"), arg("bern"),
         arg("lo"), arg("hi"), arg("counts"), arg("keys"), arg("where"), arg("used"));
+  m.def("kth", find_kth, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("model_index"), arg("bern"),
+        arg("ranks"), arg("thr"), arg("found"));
   m.def("l1", l1, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("trim"), arg("model_index"),
         arg("bern"), arg("thr"), arg("cut"), arg("sums"));
   m.def("votes", votes, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("trim"), arg("model_index"),

@@ -1,7 +1,11 @@
-// What the bindings ask of their arguments before a kernel sees them. Violations become ValueError in Python.
+// What the bindings ask of their arguments before a kernel sees them, where that needs nothing of Python. Violations
+// become ValueError there.
 #pragma once
 
+#include <algorithm>
 #include <limits>
+#include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -74,6 +78,25 @@ inline void check(const Table& t, const Needs& needs) {
     if (needs.partials >= 0 && (s.stats < 0 || s.stats + tiles_of(s, needs.by_row) > needs.partials))
       fail_at(i, "partials rows " + std::to_string(s.stats) + ".. of " + std::to_string(needs.partials));
   }
+}
+
+// The most elements of a segment, all of which must be whole tensors.
+inline int64_t longest_whole(const Table& t) {
+  int64_t longest = 0;
+  for (int64_t i = 0; i < t.segments; ++i) {
+    if (t[i].e0 != 0) fail_at(i, "expected a whole tensor, e0 is " + std::to_string(t[i].e0));
+    longest = std::max(longest, t[i].length);
+  }
+  return longest;
+}
+
+// A kernel's memory for one call.
+struct Freed {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+using Scratch = std::unique_ptr<void, Freed>;
+inline Scratch scratch_of(int64_t bytes) {
+  return Scratch(::operator new(static_cast<size_t>(bytes), std::align_val_t(64)));
 }
 
 // Row ranges [first[g], first[g + 1]) of `rows` rows.

@@ -111,6 +111,21 @@ struct CountArgs {
   int64_t* used;  // [N] may pass cap: from there on nothing is stored, only counted
 };
 
+// The k-th largest keys of whole tensors (e0 = 0). What is not settled keeps tied = 0.
+struct KthArgs {
+  Table table;
+  int32_t round_code;
+  bool drop;
+  const int32_t* model_index;  // [N]
+  const int32_t* bern;         // [P, N]
+  const int64_t* ranks;        // [P, N] k; nothing is asked where it is not inside 0 .. length
+  uint64_t* thr;               // [P, N]
+  int64_t* found;              // [P, N, 4] ties kept, ties, tile of the first that is not kept, kept ties in that tile
+  void* scratch;               // kth_scratch() bytes, 64-byte aligned
+};
+// Keys that a query may list.
+constexpr int64_t kth_listed(int64_t length) { return length / 16 + 4096; }
+
 struct L1Args {
   Table table;
   KeepArgs keep;
@@ -194,6 +209,10 @@ bool use_isa(const char* name);
 int cuda_replicate(int device, int64_t stream, const ReplicateArgs& a, const ReplicateWalk& walk, bool random);
 const char* cuda_error(int status);
 #endif
+
+// Built of the table's delta_keys and count, once for every instruction set.
+void kth(const KthArgs&);
+int64_t kth_scratch(int64_t longest, int32_t inputs, bool wide);
 
 // Default floating-point control (round to nearest, no flush to zero) for the life of the object: another
 // library in the process may have changed the thread's.

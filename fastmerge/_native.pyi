@@ -69,6 +69,24 @@ def count(
     cap they are only counted.
     """
 
+def kth(
+    table: _I64,
+    ins: _I32,
+    round_code: int,
+    drop: bool,
+    model_index: _I32,
+    bern: _I32,
+    ranks: _I64,
+    thr: _U64,
+    found: _I64,
+) -> None:
+    """The ``ranks`` [P, N] largest keys of whole tensors into thr [P, N], and of the ties found [P, N, 4].
+
+    found: how many ties belong to the k largest, how many there are, the tile of the first that does not, and how
+    many that do lie in that tile. Nothing is asked where a rank is not inside 0 .. length; a query that is not
+    settled keeps its 0 ties.
+    """
+
 def l1(
     table: _I64,
     ins: _I32,

@@ -21,7 +21,7 @@ from fastmerge.doctor import memcpy_rate
 from fastmerge.dtypes import BF16
 from fastmerge.methods import METHODS
 from fastmerge.methods.base import REQUIRED, Group, Method, Segments
-from fastmerge.stream import cut, segment_row
+from fastmerge.stream import compute, segment_row
 
 ELEMENTS = 1 << 20
 """Elements of the tensors of the kernel benchmarks: one unit of the stream, in the cache."""
@@ -45,7 +45,7 @@ def bench_kernels(*, runs: int = 5) -> list[Row]:
         group = _group(method)
         segments, keep = _segments(group)
         program = method.program([group], kernels)
-        seconds = _median(functools.partial(_passes, method, group, kernels, segments), runs)
+        seconds = _median(functools.partial(_merge, method, group, kernels, segments), runs)
         moved = ELEMENTS * 2 * (len(group.dtypes) + 1)
         rows.append(
             {
@@ -60,12 +60,8 @@ def bench_kernels(*, runs: int = 5) -> list[Row]:
     return rows
 
 
-def _passes(method: type[Method], group: Group, kernels: Any, segments: Segments) -> None:
-    program = method.program([group], kernels)
-    while not program.ready:
-        pieces = program.pieces()
-        program.advance([program.statistics(segments if pieces is None else cut(segments, pieces))])
-    program.apply(segments)
+def _merge(method: type[Method], group: Group, kernels: Any, segments: Segments) -> None:
+    compute(method.program([group], kernels), segments)
 
 
 def _median(work: Callable[[], None], runs: int) -> float:

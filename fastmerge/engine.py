@@ -142,7 +142,7 @@ def _look_at_copies(planned: Plan, nan: str) -> Plan:
     from fastmerge.methods.resolve import make_group
 
     outputs = tuple(
-        replace(o, method=Passthrough, group=make_group(Passthrough, o.name, o.shape, [o.dtype], has_base=False))
+        o._replace(method=Passthrough, group=make_group(Passthrough, o.name, o.shape, [o.dtype], has_base=False))
         if o.method is None and o.dtype.mergeable
         else o
         for o in planned.outputs

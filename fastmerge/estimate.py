@@ -7,7 +7,7 @@ from typing import Any
 from fastmerge.dispatch import backend as choose
 from fastmerge.dispatch import devices
 from fastmerge.planning import Plan
-from fastmerge.schedule import schedule, scopes
+from fastmerge.schedule import kinds, schedule
 from fastmerge.sizes import default_memory, parse_bytes
 
 READ_RATE = 10e9
@@ -38,7 +38,7 @@ def estimate(planned: Plan, *, memory: str | None, device: str, backend: str | N
     work = schedule(planned.outputs, workers=len(workers), memory=budget, whole=chosen.whole)
     reads = elements_time = 0.0
     writes = 0
-    reach = scopes(planned.outputs)
+    reach = kinds(planned.outputs)
     for job in work.jobs:
         for o in job.outputs:
             out = planned.outputs[o]
@@ -47,7 +47,7 @@ def estimate(planned: Plan, *, memory: str | None, device: str, backend: str | N
             if job.kind == "copy" or out.method is None or out.group is None:
                 reads += out.sources[0].info.nbytes if out.sources else 0
                 continue
-            scope = reach[o]
+            scope = reach[o].scope
             passes = 1 if job.resident or scope == "element" else 2
             reads += passes * nbytes
             elements_time += out.group.numel / ELEMENT_RATE[scope]

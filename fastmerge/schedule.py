@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fastmerge.errors import BudgetError
 from fastmerge.methods.base import TILE, Group
@@ -36,8 +36,7 @@ SPARE = 100 << 20
 """What tables may take beside the budget: the law allows 300 MB, and the interpreter takes 60."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(NamedTuple):
     """One piece of work.
 
     Attributes:
@@ -89,9 +88,10 @@ class Schedule:
     elements: int
 
 
-def piece_bytes(group: Group, length: int) -> int:
-    """Slot bytes of ``length`` elements of all inputs and of the output."""
-    return length * (sum(d.size for d in group.dtypes) + group.out_dtype.size) + ALIGN * len(group.dtypes) + BLOCK
+def piece_bytes(group: Group, length: int, pieces: int = 1) -> int:
+    """Slot bytes of pieces of ``length`` elements together: all inputs and the output."""
+    width = sum([d.size for d in group.dtypes]) + group.out_dtype.size
+    return length * width + pieces * (ALIGN * len(group.dtypes) + BLOCK)
 
 
 def schedule(outputs: Sequence[Output], *, workers: int, memory: int | None, whole: bool = False) -> Schedule:
@@ -107,8 +107,8 @@ def schedule(outputs: Sequence[Output], *, workers: int, memory: int | None, who
         BudgetError: if one smallest unit does not fit; the message states the minimum.
     """
     elements = UNIT_ELEMENTS
-    reach = scopes(outputs)
-    tables = max((_row_tables(o) for o, scope in zip(outputs, reach, strict=True) if scope == "row"), default=0)
+    reach = kinds(outputs)
+    tables = max((_row_tables(o) for o, kind in zip(outputs, reach, strict=True) if kind.scope == "row"), default=0)
     if memory is not None and tables > memory:
         raise BudgetError(
             f"--memory {memory} bytes: this recipe works by row, and the sums of its longest tensor's rows alone take "
@@ -129,22 +129,40 @@ def schedule(outputs: Sequence[Output], *, workers: int, memory: int | None, who
     return Schedule(jobs, slot, max(1, memory // slot), elements)
 
 
-def scopes(outputs: Sequence[Output]) -> list[str]:
-    """What each result depends on (:meth:`Method.scope`); asked once per set of parameters, which tensors share."""
-    known: dict[tuple[int, ...], str] = {}
+class Kind(NamedTuple):
+    """What decides how the stream may cut an output, and with which others it may share a unit.
+
+    Attributes:
+        scope: what each result depends on (:meth:`Method.scope`); ``copy`` where nothing is computed.
+        batch: equal for tensors of one kernel call: method, types, inputs, and every parameter that is no number.
+    """
+
+    scope: str
+    batch: tuple[object, ...]
+
+
+_COPY = Kind("copy", ())
+
+
+def kinds(outputs: Sequence[Output]) -> list[Kind]:
+    """The kind of each output; asked once per set of parameters, which tensors share."""
+    known: dict[tuple[int, ...], Kind] = {}
     out = []
     for o in outputs:
-        if o.method is None or o.group is None:
-            out.append("copy")
+        g = o.group
+        if o.method is None or g is None:
+            out.append(_COPY)
             continue
-        key = (id(o.method), id(o.group.params), *map(id, o.group.models))
+        key = (id(o.method), id(g.params), id(g.dtypes), id(g.out_dtype), id(g.indices), *map(id, g.models))
         if key not in known:
-            known[key] = o.method.scope(o.group)
+            words = tuple(sorted((k, v) for k, v in g.params.items() if isinstance(v, (str, bool))))
+            batch = (o.method, g.dtypes, g.out_dtype, g.has_base, g.indices, words)
+            known[key] = Kind(o.method.scope(g), batch)
         out.append(known[key])
     return out
 
 
-def _jobs(outputs: Sequence[Output], reach: Sequence[str], elements: int, *, whole: bool) -> Iterator[Job]:
+def _jobs(outputs: Sequence[Output], reach: Sequence[Kind], elements: int, *, whole: bool) -> Iterator[Job]:
     """Jobs in file order; consecutive small tensors of one kind share a unit."""
     number = 0
     bundle: list[int] = []
@@ -164,12 +182,12 @@ def _jobs(outputs: Sequence[Output], reach: Sequence[str], elements: int, *, who
         if out.method is None or out.group is None:
             copies.append(position)
             continue
-        scope = "whole" if whole else reach[position]
+        scope, key = reach[position]
+        scope = "whole" if whole else scope
         if scope == "model":
             model.append(position)
             continue
         n = out.group.numel
-        key = batch_key(out)
         if bundle and (key != bundle_key or bundle_size + n > elements):
             yield from flush()
         # A tensor with statistics that is a little too large is cheaper to keep than to read twice.
@@ -184,7 +202,7 @@ def _jobs(outputs: Sequence[Output], reach: Sequence[str], elements: int, *, who
         number += 1
     yield from flush()
     if model:
-        yield _model_job(number, outputs, model, elements)
+        yield _model_job(number, outputs, model, reach, elements)
         number += 1
     for units in _copy_units(outputs, copies):
         yield Job("copy", tuple(dict.fromkeys(o for o, _, _ in units)), (Unit(number, units, 0),))
@@ -201,30 +219,21 @@ def _numel(out: Output) -> int:
 
 
 def _unit(job: int, outputs: Sequence[Output], pieces: Sequence[tuple[int, int, int]]) -> Unit:
-    total = 0
-    for o, _, length in pieces:
-        group = outputs[o].group
-        total += piece_bytes(group, length) if group else 0
-    return Unit(job, tuple(pieces), total)
+    group = outputs[pieces[0][0]].group  # of one kind with all the others
+    nbytes = piece_bytes(group, sum([length for _, _, length in pieces]), len(pieces)) if group else 0
+    return Unit(job, tuple(pieces), nbytes)
 
 
-def batch_key(out: Output) -> tuple[object, ...]:
-    """What tensors of one kernel call have in common: method, types, inputs, and every non-numeric parameter."""
-    g = out.group
-    if g is None:
-        return (None,)
-    words = tuple(sorted((k, v) for k, v in g.params.items() if isinstance(v, (str, bool))))
-    return (out.method, g.dtypes, g.out_dtype, g.has_base, g.indices, words)
-
-
-def _model_job(number: int, outputs: Sequence[Output], members: Sequence[int], elements: int) -> Job:
+def _model_job(
+    number: int, outputs: Sequence[Output], members: Sequence[int], reach: Sequence[Kind], elements: int
+) -> Job:
     """One job over every tensor of a whole-model method; its units are bundles and chunks as usual."""
     units: list[Unit] = []
     bundle: list[tuple[int, int, int]] = []
-    size, key = 0, None
+    size, key = 0, reach[members[0]].batch
     for o in members:
         n = _numel(outputs[o])
-        k = batch_key(outputs[o])
+        k = reach[o].batch
         for e0 in range(0, max(n, 1), elements):
             length = min(elements, n - e0)
             if bundle and (k != key or size + length > elements):
@@ -251,14 +260,14 @@ def sample_units(
     """
     number = job.units[0].job
     bundle: list[tuple[int, int, int]] = []
-    size, key, of = 0, None, -1
+    size, key = 0, _COPY.batch
+    reach = kinds([outputs[o] for o in job.outputs])
     for index, start, total in pieces:
         o = job.outputs[index]
         group = outputs[o].group
         if group is None:
             continue
-        if o != of:
-            mine, of = batch_key(outputs[o]), o
+        mine = reach[index].batch
         for e0 in range(start, start + max(total, 1), TILE):
             length = min(TILE, start + total - e0)
             nbytes = piece_bytes(group, length)

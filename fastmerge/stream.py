@@ -187,6 +187,16 @@ def cut(segments: Segments, pieces: I64) -> Segments:
     return Segments(out, segments.dtypes, segments.out_dtype, np.zeros(len(out), np.int64))
 
 
+def compute(program: Program, segments: Segments) -> None:
+    """All passes over groups that are in memory whole."""
+    if not program.ready:
+        program.settle(segments)
+    while not program.ready:
+        pieces = program.pieces()
+        program.advance([program.statistics(segments if pieces is None else cut(segments, pieces))])
+    program.apply(segments)
+
+
 def segment_row(out: int, length: int, e0: int, group: Group, index: int, inputs: Sequence[int]) -> list[int]:
     """One row of a segment table; the key is stored as the bits of a signed integer."""
     key = group.key - (1 << 64) if group.key >= 1 << 63 else group.key
@@ -284,10 +294,7 @@ class Runner:
             self._queue.deposit(task, partial)
         else:
             program = task.running.program or self._make(job, device)
-            while not program.ready:
-                pieces = program.pieces()
-                program.advance([program.statistics(segments if pieces is None else cut(segments, pieces))])
-            program.apply(segments)
+            compute(program, segments)
             device.download(segments, host)
             t2 = time.perf_counter()
             self._store.store(unit, host)

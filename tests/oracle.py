@@ -126,6 +126,9 @@ def drive(method, groups, inputs, backend, *, step=None, shuffle=None, most=200)
     ]
     before = [[bits(t) for t in tensors] for tensors in inputs]
     every = cut(method, groups, step or 1 << 62)
+    if step is None and not program.ready:
+        for s in segments(groups, inputs, None, every):
+            program.settle(s)
     passes = 0
     while not program.ready:
         passes += 1

@@ -238,3 +238,49 @@ def test_pieces_must_start_where_a_tile_does():
             np.zeros((1, 1, 2), np.int64),
             np.zeros(1, np.int64),
         )
+
+
+@pytest.mark.parametrize("codes", DTYPES, ids=str)
+@pytest.mark.parametrize(("round_code", "drop"), [(-1, False), (3, True), (2, False)])
+def test_kth(codes, round_code, drop):
+    rng = np.random.default_rng(5)
+    groups = tensors_of(rng, codes, sizes=[*SIZES, 9_000, 300_000, 81_920, 0])
+    models = len(codes) - 1
+    index, bern = arguments(rng, len(groups), models, drop)
+    ranks = np.zeros((len(groups), models), np.int64)
+    want = {}
+    for g, tensors in enumerate(groups):
+        n = len(tensors[0])
+        _, ds = oracle.deltas(tensors, codes, round_code)
+        if drop:
+            ds = [oracle.dropped(d, 9 + g, int(index[i]), bern[g, i], 0) for i, d in enumerate(ds)]
+        for i, d in enumerate(ds):
+            k = oracle.keys(d)
+            r = ranks[g, i] = int(rng.choice([0, 1, n // 1000, n // 5, n // 2, n - 1, n]))
+            if not 0 < r < n:
+                continue
+            at = np.sort(k)[n - r]
+            ties = np.flatnonzero(k == at)
+            keep = r - int((k > at).sum())
+            tile = int(ties[keep]) // oracle.TILE if keep < len(ties) else -1
+            want[g, i] = (int(at), keep, len(ties), tile, int((ties[:keep] // oracle.TILE == tile).sum()))
+    whole = [
+        {"tensors": t, "start": 0, "stop": len(t[0]), "e0": 0, "key": 9 + g, "group": g} for g, t in enumerate(groups)
+    ]
+    thr = np.zeros((len(groups), models), np.uint64)
+    found = np.zeros((len(groups), models, 4), np.int64)
+    rows = oracle.table([whole[i] for i in rng.permutation(len(whole))], len(codes))
+    _native.kth(rows, np.array(codes, np.int32), round_code, drop, index, bern, ranks, thr, found)
+    settled = {(int(g), int(i)) for g, i in np.argwhere(found[:, :, 1] > 0)}
+    assert settled <= set(want)
+    for g, i in settled:
+        keep, tied, tile, rank = (int(x) for x in found[g, i])
+        at, *expected = want[g, i]
+        assert int(thr[g, i]) == at
+        assert [keep, tied] == expected[:2]
+        assert keep == tied or [tile, rank] == expected[2:]
+    assert {q for q in want if len(groups[q[0]][0]) >= 70_001} <= settled, "the bracket misses one in 16,000"
+    assert not thr[found[:, :, 1] == 0].any()
+    rows[0, 2] = 65_536
+    with pytest.raises(ValueError, match="whole tensor"):
+        _native.kth(rows, np.array(codes, np.int32), round_code, drop, index, bern, ranks, thr, found)

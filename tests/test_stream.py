@@ -17,7 +17,7 @@ from fastmerge.devices import CpuDevice
 from fastmerge.devices.fake import FakeDevice
 from fastmerge.dtypes import F32
 from fastmerge.errors import FastMergeError, Interrupted
-from fastmerge.methods.base import TILE, Group
+from fastmerge.methods.base import TILE, Group, Program
 from fastmerge.planning import Output
 from fastmerge.schedule import schedule
 from fastmerge.stores import MemoryStore
@@ -28,7 +28,7 @@ def view(address, n):
     return np.frombuffer((ctypes.c_float * n).from_address(address), np.float32)
 
 
-class Sums:
+class Sums(Program):
     """A program of three passes: a sample, the sum of everything, then ``out = x - y + sum + sample``.
 
     Values are small integers, so every order of adding gives the same floats, and a unit that was lost,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.checkpoint.header import TensorInfo
+from fastmerge.checkpoint.header import Seen, TensorInfo, without_gc
 from fastmerge.checkpoint.layout import Layout, Place, Shard, layout
 from fastmerge.checkpoint.model import Checkpoint, ShardFile
 
@@ -14,7 +14,20 @@ if TYPE_CHECKING:
     from fastmerge.checkpoint.io import Io
     from fastmerge.checkpoint.writer import Writer
 
-__all__ = ["Checkpoint", "Files", "Io", "Layout", "Place", "Shard", "ShardFile", "TensorInfo", "Writer", "layout"]
+__all__ = [
+    "Checkpoint",
+    "Files",
+    "Io",
+    "Layout",
+    "Place",
+    "Seen",
+    "Shard",
+    "ShardFile",
+    "TensorInfo",
+    "Writer",
+    "layout",
+    "without_gc",
+]
 
 _LATER = {"Files": "files", "Io": "io", "Writer": "writer"}
 

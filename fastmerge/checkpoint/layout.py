@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastmerge.checkpoint.header import MAX_HEADER, listing, name_problem
 from fastmerge.errors import OutputError
@@ -24,8 +24,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _Entry = tuple[str, "DType", tuple[int, ...], int]
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where one tensor's bytes go.
 
     Attributes:
@@ -157,13 +156,17 @@ def _split(entries: Sequence[_Entry], shard_size: int) -> list[list[_Entry]]:
 
 def _header(group: Sequence[_Entry], metadata: Mapping[str, str], shard: str) -> tuple[bytes, int]:
     """The shard's first bytes, and how many bytes of data follow them."""
-    content: dict[str, object] = {"__metadata__": metadata}
+    parts = [f'"__metadata__":{_json(metadata)}']
     at = 0
     for name, dtype, shape, nbytes in group:
-        content[name] = {"dtype": dtype.tag, "shape": shape, "data_offsets": (at, at + nbytes)}
+        sizes = ",".join(map(str, shape))
+        parts.append(f'{_json(name)}:{{"dtype":"{dtype.tag}","shape":[{sizes}],"data_offsets":[{at},{at + nbytes}]}}')
         at += nbytes
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text = f"{{{','.join(parts)}}}".encode()
     length = -(-(8 + len(text)) // ALIGN) * ALIGN - 8
     if length > MAX_HEADER:
         raise OutputError(f"{shard}: header of {length} bytes; expected at most {MAX_HEADER}: lower the shard size")
     return length.to_bytes(8, "little") + text.ljust(length), at
+
+
+_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint import discover, formats, hub
-from fastmerge.checkpoint.header import TensorInfo, listing, read_header
+from fastmerge.checkpoint.header import Seen, TensorInfo, listing, read_header
 from fastmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -65,7 +65,12 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls, ref_or_path: str | os.PathLike[str], *, revision: str | None = None, allow_pickle: bool = False
+        cls,
+        ref_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        allow_pickle: bool = False,
+        seen: Seen | None = None,
     ) -> Checkpoint:
         """Opens a file, an index, a model directory or a hub id; reads headers and config only.
 
@@ -77,6 +82,7 @@ class Checkpoint:
             revision: branch, tag or commit of a hub id.
             allow_pickle: accepted so that callers can pass their flag on; pickled weights are refused with
                 the way to convert them either way.
+            seen: shared by the models of one recipe, so that equal headers are checked once.
 
         Raises:
             CheckpointError: with every problem found in the model.
@@ -91,10 +97,10 @@ class Checkpoint:
             ref, path = snapshot.ref, snapshot.path
         elif not path.exists():
             raise CheckpointError(f"{ref}: a link to {os.path.realpath(path)}, which does not exist")
-        return cls._from_path(ref, path)
+        return cls._from_path(ref, path, seen)
 
     @classmethod
-    def _from_path(cls, ref: str, path: Path) -> Checkpoint:
+    def _from_path(cls, ref: str, path: Path, seen: Seen | None) -> Checkpoint:
         try:
             found = discover.find(path)
         except OSError as error:
@@ -106,7 +112,7 @@ class Checkpoint:
         unread: set[str] = set()
         for file in found.files:
             try:
-                header = read_header(file, file=len(files))
+                header = read_header(file, file=len(files), seen=seen)
             except CheckpointError as error:
                 problems.extend(error.problems)
                 unread.add(file.name)

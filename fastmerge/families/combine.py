@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastmerge.methods.base import F64, I64, Segments
+from fastmerge.methods.base import F64, I64, Program, Segments
 
 
-class CombineProgram:
+class CombineProgram(Program):
     """``(sum c_i x_i) / div``, or ``b + lambda (sum c_i (x_i - b)) / div``; ready at once."""
 
     ready = True

@@ -66,7 +66,7 @@ def _same(what: Sequence[object], groups: Sequence[Group], noun: str) -> None:
             )
 
 
-class ConsensusProgram:
+class ConsensusProgram(Program):
     """Passes: selection (as often as it takes), sums of magnitudes, votes; each only where needed."""
 
     def __init__(self, groups: Sequence[Group], specs: Sequence[Consensus], kernels: Any) -> None:
@@ -123,6 +123,13 @@ class ConsensusProgram:
         """Selection may ask for samples and for some tensors only; the other passes read everything."""
         return self._select.pieces() if self._select is not None and self._due[0] == "select" else None
 
+    def settle(self, segments: Segments) -> None:
+        """Thresholds in one call, where the backend can."""
+        if self._due[:1] == ["select"] and self._select is not None:
+            self._select.settle(segments, self._kernels, self._keep.arguments(segments)[:5])
+            if self._select.done:
+                self._next()
+
     def statistics(self, segments: Segments) -> Any:
         """One call of the pass that is due."""
         due = self._due[0]
@@ -151,6 +158,9 @@ class ConsensusProgram:
             self._end_l1(gather(partials, self._tiles))
         else:
             self._end_votes(gather(partials, self._tiles))
+        self._next()
+
+    def _next(self) -> None:
         self._due.pop(0)
         if not self._due:
             self._tables = self._make_tables()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge.families.tiles import Partial, gather, number
-from fastmerge.methods.base import F64, I64, TILE, Group, Segments
+from fastmerge.methods.base import F64, I64, TILE, Group, Program, Segments
 
 Solve = Callable[[Sequence[Group], F64, Sequence[int]], tuple[F64, F64]]
 """From groups, inner products ``[P, C]`` and vectors per group to coefficients ``[P, M]`` and scales ``[P, 2]``."""
@@ -19,7 +19,7 @@ def rows_of(group: Group) -> int:
     return group.numel // group.row if group.numel else 0
 
 
-class GramProgram:
+class GramProgram(Program):
     """One pass of inner products per tensor or row, the solve, one pass of combine."""
 
     def __init__(

@@ -76,6 +76,9 @@ def run(
 
     outputs = [torch.empty(g.shape, dtype=torch_dtype(g.out_dtype)) for g in groups]
     every = whole(groups)
+    if not program.ready:
+        for s in segments(groups, inputs, None, every):
+            program.settle(s)
     while not program.ready:
         due = program.pieces()
         some = every if due is None else due

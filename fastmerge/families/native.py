@@ -86,6 +86,21 @@ class NativeKernels:
         args = (round_code, drop, model_index, bern, lo, hi, counts, keys, where, used)
         self._native.count(segments.table, codes(segments), *args)
 
+    def kth(
+        self,
+        segments: Segments,
+        round_code: int,
+        drop: bool,
+        model_index: I32,
+        bern: I32,
+        ranks: I64,
+        thr: U64,
+        found: I64,
+    ) -> None:
+        """Thresholds of whole tensors in one call, most of them: those that stay open have 0 ties in ``found``."""
+        args = (round_code, drop, model_index, bern, ranks, thr, found)
+        self._native.kth(segments.table, codes(segments), *args)
+
     def l1(self, segments: Segments, *keep_and_sums: Any) -> None:
         """``keep``, then ``sums [R, N, 2]``: |d| and |kept d| of every tile."""
         self._native.l1(segments.table, codes(segments), *keep_and_sums)

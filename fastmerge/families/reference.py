@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastmerge.dtypes import DType
-from fastmerge.methods.base import HEADER, I64, Group, Method, Segments
+from fastmerge.methods.base import HEADER, I64, Group, Method, Program, Segments
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ def borrow(address: int, count: int, dtype: DType) -> torch.Tensor:
     return torch.frombuffer(raw, dtype=kind)
 
 
-class ReferenceProgram:
+class ReferenceProgram(Program):
     """Runs :meth:`Method.reference`; a method of scope ``model`` copies all inputs first, so it is for tests."""
 
     def __init__(self, method: type[Method], groups: Sequence[Group]) -> None:

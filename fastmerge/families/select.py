@@ -2,6 +2,7 @@
 
 For every tensor (or the whole model) and every model the k-th largest key ``bits(|d|)`` is wanted.
 
+0. Tensors that lie in memory whole are settled by one native call, almost always; what follows is for the rest.
 1. Small ones are read whole and partitioned.
 2. For the others a sample of scattered blocks gives a bracket of keys ``[lo, hi]`` that holds the k-th with
    near certainty, and little else.
@@ -65,7 +66,7 @@ class Select:
     def __init__(
         self, groups: Sequence[Group], ranks: I64, ties: str, *, whole_model: bool, thr: U64, cut: I64
     ) -> None:
-        """Settles what needs no data and plans the first pass.
+        """Settles what needs no data.
 
         Args:
             groups: tensors of one work type.
@@ -86,31 +87,60 @@ class Select:
         self._never = (1 << 64 if double else 1 << 32) - 1
         self._numel = np.array([g.numel for g in groups], np.int64)
         self._tiles = -(-self._numel // TILE)
-        if whole_model:
-            sets = [sorted(range(len(groups)), key=lambda g: groups[g].name.encode())]
-        else:
-            sets = [[g] for g in range(len(groups))]
+        self._whole_model = whole_model
+        self._ranks = ranks
+        size = np.full(len(groups), self._numel.sum()) if whole_model else self._numel
+        none = (ranks <= 0) & (size > 0)[:, None]
+        thr[none], cut[none] = self._never, (0, 0, -1)
+        self._open = (ranks > 0) & (ranks < size[:, None])
         self._queries: list[_Query] = []
-        for members in sets:
-            size = int(self._numel[members].sum())
-            for i in range(self._models):
-                k = int(ranks[members[0], i])
-                if k <= 0 < size:
-                    thr[members, i], cut[members, i] = self._never, (0, 0, -1)
-                elif k < size:
-                    self._queries.append(_Query(i, members, size, Span(k, size, 0, self._largest)))
-        self._sampling = True
-        self._read(self._plan_sample())
+        self._sampling = False
+        self._begun = False
 
     @property
     def done(self) -> bool:
         """True once every threshold is known."""
-        return not self._queries
+        return not (self._queries if self._begun else self._open.any())
+
+    def settle(self, segments: Segments, kernels: Any, delta_args: tuple[Any, ...]) -> None:
+        """Finds thresholds of tensors that the segments hold whole, where the backend can; before the first pass."""
+        if self._whole_model or not hasattr(kernels, "kth"):
+            return
+        found = np.zeros((*self._open.shape, 4), np.int64)
+        thr = np.zeros(self._open.shape, np.uint64)
+        round_code, drop, _, index, bern = delta_args
+        kernels.kth(segments, round_code, drop, index, bern, np.where(self._open, self._ranks, 0), thr, found)
+        known = found[:, :, 1] > 0
+        self._thr[known] = thr[known]
+        self._open &= ~known
+        keep, tied, tile, rank = np.moveaxis(found, 2, 0)
+        some = known & (keep < tied) & (thr > 0)  # zeros add nothing, kept or not
+        if self._ties == "index":
+            self._cut[some] = np.stack([tile[some], rank[some], np.full(int(some.sum()), -1)], axis=1)
+        elif self._ties == "spread":
+            for g, i in np.argwhere(some).tolist():
+                self._cut[g, i] = (0, 0, threshold(keep[g, i] / tied[g, i]))
+
+    def _begin(self) -> None:
+        """Makes the queries of what is open and plans the first pass."""
+        self._begun = self._sampling = True
+        if self._whole_model:
+            sets = [sorted(range(len(self._groups)), key=lambda g: self._groups[g].name.encode())]
+        else:
+            sets = [[g] for g in np.flatnonzero(self._open.any(axis=1)).tolist()]
+        for members in sets:
+            size = int(self._numel[members].sum())
+            for i in np.flatnonzero(self._open[members[0]]).tolist():
+                span = Span(int(self._ranks[members[0], i]), size, 0, self._largest)
+                self._queries.append(_Query(i, members, size, span))
+        self._read(self._plan_sample())
 
     # ---- passes ----------------------------------------------------------------------------------------
 
     def pieces(self) -> I64 | None:
         """The pieces of the due pass; None where they are everything."""
+        if not self._begun:
+            self._begin()
         whole = len(self._wanted) == len(self._groups) and np.array_equal(self._wanted[:, 2], self._numel)
         return None if whole else self._wanted
 
@@ -224,7 +254,7 @@ class Select:
             self._lo[q.groups, q.model], self._hi[q.groups, q.model] = q.ends
             expected[q.model] += q.expected
         self._steps = [max(1, int(-(-e // self._listed))) for e in expected]
-        groups = np.unique(np.concatenate([q.groups for q in self._queries])).astype(np.int64)
+        groups = np.array(sorted({g for q in self._queries for g in q.groups}), np.int64)
         self._read(np.stack([groups, np.zeros_like(groups), self._numel[groups]], axis=1))
 
     def _room(self, q: _Query) -> int:

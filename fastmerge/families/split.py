@@ -25,7 +25,7 @@ def by_kind(kinds: Sequence[Hashable], build: Callable[[list[int]], Program]) ->
     return SplitProgram([(np.array(m, np.int64), build(m)) for m in members.values()], len(kinds))
 
 
-class SplitProgram:
+class SplitProgram(Program):
     """Runs each piece through the program of its group; programs that are ready wait for the others."""
 
     def __init__(self, parts: Sequence[tuple[I64, Program]], groups: int) -> None:
@@ -44,11 +44,9 @@ class SplitProgram:
 
     def pieces(self) -> I64 | None:
         """What the parts that are due read; None where that is everything."""
+        asked = [(members, program.pieces()) for members, program in self._parts if not program.ready]
         wanted: list[I64] = []
-        for members, program in self._parts:
-            if program.ready:
-                continue
-            pieces = program.pieces()
+        for members, pieces in asked:
             if pieces is None:
                 return None
             moved = pieces.copy()
@@ -59,12 +57,17 @@ class SplitProgram:
     def _cut(self, segments: Segments) -> list[tuple[int, I64, Segments]]:
         owner = self._part[segments.table[:, 5]]
         out = []
-        for n in np.unique(owner).tolist():
+        for n in np.flatnonzero(np.bincount(owner)).tolist():
             rows = np.flatnonzero(owner == n)
             table = segments.table[rows]
             table[:, 5] = self._local[table[:, 5]]
             out.append((n, rows, Segments(table, segments.dtypes, segments.out_dtype, np.zeros(len(rows), np.int64))))
         return out
+
+    def settle(self, segments: Segments) -> None:
+        """Each part with its own tensors."""
+        for n, _, some in self._cut(segments):
+            self._parts[n][1].settle(some)
 
     def statistics(self, segments: Segments) -> list[tuple[int, Any]]:
         """Partial results of the parts that are due.

@@ -7,10 +7,11 @@ families (:mod:`fastmerge.families`), for a whole batch of tensors at once.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -75,8 +76,7 @@ class Contract:
     most: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """One output tensor as a method sees it: names, sizes and resolved parameters, never data.
 
     Attributes:
@@ -105,10 +105,7 @@ class Group:
     @property
     def numel(self) -> int:
         """Elements of the tensor; 1 for a 0-d one."""
-        n = 1
-        for d in self.shape:
-            n *= d
-        return n
+        return math.prod(self.shape)
 
     @property
     def row(self) -> int:
@@ -153,11 +150,16 @@ class Program(Protocol):
     def ready(self) -> bool:
         """True once :meth:`apply` may be called; False while a statistics pass is due."""
 
-    def pieces(self) -> I64 | None:
-        """What the due statistics pass reads: None for everything, or ``[K, 3]`` (group, e0, length).
+    def settle(self, segments: Segments) -> None:
+        """Takes all data of the groups at once, where it is in memory, to spare passes; does nothing by default."""
+        return
 
-        A piece longer than a tile starts at a tile and may be cut further at tiles; shorter ones (samples)
-        start anywhere and stay whole.
+    def pieces(self) -> I64 | None:
+        """Plans the due statistics pass; asked once before it.
+
+        Returns:
+            What it reads: None for everything, or ``[K, 3]`` (group, e0, length). A piece longer than a tile starts
+            at a tile and may be cut further at tiles; shorter ones (samples) start anywhere and stay whole.
         """
 
     def statistics(self, segments: Segments) -> Any:

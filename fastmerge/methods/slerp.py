@@ -45,7 +45,7 @@ def coefficients(stats: F64, t: F64, threshold: F64, every: F64) -> F64:
         theta = np.where(close, angles.chord_angle(chord2), angles.acos(dot))
         parallel = np.abs(cosine) > threshold
         grouped = ~np.isnan(every)
-        for g in np.unique(every[grouped]):
+        for g in set(every[grouped].tolist()):
             rows = every == g
             # Exactly parallel rows have no arc; they are blended linearly in any case.
             parallel[rows] = parallel[rows].all() | (np.abs(cosine[rows]) >= 1.0)

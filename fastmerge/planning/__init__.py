@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fastmerge.checkpoint import Checkpoint, Layout, layout
+from fastmerge.checkpoint import Checkpoint, Layout, Seen, layout, without_gc
 from fastmerge.dtypes import BY_NAME, DType
 from fastmerge.errors import CheckpointError
 from fastmerge.planning import carry as carrying
@@ -26,6 +26,7 @@ ENGINE = "1"
 SHARD_SIZE = 5_000_000_000
 
 
+@without_gc()
 def plan(
     recipe: Recipe,
     *,
@@ -90,11 +91,12 @@ def plan(
     text = recipe.canonical(identities, seed=seed)
     metadata = {"format": "pt", "fastmerge": ENGINE, "fastmerge_recipe": text}
     where = layout([(o.name, o.dtype, o.shape) for o in made], shard_size=shard_size, metadata=metadata)
+    named = {o.name: o for o in made}
     return Plan(
         recipe=recipe,
         seed=seed,
         checkpoints=checkpoints,
-        outputs=tuple(sorted(made, key=lambda o: (where.places[o.name].shard, where.places[o.name].offset))),
+        outputs=tuple([named[name] for name in where.places]),
         layout=where,
         config=config,
         carry=files,
@@ -111,11 +113,12 @@ def _open(refs: Sequence[ModelRef], given: Mapping[str, Checkpoint]) -> dict[Mod
     """Opens what is not given; the problems of all models come together."""
     out: dict[ModelRef, Checkpoint] = {}
     problems: list[str] = []
+    seen: Seen = {}
     for ref in refs:
         found = given.get(str(ref))
         if found is None:
             try:
-                found = Checkpoint.open(ref.path, revision=ref.revision)
+                found = Checkpoint.open(ref.path, revision=ref.revision, seen=seen)
             except CheckpointError as e:
                 problems += e.problems
                 continue

@@ -103,12 +103,14 @@ class Outputs:
             if None in found:
                 for i, info in enumerate(found):
                     lacking[row.part][i] += info is None
-                sources, single = self._incomplete(row, part, found)
-                if not sources:
+                found, single = self._incomplete(row, part, found)
+                who: Sequence[int] = [i for i in part.order if found[i] is not None]
+                if not who:
                     continue
             else:
-                sources, single = part.base_first(found), False
-            made = self._output(row, part, sources, names, single=single)
+                who, single = part.order, False
+            infos = [info for i in who if (info := found[i]) is not None]
+            made = self._output(row, part, who, infos, names, single=single)
             if made is not None:
                 out.append(made)
         for part, lacks, total in zip(self.parts, lacking, totals, strict=True):
@@ -127,8 +129,8 @@ class Outputs:
 
     def _incomplete(
         self, row: Row, part: _Part, found: list[TensorInfo | None]
-    ) -> tuple[list[tuple[int, TensorInfo]], bool]:
-        """Sources of a tensor that some models lack (none: no output), and whether a single one passes through."""
+    ) -> tuple[list[TensorInfo | None], bool]:
+        """What there is of a tensor that some models lack (none: no output), and whether one alone passes through."""
         refs = [str(ref) for ref, info in zip(part.refs, found, strict=True) if info is None]
         tied = [self._tied(ref, row, info, found) for ref, info in zip(part.refs, found, strict=True)]
         if any(t is not i for t, i in zip(tied, found, strict=True)):
@@ -138,21 +140,21 @@ class Outputs:
             found = tied
             refs = [str(ref) for ref, info in zip(part.refs, found, strict=True) if info is None]
         decision = fate(self.method, [info is not None for info in found], part.base)
-        sources = part.base_first(found)
+        nothing: list[TensorInfo | None] = [None] * len(found)
         if decision == "merge" and not refs:
-            return sources, False
+            return found, False
         if decision == "error":
             base = part.base is not None and found[part.base] is None
             why = "the base must have it" if base else f"{self.method.name!r} needs more of its inputs"
             self.notes.other.append(f"{row.name}: missing from {', '.join(map(repr, refs))}: {why}")
-            return [], False
+            return nothing, False
         what = {
             "merge": "the others are merged",
             "single": "taken over from the one model that has it",
             "drop": "too few models have it; it is not in the output",
         }[decision]
         self.notes.missing.setdefault((what, tuple(refs)), []).append(row.name)
-        return [] if decision == "drop" else sources, decision == "single"
+        return nothing if decision == "drop" else found, decision == "single"
 
     def _tied(
         self, ref: ModelRef, row: Row, info: TensorInfo | None, found: Sequence[TensorInfo | None]
@@ -166,26 +168,26 @@ class Outputs:
         return embeddings[0] if len(embeddings) == 1 and embeddings[0].shape == shape else None
 
     def _output(
-        self, row: Row, part: _Part, sources: list[tuple[int, TensorInfo]], names: Sequence[str], *, single: bool
+        self, row: Row, part: _Part, who: Sequence[int], infos: list[TensorInfo], names: Sequence[str], *, single: bool
     ) -> Output | None:
-        info = sources[0][1]
-        shape = info.shape
-        for _, other in sources[1:]:
+        """One output from the tensors ``infos`` of the sources ``who`` of its part, base first."""
+        shape = infos[0].shape
+        for other in infos:
             if other.shape != shape:
-                self._shapes(row, part, sources)
+                self._shapes(row, part, who, infos)
                 return None
-        codes = tuple([i.dtype.code for _, i in sources])
+        codes = tuple([i.dtype.code for i in infos])
         known = self._types.get(codes)
         if known is None:
-            types = tuple([i.dtype for _, i in sources])
+            types = tuple([i.dtype for i in infos])
             if not all(d.mergeable for d in types):
-                return self._as_it_is(row, part, sources)
+                return self._as_it_is(row, part, who, infos)
             promoted = types[0]
             for d in types[1:]:
                 promoted = promote(promoted, d)
             known = self._types[codes] = (types, self.wanted or promoted)
         types, dtype = known
-        made = tuple([Source(part.positions[i], info) for i, info in sources])
+        made = tuple(map(Source, [part.positions[i] for i in who], infos))
         method = self.copier if single else self.method
         if single:
             params: Mapping[str, Any] = {}
@@ -193,14 +195,14 @@ class Outputs:
             has_base, indices = False, self._one
         else:
             try:
-                params, own = part.parameters(row, sources, names)
+                params, own = part.parameters(row, who, names)
             except RecipeError as e:
                 self.notes.recipe |= dict.fromkeys(f"{row.name}: {p}" for p in e.problems)
                 return None
             has_base = part.base is not None
             indices = part.indices
-            if len(sources) < len(part.refs):
-                indices = tuple([part.index[i] for i, _ in sources[has_base:]])
+            if len(who) < len(part.refs):
+                indices = tuple([part.index[i] for i in who[has_base:]])
         if method is self.copier and dtype is types[0] and own[0].get("scale") is None:
             return Output(row.name, dtype, shape, made, None, None)
         key = tensor_key(self.seed, row.name)
@@ -214,26 +216,26 @@ class Outputs:
                 self.notes.warnings |= dict.fromkeys(method.warn(group))
         return Output(row.name, dtype, shape, made, method, group)
 
-    def _as_it_is(self, row: Row, part: _Part, sources: list[tuple[int, TensorInfo]]) -> Output | None:
+    def _as_it_is(self, row: Row, part: _Part, who: Sequence[int], infos: Sequence[TensorInfo]) -> Output | None:
         """Integers, booleans and other types that nothing is computed on: copied where all agree."""
-        dtypes = {i.dtype for _, i in sources}
-        info = sources[0][1]
+        dtypes = {i.dtype for i in infos}
+        info = infos[0]
         if len(dtypes) > 1:
-            shown = ", ".join(f"{str(part.refs[i])!r} {info.dtype.name}" for i, info in sources)
+            shown = ", ".join(f"{str(part.refs[i])!r} {f.dtype.name}" for i, f in zip(who, infos, strict=True))
             self.notes.other.append(f"{row.name}: types that cannot be merged: {shown}")
             return None
-        if info.dtype.name.startswith("float8") and (len(sources) > 1 or self.wanted is not None):
+        if info.dtype.name.startswith("float8") and (len(infos) > 1 or self.wanted is not None):
             self.notes.other.append(
                 f"{row.name}: {info.dtype.name} weights need their scales to be merged or converted: not supported; "
                 "dequantise the models first"
             )
             return None
-        made = [Source(part.positions[i], info) for i, info in sources]
+        made = [Source(part.positions[i], f) for i, f in zip(who, infos, strict=True)]
         return Output(row.name, info.dtype, info.shape, (made[0],), None, None, tuple(made[1:]))
 
-    def _shapes(self, row: Row, part: _Part, sources: list[tuple[int, TensorInfo]]) -> None:
-        shown = ", ".join(f"{str(part.refs[i])!r} {list(info.shape)}" for i, info in sources)
-        shapes = {info.shape for _, info in sources}
+    def _shapes(self, row: Row, part: _Part, who: Sequence[int], infos: Sequence[TensorInfo]) -> None:
+        shown = ", ".join(f"{str(part.refs[i])!r} {list(f.shape)}" for i, f in zip(who, infos, strict=True))
+        shapes = {info.shape for info in infos}
         vocabulary = len({s[1:] for s in shapes}) == 1 and all(s and s[0] > 1000 for s in shapes)
         lower = row.name.lower()
         hint = ""
@@ -259,7 +261,7 @@ class _Part:
         if self.base is not None:
             order.remove(self.base)
             order.insert(0, self.base)
-        self.order = order
+        self.order = tuple(order)
         self.index = dict(enumerate(model_indices(recipe, part)))
         self.indices = tuple(self.index[i] for i in order if i != self.base)
         self._resolved: dict[tuple[object, ...], tuple[Mapping[str, Any], list[dict[str, Any]]]] = {}
@@ -271,12 +273,8 @@ class _Part:
             return [t.get(name) for t in self.tensors]
         return [t.get(n) for t, n in zip(self.tensors, row.inputs, strict=True)]
 
-    def base_first(self, found: Sequence[TensorInfo | None]) -> list[tuple[int, TensorInfo]]:
-        """Position among the sources and tensor of those present, the base first."""
-        return [(i, info) for i in self.order if (info := found[i]) is not None]
-
     def parameters(
-        self, row: Row, sources: Sequence[tuple[int, TensorInfo]], names: Sequence[str]
+        self, row: Row, who: Sequence[int], names: Sequence[str]
     ) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
         """Shared parameters, and those of each present source but the base, in the order of the sources."""
         resolver = self.resolver
@@ -286,8 +284,7 @@ class _Part:
             masks: tuple[int, ...] | int = mask
         else:
             masks = tuple([resolver.mask(n) for n in names])
-        who = tuple([i for i, _ in sources])
-        key = (mask, masks, t, who)
+        key = (mask, masks, t, tuple(who))
         found = self._resolved.get(key)
         if found is None:
             own = [resolver.own(i, masks if isinstance(masks, int) else masks[i], t) for i in who if i != self.base]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastmerge.errors import RecipeError
 from fastmerge.planning.structure import Stack, Structure, is_pre, structure
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint, TensorInfo
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One output tensor to be.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.dtypes import DType
 from fastmerge.methods.base import Group, Method
@@ -15,16 +15,14 @@ if TYPE_CHECKING:
     from fastmerge.recipe import Recipe
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """One input tensor: which model of :attr:`Plan.checkpoints`, and where it lies there."""
 
     model: int
     info: TensorInfo
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """One tensor of the result.
 
     Attributes:

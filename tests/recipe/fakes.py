@@ -5,8 +5,12 @@ import itertools
 import json
 from pathlib import Path
 
+import pytest
+
 from fastmerge.checkpoint import Checkpoint, ShardFile, TensorInfo
 from fastmerge.dtypes import BY_NAME
+from fastmerge.errors import RecipeError
+from fastmerge.recipe import Recipe
 
 _count = itertools.count(1)
 
@@ -45,3 +49,9 @@ def llama(layers=4, *, hidden=8, vocab=32, head=True, extra=None, **more):
     out |= extra or {}
     config = {"model_type": "llama", "num_hidden_layers": layers, "torch_dtype": "bfloat16", "vocab_size": vocab}
     return checkpoint(out, **{"config": config, **more})
+
+
+def problems(text):
+    with pytest.raises(RecipeError) as e:
+        Recipe.load(text)
+    return e.value.problems

@@ -1,0 +1,84 @@
+"""Tensors to measure on, drawn on the device: a base and its fine-tunes in bf16.
+
+How many deltas are equal decides how hard a selection is, and how often counters and ties meet: so four kinds.
+
+- ``random``: heavy-tailed deltas as large as the weights; hardly any two are equal;
+- ``lattice``: what bf16 makes of a fine-tune: updates of sd 2e-4 on weights of sd 0.02, half of the deltas zero, the
+  others a few hundred values (as ``bench/generate.py`` writes them);
+- ``equal``: every delta has the same magnitude;
+- ``zeros``: 88 % of the deltas are zero, the others random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+KINDS = ("random", "lattice", "equal", "zeros")
+
+CHUNK = 1 << 24
+"""Elements drawn at once: fp32 temporaries stay small."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A base, its fine-tunes, and room for a result, all bf16 of one length."""
+
+    base: torch.Tensor
+    tuned: Sequence[torch.Tensor]
+    out: torch.Tensor
+
+    @property
+    def n(self) -> int:
+        """Elements of each."""
+        return int(self.base.numel())
+
+
+def family(device: str, n: int, models: int, kind: str = "lattice", seed: int = 0) -> Family:
+    """Draws a family.
+
+    Args:
+        device: where.
+        n: elements of each tensor.
+        models: fine-tunes.
+        kind: one of :data:`KINDS`.
+        seed: same seed, same bits on the same kind of device.
+    """
+    import torch
+
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def normal(count: int) -> torch.Tensor:
+        return torch.randn(count, generator=generator, device=device)
+
+    base, out, *tuned = (torch.empty(n, dtype=torch.bfloat16, device=device) for _ in range(models + 2))
+    for at in range(0, n, CHUNK):
+        count = min(CHUNK, n - at)
+        some = base[at : at + count]
+        some.copy_(torch.ones(count, device=device) if kind == "equal" else 0.02 * normal(count))
+        for x in tuned:
+            if kind == "equal":
+                delta = 2.0**-6 * torch.sign(normal(count))
+            else:
+                delta = normal(count) * normal(count) * (2e-4 if kind == "lattice" else 0.02)
+            if kind == "zeros":
+                delta *= torch.rand(count, generator=generator, device=device) >= 0.88
+            x[at : at + count].copy_(some.float() + delta)
+    return Family(base, tuned, out)
+
+
+def keys(f: Family, model: int, most: int = 1 << 22) -> torch.Tensor:
+    """Magnitude keys of the first deltas of one fine-tune, ascending, int32."""
+    import torch
+
+    delta = f.tuned[model][:most].float() - f.base[:most].float()
+    return delta.abs().view(torch.int32).sort().values
+
+
+def quantile(ordered: torch.Tensor, share: float) -> int:
+    """The key below which that share of the sample lies."""
+    return int(ordered[min(len(ordered) - 1, int(share * len(ordered)))])

@@ -1,0 +1,131 @@
+"""Every kernel on resident tensors beside the copy bandwidth of the same run; working sets of 4 GiB in bf16.
+
+Bytes are those that the operation cannot do without (b = 2 bytes): combine ``(N + 1) b`` per element, slerp ``2 b`` and
+``3 b``, the merge passes ``(N + 2) b``, the counting read ``(N + 1) b``, replication ``(E + 1) b``.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bench.gpu import calls, issue, layout, replicate
+from bench.gpu.data import KINDS, family
+from bench.gpu.plan import Context, Item, Row
+from bench.gpu.timing import Bench, beside
+
+MODELS = (2, 4, 8)
+
+
+def items(context: Context) -> Sequence[Item]:
+    """Probes first: what follows is judged by them."""
+    bench = Bench.of(dry=context.dry)
+    models = (2,) if context.dry else MODELS
+
+    def item(name: str, run: Callable[..., Row], *args: Any, needs: float = 10, limit: float = 90) -> Item:
+        return Item(name, functools.partial(run, bench, *args), needs=needs, limit=limit)
+
+    found = [item("issue", issue.rates, needs=25)]
+    found += [item(f"combine N={n}", combine, n, False) for n in models]
+    found += [item("combine delta N=2", combine, 2, True), item("slerp", slerp)]
+    found += [item(f"ties N={n}", ties, n, "lattice") for n in models]
+    found += [item("ties N=2 random", ties, 2, "random")]
+    found += [item(f"select N=2 {kind}", select, 2, kind) for kind in KINDS]
+    found += [item(f"select N={n} lattice", select, n, "lattice") for n in models if n > 2]
+    found += [item(f"select whole N=2 {k}", whole_select, k) for k in KINDS[: 1 if context.dry else 2]]
+    found += [item(f"dare N={n}", dare, n) for n in models]
+    found += [item(f"replicate E=8 {what}", replicate.rate, 8, what) for what in ("clean", "noise")]
+    found += [item(f"batch {what}", layout.batch, what, needs=30, limit=150) for what in ("combine", "ties")]
+    found += [item(f"state dict {what}", layout.public, what, needs=30, limit=150) for what in ("combine", "ties")]
+    return found
+
+
+def triton(bench: Bench) -> Any:
+    """The kernels of the device."""
+    from fastmerge.kernels import TritonKernels
+
+    return TritonKernels(bench.device)
+
+
+def combine(bench: Bench, models: int, delta: bool) -> Row:
+    """Weighted sums."""
+    arrays = models + 1 + delta
+    f = family(bench.device, bench.elements(arrays), models)
+    return beside(bench, {"combine": (calls.combine(triton(bench), f, delta=delta), 2.0 * arrays * f.n)})
+
+
+def slerp(bench: Bench) -> Row:
+    """Both passes, one after the other; the solve between them is the host's."""
+    f = family(bench.device, bench.elements(3), 2)
+    kernels = triton(bench)
+    passes = {
+        "gram": (calls.gram(kernels, f), 4.0 * f.n),
+        "apply": (calls.combine(kernels, f, delta=False), 6.0 * f.n),
+    }
+    return beside(bench, passes)
+
+
+def ties(bench: Bench, models: int, kind: str) -> Row:
+    """The merge pass, with thresholds and a tie cut in the middle of the tensor."""
+    f = family(bench.device, bench.elements(models + 2), models, kind)
+    work = calls.consensus(triton(bench), f, drop=False, elect=True)
+    return beside(bench, {"merge": (work, 2.0 * (models + 2) * f.n)})
+
+
+def select(bench: Bench, models: int, kind: str) -> Row:
+    """The counting read with a bracket of six standard deviations, listing included."""
+    f = family(bench.device, bench.elements(models + 1), models, kind)
+    return beside(bench, {"count": (calls.count(triton(bench), f), 2.0 * (models + 1) * f.n)})
+
+
+def dare(bench: Bench, models: int) -> Row:
+    """Bernoulli drop and weighted sum, and the share that the rate of instructions allows."""
+    f = family(bench.device, bench.elements(models + 2), models)
+    work = calls.consensus(triton(bench), f, drop=True, elect=False)
+    moved = 2.0 * (models + 2)
+    row = beside(bench, {"dare": (work, moved * f.n)})
+    if bench.device == "cpu":
+        return {**row, "instructions": None, "issue GB/s": None, "bound share": row["share"]}
+    instructions = issue.per_element(work, "consensus")
+    rate = issue.measure(bench)["instructions/s"] / instructions * moved
+    bound = min(rate, 1e9 * row["copy GB/s"])
+    share = round(1e9 * row["dare GB/s"] / bound, 4)
+    return {**row, "instructions": round(instructions, 1), "issue GB/s": round(rate / 1e9, 1), "bound share": share}
+
+
+def whole_select(bench: Bench, kind: str) -> Row:
+    """All passes of a selection as a merge runs them, host included: wall time beside its one counting read."""
+    import torch
+
+    from bench.gpu.calls import DENSITY, segments
+    from fastmerge.dtypes import BF16
+    from fastmerge.methods import get
+    from fastmerge.methods.resolve import make_group
+    from fastmerge.stream import cut
+
+    f = family(bench.device, bench.elements(3), 2, kind)
+    kernels = triton(bench)
+    method = get("ties")
+    parameters = {"weight": 0.5, "density": DENSITY}
+    group = make_group(method, "w", (f.n,), [BF16] * 3, has_base=True, out_dtype=None, parameters=parameters)
+    s = segments([f.base, *f.tuned], None)
+    seconds, reads = [], 0
+    for _ in range(3 if bench.warm else 1):
+        bench.wait()
+        start = time.perf_counter()
+        program = method.program([group], kernels)
+        reads = 0
+        while not program.ready:
+            pieces = program.pieces()
+            reads += pieces is None
+            program.advance([program.statistics(s if pieces is None else cut(s, pieces))])
+        bench.wait()
+        seconds.append(time.perf_counter() - start)
+    row = beside(bench, {"count": (calls.count(kernels, f), 6.0 * f.n)}, runs=3)
+    took = min(seconds[min(bench.warm, 1) :])
+    torch_gb = torch.cuda.max_memory_allocated() / 1e9 if bench.device != "cpu" else 0.0
+    share = round(6.0 * f.n / took / 1e9 / row["copy GB/s"], 4)
+    return {"share": share, "wall ms": round(took * 1e3, 3), "reads": reads, "count ms": row["count ms"],
+            "copy GB/s": row["copy GB/s"], "peak GB": round(torch_gb, 2)}  # fmt: skip

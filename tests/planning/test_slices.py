@@ -1,0 +1,143 @@
+"""Re-stacked layers: names, ends, gradients, configuration."""
+
+import pytest
+
+from fastmerge.errors import RecipeError
+from tests.planning.plans import by_name, make, names
+from tests.recipe.fakes import checkpoint, llama
+
+
+def stack(*parts, extra=""):
+    text = "merge_method: passthrough\nslices:\n"
+    for model, a, b in parts:
+        text += f"  - sources: [{{model: {model}, layer_range: [{a}, {b}]}}]\n"
+    return text + extra
+
+
+def test_slices_restack_layers():
+    made = make(stack(("a", 0, 3), ("b", 2, 4), ("a", 2, 3)), a=llama(4), b=llama(4))
+    out = by_name(made)
+    where = {n: (o.sources[0].model, o.sources[0].info.name) for n, o in out.items()}
+    origin = [(0, 0), (0, 1), (0, 2), (1, 2), (1, 3), (0, 2)]
+    for i, (model, layer) in enumerate(origin):
+        assert where[f"model.layers.{i}.mlp.down_proj.weight"] == (model, f"model.layers.{layer}.mlp.down_proj.weight")
+    assert where["model.embed_tokens.weight"][0] == 0
+    assert where["model.norm.weight"][0] == 0
+    assert len(out) == 3 + 6 * 3
+    assert made.config["num_hidden_layers"] == 6
+    assert all(o.method is None for o in made.outputs)
+    assert names(made)[0] == "model.embed_tokens.weight"
+    assert names(made)[-2:] == ["lm_head.weight", "model.norm.weight"]
+
+
+def test_ends_come_from_the_first_and_the_last_slice():
+    made = make(stack(("a", 0, 2), ("b", 2, 4)), a=llama(), b=llama())
+    where = {n: o.sources[0].model for n, o in by_name(made).items() if "layers" not in n}
+    assert where == {"model.embed_tokens.weight": 0, "lm_head.weight": 1, "model.norm.weight": 1}
+
+
+def test_a_single_slice_of_everything_is_in_file_order():
+    text = """
+merge_method: slerp
+base_model: a
+slices: [{sources: [{model: a, layer_range: [0, 12]}, {model: b, layer_range: [0, 12]}]}]
+parameters: {t: 0.5}
+"""
+    a = llama(12)
+    made = make(text, a=a, b=llama(12))
+    assert names(made) == list(a.tensors)
+
+
+def test_gradients_and_filters_of_slices():
+    text = """
+merge_method: slerp
+base_model: a
+slices:
+  - sources: [{model: a, layer_range: [0, 3]}, {model: b, layer_range: [1, 4]}]
+  - sources: [{model: b, layer_range: [3, 4]}, {model: a, layer_range: [0, 1]}]
+    base_model: b
+    parameters: {t: {filter: layers.3., value: 0.875}}
+parameters: {t: [0, 1]}
+"""
+    made = make(text, a=llama(4), b=llama(4))
+    out = by_name(made)
+    t = [out[f"model.layers.{i}.mlp.down_proj.weight"].group.params["t"] for i in range(4)]
+    assert t == [0.0, 0.5, 1.0, 0.875], "the shared filter sees the output's name"
+    first, last = (out[f"model.layers.{i}.mlp.down_proj.weight"] for i in (1, 3))
+    assert [(s.model, s.info.name.split(".")[2]) for s in first.sources] == [(0, "1"), (1, "2")]
+    assert [(s.model, s.info.name.split(".")[2]) for s in last.sources] == [(1, "3"), (0, "0")], "the slice's base"
+
+
+def test_per_model_filters_see_the_names_of_the_inputs():
+    text = """
+merge_method: linear
+slices:
+  - sources:
+      - {model: a, layer_range: [0, 2], parameters: {weight: [{filter: layers.0., value: 1}, {value: 2}]}}
+      - {model: b, layer_range: [2, 4], parameters: {weight: [{filter: layers.2., value: 3}, {value: 4}]}}
+"""
+    out = by_name(make(text, a=llama(4), b=llama(4)))
+    weights = [[m["weight"] for m in out[f"model.layers.{i}.mlp.down_proj.weight"].group.models] for i in range(2)]
+    assert weights == [[1.0, 3.0], [2.0, 4.0]]
+
+
+def test_random_numbers_know_a_model_by_its_place_in_the_recipe():
+    text = """
+merge_method: ties
+base_model: x
+slices:
+  - sources: [{model: x, layer_range: [0, 2]}, {model: a, layer_range: [0, 2]}]
+  - sources: [{model: b, layer_range: [2, 4]}, {model: x, layer_range: [2, 4]}, {model: a, layer_range: [2, 4]}]
+parameters: {weight: 1}
+"""
+    out = by_name(make(text, x=llama(4), a=llama(4), b=llama(4)))
+    assert out["model.layers.0.mlp.down_proj.weight"].group.indices == (0,)
+    assert out["model.layers.3.mlp.down_proj.weight"].group.indices == (1, 0)
+
+
+def test_slices_that_do_not_fit():
+    with pytest.raises(RecipeError) as e:
+        make(stack(("a", 0, 5), ("b", 8, 12)), a=llama(4), b=llama(4))
+    assert e.value.problems == [
+        "slices[0].sources[0]: layer_range [0, 5) of 'a', which has 4 layers",
+        "slices[1].sources[0]: layer_range [8, 12) of 'b', which has 4 layers",
+    ]
+    flat = checkpoint({"x": (1,)})
+    with pytest.raises(
+        RecipeError, match=r"'a': 'slices' needs one stack of layers that fits config\.json; found none"
+    ):
+        make(stack(("a", 0, 1)), a=flat)
+    gpt = checkpoint({f"h.{i}.w": (1,) for i in range(4)}, config={"n_layer": 4})
+    with pytest.raises(RecipeError, match=r"'b': its layers are called 'h', elsewhere 'model\.layers'"):
+        make(stack(("a", 0, 2), ("b", 0, 2)), a=llama(), b=gpt)
+
+
+def test_lists_of_the_configuration_follow_the_layers():
+    config = {
+        "num_hidden_layers": 4,
+        "layer_types": ["f", "s", "t", "u"],
+        "mlp_only_layers": [0, 3],
+        "architectures": ["a", "b", "c", "d"],
+        "max_window_layers": 4,
+    }
+    other = {**config, "layer_types": ["F", "S", "T", "U"], "mlp_only_layers": [2]}
+    made = make(stack(("a", 0, 2), ("b", 1, 4)), a=llama(config=config), b=llama(config=other))
+    assert made.config["num_hidden_layers"] == 5
+    assert made.config["layer_types"] == ["f", "s", "S", "T", "U"]
+    assert made.config["mlp_only_layers"] == [0, 3]
+    assert made.config["architectures"] == config["architectures"]
+    assert any("mlp_only_layers" in w for w in made.warnings)
+    assert config["num_hidden_layers"] == 4
+
+
+def test_nested_configurations():
+    config = {"text_config": {"num_hidden_layers": 4, "layer_types": list("abcd")}}
+    made = make(stack(("a", 1, 3)), a=llama(config=config))
+    assert made.config["text_config"] == {"num_hidden_layers": 2, "layer_types": ["b", "c"]}
+
+
+def test_prediction_layers_move_with_the_end():
+    extra = {"model.layers.4.eh_proj.weight": (8, 8)}
+    made = make(stack(("a", 0, 4), ("a", 2, 4)), a=llama(4, extra=extra))
+    assert "model.layers.6.eh_proj.weight" in names(made)
+    assert "model.layers.4.mlp.down_proj.weight" in names(made)

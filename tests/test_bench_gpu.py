@@ -1,0 +1,276 @@
+"""``make gpu`` without a GPU: a dry run of every part, killed and continued; the table; what is missing is said."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="the GPU benches need torch")
+pytest.importorskip("triton", reason="the GPU benches need triton")
+
+from bench.gpu import bars, runner, sanitize, table, timing
+from bench.gpu.build import packages
+from bench.gpu.plan import PARTS, Absent, Context, Item, items
+from bench.gpu.state import IDENTITY, State
+
+ROOT = Path(__file__).resolve().parent.parent
+FACTS = dict.fromkeys(IDENTITY, "x") | {"dry": False, "date": "today", "command": "make gpu", "gpu": "H200"}
+
+
+def context(path, **words):
+    return Context(**{"dry": True, "wheels": None, "cache": str(path), **words})
+
+
+def command(path, *words):
+    stub = path / "stub" / "mergekit"
+    stub.mkdir(parents=True, exist_ok=True)
+    (stub / "__init__.py").write_text("raise ImportError('not here')\n")
+    where = ["--results", str(path / "results"), "--cache", str(path / "cache")]
+    env = {**os.environ, "PYTHONPATH": str(stub.parent)}
+    return {"args": [sys.executable, "-m", "bench.gpu", *where, *words], "cwd": ROOT, "env": env}
+
+
+def saved(path):
+    files = list((path / "results").glob("gpu-*.json"))
+    return json.loads(files[0].read_text()) if files else {"results": {}}
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory):
+    """A dry run that is killed after some items, then continued by the same command."""
+    path = tmp_path_factory.mktemp("dry")
+    child = subprocess.Popen(**command(path, "--dry"), stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while len(saved(path)["results"].get("build", {})) < 2 and time.monotonic() < until and child.poll() is None:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    before = saved(path)
+    done = subprocess.run(**command(path, "--dry"), capture_output=True, text=True, check=False)
+    return path, before, done
+
+
+def test_a_killed_run_continues_and_every_part_runs(dry):
+    path, before, done = dry
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = saved(path)
+    assert before["results"]
+    assert not before["finished"]
+    assert after["finished"]
+    for part, entries in before["results"].items():
+        for name, entry in entries.items():
+            assert after["results"][part][name] == entry
+            assert f"{part}: {name}\n" not in done.stdout
+    assert list(after["results"]) == list(PARTS)
+    for part in PARTS:
+        assert list(after["results"][part]) == [i.name for i in items(part, context(path / "cache"))]
+    assert not [e for some in after["results"].values() for e in some.values() if e["status"] == "failed"]
+    assert len(after["facts"]["commands"]) == 2
+
+
+def test_what_is_absent_is_said_and_the_table_has_every_row(dry):
+    path, _, _ = dry
+    after = saved(path)["results"]
+    assert after["peers"]["ties mergekit"]["status"] == "absent"
+    assert "not here" in after["peers"]["ties mergekit"]["reason"]
+    assert after["merges"]["same bytes ties"]["row"]["devices"] == "cuda:0 = cuda:0,cuda:0 = cpu"
+    (page,) = (path / "results").glob("gpu-*.md")
+    text = page.read_text()
+    assert "Nothing here is a measurement" in text
+    for part, entries in after.items():
+        assert f"## {part}: " in text
+        assert all(f"\n| {name} |" in text for name in entries)
+    assert all(bar.text in text for bar in bars.BARS)
+
+
+def test_the_next_command_begins_anew(dry):
+    path, _, _ = dry
+    words = ["--dry", "--parts", "build", "--budget", "0"]
+    done = subprocess.run(**command(path, *words), capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "the same command continues" in done.stdout
+    assert len(list((path / "results").glob("gpu-*.json"))) == 2
+
+
+def test_without_a_gpu_one_line_and_a_status(tmp_path):
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / "torch.py").write_text("raise ImportError('no torch')\n")
+    done = subprocess.run(**command(tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout.splitlines() == ["make gpu: no usable GPU here: torch cannot be imported: no torch"]
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_takes_too_long_is_killed_and_what_dies_is_reported(tmp_path):
+    def start():
+        worker = runner.Worker(context(tmp_path))
+        worker._fresh = False
+        return worker
+
+    worker = start()
+    slow = Item("issue", dict)
+    assert worker.perform("kernels", slow, 0.0) is None
+    assert not worker.alive
+    state = State.open(tmp_path, FACTS, fresh=False)
+    worker = runner.Worker(context(tmp_path))
+    answer = worker.perform("build", Item("nothing of that name", dict), 30)
+    assert answer["status"] == "failed"
+    assert "the process ended" in answer["reason"]
+    assert runner.run(["build"], context(tmp_path), state, budget=0, say=lambda _: None) == 2
+
+
+def test_runs_are_continued_only_where_they_measure_the_same(tmp_path):
+    first = State.open(tmp_path, FACTS, fresh=False)
+    first.record("kernels", "slerp", {"status": "ok", "row": {"share": 0.9}, "seconds": 1})
+    assert State.open(tmp_path, FACTS, fresh=False).path == first.path
+    assert State.open(tmp_path, FACTS, fresh=False).row("kernels", "slerp") == {"share": 0.9}
+    assert State.open(tmp_path, FACTS, fresh=True).path != first.path
+    for name in IDENTITY:
+        assert State.open(tmp_path, {**FACTS, name: "other"}, fresh=False).results == {}
+    first.save(finished=True)
+    assert State.open(tmp_path, FACTS, fresh=False).results == {}
+
+
+def test_verdicts(tmp_path):
+    state = State.open(tmp_path, FACTS, fresh=False)
+
+    def ok(part, item, **row):
+        state.record(part, item, {"status": "ok", "row": row, "seconds": 1})
+
+    ok("kernels", "slerp", share=0.81)
+    ok("kernels", "ties N=2", share=0.9)
+    ok("kernels", "dare N=2", share=0.79)
+    ok("kernels", "batch combine", times=1.01)
+    ok("kernels", "batch ties", times=1.16)
+    ok("tests", "one", tests=3)
+    state.record("sanitize", "memcheck extension", {"status": "absent", "reason": "refused"})
+    ok("merges", "same bytes ties")
+    state.record("merges", "same bytes slerp", {"status": "failed", "reason": "different bytes"})
+    by = {row["bar"]: row for row in bars.judge(state)}
+
+    def verdict(words):
+        (row,) = [row for bar, row in by.items() if words in bar]
+        return row["verdict"], row["measured"]
+
+    assert verdict("slerp") == ("pass", 0.81)
+    assert verdict("ties merge") == ("not run", 0.9)
+    assert verdict("dare N=2") == ("fail", 0.79)
+    assert verdict("8B tensors") == ("fail", 1.16)
+    assert verdict("mergekit") == ("not run", None)
+    assert verdict("marked gpu") == ("pass", "1 of 1")
+    assert verdict("compute-sanitizer") == ("not run", "0 of 1")
+    assert verdict("same bytes") == ("fail", "1 of 2")
+    assert "refused" in table.page(state, "merges (3)")
+
+
+@pytest.mark.parametrize(
+    ("printed", "status", "want"),
+    [
+        ("driven: some\n========= ERROR SUMMARY: 0 errors", 0, "driven"),
+        ("driven: some\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, "driven"),
+        ("absent: the extension was built without CUDA", 0, Absent),
+        ("========= Error: Device not supported. Please refer to the manual", 1, Absent),
+        ("driven: some\n========= ERROR SUMMARY: 2 errors", 86, AssertionError),
+        ("========= ERROR SUMMARY: 0 errors", 1, AssertionError),
+    ],
+)
+def test_what_the_sanitizer_says(tmp_path, monkeypatch, printed, status, want):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\ncat <<'END'\n{printed}\nEND\nexit {status}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if isinstance(want, str):
+        assert want in sanitize.check("memcheck", "extension", context(tmp_path))
+    else:
+        with pytest.raises(want):
+            sanitize.check("memcheck", "extension", context(tmp_path))
+
+
+def test_the_device_is_busy_until_the_host_has_issued(monkeypatch):
+    """The CUDA half of the timer, on a clock of our own: a host that takes 2 ms to issue 5 ms of work."""
+    torch = pytest.importorskip("torch")
+    now = {"host": 0.0, "device": 0.0, "slept": []}
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now["device"] = max(now["device"], now["host"])
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.at - self.at)
+
+    def synchronize():
+        now["host"] = now["device"] = max(now["device"], now["host"])
+
+    def sleep(cycles):
+        now["slept"].append(cycles / timing.CYCLES)
+        now["device"] += cycles / timing.CYCLES
+
+    def work():
+        now["host"] += 2e-3
+        now["device"] = max(now["device"], now["host"]) + 5e-3
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now["host"])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    found = timing.Bench("cuda:0", 1 << 20, 4).alternate({"one": work, "two": work})
+    assert found["one"].median == pytest.approx(5e-3)
+    assert found["two"].most == pytest.approx(5e-3)
+    assert len(now["slept"]) == 2 * (4 + 2)
+    assert now["slept"][-1] == pytest.approx(3 * 2e-3 + 2e-4)
+
+
+def test_instructions_are_counted_in_machine_code():
+    """As on a GPU, but for the launch: what is compiled for sm_90 agrees with the committed table."""
+    code = """
+import json, os, torch
+os.environ.pop("TRITON_INTERPRET", None)
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from tests.kernels.aot import TABLE, Driver
+driver.set_active(Driver(90))
+inner = JITFunction.run
+JITFunction.run = lambda self, *a, grid, warmup, **k: inner(self, *a, grid=grid, warmup=True, **k)
+from bench.gpu import calls, issue
+from bench.gpu.data import family
+from bench.gpu.spin import spin_kernel
+from fastmerge.kernels.backend import TritonKernels
+kernels = object.__new__(TritonKernels)
+kernels.device = torch.device("cpu")
+found = issue.per_element(calls.combine(kernels, family("cpu", 65_536, 2), delta=False), "combine")
+table = json.loads(TABLE.read_text())["per_element"]["combine bf16+bf16 to bf16 plain"]
+assert abs(found - table) <= 0.03 * table + 0.1, (found, table)
+spin = spin_kernel[(4,)](torch.zeros(4096, dtype=torch.int32), issue.TRIPS, BLOCK=issue.BLOCK, num_warps=issue.WARPS)
+each = issue.executed(issue.machine_code(spin.asm["cubin"]), issue.TRIPS)
+assert 1.0 <= each / (issue.TRIPS * 64 * 2 * issue.BLOCK / (32 * issue.WARPS)) < 1.02, each
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_wheels_supply_what_is_missing(tmp_path):
+    pytest.importorskip("pip")
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name, tag in (("fm_probe", "py3-none-any"), ("fm_other", "cp27-none-any"), ("click", "py3-none-any")):
+        with zipfile.ZipFile(wheels / f"{name}-0.0-{tag}.whl", "w") as file:
+            about = f"{name}-0.0.dist-info"
+            file.writestr(f"{name}/__init__.py", "")
+            file.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0\n")
+            file.writestr(f"{about}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
+            file.writestr(f"{about}/RECORD", f"{name}/__init__.py,,\n{about}/METADATA,,\n{about}/WHEEL,,\n")
+    here = context(tmp_path, wheels=str(wheels))
+    row = packages(here)
+    assert row["installed"] == ["fm_probe-0.0-py3-none-any.whl"]
+    assert row["refused"] == ["fm_other-0.0-cp27-none-any.whl"]
+    assert (here.site / "fm_probe" / "__init__.py").exists()
