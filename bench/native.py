@@ -1,10 +1,10 @@
-"""combine and gram of the extension on one core, beside memcpy in the same run; nothing is written.
+"""combine, gram and replicate of the extension on one core, beside memcpy in the same run; nothing is written.
 
     python bench/native.py
 
 Cold: buffers of 256 MiB, memcpy and kernel alternated, GB/s of bytes moved (memcpy of n bytes moves 2n, combine
-(M + 1) n, gram M n). Hot: 256 KiB per buffer, as in the stream, GB/s of inputs. Medians of the thread's CPU time, so
-that other work on the machine counts less.
+(M + 1) n, gram M n, replicate to E experts (E + 1) n). Hot: 256 KiB per buffer, as in the stream, GB/s of inputs.
+Medians of the thread's CPU time, so that other work on the machine counts less.
 """
 
 import ctypes
@@ -18,6 +18,8 @@ import numpy.typing as npt
 from report import Row, provenance, table
 
 from fastmerge import _native
+from fastmerge.families.replicate import rows as replicate_rows
+from fastmerge.philox import normal_lines
 
 COLD, HOT = 128 << 20, 128 << 10  # elements
 RUNS = {COLD: 9, HOT: 400}
@@ -76,6 +78,38 @@ def measure(kernel: str, code: int, inputs: int, *, delta: bool, diff: bool = Fa
     }
 
 
+def replicate(code: int, experts: int, *, noise: bool, n: int) -> Row:
+    """One row of expert replication: all experts clean, or all but the first one noisy."""
+    name, kind = TYPES[code]
+    x, *outs = buffers(experts + 1, n, kind)
+    sigma = np.where(np.arange(experts) > 0, 1e-3 * noise, 0.0)
+    places = np.array([[t.ctypes.data for t in outs]], np.int64)
+    rows = replicate_rows(np.array([[x.ctypes.data, n, 0, 1]], np.int64), places, sigma, np.arange(experts))
+    lines = normal_lines()
+    pairs = [
+        (
+            seconds(lambda: _native.replicate(rows, code, code, lines)),
+            seconds(lambda: memcpy(outs[0].ctypes.data, x.ctypes.data, x.nbytes)) if n == COLD else 0,
+        )
+        for _ in range(RUNS[n])
+    ]
+    took, copy = (statistics.median(column) for column in zip(*pairs, strict=True))
+    moved = (experts + 1) * x.nbytes / took / 1e9
+    floor = 2 * x.nbytes / copy / 1e9 if copy else None
+    return {
+        "kernel": "replicate" + (" noise" if noise else ""),
+        "type": name,
+        "inputs": 1,
+        "experts": experts,
+        "where": "cold" if n == COLD else "hot",
+        "GB/s moved": round(moved, 1),
+        "GB/s written": round(moved * experts / (experts + 1), 1),
+        "G noisy/s": round((experts - 1) * n / took / 1e9, 2) if noise else None,
+        "memcpy": round(floor, 1) if floor else None,
+        "share": round(moved / floor, 2) if floor else None,
+    }
+
+
 if __name__ == "__main__":
     print({k: v for k, v in provenance().items() if k in {"command", "commit", "cpu", "isa", "load_1min"}})
     found = [measure("combine", 3, 3, delta=d, n=COLD) for d in (False, True)]
@@ -91,4 +125,7 @@ if __name__ == "__main__":
         for code in TYPES
         for m, d, f in [(2, False, True), (3, True, False), (4, False, False), (8, False, False)]
     ]
+    print(table(found))
+    found = [replicate(3, 4, noise=noise, n=COLD) for noise in (False, True)]
+    found += [replicate(code, 8, noise=noise, n=HOT) for code in TYPES for noise in (False, True)]
     print(table(found))

@@ -2,22 +2,18 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <initializer_list>
-#include <memory>
-#include <new>
 #include <string>
 #include <type_traits>
 
+#include "checks.h"
 #include "kernels.h"
 
 namespace py = pybind11;
 using namespace fastmerge;
 
 namespace {
-
-[[noreturn]] void fail(const std::string& what) { throw py::value_error(what); }
 
 // The data of a C-contiguous array of T. shape: -1 stands for any size; `write` asks for a writable array.
 template <class T>
@@ -44,63 +40,13 @@ T* data(const py::array& a, const char* name, std::initializer_list<int64_t> sha
   return const_cast<T*>(static_cast<const T*>(a.data()));
 }
 
-void check_code(int64_t code, const char* name) {
-  if (code < 0 || code > 3) fail(std::string(name) + ": expected a type code 0..3, got " + std::to_string(code));
-}
-
-// What a kernel asks of each segment.
-struct Needs {
-  int64_t parameters = -1;  // rows of the parameter tables; -1: none
-  int64_t partials = -1;    // rows of the output partials; -1: none
-  int out_code = -1;        // type of the output; -1: none
-  bool by_row = false;      // parameter row and tiles go by row
-  bool tiles = false;       // pieces start where a tile does
-  int64_t base = 0;         // 1 where input 0 is a base: one more input at least
-};
-
-[[noreturn]] void fail_at(int64_t s, const std::string& what) { fail("table row " + std::to_string(s) + ": " + what); }
-
-int64_t tiles_of(const Segment& s, bool by_row) {
-  if (!by_row) return (s.length + kTile - 1) / kTile;
-  const int64_t whole = (s.row + kTile - 1) / kTile;
-  int64_t tiles = 0, at = 0, left = s.row - s.e0 % s.row;
-  if (s.e0 % s.row != 0) {
-    at = left < s.length ? left : s.length;
-    tiles += (at + kTile - 1) / kTile;
-  }
-  return tiles + (s.length - at) / s.row * whole + ((s.length - at) % s.row + kTile - 1) / kTile;
-}
-
 Table check_table(const py::array& table, const py::array& ins, const Needs& needs) {
   Table t;
   t.codes = data<int32_t>(ins, "ins", {-1});
   t.inputs = static_cast<int32_t>(ins.shape(0));
-  if (t.inputs <= needs.base) fail("ins: expected at least " + std::to_string(needs.base + 1) + " inputs");
-  for (int32_t i = 0; i < t.inputs; ++i) check_code(t.codes[i], "ins");
   t.data = data<int64_t>(table, "table", {-1, kHeader + t.inputs});
   t.segments = table.shape(0);
-  if (needs.out_code >= 0) check_code(needs.out_code, "out_code");
-  for (int64_t i = 0; i < t.segments; ++i) {
-    const Segment& s = t[i];
-    if (s.length < 0 || s.e0 < 0) fail_at(i, "length and e0 must not be negative");
-    if (s.length == 0) continue;
-    if (needs.by_row && s.row <= 0) fail_at(i, "expected a row length above 0, got " + std::to_string(s.row));
-    if (needs.out_code >= 0 && (s.out == 0 || s.out % size_of(needs.out_code) != 0))
-      fail_at(i, "the output address is 0 or not aligned to its elements");
-    for (int32_t m = 0; m < t.inputs; ++m)
-      if (s.in[m] == 0 || s.in[m] % size_of(t.codes[m]) != 0)
-        fail_at(i, "address of input " + std::to_string(m) + " is 0 or not aligned to its elements");
-    if (needs.parameters >= 0) {
-      const int64_t last = s.group + (needs.by_row ? (s.e0 + s.length - 1) / s.row : 0);
-      if (s.group < 0 || last >= needs.parameters)
-        fail_at(i, "parameter row " + std::to_string(s.group < 0 ? s.group : last) + " of " +
-                       std::to_string(needs.parameters));
-    }
-    if (needs.tiles && (needs.by_row ? s.e0 % s.row : s.e0) % kTile != 0)
-      fail_at(i, "e0 " + std::to_string(s.e0) + " is not where a tile starts");
-    if (needs.partials >= 0 && (s.stats < 0 || s.stats + tiles_of(s, needs.by_row) > needs.partials))
-      fail_at(i, "partials rows " + std::to_string(s.stats) + ".. of " + std::to_string(needs.partials));
-  }
+  check(t, needs);
   return t;
 }
 
@@ -130,10 +76,6 @@ void combine(const py::array& table, const py::array& ins, int out_code, const p
   run(kernels().combine, a);
 }
 
-struct Freed {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-
 void gram(const py::array& table, const py::array& ins, const py::array& partials, bool delta, bool diff,
           bool per_row) {
   GramArgs a;
@@ -148,8 +90,7 @@ void gram(const py::array& table, const py::array& ins, const py::array& partial
   a.delta = delta;
   a.diff = diff;
   a.per_row = per_row;
-  const auto bytes = static_cast<size_t>(gram_scratch(a.table.inputs, a.columns, a.table.wide()));
-  const std::unique_ptr<void, Freed> scratch(::operator new(bytes, std::align_val_t(64)));
+  const Scratch scratch = scratch_of(gram_scratch(a.table.inputs, a.columns, a.table.wide()));
   a.scratch = scratch.get();
   run(kernels().gram, a);
 }
@@ -159,12 +100,8 @@ py::array_t<double> fold(const py::array& partials, const py::array& first) {
   a.partials = data<double>(partials, "partials", {-1, -1});
   a.columns = partials.shape(1);
   a.first = data<int64_t>(first, "first", {-1});
-  if (first.shape(0) < 1) fail("first: expected at least one entry");
   a.groups = first.shape(0) - 1;
-  for (int64_t g = 0; g <= a.groups; ++g)
-    if (a.first[g] < (g ? a.first[g - 1] : 0) || a.first[g] > partials.shape(0))
-      fail("first: entry " + std::to_string(g) + " is " + std::to_string(a.first[g]) + ", not ascending within 0.." +
-           std::to_string(partials.shape(0)));
+  check_ranges(a.first, a.groups, partials.shape(0));
   py::array_t<double> out({a.groups, a.columns});
   a.out = out.mutable_data();
   run(kernels().fold, a);
@@ -172,10 +109,6 @@ py::array_t<double> fold(const py::array& partials, const py::array& first) {
 }
 
 // ---- select and consensus ---------------------------------------------------------------------------------
-
-void check_round(int round_code) {
-  if (round_code != -1) check_code(round_code, "round_code");
-}
 
 struct Keep {
   int round_code;
@@ -262,13 +195,7 @@ void find_kth(const py::array& table, const py::array& ins, int round_code, bool
   a.ranks = data<int64_t>(ranks, "ranks", {p, n});
   a.thr = data<uint64_t>(thr, "thr", {p, n}, true);
   a.found = data<int64_t>(found, "found", {p, n, 4}, true);
-  int64_t longest = 0;
-  for (int64_t s = 0; s < a.table.segments; ++s) {
-    if (a.table[s].e0 != 0) fail_at(s, "expected a whole tensor, e0 is " + std::to_string(a.table[s].e0));
-    longest = std::max(longest, a.table[s].length);
-  }
-  const auto bytes = static_cast<size_t>(kth_scratch(longest, a.table.inputs, a.table.wide()));
-  const std::unique_ptr<void, Freed> scratch(::operator new(bytes, std::align_val_t(64)));
+  const Scratch scratch = scratch_of(kth_scratch(longest_whole(a.table), a.table.inputs, a.table.wide()));
   a.scratch = scratch.get();
   run(kth, a);
 }
@@ -285,11 +212,6 @@ void l1(const py::array& table, const py::array& ins, int round_code, bool drop,
   a.keep = keep.checked(a.table.inputs - 1);
   a.sums = data<double>(sums, "sums", {-1, a.table.inputs - 1, 2}, true);
   run(kernels().l1, a);
-}
-
-void check_word(int value, int most, const char* name) {
-  if (value < 0 || value > most)
-    fail(std::string(name) + ": expected 0.." + std::to_string(most) + ", got " + std::to_string(value));
 }
 
 void votes(const py::array& table, const py::array& ins, int round_code, bool drop, bool trim,
@@ -334,6 +256,43 @@ void consensus(const py::array& table, const py::array& ins, int out_code, int r
   a.nonfinite = data<int64_t>(nonfinite, "nonfinite", {a.table.segments}, true);
   run(kernels().consensus, a);
 }
+
+// ---- replicate ----------------------------------------------------------------------------------------------
+
+ReplicateArgs replicate_args(const py::array& table, int in_code, int out_code) {
+  ReplicateArgs a;
+  a.table = data<int64_t>(table, "table", {-1, -1});
+  a.segments = table.shape(0);
+  a.experts = experts_of(table.shape(1));
+  a.in_code = in_code;
+  a.out_code = out_code;
+  check(a);
+  return a;
+}
+
+void replicate(const py::array& table, int in_code, int out_code, const py::array& lines) {
+  ReplicateArgs a = replicate_args(table, in_code, out_code);
+  a.lines = reinterpret_cast<const NormalLine*>(data<float>(lines, "lines", {kNormalLines, 2}));
+  run(kernels().replicate, a);
+}
+
+#if defined(FASTMERGE_HAS_CUDA)
+// `there`: address of table, first and lines on the device, one after the other.
+int cuda_launch(int device, int64_t stream, const py::array& table, int in_code, int out_code, const py::array& first,
+                int64_t blocks, int64_t there) {
+  ReplicateArgs a = replicate_args(table, in_code, out_code);
+  ReplicateWalk walk = {data<int64_t>(first, "first", {a.segments + 1}), 0, blocks};
+  walk.tiles = check(a, walk);
+  if (device < 0 || there == 0) fail("device or there: not a device's address");
+  const bool random = any_noise(a);
+  const int64_t* at = reinterpret_cast<const int64_t*>(there);
+  a.table = at;
+  walk.first = at + table.size();
+  a.lines = reinterpret_cast<const NormalLine*>(walk.first + first.size());
+  py::gil_scoped_release release;
+  return walk.tiles ? cuda_replicate(device, stream, a, walk, random) : 0;
+}
+#endif
 
 // ---- values -------------------------------------------------------------------------------------------------
 
@@ -405,6 +364,12 @@ PYBIND11_MODULE(_native, m) {
   m.def("consensus", consensus, arg("table"), arg("ins"), arg("out_code"), arg("round_code"), arg("drop"), arg("trim"),
         arg("model_index"), arg("bern"), arg("thr"), arg("cut"), arg("elect"), arg("split"), arg("zero"), arg("merge"),
         arg("f"), arg("scale"), arg("nonfinite"));
+  m.def("replicate", replicate, arg("table"), arg("in_code"), arg("out_code"), arg("lines"));
+#if defined(FASTMERGE_HAS_CUDA)
+  m.def("cuda_replicate", cuda_launch, arg("device"), arg("stream"), arg("table"), arg("in_code"), arg("out_code"),
+        arg("first"), arg("blocks"), arg("there"));
+  m.def("cuda_error", cuda_error, arg("status"));
+#endif
   m.def("philox_u16", philox_lanes, arg("key"), arg("model"), arg("op"), arg("e0"), arg("n"));
   m.def("philox4x32", philox_words, arg("counter"), arg("key"));
   m.def("count_nonfinite", count_nonfinite, arg("address"), arg("n"), arg("code"));

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "bits.h"
+#include "replicate.h"
 
 namespace fastmerge {
 
@@ -170,6 +171,7 @@ struct Kernels {
   void (*consensus)(const ConsensusArgs&);
   void (*philox)(uint64_t key, uint32_t model, uint32_t op, int64_t e0, int64_t n, uint16_t* out);
   int64_t (*count_nonfinite)(const void* data, int64_t n, int32_t code);
+  void (*replicate)(const ReplicateArgs&);
 };
 
 #define FM_DECLARE_KERNELS(isa)                                                                 \
@@ -184,6 +186,7 @@ struct Kernels {
   void consensus(const ConsensusArgs&);                                                         \
   void philox(uint64_t key, uint32_t model, uint32_t op, int64_t e0, int64_t n, uint16_t* out); \
   int64_t count_nonfinite(const void* data, int64_t n, int32_t code);                           \
+  void replicate(const ReplicateArgs&);                                                         \
   }
 
 #if defined(__aarch64__)
@@ -199,6 +202,13 @@ FM_DECLARE_KERNELS(v4)
 // The table in use (dispatch.cpp); use_isa() returns false where this build or machine cannot run that one.
 const Kernels& kernels();
 bool use_isa(const char* name);
+
+#if defined(FASTMERGE_HAS_CUDA)
+// replicate.cu: launches on a stream of a device; all of a's and walk's addresses are the device's. `random`: whether
+// any sigma is not 0. Returns a status of the CUDA runtime, 0 for success, which cuda_error() puts in words.
+int cuda_replicate(int device, int64_t stream, const ReplicateArgs& a, const ReplicateWalk& walk, bool random);
+const char* cuda_error(int status);
+#endif
 
 // Built of the table's delta_keys and count, once for every instruction set.
 void kth(const KthArgs&);

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fastmerge.memory import merge_state_dicts, merge_tensors
     from fastmerge.planning import Plan
     from fastmerge.recipe import Recipe
+    from fastmerge.replicate import replicate_experts
     from fastmerge.report import Report
 
 _LAZY = {
@@ -49,6 +50,7 @@ _LAZY = {
     "merge_state_dicts": "memory",
     "merge_tensors": "memory",
     "plan": "engine",
+    "replicate_experts": "replicate",
     "slerp_models": "functional",
     "ties_merge": "functional",
 }
@@ -75,6 +77,7 @@ __all__ = [
     "merge_state_dicts",
     "merge_tensors",
     "plan",
+    "replicate_experts",
     "slerp_models",
     "ties_merge",
 ]

@@ -17,6 +17,7 @@ _I64: TypeAlias = npt.NDArray[np.int64]
 _U16: TypeAlias = npt.NDArray[np.uint16]
 _U32: TypeAlias = npt.NDArray[np.uint32]
 _U64: TypeAlias = npt.NDArray[np.uint64]
+_F32: TypeAlias = npt.NDArray[np.float32]
 _F64: TypeAlias = npt.NDArray[np.float64]
 _Keys: TypeAlias = npt.NDArray[Any]
 
@@ -141,6 +142,25 @@ def consensus(
     elect 0 none, 1 mass, 2 count; zero 0 plus, 1 majority, 2 base; merge 0 mean, 1 sum, 2 max; f [P, N, 3]
     (coefficient, gate, vote weight), scale [P, 3] (lambda, div, majority sign), nonfinite [S], added to.
     """
+
+def replicate(table: _I64, in_code: int, out_code: int, lines: _F32) -> None:
+    """``x + sigma n`` for every expert; table [S, 4 + 3 E] (fastmerge.families.replicate), lines [177, 2].
+
+    A sigma of 0 converts, or copies bytes where the types agree.
+    """
+
+def cuda_replicate(
+    device: int, stream: int, table: _I64, in_code: int, out_code: int, first: _I64, blocks: int, there: int
+) -> int:
+    """The same on a CUDA device; only where :func:`has_cuda`. Returns a status, 0 for success, and does not wait.
+
+    ``there`` is an address on the device that holds a copy of ``table``, ``first`` and the lines of the normals, one
+    after the other: this call checks the former two, allocates nothing and copies nothing. ``first`` [S + 1] counts
+    tiles of ``blocks`` Philox blocks.
+    """
+
+def cuda_error(status: int) -> str:
+    """A status of :func:`cuda_replicate` in words; only where :func:`has_cuda`."""
 
 def philox_u16(key: int, model: int, op: int, e0: int, n: int) -> _U16:
     """The 16 random bits of the elements e0 .. e0 + n."""

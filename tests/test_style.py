@@ -22,7 +22,7 @@ LAYERS = [
     {"stores"},
     {"dispatch"},
     {"placement"},
-    {"report", "estimate", "describe", "doctor", "memory"},
+    {"report", "estimate", "describe", "doctor", "memory", "replicate"},
     {"engine", "functional", "verify", "benchmark"},
     {"cli"},
     {"__init__", "__main__"},

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastmerge.families.replicate import Copies
 from fastmerge.methods.base import F64, I64, Segments
+from fastmerge.philox import normal_lines
 
 U64 = npt.NDArray[np.uint64]
 I32 = npt.NDArray[np.int32]
@@ -111,3 +113,7 @@ class NativeKernels:
         """``keep``, elect, split, zero, merge, ``f [P, N, 3]``, ``scale [P, 3]``: the merge of deltas."""
         s = segments
         self._native.consensus(s.table, codes(s), s.out_dtype.code, *keep_and_rules, nonfinite(s))
+
+    def replicate(self, copies: Copies) -> None:
+        """Every expert of every source, with noise where its sigma is not 0; see :class:`Copies`."""
+        self._native.replicate(copies.table, copies.in_dtype.code, copies.out_dtype.code, normal_lines())

@@ -1,0 +1,162 @@
+// What the bindings ask of their arguments before a kernel sees them, where that needs nothing of Python. Violations
+// become ValueError there.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace fastmerge {
+
+[[noreturn]] inline void fail(const std::string& what) { throw std::invalid_argument(what); }
+
+inline void check_code(int64_t code, const char* name) {
+  if (code < 0 || code > 3) fail(std::string(name) + ": expected a type code 0..3, got " + std::to_string(code));
+}
+
+// What a kernel asks of each segment.
+struct Needs {
+  int64_t parameters = -1;  // rows of the parameter tables; -1: none
+  int64_t partials = -1;    // rows of the output partials; -1: none
+  int out_code = -1;        // type of the output; -1: none
+  bool by_row = false;      // parameter row and tiles go by row
+  bool tiles = false;       // pieces start where a tile does
+  int64_t base = 0;         // 1 where input 0 is a base: one more input at least
+};
+
+[[noreturn]] inline void fail_at(int64_t s, const std::string& what) {
+  fail("table row " + std::to_string(s) + ": " + what);
+}
+
+inline int64_t tiles_of(const Segment& s, bool by_row) {
+  if (!by_row) return (s.length + kTile - 1) / kTile;
+  const int64_t whole = (s.row + kTile - 1) / kTile;
+  int64_t tiles = 0, at = 0, left = s.row - s.e0 % s.row;
+  if (s.e0 % s.row != 0) {
+    at = left < s.length ? left : s.length;
+    tiles += (at + kTile - 1) / kTile;
+  }
+  return tiles + (s.length - at) / s.row * whole + ((s.length - at) % s.row + kTile - 1) / kTile;
+}
+
+inline void check_round(int round_code) {
+  if (round_code != -1) check_code(round_code, "round_code");
+}
+
+inline void check_word(int value, int most, const char* name) {
+  if (value < 0 || value > most)
+    fail(std::string(name) + ": expected 0.." + std::to_string(most) + ", got " + std::to_string(value));
+}
+
+inline void check(const Table& t, const Needs& needs) {
+  if (t.inputs <= needs.base) fail("ins: expected at least " + std::to_string(needs.base + 1) + " inputs");
+  for (int32_t i = 0; i < t.inputs; ++i) check_code(t.codes[i], "ins");
+  if (needs.out_code >= 0) check_code(needs.out_code, "out_code");
+  for (int64_t i = 0; i < t.segments; ++i) {
+    const Segment& s = t[i];
+    if (s.length < 0 || s.e0 < 0) fail_at(i, "length and e0 must not be negative");
+    if (s.length == 0) continue;
+    if (needs.by_row && s.row <= 0) fail_at(i, "expected a row length above 0, got " + std::to_string(s.row));
+    if (needs.out_code >= 0 && (s.out == 0 || s.out % size_of(needs.out_code) != 0))
+      fail_at(i, "the output address is 0 or not aligned to its elements");
+    for (int32_t m = 0; m < t.inputs; ++m)
+      if (s.in[m] == 0 || s.in[m] % size_of(t.codes[m]) != 0)
+        fail_at(i, "address of input " + std::to_string(m) + " is 0 or not aligned to its elements");
+    if (needs.parameters >= 0) {
+      const int64_t last = s.group + (needs.by_row ? (s.e0 + s.length - 1) / s.row : 0);
+      if (s.group < 0 || last >= needs.parameters)
+        fail_at(i, "parameter row " + std::to_string(s.group < 0 ? s.group : last) + " of " +
+                       std::to_string(needs.parameters));
+    }
+    if (needs.tiles && (needs.by_row ? s.e0 % s.row : s.e0) % kTile != 0)
+      fail_at(i, "e0 " + std::to_string(s.e0) + " is not where a tile starts");
+    if (needs.partials >= 0 && (s.stats < 0 || s.stats + tiles_of(s, needs.by_row) > needs.partials))
+      fail_at(i, "partials rows " + std::to_string(s.stats) + ".. of " + std::to_string(needs.partials));
+  }
+}
+
+// The most elements of a segment, all of which must be whole tensors.
+inline int64_t longest_whole(const Table& t) {
+  int64_t longest = 0;
+  for (int64_t i = 0; i < t.segments; ++i) {
+    if (t[i].e0 != 0) fail_at(i, "expected a whole tensor, e0 is " + std::to_string(t[i].e0));
+    longest = std::max(longest, t[i].length);
+  }
+  return longest;
+}
+
+// A kernel's memory for one call.
+struct Freed {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+using Scratch = std::unique_ptr<void, Freed>;
+inline Scratch scratch_of(int64_t bytes) {
+  return Scratch(::operator new(static_cast<size_t>(bytes), std::align_val_t(64)));
+}
+
+// Row ranges [first[g], first[g + 1]) of `rows` rows.
+inline void check_ranges(const int64_t* first, int64_t groups, int64_t rows) {
+  if (groups < 0) fail("first: expected at least one entry");
+  for (int64_t g = 0; g <= groups; ++g)
+    if (first[g] < (g ? first[g - 1] : 0) || first[g] > rows)
+      fail("first: entry " + std::to_string(g) + " is " + std::to_string(first[g]) + ", not ascending within 0.." +
+           std::to_string(rows));
+}
+
+inline int32_t experts_of(int64_t columns) {
+  const int64_t experts = (columns - 4) / 3;
+  if (experts < 1 || columns != 4 + 3 * experts || experts > std::numeric_limits<int32_t>::max())
+    fail("table: expected 4 + 3 E columns for E > 0 experts, got " + std::to_string(columns));
+  return static_cast<int32_t>(experts);
+}
+
+inline void check(const ReplicateArgs& a) {
+  check_code(a.in_code, "in_code");
+  check_code(a.out_code, "out_code");
+  for (int64_t i = 0; i < a.segments; ++i) {
+    const Source& s = a[i];
+    if (s.length < 0 || s.e0 < 0) fail_at(i, "length and e0 must not be negative");
+    if (s.length == 0) continue;
+    if (s.in == 0 || s.in % size_of(a.in_code) != 0)
+      fail_at(i, "the input address is 0 or not aligned to its elements");
+    for (int32_t e = 0; e < a.experts; ++e) {
+      const Expert& x = s.experts[e];
+      if (x.out == 0 || x.out % size_of(a.out_code) != 0)
+        fail_at(i, "the output address of expert " + std::to_string(e) + " is 0 or not aligned to its elements");
+      if (!(x.sigma >= 0 && x.sigma <= kMostSigma))
+        fail_at(i, "sigma of expert " + std::to_string(e) + ": expected 0..2^100, got " + std::to_string(x.sigma));
+      if (x.number < 0 || x.number > 0xffffffffll)
+        fail_at(i, "number of expert " + std::to_string(e) + ": expected 0..2^32 - 1");
+    }
+  }
+}
+
+// The tiles of a walk, which must be those of the table.
+inline int64_t check(const ReplicateArgs& a, const ReplicateWalk& walk) {
+  if (walk.tile < 1) fail("blocks: expected at least 1, got " + std::to_string(walk.tile));
+  int64_t tiles = 0;
+  for (int64_t i = 0; i <= a.segments; ++i) {
+    if (walk.first[i] != tiles) fail("first: expected " + std::to_string(tiles) + " at " + std::to_string(i));
+    if (i == a.segments || a[i].length == 0) continue;
+    const int64_t blocks = ((a[i].e0 + a[i].length - 1) >> 3) - (a[i].e0 >> 3) + 1;
+    tiles += (blocks + walk.tile - 1) / walk.tile;
+  }
+  return tiles;
+}
+
+// Whether any expert has noise, in the work type.
+inline bool any_noise(const ReplicateArgs& a) {
+  for (int64_t i = 0; i < a.segments; ++i)
+    for (int32_t e = 0; e < a.experts; ++e) {
+      const double sigma = a[i].experts[e].sigma;
+      if ((a.in_code == kF64 ? sigma : static_cast<float>(sigma)) != 0) return true;
+    }
+  return false;
+}
+
+}  // namespace fastmerge
