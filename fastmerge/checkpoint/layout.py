@@ -91,8 +91,10 @@ def layout(
 ) -> Layout:
     """Lays tensors out in shards.
 
-    Shards are filled in the order given; inside one, tensors go by element size, largest first, then in the
-    order given, which keeps every tensor aligned to its element.
+    Shards are filled in the order given. Inside one, tensors of whole blocks of 4096 bytes come first, so that all of
+    them start at a block: what is written past the page cache, or cloned, must. (With norms between them, every
+    second write of a mixture of experts had ragged ends, which cost a third of its time.) Both those and the others go
+    by element size, largest first, which keeps each aligned to its element, then in the order given.
 
     Args:
         tensors: (name, dtype, shape), in the order wanted.
@@ -113,7 +115,7 @@ def layout(
     places: dict[str, Place] = {}
     for number, group in enumerate(groups):
         name = "model.safetensors" if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        group.sort(key=lambda e: -e[1].size)
+        group.sort(key=lambda e: (e[3] % ALIGN > 0, -e[1].size))
         header, data = _header(group, meta, name)
         at = len(header)
         for tensor, _, _, nbytes in group:

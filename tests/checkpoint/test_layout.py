@@ -105,6 +105,20 @@ def test_refuses_a_header_that_no_reader_takes(monkeypatch):
 
 
 def test_offsets_beyond_32_bits():
-    plan = layout([("a", F32, (2**31 + 7,)), ("b", F32, (2**31,))], shard_size=1e12, metadata={})
+    plan = layout([("a", F32, (2**31 + 7,)), ("b", F32, (2**31 + 1,))], shard_size=1e12, metadata={})
     assert plan.places["b"].offset == plan.shards[0].data_start + 4 * (2**31 + 7)
-    check(plan, {"a": (F32, (2**31 + 7,)), "b": (F32, (2**31,))})
+    check(plan, {"a": (F32, (2**31 + 7,)), "b": (F32, (2**31 + 1,))})
+
+
+def test_whole_blocks_come_first_and_start_at_blocks():
+    tensors = {
+        "norm": (BF16, (3,)),
+        "a": (BF16, (64, 64)),
+        "scale": (F32, (5,)),
+        "b": (F32, (2, 1024)),
+        "c": (BF16, (4096,)),
+    }
+    plan = layout([(n, *t) for n, t in tensors.items()], shard_size=1e9, metadata={})
+    assert list(plan.places) == ["b", "a", "c", "scale", "norm"]
+    assert all(plan.places[n].offset % 4096 == 0 for n in "abc")
+    check(plan, tensors)

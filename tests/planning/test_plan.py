@@ -175,7 +175,7 @@ def test_shapes_that_differ_are_all_listed():
 def test_scalars_and_empty_tensors():
     odd = {"s": (), "e": (0, 4), "x": (3,)}
     made = make(LINEAR, a=checkpoint(odd), b=checkpoint(odd))
-    assert [(o.name, o.group.numel) for o in made.outputs] == [("s", 1), ("e", 0), ("x", 3)]
+    assert [(o.name, o.group.numel) for o in made.outputs] == [("e", 0), ("s", 1), ("x", 3)]
 
 
 def test_no_configuration_is_no_configuration():
