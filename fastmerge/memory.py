@@ -46,7 +46,8 @@ def merge_tensors(
 
     Args:
         tensors: inputs of one shape, ``[*S]`` each, on the CPU or on one GPU; they are not changed. On a GPU,
-            kernels run on the current stream, nothing is copied to the host, and the result may still be under way.
+            kernels run on the current stream and the result may still be under way; no weights are copied to the host,
+            but a method with statistics waits for its sums, or for the few keys that its thresholds depend on.
         method: a name of ``fastmerge methods``.
         parameters: scalars for all inputs, sequences in input order (without the base for parameters of
             non-base models), or mappings keyed by ``ids``.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastmerge.dispatch import backend as choose
+from fastmerge.dispatch import cuda_reason, gpu_reason
 from fastmerge.dtypes import BY_NAME, FLOATS, DType
 from fastmerge.errors import BackendUnavailable, RecipeError, ShapeError
 from fastmerge.families.replicate import MOST_SIGMA, Copies, launch, reference, rows
@@ -20,6 +21,9 @@ from fastmerge.philox import tensor_key
 
 if TYPE_CHECKING:
     import torch
+
+MOST_EXPERTS = 1 << 20
+"""Copies of one call."""
 
 
 def replicate_experts(
@@ -56,7 +60,8 @@ def replicate_experts(
 
     Returns:
         A tensor ``[*S]`` per expert: those of ``out`` where that was given. Without noise and in one type they are the
-        bytes of ``tensor``; every other NaN is canonical. On CUDA the work is queued on the current stream.
+        bytes of ``tensor``; every other NaN is canonical. On CUDA the work is queued on the current stream; relative
+        noise waits once for the sum.
 
     Raises:
         RecipeError: for a parameter out of range, or relative noise for a tensor that is not finite.
@@ -97,12 +102,16 @@ def replicate_experts(
 
 def _numbers(experts: int | Sequence[int]) -> list[int]:
     try:
-        numbers = list(range(operator.index(experts))) if not isinstance(experts, Sequence) else list(experts)
-        numbers = [operator.index(e) for e in numbers]
+        if isinstance(experts, Sequence):
+            numbers = [operator.index(e) for e in experts]
+        else:
+            numbers = list(range(min(operator.index(experts), MOST_EXPERTS + 1)))
     except TypeError:
         raise RecipeError(f"experts: expected how many, or their numbers, got {experts!r}") from None
-    if not numbers or min(numbers) < 0 or max(numbers) >= 1 << 32:
-        raise RecipeError(f"experts: expected at least one, numbered from 0 to 2**32 - 1, got {experts!r}")
+    if not 0 < len(numbers) <= MOST_EXPERTS or min(numbers) < 0 or max(numbers) >= 1 << 32:
+        raise RecipeError(
+            f"experts: expected 1 to {MOST_EXPERTS} of them, numbered from 0 to 2**32 - 1, got {experts!r:.80}"
+        )
     return numbers
 
 
@@ -171,8 +180,8 @@ def _sums(x: torch.Tensor) -> Any:
     """The kernels that sum ``x`` where it is, if there are any."""
     if not x.is_cuda:
         return choose("auto").kernels
-    try:
-        from fastmerge.kernels import TritonKernels
-    except ImportError:
+    if cuda_reason() or gpu_reason(x.device.index):
         return None
+    from fastmerge.kernels import TritonKernels
+
     return TritonKernels(x.device)

@@ -162,18 +162,19 @@ class Select:
             return Partial(segments.table[:, [5, 2, 1]].copy(), keys)
         numbered, spans, tiles = number(segments)
         total = int(segments.table[:, 1].sum())
-        cap = max(1024, total // 16)
+        share = total / max(1, int(self._wanted[:, 2].sum()))
+        rooms = [step * max(1024, int(2 * self._listed * share)) for step in self._steps]
+        cap = max(1024, min(total // 16, max(rooms)))
         counts = np.empty((tiles, self._models, 4), np.int64)
         keys = np.empty((self._models, cap), self._key)
         where = np.empty((self._models, cap, 2), np.int64)
         used = np.zeros(self._models, np.int64)
         kernels.count(numbered, round_code, drop, index, bern, self._lo, self._hi, counts, keys, where, used)
-        share = total / max(1, int(self._wanted[:, 2].sum()))
         offset = int(spans[:, 1].sum())  # a different first one in each call, so that thinning has no bias
         lists = []
         for i in range(self._models):
             step = self._steps[i]
-            some = slice(offset % step, min(int(used[i]), cap, step * max(1024, int(4 * self._listed * share))), step)
+            some = slice(offset % step, min(int(used[i]), cap, rooms[i]), step)
             lists.append((keys[i, some].copy(), where[i, some].copy()))
         return Partial(spans, counts, lists)
 
