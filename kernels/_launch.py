@@ -109,7 +109,8 @@ def _aligned(table: I64, items: I64, codes: Sequence[int], out_code: int, lanes:
     if out_code >= 0:
         ok &= (table[seg, 0] + start * SIZES[out_code]) % 16 == 0
     if lanes:
-        ok &= (table[seg, 2] + start) % 8 == 0
+        e = table[seg, 2] + start
+        ok &= (e % 8 == 0) & ((e >> 3) >> 32 == (e + items[:, 2] - 1 >> 3) >> 32)
     return ok
 
 

@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch", reason="the Triton kernels need torch")
 
 
 from fastmerge.kernels import TritonKernels, _launch
+from fastmerge.kernels._jit import philox
 
 if _launch.interpreted():
     DEVICE = "cpu"
@@ -206,7 +207,7 @@ def test_known_answers_of_philox():
     def words(out, counter, key):
         lo, hi = tl.load(counter + tl.arange(0, 1)), tl.load(counter + 1 + tl.arange(0, 1))
         c2, c3 = tl.load(counter + 2 + tl.arange(0, 1)), tl.load(counter + 3 + tl.arange(0, 1))
-        w0, w1, w2, w3 = tl.philox(tl.load(key), lo.to(tl.uint32), hi.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32))
+        w0, w1, w2, w3 = philox(tl.load(key), lo.to(tl.uint32), hi.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32))
         tl.store(out + tl.arange(0, 1), w0.to(tl.int64))
         tl.store(out + 1 + tl.arange(0, 1), w1.to(tl.int64))
         tl.store(out + 2 + tl.arange(0, 1), w2.to(tl.int64))
