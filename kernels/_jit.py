@@ -194,7 +194,11 @@ def store(p, offs, mask, x, bad, CODE: tl.constexpr, PLAIN: tl.constexpr, BLOCK:
             tl.store(p + offs, y, mask=mask)
             wrong = tl.where(mask, wrong, 0)
         some = tl.sum(tl.reshape(wrong, (BLOCK // NEAR, NEAR)), axis=1)
-    tl.atomic_add(bad + tl.zeros((BLOCK // NEAR,), tl.int32), some.to(tl.int64), mask=some > 0, sem="relaxed")
+    ROWS: tl.constexpr = BLOCK // NEAR
+    THREADS: tl.constexpr = tl.extra.cuda.num_threads() if HARDWARE else 32
+    LAST: tl.constexpr = min(ROWS, THREADS)  # one row per thread
+    some = tl.sum(tl.reshape(some, (ROWS // LAST, LAST)), axis=0)
+    tl.atomic_add(bad + tl.zeros((LAST,), tl.int32), some.to(tl.int64), mask=some > 0, sem="relaxed")
 
 
 @triton.jit
@@ -205,6 +209,13 @@ def divide(x, y):
     else:
         q = tl.div_rn(x, y)
     return q
+
+
+@triton.jit
+def limited(x):
+    """The largest number of its sign in place of an infinity."""
+    most: tl.constexpr = 1.7976931348623157e308 if x.dtype == tl.float64 else 3.4028234663852886e38
+    return tl.where(x > most, most, tl.where(x < -most, -most, x))
 
 
 @triton.jit

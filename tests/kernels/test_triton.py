@@ -284,6 +284,19 @@ def test_every_keep(keep):
     both(case, lambda k, s: k.consensus(s, *args))
 
 
+@pytest.mark.parametrize("models", [1, 3, 9])
+@pytest.mark.parametrize("code", [3, 0])
+def test_gates_that_vanish_cancel_or_overflow(models, code):
+    """Sums of gates that are 0, subnormal or infinite; with nine models they are no longer read from a table."""
+    case = Case((3, *(code,) * models), out=1, sizes=(2056, 2056), kinds=["normal", "special"])
+    args, (f, scale) = case.keep_args("all"), case.rules()
+    f[0, :, 1] = np.resize([1e-45, -1e-45, 1e-42], models)
+    f[1, :, 1] = np.resize([3e38, 3e38, -3e38, 1.0], models)
+    both(case, lambda k, s: k.consensus(s, *args, 1, False, 0, 0, f, scale))
+    f[:, :, 1], scale[:] = f[0, 0, 1], scale[0]  # equal rows share one
+    both(case, lambda k, s: k.consensus(s, *args, 1, False, 0, 0, f, scale))
+
+
 def test_tie_cuts_across_tiles(monkeypatch):
     """Data that is nearly all ties, cut in the second of three tiles, with the pieces given out of order."""
     monkeypatch.setattr(_launch, "INTERPRETER_BLOCK", 16_384)
