@@ -238,17 +238,23 @@ def test_delta_keys(codes, drop, round_code):
 
 
 @pytest.mark.parametrize(
-    ("codes", "drop", "sizes", "cap"),
-    [((3, 3, 3), False, (65_536 + 2048, 300), 4096), ((1, 2), True, (5000,), 40), ((0, 3), False, (2048,), 500)],
+    ("codes", "drop", "sizes", "cap", "kinds"),
+    [
+        ((3, 3, 3), False, (65_536 + 2048, 300), 4096, ["normal", "zeros"]),
+        ((1, 2), True, (5000,), 40, ["normal"]),
+        ((0, 3), False, (2048,), 500, ["normal"]),
+        ((3, 3, 1), False, (2048, 2048, 9), 2048, ["nans", "special", "nans"]),
+        ((0, 3), False, (2048, 2048), 2048, ["nans", "special"]),
+    ],
 )
-def test_count(codes, drop, sizes, cap):
-    case = Case(codes, sizes=sizes, kinds=["normal", "zeros"])
+def test_count(codes, drop, sizes, cap, kinds):
+    case = Case(codes, sizes=sizes, kinds=kinds)
     args = case.delta_args(drop=drop)
     lo, hi = np.zeros((2, case.groups, case.n), np.uint64)
     for g, keys in enumerate(case.sorted_keys(args)):
         for i, k in enumerate(keys):
             lo[g, i], hi[g, i] = k[int(0.78 * len(k))], k[int(0.8 * len(k))]
-    hi[0, 0] = max(hi[0, 0], lo[0, 0])
+    hi[-1, 0] = 2**63 - 1 if "nans" in kinds else hi[-1, 0]  # above every key
     found = []
     for kernels in (TRITON, NUMPY):
         counts = np.full((case.tiles, case.n, 4), -1, np.int64)
