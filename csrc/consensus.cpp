@@ -1,8 +1,12 @@
-// consensus: out = b + lambda * mix, where mix joins what is kept of the deltas, with or without an elected sign.
+// consensus: out = b + factor * mix, where mix joins what is kept of the deltas, with or without an elected sign. Where
+// a sign is elected, mix is twice the sum of its values, and factor (lambda / 2) / G with G the sum of their gates.
 //
 // A block goes through passes in the first-level cache: base, then for each model delta, drop and trim, then one loop
 // over the models per vector of elements whose sums stay in registers, and the store. Up to kGroup models at a time;
 // with more, the sums wait in memory for the next group.
+#include <cmath>
+#include <limits>
+
 #include "keep.h"
 
 namespace fastmerge {
@@ -25,8 +29,9 @@ struct Models {
 
 template <class W>
 struct Rule {
-  W lambda, div;
+  W factor, div;              // factor: lambda, or its half where mix is twice a sum
   bool zero_plus, zero_base;  // a vote of 0 counts as plus; it gives the base
+  bool huge;                  // factor / G may be infinite
 };
 
 // Running sums of a block between groups of models.
@@ -101,7 +106,7 @@ void mix_block(const Models<W>& m, const Rule<W>& rule, int64_t n, bool first, b
       }
       // A + B, or A - B where minus is elected: B with its sign flipped.
       const V b_signed = reinterpret_cast<V>(reinterpret_cast<I>(b[u]) ^ (~up & ~Pack<W>::kMost));
-      put(out + at, (a[u] + b_signed) * W(0.5));
+      put(out + at, a[u] + b_signed);
       if (kMerge == kMergeMean) {
         const V den = select(up, plus[u], minus[u]);
         put(sums.plus + at, select(den == zero, one, den));
@@ -110,16 +115,34 @@ void mix_block(const Models<W>& m, const Rule<W>& rule, int64_t n, bool first, b
   }
 }
 
-// out = b + lambda * mix, from what mix_block left.
+// out = b + factor * mix, from what mix_block left; an infinite quotient is the largest number.
 template <class W>
 void apply_block(const Rule<W>& rule, bool mean, int64_t n, const Sums<W>& sums, const W* base, W* out) {
-  if (mean)
-    FM_LOOP for (int64_t j = 0; j < n; ++j) out[j] = base[j] + rule.lambda * (out[j] / sums.plus[j]);
+  constexpr W kMost = std::numeric_limits<W>::max();
+  if (mean && rule.huge) FM_LOOP for (int64_t j = 0; j < n; ++j) {
+      W h = rule.factor / sums.plus[j];
+      h = h > kMost ? kMost : h;
+      h = h < -kMost ? -kMost : h;
+      out[j] = base[j] + out[j] * h;
+    }
+  else if (mean)
+    FM_LOOP for (int64_t j = 0; j < n; ++j) out[j] = base[j] + out[j] * (rule.factor / sums.plus[j]);
   else if (rule.div != W(1))
-    FM_LOOP for (int64_t j = 0; j < n; ++j) out[j] = base[j] + rule.lambda * (out[j] / rule.div);
+    FM_LOOP for (int64_t j = 0; j < n; ++j) out[j] = base[j] + rule.factor * (out[j] / rule.div);
   else
-    FM_LOOP for (int64_t j = 0; j < n; ++j) out[j] = base[j] + rule.lambda * out[j];
+    FM_LOOP for (int64_t j = 0; j < n; ++j) out[j] = base[j] + rule.factor * out[j];
   if (rule.zero_base) FM_LOOP for (int64_t j = 0; j < n; ++j) out[j] = sums.vote[j] == W(0) ? base[j] : out[j];
+}
+
+// Whether factor / G may overflow. A sum of gates that is not 0 is at least the last place of the smallest of them.
+template <class W>
+bool overflows(const double* f, int64_t models, W factor) {
+  using Limits = std::numeric_limits<W>;
+  for (int64_t i = 0; i < models; ++i) {
+    const W g = std::abs(static_cast<W>(f[3 * i + 1]));
+    if (g != W(0) && !(std::abs(factor) <= g * (Limits::epsilon() / 2 * Limits::max()))) return true;
+  }
+  return false;
 }
 
 template <class W>
@@ -203,8 +226,10 @@ void consensus_all(const ConsensusArgs& a) {
     const double* scale = a.scale + 3 * s.group;
     const bool plus = a.zero == kZeroPlus || (a.zero == kZeroMajority && scale[2] > 0);
     const bool elects = a.elect != kElectNone, mean = elects && a.merge == kMergeMean;
-    const Rule<W> rule{static_cast<W>(scale[0]), elects ? W(1) : static_cast<W>(scale[1]), plus,
-                       elects && a.zero == kZeroBase};
+    const W lambda = static_cast<W>(scale[0]), factor = elects && a.merge != kMergeMax ? lambda * W(0.5) : lambda;
+    const int64_t models = a.table.inputs - 1;
+    const Rule<W> rule{factor, elects ? W(1) : static_cast<W>(scale[1]), plus, elects && a.zero == kZeroBase,
+                       mean && overflows(a.f + 3 * s.group * models, models, factor)};
     int64_t bad = 0;
     work.start();
     for (int64_t at = 0, n; at < s.length; at += n) {

@@ -28,6 +28,9 @@ HEADER = 7
 ITEM = 5
 """Columns of a work item: segment, start, count, parameter row, output row."""
 
+HARDWARE = tl.constexpr(not triton.knobs.runtime.interpret)
+"""Whether casts to 16 bits are the processor's: exact, but every NaN is 0x7fff. The interpreter truncates to bf16."""
+
 
 @triton.jit
 def typed(address, CODE: tl.constexpr, PLAIN: tl.constexpr):
@@ -61,24 +64,33 @@ def at(address, start, CODE: tl.constexpr, PLAIN: tl.constexpr):
 def load(p, done, offs, mask, WIDE: tl.constexpr, PLAIN: tl.constexpr):
     """Elements ``p[done + offs]`` widened exactly to the work type; +0 where the mask is off.
 
-    bf16 is widened by a shift of its bits: the interpreter's own cast loses subnormal numbers.
+    bf16 is widened by a shift of its bits: the interpreter's own cast loses subnormal numbers. Where accesses are
+    PLAIN it is read in pairs: the upper half is then one AND away from fp32 (as 16 bits: three instructions).
     """
     p = p + done
     if PLAIN:
-        x = tl.load(tl.multiple_of(p, 16) + offs, eviction_policy="evict_first")
+        if p.dtype.element_ty == tl.uint16:
+            q = tl.multiple_of(p.to(tl.pointer_type(tl.uint32), bitcast=True), 16)
+            w = tl.load(q + tl.arange(0, offs.shape[0] // 2), eviction_policy="evict_first")
+            x = tl.reshape(tl.join(w << 16, w & 0xFFFF0000), (offs.shape[0],)).to(tl.float32, bitcast=True)
+        else:
+            x = tl.load(tl.multiple_of(p, 16) + offs, eviction_policy="evict_first")
     else:
         x = tl.load(p + offs, mask=mask, other=0)
-    if x.dtype == tl.uint16:
-        x = (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        if x.dtype == tl.uint16:
+            x = (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float64 if WIDE else tl.float32)
 
 
 @triton.jit
 def round_bf16(x):
-    """fp32 -> the bits (uint16) of the nearest bf16, ties to even; every NaN is 0x7fc0."""
-    u = x.to(tl.uint32, bitcast=True)
-    r = (u + ((u >> 16) & 1) + 0x7FFF) >> 16
-    return tl.where((u & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, r).to(tl.uint16)
+    """fp32 -> the bits (uint16) of the nearest bf16, ties to even; a NaN stays one."""
+    if HARDWARE:
+        r = x.to(tl.bfloat16).to(tl.uint16, bitcast=True)
+    else:
+        u = x.to(tl.uint32, bitcast=True)
+        r = tl.where(x == x, (u + ((u >> 16) & 1) + 0x7FFF) >> 16, 0x7FFF).to(tl.uint16)
+    return r
 
 
 @triton.jit
@@ -94,13 +106,15 @@ def round_odd(x):
 
 @triton.jit
 def narrow(x, CODE: tl.constexpr):
-    """The work type rounded once to type ``CODE``: its bits as an unsigned integer, with canonical NaNs."""
+    """The work type rounded once to type ``CODE``: its bits as an unsigned integer; a NaN is any NaN."""
     if CODE == 0:
-        u = tl.where(x == x, x.to(tl.float64).to(tl.uint64, bitcast=True), 0x7FF8000000000000)
+        u = x.to(tl.float64).to(tl.uint64, bitcast=True)
     elif CODE == 1:
-        u = tl.where(x == x, x.to(tl.float32).to(tl.uint32, bitcast=True), 0x7FC00000)
+        u = x.to(tl.float32).to(tl.uint32, bitcast=True)
     elif CODE == 2:
-        u = tl.where(x == x, x.to(tl.float16).to(tl.uint16, bitcast=True), 0x7E00).to(tl.uint16)
+        u = x.to(tl.float16).to(tl.uint16, bitcast=True)
+        if not HARDWARE:
+            u = tl.where(x == x, u, 0x7FFF).to(tl.uint16)
     elif x.dtype == tl.float64:
         u = round_bf16(round_odd(x))
     else:
@@ -123,41 +137,68 @@ def widen(u, CODE: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def unfit(u, CODE: tl.constexpr):
-    """1 where the bits of type ``CODE`` are an infinity or a NaN, else 0 (int32)."""
+def settle(u, CODE: tl.constexpr):
+    """Bits of type ``CODE`` with canonical NaNs, and where they are an infinity or a NaN: 1, else 0.
+
+    16-bit types come as pairs in 32 bits, and so do their ones: adding the exponent's last place carries into the
+    sign's bit exactly there. An infinity has no bits below the exponent, so clearing those below the quiet bit is
+    harmless to it and leaves of 0x7fff the canonical NaN.
+    """
     if CODE == 0:
         wrong = (u & 0x7FF0000000000000) == 0x7FF0000000000000
+        u = tl.where((u & 0x7FFFFFFFFFFFFFFF) > 0x7FF0000000000000, 0x7FF8000000000000, u)
+        bad = wrong.to(tl.int32)
     elif CODE == 1:
         wrong = (u & 0x7F800000) == 0x7F800000
-    elif CODE == 2:
-        wrong = (u & 0x7C00) == 0x7C00
+        u = tl.where((u & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, u)
+        bad = wrong.to(tl.int32)
     else:
-        wrong = (u & 0x7F80) == 0x7F80
-    return wrong.to(tl.int32)
+        one: tl.constexpr = 0x04000400 if CODE == 2 else 0x00800080
+        low: tl.constexpr = 0x1FF if CODE == 2 else 0x3F
+        bad = (((u & 0x7FFF7FFF) + one) >> 15) & 0x00010001
+        u = u & ((bad * low) ^ 0xFFFFFFFF)
+        bad = bad.to(tl.int32)
+    return u, bad
 
 
 @triton.jit
 def store(p, offs, mask, x, bad, CODE: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr):
     """Rounds ``x`` once into ``p[offs]``; adds the number of results that are not finite to ``bad`` (int64)."""
     u = narrow(x, CODE)
-    wrong = unfit(u, CODE)
-    if CODE == 0:
-        y = u.to(tl.float64, bitcast=True)
-    elif CODE == 1:
-        y = u.to(tl.float32, bitcast=True)
-    elif CODE == 2:
-        y = u.to(tl.float16, bitcast=True)
-    else:
-        y = u
-    if PLAIN:
-        tl.store(p + offs, y, cache_modifier=".cs")
-    else:
-        tl.store(p + offs, y, mask=mask)
-        wrong = tl.where(mask, wrong, 0)
     # Neighbours of 16 bytes belong to one thread: no shuffle, no barrier, and an atomic only where something is wrong.
-    NEAR: tl.constexpr = 2 if CODE == 0 else (4 if CODE == 1 else 8)
-    some = tl.sum(tl.reshape(wrong, (BLOCK // NEAR, NEAR)), axis=1)
-    tl.atomic_add(bad + tl.zeros((BLOCK // NEAR,), tl.int32), some.to(tl.int64), mask=some > 0, sem="relaxed")
+    if CODE >= 2 and PLAIN:
+        NEAR: tl.constexpr = 8
+        a, b = tl.split(tl.reshape(u.to(tl.uint32), (BLOCK // 2, 2)))
+        w, wrong = settle(a | (b << 16), CODE)
+        q = tl.multiple_of(p.to(tl.pointer_type(tl.uint32), bitcast=True), 16)
+        tl.store(q + tl.arange(0, BLOCK // 2), w, cache_modifier=".cs")
+        some = tl.sum(tl.reshape(wrong, (BLOCK // 8, 4)), axis=1)
+        some = (some & 0xFFFF) + (some >> 16)
+    else:
+        NEAR: tl.constexpr = 2 if CODE == 0 else (4 if CODE == 1 else 8)
+        if CODE >= 2:
+            u, wrong = settle(u.to(tl.uint32), CODE)
+            y = u.to(tl.uint16)
+        else:
+            u, wrong = settle(u, CODE)
+            y = u
+        if CODE == 0:
+            y = y.to(tl.float64, bitcast=True)
+        elif CODE == 1:
+            y = y.to(tl.float32, bitcast=True)
+        elif CODE == 2:
+            y = y.to(tl.float16, bitcast=True)
+        if PLAIN:
+            tl.store(p + offs, y, cache_modifier=".cs")
+        else:
+            tl.store(p + offs, y, mask=mask)
+            wrong = tl.where(mask, wrong, 0)
+        some = tl.sum(tl.reshape(wrong, (BLOCK // NEAR, NEAR)), axis=1)
+    ROWS: tl.constexpr = BLOCK // NEAR
+    THREADS: tl.constexpr = tl.extra.cuda.num_threads() if HARDWARE else 32
+    LAST: tl.constexpr = min(ROWS, THREADS)  # one row per thread
+    some = tl.sum(tl.reshape(some, (ROWS // LAST, LAST)), axis=0)
+    tl.atomic_add(bad + tl.zeros((LAST,), tl.int32), some.to(tl.int64), mask=some > 0, sem="relaxed")
 
 
 @triton.jit
@@ -171,6 +212,13 @@ def divide(x, y):
 
 
 @triton.jit
+def limited(x):
+    """The largest number of its sign in place of an infinity."""
+    most: tl.constexpr = 1.7976931348623157e308 if x.dtype == tl.float64 else 3.4028234663852886e38
+    return tl.where(x > most, most, tl.where(x < -most, -most, x))
+
+
+@triton.jit
 def magnitude(d):
     """Key that orders |d| as a signed integer (int32, fp64: int64); every NaN has the same, above infinity."""
     if d.dtype == tl.float64:
@@ -181,31 +229,57 @@ def magnitude(d):
 
 
 @triton.jit
-def random16(key, e, model, OP: tl.constexpr, BLOCK: tl.constexpr, PLAIN: tl.constexpr):
-    """16 random bits (int32, 0 .. 65535) of elements ``e .. e + BLOCK - 1``: Philox4x32-10.
+def product(x, FACTOR: tl.constexpr):
+    """High and low word of an unsigned 32-bit product: one multiplication, where ``umulhi`` and ``*`` are two."""
+    wide = x.to(tl.uint64) * FACTOR
+    return (wide >> 32).to(tl.uint32), wide.to(tl.uint32)
+
+
+@triton.jit
+def philox(key, c0, c1, c2, c3):
+    """Philox4x32-10 of counter words (uint32, blocks or numbers) under a 64-bit key.
+
+    What numbers alone decide (the keys of the rounds, the products of the model) is not computed per element, and
+    what does not depend on the model only once.
+    """
+    k0 = key.to(tl.uint32)
+    k1 = (key.to(tl.uint64, bitcast=True) >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        a, b = product(c0, 0xD2511F53)
+        c, d = product(c2, 0xCD9E8D57)
+        c0 = c ^ c1 ^ k0
+        c1 = d
+        c2 = a ^ c3 ^ k1
+        c3 = b
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def lucky(key, e, model, bound, OP: tl.constexpr, BLOCK: tl.constexpr, PLAIN: tl.constexpr):
+    """Whether the 16 random bits of elements ``e .. e + BLOCK - 1`` are below ``bound`` (int32, 0 .. 65536).
 
     Counter (lo32(e >> 3), hi32(e >> 3), model, op), key (lo32, hi32); element e takes half ``e & 1``, low first,
-    of word ``(e >> 1) & 3``. Where ``e`` is a multiple of 8 (``PLAIN``) one call serves 8 elements; else each
-    element makes its own.
+    of word ``(e >> 1) & 3``. Where ``e`` is a multiple of 8 and its block's counters share their high word (``PLAIN``)
+    one call serves 8 elements; else each element makes its own.
     """
+    who = model.to(tl.uint32)
+    op = tl.full((), OP, tl.uint32)
     if PLAIN:
-        n = (e >> 3) + tl.arange(0, BLOCK // 8)
-    else:
-        each = e + tl.arange(0, BLOCK)
-        n = each >> 3
-    lo = (n & 0xFFFFFFFF).to(tl.uint32)
-    hi = (n >> 32).to(tl.uint32)
-    op = tl.full(lo.shape, OP, tl.uint32)
-    who = tl.zeros(lo.shape, tl.uint32) + model.to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(key.to(tl.uint64, bitcast=True), lo, hi, who, op)
-    if PLAIN:
+        n = e >> 3
+        lo = (n & 0xFFFFFFFF).to(tl.uint32) + tl.arange(0, BLOCK // 8).to(tl.uint32)
+        w0, w1, w2, w3 = philox(key, lo, (n >> 32).to(tl.uint32), who, op)
         w = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [n, e bit 2, e bit 1]
         u = tl.reshape(tl.join(w & 0xFFFF, w >> 16), (BLOCK,))
     else:
+        each = e + tl.arange(0, BLOCK)
+        n = each >> 3
+        w0, w1, w2, w3 = philox(key, (n & 0xFFFFFFFF).to(tl.uint32), (n >> 32).to(tl.uint32), who, op)
         word = ((each >> 1) & 3).to(tl.int32)
         w = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
         u = tl.where((each & 1) == 1, w >> 16, w & 0xFFFF)
-    return u.to(tl.int32)
+    return u.to(tl.int32) < bound
 
 
 @triton.jit

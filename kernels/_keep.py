@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._jit import at, load, magnitude, narrow, random16, widen
+from ._jit import at, load, lucky, magnitude, narrow, widen
 from ._launch import CONFIGS, OPTIONS
 
 
@@ -30,7 +30,7 @@ def delta(p, done, offs, mask, b, ROUND: tl.constexpr, WIDE: tl.constexpr, PLAIN
 @triton.jit
 def drop(d, key, e, model, bern, BLOCK: tl.constexpr, PLAIN: tl.constexpr):
     """+0 where the element's random number is not below ``bern`` (int32)."""
-    return tl.where(random16(key, e, model, 0, BLOCK, PLAIN) < bern, d, 0.0)
+    return tl.where(lucky(key, e, model, bern, 0, BLOCK, PLAIN), d, 0.0)
 
 
 @triton.jit
@@ -60,8 +60,8 @@ def trim(
         rel = tl.minimum(tl.maximum(cut - e, 0), BLOCK).to(tl.int32)
         mine = k > tl.where(offs < rel, thr - 1, thr)
         if SPREAD:
-            lucky = (k == thr) & (random16(key, e, model, 1, BLOCK, PLAIN) < tie)
-            mine = tl.where(tie >= 0, (k > thr) | lucky, mine)
+            tied = (k == thr) & lucky(key, e, model, tl.maximum(tie, 0), 1, BLOCK, PLAIN)
+            mine = tl.where(tie >= 0, (k > thr) | tied, mine)
     else:
         least = tl.where(e >= cut, thr, thr - 1)
         if d.dtype == tl.float64:

@@ -26,12 +26,13 @@ SIZES = (8, 4, 2, 2)
 """Bytes per element of each type code."""
 
 CONFIGS: dict[str, dict[str, int]] = {
-    # Elementwise kernels: elements per program and warps. 2048 / 8 warps is one 128-bit access of bf16 per thread and
-    # input: few registers (4 to 8 programs per SM), and the scalar prologue (about 60 instructions) over 8 elements.
-    # Not measured on a GPU yet; bench/ compares 1024/4, 2048/8 and 4096/8.
-    "combine": {"BLOCK": 2048, "num_warps": 8},
-    "consensus": {"BLOCK": 2048, "num_warps": 8},
-    "delta_keys": {"BLOCK": 2048, "num_warps": 8},
+    # Elementwise kernels: elements per program and warps. 2048 / 4 warps is two 128-bit accesses of bf16 per thread and
+    # input: the scalar prologue (60 to 150 instructions) over 16 elements. At the 128 registers of TIES with eight
+    # models 512 threads are resident with 288 bytes each in flight, three times what an H200 needs (48 KB); programs
+    # no larger than 2048 keep small tensors out of the masked variant. Not measured on a GPU yet; bench/gpu compares.
+    "combine": {"BLOCK": 2048, "num_warps": 4},
+    "consensus": {"BLOCK": 2048, "num_warps": 4},
+    "delta_keys": {"BLOCK": 2048, "num_warps": 4},
     # Tile kernels: one program per tile of 65,536, 2048 lanes a step. 8 warps hold 8 lanes per thread and column.
     "gram": {"BLOCK": LANES, "num_warps": 8},
     "l1": {"BLOCK": LANES, "num_warps": 8},
@@ -109,7 +110,8 @@ def _aligned(table: I64, items: I64, codes: Sequence[int], out_code: int, lanes:
     if out_code >= 0:
         ok &= (table[seg, 0] + start * SIZES[out_code]) % 16 == 0
     if lanes:
-        ok &= (table[seg, 2] + start) % 8 == 0
+        e = table[seg, 2] + start
+        ok &= (e % 8 == 0) & ((e >> 3) >> 32 == (e + items[:, 2] - 1 >> 3) >> 32)
     return ok
 
 
@@ -272,6 +274,6 @@ def interpreted() -> bool:
 
 
 def config(name: str) -> dict[str, int]:
-    """Launch configuration of an elementwise kernel."""
+    """Launch configuration of an elementwise kernel, the caller's to change."""
     cfg = CONFIGS[name]
-    return {**cfg, "BLOCK": INTERPRETER_BLOCK} if interpreted() else cfg
+    return {**cfg, "BLOCK": INTERPRETER_BLOCK} if interpreted() else {**cfg}

@@ -292,7 +292,10 @@ class TritonKernels:
         with self._running():
             bad, given = self._bad(s)
             tables, split = self._keep(s, wide, tuple(keep))
+            kind = np.float64 if wide else np.float32
+            few = elect != consensus.NONE and merge == consensus.MEAN and f.shape[1] <= consensus.SETS.value
+            share = self._put(consensus.shares(f, scale, kind) if few else np.zeros((1, 1), kind))
             table, f, scale = self._put(s.table), self._work(f, wide), self._work(scale, wide)
             for plain, cut, some in split(items):
-                consensus.consensus(table, some, tables, f, scale, bad, plain=plain, cut=cut, **about)
+                consensus.consensus(table, some, tables, f, scale, share, bad, plain=plain, cut=cut, **about)
         self._bring((bad, given))

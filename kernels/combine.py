@@ -4,7 +4,7 @@ One pass; ``(M + 1) * b`` bytes per element (``b`` bytes per weight, M inputs wi
 
 Arithmetic: every product, sum and quotient is one IEEE operation in the work type, terms in input order, one
 rounding at the store (design law L1). Coefficients are one row of tables per tensor, or per row of a tensor.
-Tiling: one program per block of 2048 elements, eight to a thread, flat: no loop, so the loads of all inputs are in
+Tiling: one program per block of 2048 elements, sixteen to a thread, flat: no loop, so the loads of all inputs are in
 flight at once; a program finds its block through the work items, so one launch covers any number of tensors.
 """
 

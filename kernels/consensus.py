@@ -3,23 +3,29 @@
 ``d_i = keep(x_i - b)``, ``v_i = c_i d_i``, ``A = sum v_i``, ``B = sum |v_i|``; the elected sign is that of A
 (``mass``), of ``sum a_i d_i`` (``mass`` with split) or of the number of positive less negative deltas (``count``). Then
 
-- mean: ``mix = (A + B) / 2 / G+`` where the sign is plus, ``(A - B) / 2 / G-`` where it is minus, with G the sum of
-  g_i over the values of that sign (0 counts as 1);
-- sum: the same without the division; max: the largest value of that sign, NaN if A is;
-- no election: ``mix = A / div``;
+- mean: ``out = b + (A + B) * h`` where the sign is plus, ``b + (A - B) * h`` where it is minus, with
+  ``h = (lam / 2) / G`` and G the sum of g_i over the values of that sign (0 counts as 1, an infinite h as the largest
+  number);
+- sum: the same with ``h = lam / 2``; max: ``b + lam * mix``, mix the largest value of that sign, NaN if A is;
+- no election: ``b + lam * (A / div)``.
 
-and ``out = round(b + lam * mix)``. One pass, ``(N + 2) * b`` bytes per element: the floor (thresholds come from
-device memory). The sums over the elected sign are formed from A and B, which costs a third less than two sums under
-masks (reference: TIES-Merging, arXiv 2306.01708). Tiling: one flat program per 2048 elements, 8 per thread.
+One pass, ``(N + 2) * b`` bytes per element: the floor (thresholds come from device memory). The sums over the elected
+sign are formed from A and B, which costs a third less than two sums under masks (reference: TIES-Merging, arXiv
+2306.01708). With up to eight models h is read from a table of all sets of them: a division is 11 instructions and the
+sums of g are 6 per model, the set is 3. Tiling: one flat program per block, 8 or 16 elements per thread.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 
-from ._jit import at, divide, load, store
+from ._jit import at, divide, limited, load, store
 from ._keep import delta, keep
 from ._launch import I64, OPTIONS, Keep, chunks, config, spread, upload
 
@@ -32,8 +38,39 @@ PLUS, MAJORITY, BASE = 0, 1, 2
 MEAN, SUM, MAX = 0, 1, 2
 """How the values of the elected sign are merged."""
 
+MANY = 6
+"""Models from which a kernel that draws random numbers takes 8 warps: 4 would need 170 registers at eight models."""
 
-@triton.jit(do_not_specialize=["log"])
+SETS = tl.constexpr(8)
+"""Models up to which h comes from a table of ``2 ** N`` entries."""
+
+
+@np.errstate(all="ignore")
+def shares(f: npt.NDArray[Any], scale: npt.NDArray[Any], kind: type[np.floating[Any]]) -> npt.NDArray[Any]:
+    """``h`` of every set of models that may agree, in the work type; bit N - 1 - i of the column says model i does.
+
+    Args:
+        f: ``[P, N, 3]`` (c, g, a), N at most SETS.
+        scale: ``[P, 3]`` (lam, div, majority sign).
+        kind: the work type.
+
+    Returns:
+        ``[P, 2 ** N]``, or the one row where all are equal.
+    """
+    gates, half = f[:, :, 1].astype(kind), scale[:, 0].astype(kind) * kind(0.5)
+    if len(f) > 1 and (gates == gates[0]).all() and (half == half[0]).all():
+        gates, half = gates[:1], half[:1]
+    models = gates.shape[1]
+    den = np.zeros((len(gates), 1 << models), kind)
+    sets = np.arange(1 << models)
+    for i in range(models):
+        den += np.where(sets >> (models - 1 - i) & 1, gates[:, i : i + 1], kind(0))
+    found = half[:, None] / np.where(den == 0, kind(1), den)
+    most = np.finfo(kind).max
+    return np.where(found > most, most, np.where(found < -most, -most, found))
+
+
+@triton.jit(do_not_specialize=["log", "step"])
 def consensus_kernel(
     table,
     items,
@@ -44,8 +81,10 @@ def consensus_kernel(
     tie,
     f,
     scale,
+    share,
     nonfinite,
     log: tl.int32,
+    step: tl.int32,
     M: tl.constexpr,
     CODES: tl.constexpr,
     OUT: tl.constexpr,
@@ -63,8 +102,12 @@ def consensus_kernel(
     CUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (item, block). f W ``[P, N, 3]`` (c, g, a), scale W ``[P, 3]`` (lam, div, majority sign)."""
+    """Program (item, block). f W ``[P, N, 3]`` (c, g, a), scale W ``[P, 3]`` (lam, div, majority sign).
+
+    share W ``[1 or P, 2 ** N]`` as :func:`shares` makes it, step elements from row to row.
+    """
     N: tl.constexpr = M - 1
+    TABLE: tl.constexpr = N <= SETS
     pid = tl.program_id(0)
     item = items + (pid >> log).to(tl.int64) * 5
     first = (pid & ((1 << log) - 1)) * BLOCK
@@ -88,6 +131,8 @@ def consensus_kernel(
         ups = total
         downs = total
         votes = tl.zeros((BLOCK,), tl.int32)
+        minus = tl.zeros((BLOCK,), tl.uint32)  # whose values have a minus, and whose are not zero: bit N - 1 - i
+        some = minus
     for i in tl.static_range(N):
         x = at(tl.load(row + 8 + i), start, (CODES >> (4 * i + 4)) & 15, PLAIN)
         d = delta(x, 0, offs, mask, b, ROUND, WIDE, PLAIN)
@@ -117,14 +162,23 @@ def consensus_kernel(
                     mass = tl.abs(v)
                 else:
                     mass = mass + tl.abs(v)
-                if MERGE == 0:
+                if MERGE == 0 and TABLE:
+                    if WIDE:
+                        sign = (v < 0).to(tl.uint32)
+                    else:
+                        sign = v.to(tl.uint32, bitcast=True) >> 31
+                    minus = (minus << 1) | sign
+                    some = some + tl.where(v != 0, 1 << (N - 1 - i), 0).to(tl.uint32)
+                elif MERGE == 0:
                     g = tl.load(mine + 1)
                     ups = ups + tl.where(v > 0, g, 0.0)
                     downs = downs + tl.where(v < 0, g, 0.0)
+    lam = tl.load(scale + p * 3)
     if ELECT == 0:
         mix = total
         if DIV:
             mix = divide(mix, tl.zeros_like(mix) + tl.load(scale + p * 3 + 1))
+        y = b + lam * mix
     else:
         if ELECT == 2:
             up = votes > 0
@@ -140,14 +194,16 @@ def consensus_kernel(
             majority = tl.zeros_like(total) + tl.load(scale + p * 3 + 2)
             up = up | (tied & (majority > 0))
         if MERGE == 2:
-            mix = tl.where(total == total, tl.where(up, ups, downs), total)
+            y = b + lam * tl.where(total == total, tl.where(up, ups, downs), total)
         else:
-            mix = (total + tl.where(up, mass, -mass)) * 0.5
-            if MERGE == 0:
+            h = lam * 0.5
+            if MERGE == 0 and TABLE:
+                agree = some & (minus ^ tl.where(up, 0xFFFFFFFF, 0).to(tl.uint32))
+                h = tl.gather(tl.load(share + p * step + tl.arange(0, 1 << N)), agree.to(tl.int32), 0)
+            elif MERGE == 0:
                 den = tl.where(up, ups, downs)
-                mix = divide(mix, tl.where(den == 0, 1.0, den))
-    y = b + tl.load(scale + p * 3) * mix
-    if ELECT != 0:
+                h = limited(divide(tl.zeros_like(den) + h, tl.where(den == 0, 1.0, den)))
+            y = b + (total + tl.where(up, mass, -mass)) * h
         if ZERO == 2:
             y = tl.where(tied, b, y)
     store(at(tl.load(row), start, OUT, PLAIN), offs, mask, y, nonfinite + s, OUT, PLAIN, BLOCK)
@@ -159,6 +215,7 @@ def consensus(
     keep: Keep,
     f: torch.Tensor,
     scale: torch.Tensor,
+    share: torch.Tensor,
     nonfinite: torch.Tensor,
     *,
     inputs: int,
@@ -181,6 +238,7 @@ def consensus(
         keep: tables of the keep pipeline, on the device.
         f: ``[P, N, 3]`` (c, g, a) in the work type, on the device.
         scale: ``[P, 3]`` (lambda, divisor, majority sign) in the work type, on the device.
+        share: what :func:`shares` made of both, on the device; read only for MEAN of at most SETS models.
         nonfinite: int64 ``[S]`` on the device, added to.
         inputs: M = N + 1, the base included.
         codes: packed type codes of the inputs.
@@ -195,8 +253,13 @@ def consensus(
         cut: whether ties may be decided inside them.
     """
     cfg = config("consensus")
+    if keep.flags[1] and inputs > MANY:
+        cfg["num_warps"] = max(cfg["num_warps"], 8)
     log = spread(items, cfg["BLOCK"])
+    step = share.shape[1] if len(share) > 1 else 0
     flags = (inputs, codes, out, *keep.flags, elect, split, zero, merge, div, wide, plain, cut)
     for part in chunks(upload(items, table.device), 1 << log):
         grid = (len(part) << log,)
-        consensus_kernel[grid](table, part, *keep.tables, f, scale, nonfinite, log, *flags, **cfg, **OPTIONS)
+        consensus_kernel[grid](
+            table, part, *keep.tables, f, scale, share, nonfinite, log, step, *flags, **cfg, **OPTIONS
+        )

@@ -5,11 +5,12 @@ key = bits(|d_i|) and d_i = x_i - b, rounded and dropped as asked. Keys strictly
 with (group, e). With a bracket that holds less than a percent of the data this decides the k-th magnitude in one
 read of everything, ``(N + 1) * b`` bytes per element for all models together; no sort, no gather of the rest.
 
-Two kernels. The one that reads everything has no branches and no atomics: three counters of ten bits share one
-register per eight neighbours (a tile gives them at most 256 each), and which elements are inside goes to one bit
-per element and model, ``N / 8`` bytes per element. The other one finds the marked few, one tile and model per
-program: one integer atomic each, then as many rounds as the fullest word of 32 bits has marks. (Appending where the
-element is found costs 27 instructions per element and model, for elements of which one in a hundred is wanted.)
+Two kernels. The one that reads everything has no branches and no atomics: four comparisons choose what an element adds
+to its eight neighbours' word, one of three counters or the bit that says it is inside. The counters then share one
+register of ten bits each (a tile gives them at most 256), and the bits go to memory, ``N / 8`` bytes per element. The
+other one finds the marked few, one tile and model per program: one integer atomic each, then as many rounds as the
+fullest word of 32 bits has marks. (Appending where the element is found costs 27 instructions per element and model,
+for elements of which one in a hundred is wanted.)
 Counts are integers: their order does not matter.
 """
 
@@ -25,6 +26,21 @@ from ._launch import CONFIGS, I64, OPTIONS, chunks, upload
 
 MOST_TILES = 8192
 """Tiles of one launch: their marks take 64 MiB per model."""
+
+
+@triton.jit
+def above(bound, WIDE: tl.constexpr, LEAST: tl.constexpr):
+    """The number that ``bits & largest`` exceeds just where the key, its canonical form, exceeds ``bound - LEAST``.
+
+    Bits of NaNs are not brought to their one key for every element: the bound is moved out of their way instead.
+    """
+    if WIDE:
+        top = bound > 0x7FF8000000000000 - 1 + LEAST
+        t = tl.where(top, 0x7FFFFFFFFFFFFFFF, tl.minimum(bound - LEAST, 0x7FF0000000000000))
+    else:
+        top = bound > 0x7FC00000 - 1 + LEAST
+        t = tl.where(top, 0x7FFFFFFF, tl.minimum(bound - LEAST, 0x7F800000))
+    return t
 
 
 @triton.jit
@@ -65,8 +81,10 @@ def count_kernel(
     for i in tl.static_range(M):
         ptrs = ptrs + (at(tl.load(row + 7 + i), start, (CODES >> (4 * i)) & 15, PLAIN),)
     for i in tl.static_range(N):
-        lows = lows + (tl.load(lo + p * N + i),)
-        highs = highs + (tl.load(hi + p * N + i),)
+        low = tl.load(lo + p * N + i)
+        high = tl.load(hi + p * N + i)
+        lows = lows + ((above(low, WIDE, 1), above(low, WIDE, 0)),)
+        highs = highs + ((above(high, WIDE, 1), above(high, WIDE, 0)),)
         packs = packs + (tl.zeros((GROUPS,), tl.int32),)
     done = 0
     while done < count:
@@ -78,15 +96,18 @@ def count_kernel(
             if DROP:
                 model = tl.load(model_index + i)
                 d = drop(d, key, e + done, model, tl.load(bern + p * N + i), BLOCK, PLAIN)
-            k = magnitude(d)
-            inc = tl.where(k > highs[i], 1, tl.where(k == highs[i], 1 << 10, tl.where(k == lows[i], 1 << 20, 0)))
-            mark = tl.where((k > lows[i]) & (k < highs[i]), 1 << (offs & 7), 0)
+            if WIDE:
+                k = d.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+            else:
+                k = d.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            one = tl.where(k > lows[i][1], 0x10000 << (offs & 7), tl.where(k > lows[i][0], 0x100, 0))
+            one = tl.where(k > highs[i][1], 1, tl.where(k > highs[i][0], 0x10, one))
             if not PLAIN:
-                inc = tl.where(mask, inc, 0)
-                mark = tl.where(mask, mark, 0)
-            new = new + (packs[i] + tl.sum(tl.reshape(inc, (GROUPS, 8)), axis=1),)
+                one = tl.where(mask, one, 0)
+            eight = tl.sum(tl.reshape(one, (GROUPS, 8)), axis=1)
+            new = new + (packs[i] + (eight & 0xF) + ((eight & 0xF0) << 6) + ((eight & 0xF00) << 12),)
             to = marks + (t * N + i) * 8192 + done // 8
-            tl.store(to + byte, tl.sum(tl.reshape(mark, (GROUPS, 8)), axis=1).to(tl.uint8))
+            tl.store(to + byte, (eight >> 16).to(tl.uint8))
         packs = new
         done += BLOCK
     stat = tl.load(item + 4)  # not held in registers during the loop

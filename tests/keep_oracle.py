@@ -121,13 +121,14 @@ def consensus(base, ds, elect, split, zero, merge, f, scale):
         most = np.where(v > most, v, most)
         least = np.where(v < least, v, least)
     if merge == 2:
-        mix = np.where(np.isnan(a), a, np.where(plus, most, least))
+        out = base + lam * np.where(np.isnan(a), a, np.where(plus, most, least))
     else:
-        mix = np.where(plus, (a + b) * w(0.5), (a - b) * w(0.5))
-    if merge == 0:
-        den = np.where(plus, up, down)
-        mix = mix / np.where(den == 0, w(1), den)
-    out = base + lam * mix
+        h = lam * w(0.5)
+        if merge == 0:
+            den = np.where(plus, up, down)
+            h = h / np.where(den == 0, w(1), den)
+            h = np.where(np.isinf(h), np.copysign(np.finfo(w).max, h), h)
+        out = base + np.where(plus, a + b, a - b) * h
     return np.where(s == 0, base, out) if zero == 2 else out
 
 

@@ -234,21 +234,22 @@ class NumpyKernels:
             up = vote > 0
             if zero == 0 or (zero == 1 and majority > 0):
                 up = up | (vote == 0)
-            half = p.work(0.5)
             if merge == 2:
                 high, low = np.zeros_like(a), np.zeros_like(a)
                 for x in v:
                     high = np.where(x > high, x, high)
                     low = np.where(x < low, x, low)
-                mix = np.where(np.isnan(a), a, np.where(up, high, low))
+                out = base + lam * np.where(np.isnan(a), a, np.where(up, high, low))
             else:
-                mix = np.where(up, (a + b) * half, (a - b) * half)
-            if merge == 0:
-                plus, minus = np.zeros_like(a), np.zeros_like(a)
-                for g, x in zip(gate, v, strict=True):
-                    plus = np.where(x > 0, plus + g, plus)
-                    minus = np.where(x < 0, minus + g, minus)
-                den = np.where(up, plus, minus)
-                mix = mix / np.where(den == 0, p.work(1), den)
-            out = base + lam * mix
+                share = lam * p.work(0.5)
+                if merge == 0:
+                    plus, minus = np.zeros_like(a), np.zeros_like(a)
+                    for g, x in zip(gate, v, strict=True):
+                        plus = np.where(x > 0, plus + g, plus)
+                        minus = np.where(x < 0, minus + g, minus)
+                    den = np.where(up, plus, minus)
+                    share = share / np.where(den == 0, p.work(1), den)
+                    most = np.finfo(p.work).max
+                    share = np.where(share > most, most, np.where(share < -most, -most, share))
+                out = base + np.where(up, a + b, a - b) * share
             p.write(np.where(vote == 0, base, out) if zero == 2 else out, segments, n)

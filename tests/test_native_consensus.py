@@ -149,6 +149,15 @@ def test_many_models(models, mode):
     Case(models, codes, 3, "drop+index", mode, sizes=[2049, 70_001], kinds=["zeros", "normal"]).check()
 
 
+@pytest.mark.parametrize("codes", [(3, 3, 3, 3), (0, 3, 3, 3)], ids=str)
+def test_gates_that_vanish_cancel_or_overflow(codes):
+    case = Case(9, codes, 1, "index", (1, False, 0, 0), sizes=[1025] * 6)
+    tiny = [1e-45, -1e-45, 1e-42] if 0 not in codes else [5e-324, -5e-324, 1e-310]
+    case.f[::2, :, 1] = tiny
+    case.f[1::2, :, 1] = [3e38, 3e38, -3e38]
+    case.check()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("keep", ["index", "spread", "drop+index"])
 def test_adversarial_ties(kind, keep):

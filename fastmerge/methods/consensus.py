@@ -7,8 +7,11 @@
     v_i = w_i r_i d_i                          weight and rescale, one coefficient
     A = sum v_i, B = sum |v_i|                 in model order
     sign = elected sign of the element         of A, of an unweighted sum, or of a count
-    mix = (B + A) / 2 or (A - B) / 2           the part of the elected sign, divided by its weights or count
-    out = b + lambda mix
+    part = A + B or A - B                      twice the sum of the values of the elected sign
+    out = b + part (lambda / 2) / G            G: the weights (or number) of those values; 1 for a sum
+
+The quotient comes first because it takes one of 2^N values: a table, where a division per element would cost more
+than the rest. G = 0 counts as 1; a quotient too large for the work type is its largest number.
 """
 
 from __future__ import annotations
@@ -201,17 +204,19 @@ def mix(
         high, low = torch.zeros_like(a), torch.zeros_like(a)
         for x in v:
             high, low = torch.where(x > high, x, high), torch.where(x < low, x, low)
-        out = torch.where(a.isnan(), a, torch.where(plus, high, low))
+        out = base + lam * torch.where(a.isnan(), a, torch.where(plus, high, low))
     else:
-        out = torch.where(plus, a + b, a - b) * ref.number(0.5, a)
-    if spec.merge == "mean":
-        agree, against = torch.zeros_like(a), torch.zeros_like(a)
-        for g, x in zip(spec.gate, v, strict=True):
-            gate = ref.number(g, x)
-            agree, against = torch.where(x > 0, agree + gate, agree), torch.where(x < 0, against + gate, against)
-        den = torch.where(plus, agree, against)
-        out = out / torch.where(den == 0, torch.ones_like(den), den)
-    out = base + lam * out
+        share = lam * ref.number(0.5, a)
+        if spec.merge == "mean":
+            agree, against = torch.zeros_like(a), torch.zeros_like(a)
+            for g, x in zip(spec.gate, v, strict=True):
+                gate = ref.number(g, x)
+                agree, against = torch.where(x > 0, agree + gate, agree), torch.where(x < 0, against + gate, against)
+            den = torch.where(plus, agree, against)
+            share = share / torch.where(den == 0, torch.ones_like(den), den)
+            most = torch.finfo(a.dtype).max
+            share = share.clamp(-most, most)
+        out = base + torch.where(plus, a + b, a - b) * share
     return torch.where(votes == 0, base, out) if spec.zero == "base" else out
 
 

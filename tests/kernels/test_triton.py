@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch", reason="the Triton kernels need torch")
 
 
 from fastmerge.kernels import TritonKernels, _launch
+from fastmerge.kernels._jit import philox
 
 if _launch.interpreted():
     DEVICE = "cpu"
@@ -208,7 +209,7 @@ def test_known_answers_of_philox():
     def words(out, counter, key):
         lo, hi = tl.load(counter + tl.arange(0, 1)), tl.load(counter + 1 + tl.arange(0, 1))
         c2, c3 = tl.load(counter + 2 + tl.arange(0, 1)), tl.load(counter + 3 + tl.arange(0, 1))
-        w0, w1, w2, w3 = tl.philox(tl.load(key), lo.to(tl.uint32), hi.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32))
+        w0, w1, w2, w3 = philox(tl.load(key), lo.to(tl.uint32), hi.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32))
         tl.store(out + tl.arange(0, 1), w0.to(tl.int64))
         tl.store(out + 1 + tl.arange(0, 1), w1.to(tl.int64))
         tl.store(out + 2 + tl.arange(0, 1), w2.to(tl.int64))
@@ -239,17 +240,23 @@ def test_delta_keys(codes, drop, round_code):
 
 
 @pytest.mark.parametrize(
-    ("codes", "drop", "sizes", "cap"),
-    [((3, 3, 3), False, (65_536 + 2048, 300), 4096), ((1, 2), True, (5000,), 40), ((0, 3), False, (2048,), 500)],
+    ("codes", "drop", "sizes", "cap", "kinds"),
+    [
+        ((3, 3, 3), False, (65_536 + 2048, 300), 4096, ["normal", "zeros"]),
+        ((1, 2), True, (5000,), 40, ["normal"]),
+        ((0, 3), False, (2048,), 500, ["normal"]),
+        ((3, 3, 1), False, (2048, 2048, 9), 2048, ["nans", "special", "nans"]),
+        ((0, 3), False, (2048, 2048), 2048, ["nans", "special"]),
+    ],
 )
-def test_count(codes, drop, sizes, cap):
-    case = Case(codes, sizes=sizes, kinds=["normal", "zeros"])
+def test_count(codes, drop, sizes, cap, kinds):
+    case = Case(codes, sizes=sizes, kinds=kinds)
     args = case.delta_args(drop=drop)
     lo, hi = np.zeros((2, case.groups, case.n), np.uint64)
     for g, keys in enumerate(case.sorted_keys(args)):
         for i, k in enumerate(keys):
             lo[g, i], hi[g, i] = k[int(0.78 * len(k))], k[int(0.8 * len(k))]
-    hi[0, 0] = max(hi[0, 0], lo[0, 0])
+    hi[-1, 0] = 2**63 - 1 if "nans" in kinds else hi[-1, 0]  # above every key
     found = []
     for kernels in (TRITON, NUMPY):
         counts = np.full((case.tiles, case.n, 4), -1, np.int64)
@@ -283,6 +290,19 @@ def test_every_keep(keep):
     case = Case((3, 3, 3), sizes=(1000, 2056), kinds=["two", "special"])
     args = (*case.keep_args(keep), 1, False, 0, 0, *case.rules())
     both(case, lambda k, s: k.consensus(s, *args))
+
+
+@pytest.mark.parametrize("models", [1, 3, 9])
+@pytest.mark.parametrize("code", [3, 0])
+def test_gates_that_vanish_cancel_or_overflow(models, code):
+    """Sums of gates that are 0, subnormal or infinite; with nine models they are no longer read from a table."""
+    case = Case((3, *(code,) * models), out=1, sizes=(2056, 2056), kinds=["normal", "special"])
+    args, (f, scale) = case.keep_args("all"), case.rules()
+    f[0, :, 1] = np.resize([1e-45, -1e-45, 1e-42], models)
+    f[1, :, 1] = np.resize([3e38, 3e38, -3e38, 1.0], models)
+    both(case, lambda k, s: k.consensus(s, *args, 1, False, 0, 0, f, scale))
+    f[:, :, 1], scale[:] = f[0, 0, 1], scale[0]  # equal rows share one
+    both(case, lambda k, s: k.consensus(s, *args, 1, False, 0, 0, f, scale))
 
 
 def test_tie_cuts_across_tiles(monkeypatch):
