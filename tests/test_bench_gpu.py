@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch", reason="the GPU benches need torch")
 pytest.importorskip("triton", reason="the GPU benches need triton")
 
-from bench.gpu import bars, runner, sanitize, table, timing
+from bench.gpu import bars, data, merges, runner, sanitize, table, tests, timing
 from bench.gpu.build import packages
 from bench.gpu.plan import PARTS, Absent, Context, Item, items
 from bench.gpu.state import IDENTITY, State
@@ -107,6 +107,62 @@ def test_without_a_gpu_one_line_and_a_status(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_the_run_itself_needs_the_standard_library_alone(tmp_path):
+    """What it lacks is what it is to install: it starts, lists every item and writes its page without any package."""
+    code = """
+import runpy, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in {*sys.stdlib_module_names, "bench"}:
+            raise ImportError(f"{name} is not installed")
+sys.meta_path.insert(0, Block())
+sys.argv[0] = "bench.gpu"
+runpy.run_module("bench.gpu", run_name="__main__", alter_sys=True)
+"""
+    words = command(tmp_path, "--dry", "--budget", "0")
+    words["args"][1:3] = ["-c", code]
+    done = subprocess.run(**words, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert f"merges ({len(items('merges', context(tmp_path)))})" in done.stdout
+    assert list((tmp_path / "results").glob("gpu-*.md"))
+
+
+def test_every_file_with_gpu_tests_is_an_item_and_warnings_fail_none(tmp_path):
+    names = [item.name for item in items("tests", context(tmp_path, dry=False))]
+    assert names == ["tests/gpu/test_gpu.py", "tests/kernels/test_replicate_gpu.py", "tests/kernels/test_triton.py"]
+    (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\nmarkers = gpu\n")
+    test = tmp_path / "test_one.py"
+    test.write_text(
+        "import warnings, pytest\nwarnings.warn('old driver', FutureWarning)\n"
+        "@pytest.mark"
+        ".gpu\ndef test_one(): warnings.warn('old package', FutureWarning)\ndef test_two(): assert False\n"
+    )
+    row = tests.pytest(str(test), context(tmp_path, dry=False))
+    assert (row["tests"], row["failures"], row["skipped"]) == (1, 0, 0)
+
+
+def test_kinds_of_data():
+    for kind in data.KINDS:
+        f = data.family("cpu", 1 << 16, 2, kind)
+        delta = (f.tuned[1].float() - f.base.float()).abs().view(-1, data.ROW)
+        rows = delta.mean(1)
+        spread = float(rows.max() / rows.min())
+        assert spread > 3 if kind == "rows" else spread < 1.5, (kind, spread)
+    assert data.family("cpu", 5000, 1, "rows").n == 5000
+
+
+def test_judged_merges_are_medians_of_five(tmp_path):
+    every = items("merges", context(tmp_path, dry=False))
+    by = {item.name: item for item in every}
+    (bar,) = [bar for bar in bars.BARS if bar.part == "merges"]
+    assert merges.RUNS == 5
+    assert {by[name].run.args[-1] for name in bar.items} == {merges.RUNS}
+    assert all(item.needs < item.limit <= 480 for item in every)  # one fits into a command's 540 seconds
+    known = {part: {i.name for i in items(part, context(tmp_path, dry=False))} for part in PARTS}
+    for bar in bars.BARS:
+        assert {*bar.items, *(name for name, _ in bar.beside)} <= known[bar.part]
+
+
 def test_what_takes_too_long_is_killed_and_what_dies_is_reported(tmp_path):
     def start():
         worker = runner.Worker(context(tmp_path))
@@ -148,6 +204,10 @@ def test_verdicts(tmp_path):
     ok("kernels", "dare N=2", share=0.79)
     ok("kernels", "batch combine", times=1.01)
     ok("kernels", "batch ties", times=1.16)
+    for kind in data.KINDS:
+        ok("kernels", f"select N=2 {kind}", share=0.82)
+        ok("kernels", f"select whole N=2 {kind}", share=0.7 if kind == "rows" else 0.8)
+    ok("kernels", "replicate E=8 clean", **{"written share": 0.84, "read and written share": 0.945})
     ok("tests", "one", tests=3)
     state.record("sanitize", "memcheck extension", {"status": "absent", "reason": "refused"})
     ok("merges", "same bytes ties")
@@ -161,6 +221,13 @@ def test_verdicts(tmp_path):
     assert verdict("slerp") == ("pass", 0.81)
     assert verdict("ties merge") == ("not run", 0.9)
     assert verdict("dare N=2") == ("fail", 0.79)
+    assert verdict("select, its one counting read") == ("not run", 0.82)
+    assert verdict("select whole") == ("pass", 0.8)
+    assert verdict("replication") == ("fail", 0.84)
+    (details,) = [row["details"] for bar, row in by.items() if "select whole" in bar]
+    assert details.endswith("not judged: select whole N=2 rows, share 0.7")
+    (details,) = [row["details"] for bar, row in by.items() if "replication" in bar]
+    assert "read and written share 0.945" in details
     assert verdict("8B tensors") == ("fail", 1.16)
     assert verdict("mergekit") == ("not run", None)
     assert verdict("marked gpu") == ("pass", "1 of 1")
@@ -176,6 +243,8 @@ def test_verdicts(tmp_path):
         ("driven: some\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, "driven"),
         ("absent: the extension was built without CUDA", 0, Absent),
         ("========= Error: Device not supported. Please refer to the manual", 1, Absent),
+        ("========= Unable to attach", 1, Absent),
+        ("RuntimeError: Unable to find it\n  Unable to go on\n========= ERROR SUMMARY: 0 errors", 1, AssertionError),
         ("driven: some\n========= ERROR SUMMARY: 2 errors", 86, AssertionError),
         ("========= ERROR SUMMARY: 0 errors", 1, AssertionError),
     ],

@@ -1,7 +1,8 @@
 """Calls of the Triton kernels on tensors that lie on the device: everything large is there, so nothing waits.
 
 Only the segment table and the parameters of a tensor (some bytes to some KB) travel with the call, as in the stream.
-Results that a caller might want back (counts, sums, lists) are tensors of the device.
+Results that a caller might want back (counts, sums, lists) are tensors of the device. What is imported in functions
+may be missing until the part ``build`` has installed it, and items are listed before that.
 """
 
 from __future__ import annotations
@@ -9,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from bench.gpu.data import Family, keys, quantile
 from bench.gpu.timing import Work
-from fastmerge.dtypes import BF16
-from fastmerge.methods.base import I64, TILE, Segments
 
 if TYPE_CHECKING:
     import torch
+
+    from fastmerge.methods.base import I64, Segments
 
 DENSITY = 0.2
 
@@ -35,7 +34,11 @@ def segments(inputs: Sequence[torch.Tensor], out: torch.Tensor | None, cuts: Seq
         out: where results go.
         cuts: lengths of the tensors that follow each other in each input; one tensor where absent.
     """
+    import numpy as np
     import torch
+
+    from fastmerge.dtypes import BF16
+    from fastmerge.methods.base import TILE, Segments
 
     n = inputs[0].numel()
     lengths = np.array(cuts if cuts is not None else [n], np.int64)
@@ -56,6 +59,8 @@ def segments(inputs: Sequence[torch.Tensor], out: torch.Tensor | None, cuts: Seq
 
 def combine(kernels: Any, f: Family, *, delta: bool, cuts: Sequence[int] | None = None) -> Work:
     """``sum c_i x_i``, or ``b + sum c_i (x_i - b)``: ``(N + 1) b`` or ``(N + 2) b`` bytes per element."""
+    import numpy as np
+
     inputs = [f.base, *f.tuned] if delta else list(f.tuned)
     s = segments(inputs, f.out, cuts)
     coef, scale = np.full((len(s), len(inputs)), 1 / len(f.tuned)), np.ones((len(s), 2))
@@ -66,6 +71,8 @@ def gram(kernels: Any, f: Family) -> Work:
     """The statistics of slerp: xx, xy, yy and the squared difference; ``2 b`` bytes per element."""
     import torch
 
+    from fastmerge.methods.base import TILE
+
     s = segments(f.tuned[:2], None)
     partials = torch.zeros((-(-f.n // TILE), 4), dtype=torch.float64, device=f.base.device)
     return lambda: kernels.gram(s, partials, delta=False, diff=True, per_row=False)
@@ -73,6 +80,10 @@ def gram(kernels: Any, f: Family) -> Work:
 
 def keep(f: Family, groups: int, *, drop: bool, trim: bool, ties: str = "index") -> tuple[Any, ...]:
     """The keep arguments: Bernoulli one half, and the threshold of density 0.2 with the tie cut in the middle."""
+    import numpy as np
+
+    from fastmerge.methods.base import TILE
+
     models = len(f.tuned)
     thr = np.zeros((groups, models), np.uint64)
     cut = np.full((groups, models, 3), -1, np.int64)
@@ -88,6 +99,8 @@ def keep(f: Family, groups: int, *, drop: bool, trim: bool, ties: str = "index")
 
 def consensus(kernels: Any, f: Family, *, drop: bool, elect: bool, cuts: Sequence[int] | None = None) -> Work:
     """TIES' merge pass (``elect``, trimmed) or DARE (``drop``): ``(N + 2) b`` bytes per element."""
+    import numpy as np
+
     s = segments([f.base, *f.tuned], f.out, cuts)
     args = keep(f, len(s), drop=drop, trim=elect and not drop)
     rules = np.ones((len(s), len(f.tuned), 3))
@@ -98,7 +111,10 @@ def consensus(kernels: Any, f: Family, *, drop: bool, elect: bool, cuts: Sequenc
 
 def count(kernels: Any, f: Family) -> Work:
     """The selection's one counting read, listing included: ``(N + 1) b`` bytes per element."""
+    import numpy as np
     import torch
+
+    from fastmerge.methods.base import TILE
 
     s = segments([f.base, *f.tuned], None)
     models, device = len(f.tuned), f.base.device

@@ -1,12 +1,13 @@
 """Tensors to measure on, drawn on the device: a base and its fine-tunes in bf16.
 
-How many deltas are equal decides how hard a selection is, and how often counters and ties meet: so four kinds.
+How many deltas are equal decides how hard a selection is, and how often counters and ties meet: so five kinds.
 
 - ``random``: heavy-tailed deltas as large as the weights; hardly any two are equal;
 - ``lattice``: what bf16 makes of a fine-tune: updates of sd 2e-4 on weights of sd 0.02, half of the deltas zero, the
   others a few hundred values (as ``bench/generate.py`` writes them);
 - ``equal``: every delta has the same magnitude;
-- ``zeros``: 88 % of the deltas are zero, the others random.
+- ``zeros``: 88 % of the deltas are zero, the others random;
+- ``rows``: random deltas, each row of 4096 scaled by e^N(0, 1): neighbours are alike, so a sample says less.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-KINDS = ("random", "lattice", "equal", "zeros")
+KINDS = ("random", "lattice", "equal", "zeros", "rows")
 
 CHUNK = 1 << 24
-"""Elements drawn at once: fp32 temporaries stay small."""
+"""Elements drawn at once, whole rows: fp32 temporaries stay small."""
+
+ROW = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ def family(device: str, n: int, models: int, kind: str = "lattice", seed: int = 
                 delta = normal(count) * normal(count) * (2e-4 if kind == "lattice" else 0.02)
             if kind == "zeros":
                 delta *= torch.rand(count, generator=generator, device=device) >= 0.88
+            if kind == "rows":
+                delta *= torch.exp(normal(-(-count // ROW))).repeat_interleave(ROW)[:count]
             x[at : at + count].copy_(some.float() + delta)
     return Family(base, tuned, out)
 

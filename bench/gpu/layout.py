@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from bench.generate import SIZES, shapes
 from bench.gpu import calls
 from bench.gpu.data import Family, family
 from bench.gpu.plan import Row
@@ -21,6 +20,8 @@ POOL = 1 << 26
 
 def lengths(*, small: bool) -> list[int]:
     """Elements of the 291 tensors of Llama 3 8B, in the order of the modules; or of the first of a tiny one."""
+    from bench.generate import SIZES, shapes
+
     sizes = [math.prod(s) for s in shapes(SIZES["tiny" if small else "8b"]).values()]
     return sizes[:6] if small else sizes
 

@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench.generate import generate
 from bench.gpu.plan import ROOT, Context, Item, Row
 from bench.gpu.timing import Times, ratio
 from bench.process import weights
@@ -32,7 +31,12 @@ SPEED_METHODS = ("linear", "slerp", "ties")
 STATES = ("cold", "warm")
 BLOCK = 16 << 20
 THREADS = 8
-RUNS = 2
+
+JUDGED = "cuda:0"
+"""Where whole merges have a bar."""
+
+RUNS, FEWER = 5, 2
+"""Counted rounds of what is judged, and of the rest; a round is a merge of 9 to 12 GB and the probes of its stages."""
 
 SIZE, SMALL = "1.5b", "768x12"
 """Models of 3 GB for speed, and of 0.27 GB for the bytes of every method."""
@@ -44,13 +48,14 @@ def items(context: Context) -> Sequence[Item]:
     fast = ("ties",) if context.dry else SPEED_METHODS
     found = [Item("models", lambda: models(context), needs=60, limit=400)]
     found += [Item(f"same bytes {m}", functools.partial(same_bytes, context, m), needs=25, limit=150) for m in methods]
-    found += [
-        Item(f"{m} {d} {s}", functools.partial(speed, context, m, d, s), needs=50, limit=240)
-        for d in DEVICES
-        for m in fast
-        for s in STATES
-        if d == "cuda:0" or m == "ties"
-    ]
+    for d in DEVICES:
+        runs, needs, limit = (RUNS, 100, 480) if d == JUDGED else (FEWER, 50, 240)
+        found += [
+            Item(f"{m} {d} {s}", functools.partial(speed, context, m, d, s, runs), needs=needs, limit=limit)
+            for m in fast
+            for s in STATES
+            if d == JUDGED or m == "ties"
+        ]
     return found
 
 
@@ -66,6 +71,8 @@ def device(context: Context, name: str) -> str:
 
 def family(context: Context, name: str) -> list[Path]:
     """A base and two fine-tunes, generated where they are missing."""
+    from bench.generate import generate  # numpy may be missing until the part build has installed it
+
     return generate(context.data, size(context, name), 2)
 
 
@@ -121,8 +128,8 @@ def digest(directory: Path) -> str:
     return found.hexdigest()
 
 
-def speed(context: Context, method: str, where: str, state: str) -> Row:
-    """Merges alternated with the probes of their stages."""
+def speed(context: Context, method: str, where: str, state: str, runs: int) -> Row:
+    """Merges alternated with the probes of their stages: medians of so many rounds, with the fastest and slowest."""
     body = recipe(method, family(context, SIZE))
     files = [f for model in inputs(body) for f in weights(model)]
     read = sum(f.stat().st_size for f in files)
@@ -131,7 +138,7 @@ def speed(context: Context, method: str, where: str, state: str) -> Row:
     gpu = where.startswith("cuda") and not context.dry
     seconds: dict[str, list[float]] = {"merge": [], "read": [], "write": [], "to device": [], "from device": []}
     report: Any = None
-    for count in range(1 if context.dry else -1, RUNS):
+    for count in range(0 if context.dry else -1, 1 if context.dry else runs):
         prepare(files, state)
         took, report, _ = merge(context, body, device(context, where))
         if state == "cold":
@@ -144,13 +151,10 @@ def speed(context: Context, method: str, where: str, state: str) -> Row:
     found = {name: Times.of(some) for name, some in seconds.items()}
     slowest = max((n for n in found if n != "merge"), key=lambda n: found[n].median)
     row = {"share": ratio(found[slowest].median, found["merge"].median), "slowest": slowest}
-    row |= {f"{name} s": round(times.median, 3) for name, times in found.items()}
-    row |= {
-        "spread": f"{found['merge'].least:.2f}..{found['merge'].most:.2f}",
-        "GB": round((read + out_bytes) / 1e9, 2),
-    }
+    row |= {f"{n} s": f"{t.median:.3f} ({t.least:.3f}..{t.most:.3f})" for n, t in found.items()}
+    row |= {"runs": len(seconds["merge"]), "GB": round((read + out_bytes) / 1e9, 2)}
     row |= {"GB/s": round((read + out_bytes) / found["merge"].median / 1e9, 2), "bottleneck": report.bottleneck}
-    if state == "warm" and where == "cuda:0":
+    if state == "warm" and where == JUDGED:
         row["process s"] = process(context, body, device(context, where))
     return row
 

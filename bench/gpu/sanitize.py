@@ -16,6 +16,9 @@ from collections.abc import Sequence
 from bench.gpu.plan import ROOT, Absent, Context, Item, Row
 
 TOOLS = ("memcheck", "racecheck")
+MARK = "========="
+"""Begins every line of the tool; all others are the program's."""
+
 REFUSALS = ("Device not supported", "not supported on this", "Unable to", "Failed to initialize", "error 999")
 
 
@@ -52,7 +55,8 @@ def check(tool: str, what: str, context: Context) -> Row:
     clean = summary and driven and all(re.search(r"SUMMARY: 0 ", s) for s in summary)
     if clean and done.returncode == 0:
         return {"summary": summary[-1], "driven": driven[-1].removeprefix("driven: ")}
-    refused = next((r for r in REFUSALS if r in done.stdout), None)
+    said = [text for text in done.stdout.splitlines() if text.startswith(MARK)]
+    refused = next((r for r in REFUSALS if any(r in text for text in said)), None)
     if refused is not None and not any(re.search(r"SUMMARY: [1-9]", s) for s in summary if driven):
         raise Absent(f"compute-sanitizer refuses this machine: {refused}")
     raise AssertionError(f"status {done.returncode}: {' '.join(summary)} {' '.join(done.stdout[-600:].split())}")
