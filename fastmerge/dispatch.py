@@ -10,11 +10,12 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+import itertools
 import logging
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ WAITING = 2
 
 BACKENDS = ("native", "triton", "reference")
 
+PROC = Path("/proc/driver/nvidia/gpus")
+"""Where the driver has one directory per GPU; some containers hide it."""
+
 OLDEST = (8, 0)
 """Compute capability from which on GPUs are supported."""
 
@@ -42,11 +46,14 @@ class Backend:
         name: ``native`` (C++ on CPU cores), ``triton`` (GPU) or ``reference`` (plain torch).
         kernels: the object with the kernel functions; None for the reference.
         gpus: the GPUs that it runs on, one number per logical device; empty for CPU cores.
+        otherwise: name of the backend that was asked for where the GPUs were not named: those without room for a
+            slot may be left out then. None where they were named.
     """
 
     name: str
     kernels: Any
     gpus: tuple[int, ...] = ()
+    otherwise: str | None = None
 
     @property
     def whole(self) -> bool:
@@ -90,7 +97,19 @@ def driver_reason() -> str | None:
         return "triton is not installed; pip install 'fastmerge[gpu]'"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 keeps the kernels in Triton's interpreter, on the CPU"
+    if _visible() == []:
+        return f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} hides every GPU"
     return None
+
+
+def _visible() -> list[str] | None:
+    """What ``CUDA_VISIBLE_DEVICES`` names, up to the first word that is no GPU, as CUDA reads it; None if not set."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if told is None:
+        return None
+    words = (w.strip() for w in told.split(","))
+    named = list(itertools.takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, words))
+    return named if len(set(named)) == len(named) else []  # one that is named twice hides all
 
 
 def cuda_reason() -> str | None:
@@ -109,9 +128,20 @@ def cuda_reason() -> str | None:
     return None
 
 
-@functools.cache
+_WORKING: set[int] = set()
+"""GPUs on which a first kernel has run. What failed is tried again: memory may have been short for a moment."""
+
+
 def gpu_reason(index: int) -> str | None:
     """Why GPU ``index`` cannot be used where others can; None if it can: one small kernel has run there."""
+    reason = None if index in _WORKING else _examine(index)
+    if reason is None:
+        _WORKING.add(index)
+    return reason
+
+
+def _examine(index: int) -> str | None:
+    """What :func:`gpu_reason` says the first time."""
     import torch
 
     count = torch.cuda.device_count()
@@ -149,7 +179,7 @@ def _line(error: BaseException) -> str:
 
 
 @functools.cache
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Once per reason."""
     log.info("%s", text)
 
@@ -176,7 +206,7 @@ def backend(name: str | None = None) -> Backend:
     if torch_reason():
         raise BackendUnavailable(f"backend reference: {torch_reason()}")
     if reason and name == "auto":
-        _say(f"native backend not used: {reason}; falling back to the reference")
+        say(f"native backend not used: {reason}; falling back to the reference")
     return Backend("reference", None)
 
 
@@ -191,17 +221,19 @@ def _triton_interpreter() -> Any:
     return kernels.TritonKernels("cpu")
 
 
-def choose(spec: str, name: str | None = None) -> Backend:
+def choose(spec: str, name: str | None = None, *, said: str | None = None) -> Backend:
     """The backend for ``--device`` and ``--backend``.
 
     Args:
         spec: ``auto`` (all GPUs that can be used, else the CPU), ``cpu``, ``cuda`` (torch's current GPU) or a list
             such as ``cuda:0,cuda:1``; one that is named twice is two logical devices.
         name: as for :func:`backend`.
+        said: how errors name the device; None for ``--device`` and ``spec``.
 
     Raises:
         BackendUnavailable: for a device or backend that cannot be used here, with the reason.
     """
+    said = said or f"--device {spec}"
     names = [s.strip() for s in spec.split(",")]
     wanted = name or os.environ.get("FASTMERGE_BACKEND") or "auto"
     if names == ["cpu"] or (names == ["auto"] and wanted not in ("auto", "triton")):
@@ -209,25 +241,25 @@ def choose(spec: str, name: str | None = None) -> Backend:
     if names == ["auto"]:
         reason, gpus = _usable()
         if gpus:
-            return gpu_backend(gpus)
-        _say(f"GPUs not used: {reason}; merging on the CPU")
+            return replace(gpu_backend(gpus), otherwise=wanted)
+        say(f"GPUs not used: {reason}; merging on the CPU")
         return backend(name)
-    _check(spec, names, wanted)
+    _check(said, names, wanted)
     reason = cuda_reason()
     if reason:
-        raise BackendUnavailable(f"--device {spec}: {reason}")
+        raise BackendUnavailable(f"{said}: {reason}")
     import torch
 
     gpus = tuple(int(n[5:]) if n[5:] else torch.cuda.current_device() for n in names)
     for gpu in gpus:
         reason = gpu_reason(gpu)
         if reason:
-            raise BackendUnavailable(f"--device {spec}: {reason}")
+            raise BackendUnavailable(f"{said}: {reason}")
     return gpu_backend(gpus)
 
 
-def expected_gpus(spec: str, name: str | None = None) -> int:
-    """How many logical GPUs :func:`choose` will probably find, without torch; 0 for the CPU.
+def expected_gpus(spec: str, name: str | None = None) -> tuple[int, ...]:
+    """The logical GPUs that :func:`choose` will probably find, without torch; none for the CPU.
 
     Raises:
         BackendUnavailable: for a device that certainly cannot be used here.
@@ -235,25 +267,29 @@ def expected_gpus(spec: str, name: str | None = None) -> int:
     names = [s.strip() for s in spec.split(",")]
     wanted = name or os.environ.get("FASTMERGE_BACKEND") or "auto"
     if names == ["cpu"] or (names == ["auto"] and (wanted not in ("auto", "triton") or driver_reason())):
-        return 0
+        return ()
     if names == ["auto"]:
-        return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or 1
-    _check(spec, names, wanted)
-    return len(names)
+        there, named = len(list(PROC.glob("*"))), _visible()
+        if named is None:
+            return tuple(range(there or 1))
+        known = itertools.takewhile(lambda w: not (there and w.isdigit()) or int(w) < there, named)
+        return tuple(range(len(list(known))))
+    _check(f"--device {spec}", names, wanted)
+    return tuple(int(n[5:] or 0) for n in names)
 
 
-def _check(spec: str, names: Sequence[str], wanted: str) -> None:
+def _check(said: str, names: Sequence[str], wanted: str) -> None:
     """What is wrong with a list of GPUs, as far as torch need not be asked."""
     wrong = [n for n in names if not re.fullmatch(r"cuda(:\d+)?", n)]
     if wrong:
         raise BackendUnavailable(
-            f"--device {spec}: unknown device {wrong[0]!r}; expected auto or cpu alone, or a list of cuda, cuda:0, ..."
+            f"{said}: unknown device {wrong[0]!r}; expected auto or cpu alone, or a list of cuda, cuda:0, ..."
         )
     if wanted not in ("auto", "triton"):
-        raise BackendUnavailable(f"--device {spec}: backend {wanted} runs on CPU cores only; expected triton")
+        raise BackendUnavailable(f"{said}: backend {wanted} runs on CPU cores only; expected triton")
     reason = driver_reason()
     if reason:
-        raise BackendUnavailable(f"--device {spec}: {reason}")
+        raise BackendUnavailable(f"{said}: {reason}")
 
 
 def gpu_backend(gpus: tuple[int, ...]) -> Backend:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmerge import planning
-from fastmerge.dispatch import Backend, choose, program_factory
+from fastmerge.dispatch import choose, program_factory
 from fastmerge.errors import RecipeError
 from fastmerge.placement import Placement, place
 from fastmerge.planning import Plan
@@ -92,6 +92,9 @@ def merge(
         FastMergeError: a subclass that says what is wrong; the target is untouched, and work that was done
             is kept for ``resume``.
     """
+    from fastmerge.checkpoint import Writer
+    from fastmerge.report import Report
+
     if nan not in ("warn", "error", "zero"):
         raise RecipeError(f"nan: expected warn, error or zero; got {nan!r}")
     started = time.perf_counter()
@@ -101,54 +104,52 @@ def merge(
     chosen = choose(device, backend)
     budget = parse_bytes(memory) if memory is not None else default_memory()
     vram = parse_bytes(max_vram) if max_vram is not None else None
-    with place(planned.outputs, chosen, memory=budget, max_vram=vram) as placed:
-        return _merge(planned, out, chosen, placed, started, nan, progress, resume=resume, overwrite=overwrite)
+    for text in planned.warnings:
+        log.warning("%s", text)
+    # Before the slots: a GPU's take seconds, which an output that is refused, or finished, need not cost.
+    writer = Writer(
+        Path(out),
+        planned.layout,
+        fingerprint=planned.fingerprint,
+        resume=resume,
+        overwrite=overwrite,
+        inputs=[c.path for c in planned.checkpoints],
+    )
+    if writer.finished:
+        return Report.load(writer.target)
+    with writer, place(planned.outputs, chosen, memory=budget, max_vram=vram) as placed:
+        report = _merge(planned, str(out), placed, writer, started, nan, progress)
+    return replace(report, seconds=time.perf_counter() - started)
 
 
 def _merge(
     planned: Plan,
-    out: str | os.PathLike[str],
-    chosen: Backend,
+    out: str,
     placed: Placement,
+    writer: Writer,
     started: float,
     nan: NanPolicy,
     progress: Callable[[Plan], AbstractContextManager[Progress]] | None,
-    *,
-    resume: bool,
-    overwrite: bool,
 ) -> Report:
-    """Runs what is planned and placed."""
-    from fastmerge.checkpoint import Files, Writer
-    from fastmerge.report import Report
+    """Runs what is planned and placed, and publishes it."""
+    from fastmerge.checkpoint import Files
     from fastmerge.stores import FileStore, Finite
     from fastmerge.stream import Runner
 
-    for text in planned.warnings:
-        log.warning("%s", text)
-    inputs = [c.path for c in planned.checkpoints]
-    writer = Writer(
-        Path(out), planned.layout, fingerprint=planned.fingerprint, resume=resume, overwrite=overwrite, inputs=inputs
-    )
-    if writer.finished:
-        return Report.load(writer.target)
-    try:
-        with Files(planned.checkpoints) as files:
-            finite = Finite(nan)
-            store = FileStore(planned, files, writer, finite)
-            runner = Runner(planned.outputs, placed.work, store, placed.workers, program_factory(chosen))
-            with progress(planned) if progress else nullcontext() as tick:
-                stats = runner.run(progress=tick)
-            for checkpoint in planned.checkpoints:
-                checkpoint.recheck()
-        if writer.resumed:
-            stats.notes.append("resumed: NaN and Inf were counted in this run's part only; fastmerge verify counts all")
-        report = _report(planned, str(out), started, stats, chosen, [d.name for d in placed.workers], finite)
-        _extras(planned, writer, report)
-        writer.commit()
-    except BaseException:
-        writer.abort()
-        raise
-    return replace(report, seconds=time.perf_counter() - started)
+    with Files(planned.checkpoints) as files:
+        finite = Finite(nan)
+        store = FileStore(planned, files, writer, finite)
+        runner = Runner(planned.outputs, placed.work, store, placed.workers, program_factory(placed.chosen))
+        with progress(planned) if progress else nullcontext() as tick:
+            stats = runner.run(progress=tick)
+        for checkpoint in planned.checkpoints:
+            checkpoint.recheck()
+    if writer.resumed:
+        stats.notes.append("resumed: NaN and Inf were counted in this run's part only; fastmerge verify counts all")
+    report = _report(planned, out, started, stats, placed, finite)
+    _extras(planned, writer, report)
+    writer.commit()
+    return report
 
 
 def _look_at_copies(planned: Plan, nan: str) -> Plan:
@@ -165,9 +166,7 @@ def _look_at_copies(planned: Plan, nan: str) -> Plan:
     return replace(planned, outputs=outputs, fingerprint=f"{planned.fingerprint}-{nan}")
 
 
-def _report(
-    planned: Plan, out: str, started: float, stats: Stats, chosen: Backend, names: list[str], finite: Finite
-) -> Report:
+def _report(planned: Plan, out: str, started: float, stats: Stats, placed: Placement, finite: Finite) -> Report:
     from fastmerge.report import Report
 
     warnings = [*planned.warnings, *stats.notes]
@@ -184,8 +183,8 @@ def _report(
         bottleneck=stats.bottleneck,
         tensors=len(planned.outputs),
         fingerprint=planned.fingerprint,
-        devices=tuple(names),
-        backend=chosen.name,
+        devices=tuple(d.name for d in placed.workers),
+        backend=placed.chosen.name,
         nonfinite=dict(finite.found),
         warnings=tuple(warnings),
         details={

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastmerge.dispatch import backend as choose
 from fastmerge.dispatch import devices, expected_gpus
-from fastmerge.placement import fit
+from fastmerge.placement import Vram, fit
 from fastmerge.planning import Plan
 from fastmerge.schedule import kinds, schedule
 from fastmerge.sizes import default_memory, parse_bytes
@@ -47,7 +47,8 @@ def estimate(
     budget = parse_bytes(memory) if memory is not None else default_memory()
     if gpus:
         name, read_rate = "triton", GPU_READ_RATE
-        work = fit(planned.outputs, gpus, memory=budget, vram=parse_bytes(max_vram) if max_vram is not None else None)
+        vram = None if max_vram is None else Vram(parse_bytes(max_vram), max(map(gpus.count, gpus)))
+        work = fit(planned.outputs, len(gpus), memory=budget, vram=vram)
         n = work.slots
     else:
         chosen = choose(backend)
@@ -70,7 +71,7 @@ def estimate(
             passes = 1 if job.resident or scope == "element" else 2
             reads += passes * nbytes
             elements_time += out.group.numel / (GPU_ELEMENT_RATE / passes if gpus else ELEMENT_RATE[scope])
-    stages = {"read": reads / read_rate / n, "compute": elements_time / (gpus or n), "write": writes / WRITE_RATE}
+    stages = {"read": reads / read_rate / n, "compute": elements_time / (len(gpus) or n), "write": writes / WRITE_RATE}
     seconds = 0.25 + stages["write"] + max(stages["read"], stages["compute"])
     return {
         "backend": name,

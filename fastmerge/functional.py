@@ -99,7 +99,7 @@ def _run(method: str, jobs: Sequence[Job], *, preset: str | None = None, seed: i
         bundles.setdefault((len(inputs), str(inputs[0].device)), []).append((group, inputs))
     results: dict[str, torch.Tensor] = {}
     for (_, device), bundle in bundles.items():
-        kernels = choose(device).kernels
+        kernels = choose(device, said=f"tensors on {device}").kernels
         groups = [g for g, _ in bundle]
         program = ReferenceProgram(kind, groups) if kernels is None else kind.program(groups, kernels)
         with _current(device):

@@ -353,7 +353,7 @@ def _run(
     if not results:
         return
     home = results[0].device
-    chosen = choose(str(home), backend)
+    chosen = choose(str(home), backend, said=f"tensors on {home}")
     workers: list[Device] = [InPlace(chosen.kernels, home)] if chosen.gpus else devices(chosen)
     elements = MEMORY_ELEMENTS if chosen.gpus else None
     work = schedule(outputs, workers=len(workers), memory=None, whole=chosen.whole, elements=elements)

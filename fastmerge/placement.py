@@ -14,9 +14,11 @@ from fastmerge.devices.cuda import (
     UNIT_ELEMENTS,
     CudaDevice,
     Gpu,
+    arena,
+    largest_slot,
 )
 from fastmerge.devices.streams import CudaStreams, NoRoom
-from fastmerge.dispatch import Backend, devices, host_kernels
+from fastmerge.dispatch import Backend, backend, devices, host_kernels, say
 from fastmerge.errors import BudgetError
 from fastmerge.planning import Output
 from fastmerge.schedule import Schedule, schedule
@@ -27,38 +29,73 @@ SMALLEST = 1 << 22
 
 @dataclass(frozen=True)
 class Placement:
-    """A schedule and the workers that run it, one per slot."""
+    """A schedule and the workers that run it, one per slot, with the backend that they belong to."""
 
+    chosen: Backend
     work: Schedule
     workers: Sequence[Device]
+
+
+@dataclass(frozen=True)
+class Vram:
+    """What the slots of each GPU may take.
+
+    Attributes:
+        nbytes: of one GPU.
+        share: how many logical devices share these.
+        said: how errors name the number.
+        gpu: name of the GPU that it depends on; None for ``--max-vram``.
+    """
+
+    nbytes: int
+    share: int = 1
+    said: str = "--max-vram"
+    gpu: str | None = None
+
+
+class NoVram(BudgetError):
+    """What slots may take of a GPU's memory is too little for one.
+
+    Attributes:
+        gpu: as in :class:`Vram`.
+    """
+
+    def __init__(self, text: str, gpu: str | None) -> None:
+        super().__init__(text)
+        self.gpu = gpu
 
 
 @contextlib.contextmanager
 def place(
     outputs: Sequence[Output], chosen: Backend, *, memory: int, max_vram: int | None = None
 ) -> Iterator[Placement]:
-    """Cuts the work to the budgets and holds the GPUs' slots, which are there before anything is written.
+    """Cuts the work to the budgets and holds the GPUs' slots, which are there before any data is written.
 
     Args:
         outputs: the plan's outputs.
-        chosen: the backend, which knows its devices.
+        chosen: the backend, which knows its devices. GPUs that were not named are left out where the smallest unit
+            does not fit; without any, the CPU takes over. Either is said, at INFO.
         memory: budget in bytes for all host slots together.
         max_vram: bytes for the slots of each GPU; None for a third of what is free.
 
     Raises:
         BudgetError: if the smallest unit does not fit, or its memory cannot be had; the message states the minimum.
     """
-    if not chosen.gpus:
-        workers = devices(chosen)
-        work = schedule(outputs, workers=len(workers), memory=memory, whole=chosen.whole)
-        yield Placement(work, workers[: work.slots])
+    while chosen.gpus:
+        gpus = logical(chosen)
+        try:
+            work, slots = _reserve(outputs, gpus, memory, _limit(gpus, max_vram))
+        except NoVram as error:
+            chosen = _without(error, chosen, gpus)
+            continue
+        try:
+            yield Placement(chosen, work, slots)
+        finally:
+            _release(gpus, slots)
         return
-    gpus = logical(chosen)
-    work, slots = _reserve(outputs, gpus, memory, min(g.room for g in gpus) if max_vram is None else max_vram)
-    try:
-        yield Placement(work, slots)
-    finally:
-        _release(gpus, slots)
+    workers = devices(chosen)
+    work = schedule(outputs, workers=len(workers), memory=memory, whole=chosen.whole)
+    yield Placement(chosen, work, workers[: work.slots])
 
 
 def logical(chosen: Backend) -> list[Gpu]:
@@ -69,27 +106,56 @@ def logical(chosen: Backend) -> list[Gpu]:
     ]
 
 
+def _limit(gpus: Sequence[Gpu], max_vram: int | None) -> Vram:
+    """``--max-vram``, or what the GPU with the least free memory can spare."""
+    if max_vram is not None:
+        return Vram(max_vram, max(g.share for g in gpus))
+    room, share, name = min(((g.room, g.share, g.name) for g in gpus), key=lambda r: r[0] // r[1])
+    return Vram(room, share, f"a third of the free memory of {name}:", name)
+
+
+def _without(error: NoVram, chosen: Backend, gpus: Sequence[Gpu]) -> Backend:
+    """The backend without the GPU that has no room; the one for the CPU where no other is left."""
+    if chosen.otherwise is None or error.gpu is None:
+        raise error
+    left = tuple(i for i, g in zip(chosen.gpus, gpus, strict=True) if g.name != error.gpu)
+    if left:
+        say(f"{error.gpu} not used: {error}")
+        return replace(chosen, gpus=left)
+    if chosen.otherwise == chosen.name:
+        raise error
+    say(f"GPUs not used: {error}; merging on the CPU")
+    return backend(chosen.otherwise)
+
+
 def workers_each(gpus: int) -> int:
     """Workers per GPU, where the budgets allow them."""
     return min(MOST_WORKERS, max(LEAST_WORKERS, cores() // gpus))
 
 
-def fit(outputs: Sequence[Output], gpus: int, *, memory: int, vram: int | None) -> Schedule:
+def fit(outputs: Sequence[Output], gpus: int, *, memory: int, vram: Vram | None) -> Schedule:
     """A schedule for GPUs: as many workers as bring the bytes; fewer before units get small.
 
     Args:
         outputs: the plan's outputs.
         gpus: how many.
         memory: host bytes for all slots together.
-        vram: bytes of slots per GPU; None for no limit.
+        vram: what the slots of each GPU may take; None for no limit.
 
     Raises:
-        BudgetError: if not even one slot fits.
+        BudgetError: if not even one slot per GPU fits; :class:`NoVram` where it is for ``vram``.
     """
 
     def slots(each: int) -> Schedule:
-        largest = None if vram is None else vram // each
-        return schedule(outputs, workers=each * gpus, memory=memory, elements=UNIT_ELEMENTS, largest=largest)
+        largest = None if vram is None else largest_slot(each, vram.nbytes // vram.share)
+        work = schedule(outputs, workers=each * gpus, memory=memory, elements=UNIT_ELEMENTS, largest=largest)
+        if vram is not None and largest is not None and work.slot_bytes > largest:
+            least = vram.share * arena(1, work.slot_bytes)
+            raise NoVram(
+                f"{vram.said} {vram.nbytes} bytes is below the minimum of this recipe: expected >= {least} bytes",
+                vram.gpu,
+            )
+        return work
 
     for each, least in ((workers_each(gpus), SMALLEST), (LEAST_WORKERS, 0), (2, 0)):
         with contextlib.suppress(BudgetError):
@@ -103,23 +169,28 @@ def fit(outputs: Sequence[Output], gpus: int, *, memory: int, vram: int | None) 
 
 
 def _reserve(
-    outputs: Sequence[Output], gpus: Sequence[Gpu], memory: int, vram: int
+    outputs: Sequence[Output], gpus: Sequence[Gpu], memory: int, vram: Vram
 ) -> tuple[Schedule, list[CudaDevice]]:
-    """A schedule and its slots; half as much, again and again, where memory cannot be had."""
-    refused = ""
+    """A schedule and its slots; half the budget, again and again, for memory that cannot be had."""
+    refused, gpu, tried = "", None, (0, 0)
     while True:
         try:
             work = fit(outputs, len(gpus), memory=memory, vram=vram)
         except BudgetError as error:
-            raise BudgetError(f"{refused}{error}") from None
-        try:
-            return work, _slots(work, gpus)
-        except NoRoom as error:
-            refused = f"{error}; "
-            if not work.slot_bytes:
-                raise BudgetError(str(error)) from None
-        memory = work.slot_bytes * work.slots // 2
-        vram = work.slot_bytes * -(-work.slots // len(gpus)) // 2
+            error.args = (f"{refused}{error}",)
+            raise
+        if (work.slots, work.slot_bytes) != tried:  # half of a budget may still be more than the slots take
+            tried = (work.slots, work.slot_bytes)
+            try:
+                return work, _slots(work, gpus)
+            except NoRoom as error:
+                refused, gpu = f"{error}; ", error.gpu
+                if not work.slot_bytes:
+                    raise BudgetError(str(error)) from None
+        if gpu is None:
+            memory //= 2
+        else:
+            vram = replace(vram, nbytes=vram.nbytes // 2, said=f"half the budget of {gpu}:", gpu=gpu)
 
 
 def _slots(work: Schedule, gpus: Sequence[Gpu]) -> list[CudaDevice]:

@@ -111,10 +111,11 @@ def schedule(
         memory: budget in bytes for all slots together; None for no limit.
         whole: never cut a tensor (the reference backend works on whole ones).
         elements: per unit where the budget allows it; None for :data:`UNIT_ELEMENTS`.
-        largest: slot bytes that a device has room for; None for no limit.
+        largest: slot bytes that a device has room for; None for no limit. Where not even the smallest unit fits,
+            the slots are larger: what to say then, the caller knows.
 
     Raises:
-        BudgetError: if one smallest unit does not fit; the message states the minimum.
+        BudgetError: if one smallest unit does not fit ``memory``; the message states the minimum.
     """
     elements = elements or UNIT_ELEMENTS
     reach = kinds(outputs)
@@ -137,9 +138,7 @@ def schedule(
         elements //= 2
     if memory is not None and slot > memory:
         raise BudgetError(f"--memory {memory} bytes is below the minimum of this recipe: expected >= {slot} bytes")
-    if not fits:
-        raise BudgetError(f"--max-vram {largest} bytes is below the minimum of this recipe: expected >= {slot} bytes")
-    return Schedule(jobs, slot, max(1, memory // slot) if memory is not None else workers, elements)
+    return Schedule(jobs, slot, workers if memory is None else max(1, min(workers, memory // slot)), elements)
 
 
 class Kind(NamedTuple):

@@ -4,9 +4,11 @@ Kernels are Triton's interpreter where they matter, and the native ones where on
 """
 
 import logging
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastmerge as fm
-from fastmerge import dispatch, engine, memory, placement
+from fastmerge import engine, memory, placement
 from fastmerge.devices.cuda import Gpu
-from fastmerge.devices.streams import HostStreams
+from fastmerge.devices.streams import CudaStreams, HostStreams
 from fastmerge.dispatch import Backend
-from fastmerge.errors import BackendUnavailable, BudgetError, FastMergeError, ShapeError
+from fastmerge.errors import BudgetError, FastMergeError, OutputError
 from fastmerge.families.native import NativeKernels
 from fastmerge.kernels import TritonKernels, _launch
 from fastmerge.methods.base import TILE
@@ -93,7 +95,7 @@ def pretend(monkeypatch):
     def start(kernels, *, gpus=1, unit=1 << 25, smallest=TILE, **limits):
         made = [Tight(**limits) for _ in range(gpus)]
         chosen = Backend("triton", kernels, (0,) * gpus)
-        monkeypatch.setattr(engine, "choose", lambda spec, name: chosen if "cuda" in spec else choose(spec, name))
+        monkeypatch.setattr(engine, "choose", lambda spec, name: choose(spec, name) if spec == "cpu" else chosen)
         monkeypatch.setattr(placement, "UNIT_ELEMENTS", unit)
         monkeypatch.setattr(placement, "SMALLEST", smallest)
         monkeypatch.setattr(
@@ -143,7 +145,7 @@ def test_any_budgets_and_devices_give_the_same_bytes(paths, tmp_path_factory, pr
     fm.merge(text, root / "gpu", device="cuda", memory=cells * slot, max_vram=3 * slot)
     assert weights(root / "gpu") == weights(root / "cpu")
     assert sum(map(sum, (s.reserved for s in streams))) <= cells * slot + 512 * gpus + 512 * 24
-    assert all(sum(s.reserved) <= 3 * slot + 8192 for s in streams)
+    assert sum(map(sum, (s.reserved for s in streams))) <= 3 * slot, "one GPU has one budget, however often it is named"
 
 
 def test_too_little_memory_for_slots_means_smaller_ones(paths, tmp_path, pretend):
@@ -170,10 +172,33 @@ def test_max_vram_is_what_is_reserved(paths, tmp_path, pretend):
     for i, size in enumerate(["1.5MB", "20MB"]):
         (streams,) = pretend(Native())
         fm.merge(recipe_of(paths, "linear"), tmp_path / str(i), device="cuda", max_vram=size)
-        assert 0 < streams.reserved[-1] <= fm.sizes.parse_bytes(size) + 8192
-    pretend(Native())
-    with pytest.raises(BudgetError, match="--max-vram 1000 bytes"):
-        fm.merge(recipe_of(paths, "linear"), tmp_path / "out", device="cuda", max_vram=1000)
+        assert 0 < streams.reserved[-1] <= fm.sizes.parse_bytes(size)
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+def test_the_minimum_of_max_vram_is_exact(paths, tmp_path, pretend, gpus):
+    text = recipe_of(paths, "linear")
+    pretend(Native(), gpus=gpus)
+    with pytest.raises(BudgetError, match="--max-vram 1000 bytes") as caught:
+        fm.merge(text, tmp_path / "out", device="cuda", max_vram=1000)
+    least = int(re.search(r">= (\d+)", str(caught.value))[1])
+    with pytest.raises(BudgetError, match=f">= {least} bytes"):
+        fm.merge(text, tmp_path / "out", device="cuda", max_vram=least - gpus)
+    fm.merge(text, tmp_path / "out", device="cuda", max_vram=least)
+
+
+@pytest.mark.parametrize(("limit", "memory", "vram"), [({"pins": 800_000}, 1, 0), ({"most": 800_000}, 0, 1)])
+def test_a_refusal_halves_the_budget_that_was_given(paths, monkeypatch, limit, memory, vram):
+    """Not what the slots take of it, from which the tables of rows would go off again."""
+    asked, fit = [], placement.fit
+    monkeypatch.setattr(placement, "fit", lambda *a, **k: asked.append((k["memory"], k["vram"].nbytes)) or fit(*a, **k))
+    gpu = Gpu("cuda:0", Native(), Tight(**limit))
+    outputs = fm.plan(recipe_of(paths, "slerp rows")).outputs
+    _, slots = placement._reserve(outputs, [gpu], 1 << 32, placement.Vram(1 << 32))
+    placement._release([gpu], slots)
+    assert len(asked) > 1
+    assert asked == [((1 << 32) >> i * memory, (1 << 32) >> i * vram) for i in range(len(asked))]
+    assert gpu.streams.tries < len(asked), "what would be the same slots again is not asked for"
 
 
 class Failing(Native):
@@ -202,6 +227,12 @@ def test_running_out_of_memory_in_a_unit_is_tried_again(paths, tmp_path, pretend
     ("error", "kind", "words"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), BudgetError, "smaller --max-vram; continue with"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), BudgetError, "smaller --max-vram; continue with"),
+        (
+            torch.AcceleratorError("CUDA error: out of memory\nmore"),
+            BudgetError,
+            "pinned .* smaller --memory; continue",
+        ),
         (RuntimeError("CUDA error: unspecified launch failure\nmore"), FastMergeError, "launch failure; continue with"),
     ],
 )
@@ -215,6 +246,81 @@ def test_a_gpu_that_fails_loses_nothing(paths, tmp_path, pretend, error, kind, w
     assert not streams.locked
     fm.merge(text, tmp_path / "gpu", device="cpu", resume=True)
     assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
+
+
+def test_a_gpu_that_fails_while_memory_is_made_is_translated(paths, tmp_path, pretend):
+    (streams,) = pretend(Failing(1, torch.OutOfMemoryError("CUDA out of memory. Tried")), unit=TILE)
+    fail = [torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")]
+    streams.settle = lambda: fail and (_ for _ in ()).throw(fail.pop())
+    with pytest.raises(FastMergeError, match="^cuda:0: CUDA error: an illegal memory access was encountered; continue"):
+        fm.merge(recipe_of(paths, "ties"), tmp_path / "out", device="cuda")
+
+
+def test_settling_gives_back_pinned_memory_too():
+    done = []
+    log = lambda what: lambda: done.append(what)  # noqa: E731
+    streams = CudaStreams.__new__(CudaStreams)
+    streams._arrive = streams._compute = streams._leave = SimpleNamespace(synchronize=log("wait"))
+    for private in ({"_host_emptyCache": log("host")}, {}):
+        done.clear()
+        cuda = SimpleNamespace(empty_cache=log("device"))
+        streams._torch = SimpleNamespace(cuda=cuda, _C=SimpleNamespace(**private))
+        streams.settle()
+        assert done == ["wait"] * 3 + ["device"] + ["host"] * len(private)
+
+
+@pytest.fixture
+def several(monkeypatch):
+    """Makes every ``--device`` GPUs of host memory that were found, not named; gives their streams."""
+
+    def start(*made, otherwise="auto"):
+        chosen = Backend("triton", Native(), tuple(range(len(made))), otherwise)
+        monkeypatch.setattr(engine, "choose", lambda spec, name: chosen)
+        monkeypatch.setattr(placement, "UNIT_ELEMENTS", TILE)
+        monkeypatch.setattr(placement, "SMALLEST", TILE)
+        monkeypatch.setattr(
+            placement, "logical", lambda chosen: [Gpu(f"cuda:{i}", chosen.kernels, made[i]) for i in chosen.gpus]
+        )
+        return made
+
+    return start
+
+
+@pytest.mark.parametrize("full", [{"free": 1000}, {"most": 1000}])
+def test_a_full_gpu_that_was_not_named_is_left_out(paths, tmp_path, several, caplog, full):
+    text = recipe_of(paths, "ties")
+    made = several(Tight(), Tight(**full), Tight())
+    with caplog.at_level(logging.INFO, "fastmerge"):
+        report = fm.merge(text, tmp_path / "gpu")
+    assert set(report.devices) == {"cuda:0", "cuda:2"}
+    assert sum("cuda:1 not used: " in r.getMessage() for r in caplog.records) == 1
+    assert not any(s.locked for s in made)
+    several(Tight(**full), Tight(**full))
+    report = fm.merge(text, tmp_path / "cpu")
+    assert (report.backend, set(report.devices)) == ("native", {"cpu"})
+    assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
+
+
+def test_a_full_gpu_is_no_reason_to_ignore_what_was_named(paths, tmp_path, several):
+    text = recipe_of(paths, "ties")
+    for otherwise in (None, "triton"):
+        several(Tight(free=1000), otherwise=otherwise)
+        with pytest.raises(BudgetError, match="free memory of cuda:0: 333 bytes is below"):
+            fm.merge(text, tmp_path / "out")
+    several(Tight(), Tight())
+    with pytest.raises(BudgetError, match="^--max-vram 1000 bytes is below"):
+        fm.merge(text, tmp_path / "out", max_vram=1000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_is_there_costs_no_slots(paths, tmp_path, pretend):
+    text = recipe_of(paths, "linear")
+    done = fm.merge(text, tmp_path / "out", device="cpu")
+    (streams,) = pretend(Native())
+    with pytest.raises(OutputError, match="exists"):
+        fm.merge(text, tmp_path / "out", device="cuda")
+    assert fm.merge(text, tmp_path / "out", device="cuda", resume=True).fingerprint == done.fingerprint
+    assert not streams.tries
 
 
 def test_nonfinite_outputs_are_counted_on_the_device(tmp_path, pretend):
@@ -234,7 +340,7 @@ def test_nonfinite_outputs_are_counted_on_the_device(tmp_path, pretend):
 @pytest.fixture
 def gpu_tensors(monkeypatch):
     """CPU tensors take the way of GPU tensors."""
-    monkeypatch.setattr(memory, "choose", lambda device, name: Backend("triton", TritonKernels("cpu"), (0,)))
+    monkeypatch.setattr(memory, "choose", lambda device, name, **_: Backend("triton", TritonKernels("cpu"), (0,)))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +357,7 @@ def test_tensors_on_a_gpu_are_merged_in_place(monkeypatch, method, given):
     based, names = method != "linear", "xy" if method == "slerp" else "xyz"
     models = {n: tiny.state(i, layers=1, hidden=24, vocab=9) for i, n in enumerate(names)}
     want = fm.merge_state_dicts(models, method, parameters=given, base="x" if based else None, backend="native")
-    monkeypatch.setattr(memory, "choose", lambda device, name: Backend("triton", TritonKernels("cpu"), (0,)))
+    monkeypatch.setattr(memory, "choose", lambda device, name, **_: Backend("triton", TritonKernels("cpu"), (0,)))
     got = fm.merge_state_dicts(models, method, parameters=given, base="x" if based else None)
     for name, tensor in want.items():
         assert torch.equal(got[name].view(torch.int16), tensor.view(torch.int16)), name
@@ -277,89 +383,6 @@ def test_waits_and_launches_do_not_grow_with_the_number_of_tensors(monkeypatch, 
     waits.clear()
     fm.merge_state_dicts(models, "linear", parameters={"weight": 0.5})
     assert not any(waits), "a method without statistics waits for nothing"
-
-
-def test_mixed_devices_are_named():
-    here, there = torch.zeros(3), torch.zeros(3, device="meta")
-    with pytest.raises(ShapeError, match="meta"):
-        fm.merge_tensors([here, there], "linear", parameters={"weight": 0.5})
-    with pytest.raises(ShapeError, match="meta"):
-        fm.merge_state_dicts([{"a": here}, {"a": there}], "linear", parameters={"weight": 0.5})
-    with pytest.raises(ShapeError, match="meta"):
-        fm.merge_tensors([here, here], "linear", parameters={"weight": 0.5}, out=there)
-    with pytest.raises(ShapeError, match="meta"):
-        fm.ties_merge({"a": here}, [{"a": there}])
-
-
-# ---- the choice -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def card(monkeypatch):
-    """A machine where everything is there but the facts that a test changes."""
-    dispatch.gpu_reason.cache_clear()
-    monkeypatch.setattr(dispatch, "driver_reason", lambda: None)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "Some GPU")
-    monkeypatch.setattr(dispatch, "_trial", lambda device: None)
-    monkeypatch.setattr(dispatch, "gpu_backend", lambda gpus: Backend("triton", None, gpus))
-    yield monkeypatch
-    dispatch.gpu_reason.cache_clear()
-
-
-def test_devices_by_name(card):
-    assert dispatch.choose("auto").gpus == (0, 1)
-    assert dispatch.choose("cuda").gpus == (1,)
-    assert dispatch.choose("cuda:0, cuda:1").gpus == (0, 1)
-    assert dispatch.choose("cuda:0,cuda:0", "triton").gpus == (0, 0)
-    assert dispatch.choose("cpu").gpus == ()
-    assert dispatch.choose("auto", "native").gpus == ()
-
-
-def old_driver():
-    raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update.")
-
-
-@pytest.mark.parametrize(
-    ("change", "spec", "words"),
-    [
-        ((dispatch, "driver_reason", lambda: "no NVIDIA driver is installed"), "cuda", "no NVIDIA driver"),
-        ((torch.version, "cuda", None), "cuda", "built without CUDA"),
-        ((torch.cuda, "init", old_driver), "cuda", "too old"),
-        ((torch.cuda, "get_device_capability", lambda i: (7, 5)), "cuda", "7.5; expected 8.0"),
-        ((dispatch, "_trial", lambda device: 1 / 0), "cuda", "ZeroDivisionError"),
-        ((dispatch, "_trial", lambda device: None), "cuda:2", "no GPU 2; torch sees 2"),
-        ((dispatch, "_trial", lambda device: None), "cuda:0,cpu", "unknown device 'cpu'"),
-        ((dispatch, "_trial", lambda device: None), "cuda:x", "unknown device"),
-    ],
-)
-def test_a_named_gpu_works_or_says_why_in_one_line(card, change, spec, words):
-    card.setattr(*change)
-    with pytest.raises(BackendUnavailable) as caught:
-        dispatch.choose(spec)
-    assert words in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_a_backend_for_the_cpu_refuses_gpus(card):
-    with pytest.raises(BackendUnavailable, match="native runs on CPU cores"):
-        dispatch.choose("cuda", "native")
-    card.setenv("FASTMERGE_BACKEND", "reference")
-    with pytest.raises(BackendUnavailable, match="reference runs on CPU cores"):
-        dispatch.choose("cuda:0")
-
-
-def test_auto_falls_back_and_says_so_once(card, caplog):
-    dispatch._say.cache_clear()
-    card.setattr(torch.cuda, "get_device_capability", lambda i: (7, 0))
-    with caplog.at_level(logging.INFO, "fastmerge"):
-        assert dispatch.choose("auto").gpus == ()
-        assert dispatch.choose("auto").name == "native"
-    assert sum("compute capability 7.0" in r.getMessage() for r in caplog.records) == 1
 
 
 def test_auto_and_plan_do_not_import_torch_where_no_driver_is(paths, tmp_path):

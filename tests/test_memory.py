@@ -235,3 +235,15 @@ def test_tensors_made_on_access_are_not_tied():
     state = Made({f"n{i}": i for i in range(50)})
     got = fm.merge_state_dicts([state], "linear", parameters={"weight": 1.0})
     assert all(torch.equal(t, state[name]) for name, t in got.items())
+
+
+def test_mixed_devices_are_named():
+    here, there = torch.zeros(3), torch.zeros(3, device="meta")
+    with pytest.raises(fm.ShapeError, match="meta"):
+        fm.merge_tensors([here, there], "linear", parameters={"weight": 0.5})
+    with pytest.raises(fm.ShapeError, match="meta"):
+        fm.merge_state_dicts([{"a": here}, {"a": there}], "linear", parameters={"weight": 0.5})
+    with pytest.raises(fm.ShapeError, match="meta"):
+        fm.merge_tensors([here, here], "linear", parameters={"weight": 0.5}, out=there)
+    with pytest.raises(fm.ShapeError, match="meta"):
+        fm.ties_merge({"a": here}, [{"a": there}])

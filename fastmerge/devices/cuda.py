@@ -47,6 +47,20 @@ ALIGN = 512
 """Alignment of device slots; host slots start at pages."""
 
 
+def arena(slots: int, nbytes: int) -> int:
+    """Bytes of device memory from which ``slots`` of ``nbytes`` are carved, wherever it starts."""
+    return slots * _aligned(nbytes) + ALIGN
+
+
+def largest_slot(slots: int, nbytes: int) -> int:
+    """Bytes of the largest slots of which ``arena(slots, ...)`` stays within ``nbytes``."""
+    return max(0, nbytes - ALIGN) // slots // ALIGN * ALIGN
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGN) * ALIGN
+
+
 class Turns:
     """Any number of threads work together, or one alone."""
 
@@ -93,13 +107,13 @@ class Gpu:
         self.native = native
         self.streams = streams
         self.turns = Turns()
+        self.share = share
         self.nbytes = 0
-        self._share = share
 
     @property
     def room(self) -> int:
-        """Bytes that the slots may take by default."""
-        return self.streams.free() // SLOT_SHARE // self._share
+        """Bytes that the slots of all that share the GPU may take by default."""
+        return self.streams.free() // SLOT_SHARE
 
     def reserve(self, slots: int, nbytes: int) -> list[CudaDevice]:
         """One worker per slot of ``nbytes``; their host slots are locked one by one, by :meth:`CudaDevice.pin`.
@@ -108,15 +122,15 @@ class Gpu:
             NoRoom: if the device has not that much memory.
         """
         self.nbytes = slots * nbytes
-        stride = -(-nbytes // ALIGN) * ALIGN
+        stride = _aligned(nbytes)
         try:
-            arena = self.streams.reserve(slots * stride + ALIGN)
+            block = self.streams.reserve(arena(slots, nbytes))
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            raise NoRoom(f"{self.name}: {slots} slots of {nbytes} bytes do not fit in its memory") from None
-        start = -int(arena.data_ptr()) % ALIGN
-        return [CudaDevice(self, arena[start + i * stride : start + i * stride + nbytes]) for i in range(slots)]
+            raise NoRoom(f"{self.name}: {slots} slots of {nbytes} bytes do not fit in its memory", self.name) from None
+        start = -int(block.data_ptr()) % ALIGN
+        return [CudaDevice(self, block[start + i * stride : start + i * stride + nbytes]) for i in range(slots)]
 
 
 class CudaDevice:
@@ -169,23 +183,21 @@ class CudaDevice:
             BudgetError: if even that does not fit.
             FastMergeError: for a failing GPU.
         """
+        option = ""
         for turn in (self._gpu.turns.together, self._gpu.turns.together, self._gpu.turns.alone):
-            with turn():
+            with turn(), _failures(self.name):
                 try:
                     return work()
                 except RuntimeError as error:
                     if not out_of_memory(error):
-                        if not _of_cuda(error):
-                            raise
-                        line = str(error).splitlines()[0]
-                        raise FastMergeError(
-                            f"{self.name}: {line}; continue with --resume, there or on another --device"
-                        ) from error
+                        raise
+                    option = "--max-vram" if _of_device(error) else "--memory"
                 # Only here has the error let go of the tensors in its frames.
                 self._streams.settle()
+        what = "memory" if option == "--max-vram" else "pinned host memory"
         raise BudgetError(
-            f"{self.name}: out of memory for the kernels' temporaries beside slots of {self._gpu.nbytes} bytes: "
-            f"expected a smaller --max-vram; continue with --resume"
+            f"{self.name}: out of {what} for the kernels' temporaries beside slots of {self._gpu.nbytes} bytes: "
+            f"expected a smaller {option}; continue with --resume"
         )
 
     def upload(self, host: Segments) -> Segments:
@@ -252,5 +264,21 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "out of memory" in str(error)
 
 
-def _of_cuda(error: RuntimeError) -> bool:
-    return "CUDA" in str(error) or type(error).__name__ == "AcceleratorError"
+def _of_device(error: RuntimeError) -> bool:
+    """Whether it is the device's memory that ran out: torch's allocator says so in these words, Triton under its name.
+
+    Where torch cannot have pinned memory, it passes on the runtime's ``CUDA error: out of memory``.
+    """
+    return "CUDA out of memory. Tried" in str(error) or "Triton" in str(error)
+
+
+@contextmanager
+def _failures(name: str) -> Iterator[None]:
+    """Errors of CUDA as fastmerge's own, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "CUDA" not in str(error) and type(error).__name__ != "AcceleratorError":
+            raise
+        line = str(error).splitlines()[0]
+        raise FastMergeError(f"{name}: {line}; continue with --resume, there or on another --device") from error

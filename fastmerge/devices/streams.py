@@ -18,7 +18,15 @@ COPY_BYTES = 16 << 20
 
 
 class NoRoom(FastMergeError):
-    """Memory for the slots could not be had: fewer or smaller ones may fit."""
+    """Memory for the slots could not be had: fewer or smaller ones may fit.
+
+    Attributes:
+        gpu: name of the GPU whose memory it is; None for the host's.
+    """
+
+    def __init__(self, text: str, gpu: str | None = None) -> None:
+        super().__init__(text)
+        self.gpu = gpu
 
 
 class Streams(Protocol):
@@ -134,10 +142,13 @@ class CudaStreams:
         return event
 
     def settle(self) -> None:
-        """Waits for the three streams and empties the cache."""
+        """Waits for the three streams, then empties torch's caches of device memory and of pinned memory."""
         for stream in (self._arrive, self._compute, self._leave):
             stream.synchronize()
         self._torch.cuda.empty_cache()
+        empty_host = getattr(self._torch._C, "_host_emptyCache", None)  # noqa: SLF001  no public name in torch 2.11
+        if empty_host is not None:
+            empty_host()
 
 
 class HostStreams:
