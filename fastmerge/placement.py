@@ -26,6 +26,11 @@ from fastmerge.schedule import Schedule, schedule
 SMALLEST = 1 << 22
 """Elements per unit below which a GPU rather has fewer workers: 8 MiB per bf16 model."""
 
+LISTS = 1.9
+"""Host bytes beside each byte of a slot, for methods with statistics: selection lists at most every 16th key of a
+model, 20 bytes each, which exist up to three times while they come back. (On the CPU, whose units are 32 times
+smaller, that is part of the law's 300 MB.)"""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -148,7 +153,9 @@ def fit(outputs: Sequence[Output], gpus: int, *, memory: int, vram: Vram | None)
 
     def slots(each: int) -> Schedule:
         largest = None if vram is None else largest_slot(each, vram.nbytes // vram.share)
-        work = schedule(outputs, workers=each * gpus, memory=memory, elements=UNIT_ELEMENTS, largest=largest)
+        work = schedule(
+            outputs, workers=each * gpus, memory=memory, elements=UNIT_ELEMENTS, largest=largest, beside=LISTS
+        )
         if vram is not None and largest is not None and work.slot_bytes > largest:
             least = vram.share * arena(1, work.slot_bytes)
             raise NoVram(

@@ -8,6 +8,7 @@ that stays in the cache, warm files arrive at 14.9 GB/s per core; into one of 64
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -102,6 +103,7 @@ def schedule(
     whole: bool = False,
     elements: int | None = None,
     largest: int | None = None,
+    beside: float = 0.0,
 ) -> Schedule:
     """Cuts the outputs of a plan into units that fit the budget.
 
@@ -113,6 +115,7 @@ def schedule(
         elements: per unit where the budget allows it; None for :data:`UNIT_ELEMENTS`.
         largest: slot bytes that a device has room for; None for no limit. Where not even the smallest unit fits,
             the slots are larger: what to say then, the caller knows.
+        beside: host bytes that a worker may need for each byte of its slot, where a method has statistics.
 
     Raises:
         BudgetError: if one smallest unit does not fit ``memory``; the message states the minimum.
@@ -127,18 +130,21 @@ def schedule(
         )
     if memory is not None and tables > SPARE:
         memory -= tables
+    charge = 1.0 + (beside if any(kind.scope in ("tensor", "model") for kind in reach) else 0.0)
     while True:
         jobs = tuple(_jobs(outputs, reach, elements, whole=whole))
         slot = max((u.nbytes for j in jobs if j.kind == "merge" for u in j.units), default=0)
         fits = largest is None or slot <= largest
-        if fits and (memory is None or slot * workers <= memory):
+        needed = math.ceil(slot * charge)
+        if fits and (memory is None or needed * workers <= memory):
             return Schedule(jobs, slot, workers, elements)
         if elements <= TILE:
             break
         elements //= 2
-    if memory is not None and slot > memory:
-        raise BudgetError(f"--memory {memory} bytes is below the minimum of this recipe: expected >= {slot} bytes")
-    return Schedule(jobs, slot, workers if memory is None else max(1, min(workers, memory // slot)), elements)
+    if memory is not None and needed > memory:
+        raise BudgetError(f"--memory {memory} bytes is below the minimum of this recipe: expected >= {needed} bytes")
+    slots = workers if memory is None else max(1, min(workers, memory // needed))
+    return Schedule(jobs, slot, slots, elements)
 
 
 class Kind(NamedTuple):
