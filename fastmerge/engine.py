@@ -106,19 +106,20 @@ def merge(
     vram = parse_bytes(max_vram) if max_vram is not None else None
     for text in planned.warnings:
         log.warning("%s", text)
-    # Before the slots: a GPU's take seconds, which an output that is refused, or finished, need not cost.
-    writer = Writer(
-        Path(out),
-        planned.layout,
-        fingerprint=planned.fingerprint,
-        resume=resume,
-        overwrite=overwrite,
-        inputs=[c.path for c in planned.checkpoints],
-    )
-    if writer.finished:
-        return Report.load(writer.target)
-    with writer, place(planned.outputs, chosen, memory=budget, max_vram=vram) as placed:
-        report = _merge(planned, str(out), placed, writer, started, nan, progress)
+    with place(planned.outputs, chosen, memory=budget, max_vram=vram) as placed:
+        # After the budgets were found to do: a new run discards what an interrupted one left.
+        writer = Writer(
+            Path(out),
+            planned.layout,
+            fingerprint=planned.fingerprint,
+            resume=resume,
+            overwrite=overwrite,
+            inputs=[c.path for c in planned.checkpoints],
+        )
+        if writer.finished:
+            return Report.load(writer.target)
+        with writer:
+            report = _merge(planned, str(out), placed, writer, started, nan, progress)
     return replace(report, seconds=time.perf_counter() - started)
 
 

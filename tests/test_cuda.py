@@ -20,7 +20,7 @@ from fastmerge import engine, memory, placement
 from fastmerge.devices.cuda import Gpu
 from fastmerge.devices.streams import CudaStreams, HostStreams
 from fastmerge.dispatch import Backend
-from fastmerge.errors import BudgetError, FastMergeError, OutputError
+from fastmerge.errors import BudgetError, FastMergeError
 from fastmerge.families.native import NativeKernels
 from fastmerge.kernels import TritonKernels, _launch
 from fastmerge.methods.base import TILE
@@ -311,16 +311,6 @@ def test_a_full_gpu_is_no_reason_to_ignore_what_was_named(paths, tmp_path, sever
     with pytest.raises(BudgetError, match="^--max-vram 1000 bytes is below"):
         fm.merge(text, tmp_path / "out", max_vram=1000)
     assert not list(tmp_path.iterdir())
-
-
-def test_an_output_that_is_there_costs_no_slots(paths, tmp_path, pretend):
-    text = recipe_of(paths, "linear")
-    done = fm.merge(text, tmp_path / "out", device="cpu")
-    (streams,) = pretend(Native())
-    with pytest.raises(OutputError, match="exists"):
-        fm.merge(text, tmp_path / "out", device="cuda")
-    assert fm.merge(text, tmp_path / "out", device="cuda", resume=True).fingerprint == done.fingerprint
-    assert not streams.tries
 
 
 def test_nonfinite_outputs_are_counted_on_the_device(tmp_path, pretend):

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 import fastmerge as fm
 from fastmerge import placement, schedule
+from fastmerge.checkpoint import Writer
 from fastmerge.devices.fake import FakeDevice
+from fastmerge.errors import BudgetError
 from fastmerge.families.native import NativeKernels
 from tests import tiny
 
@@ -293,3 +295,14 @@ def test_seeds_change_dare_and_nothing_else_does(paths, tmp_path):
     assert weights(one) != weights(two)
     kept = np.concatenate([(load(one)[k] != load(paths["base"])[k]).numpy().ravel() for k in load(one)])
     assert 0.3 < kept.mean() < 1.0
+
+
+def test_a_budget_that_is_refused_leaves_an_interrupted_run_alone(tmp_path):
+    text = tiny.recipe(tiny.family(tmp_path), "linear", base=None, weight=1)
+    planned = fm.plan(text)
+    Writer(tmp_path / "out", planned.layout, fingerprint=planned.fingerprint).abort()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BudgetError, match="expected >="):
+        fm.merge(text, tmp_path / "out", memory="1KB", device="cpu")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert len(before) > len(planned.checkpoints)
