@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from fastmerge.checkpoint import without_gc
 from fastmerge.errors import BudgetError
 from fastmerge.methods.base import TILE, Group
 from fastmerge.planning import Output
@@ -95,6 +96,7 @@ def piece_bytes(group: Group, length: int, pieces: int = 1) -> int:
     return length * width + pieces * (ALIGN * len(group.dtypes) + BLOCK)
 
 
+@without_gc()
 def schedule(
     outputs: Sequence[Output],
     *,
