@@ -62,10 +62,10 @@ def estimate(
     for job in work.jobs:
         for o in job.outputs:
             out = planned.outputs[o]
-            nbytes = sum(s.info.nbytes for s in out.sources)
+            nbytes = sum(info.nbytes for info in out.inputs)
             writes += planned.layout.places[out.name].nbytes
             if job.kind == "copy" or out.method is None or out.group is None:
-                reads += out.sources[0].info.nbytes if out.sources else 0
+                reads += nbytes
                 continue
             scope = reach[o].scope
             passes = 1 if job.resident or scope == "element" else 2

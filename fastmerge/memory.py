@@ -308,7 +308,7 @@ def _output(
     problems = method.check(group)
     if problems:
         raise RecipeError(problems)
-    output = Output(name=name, dtype=group.out_dtype, shape=shape, sources=(), method=method, group=group)
+    output = Output(name=name, dtype=group.out_dtype, shape=shape, models=(), inputs=(), method=method, group=group)
     return output, [tensors[k].detach().contiguous() for k in order]
 
 

@@ -124,7 +124,8 @@ def schedule(
     """
     elements = elements or UNIT_ELEMENTS
     reach = kinds(outputs)
-    tables = max((_row_tables(o) for o, kind in zip(outputs, reach, strict=True) if kind.scope == "row"), default=0)
+    scopes = {kind.scope for kind in reach}
+    tables = max(map(_row_tables, outputs), default=0) if "row" in scopes else 0
     if memory is not None and tables > memory:
         raise BudgetError(
             f"--memory {memory} bytes: this recipe works by row, and the sums of its longest tensor's rows alone take "
@@ -132,7 +133,7 @@ def schedule(
         )
     if memory is not None and tables > SPARE:
         memory -= tables
-    charge = 1.0 + (beside if any(kind.scope in ("tensor", "model") for kind in reach) else 0.0)
+    charge = 1.0 + (beside if scopes & {"tensor", "model"} else 0.0)
     while True:
         jobs = tuple(_jobs(outputs, reach, elements, whole=whole))
         slot = max((u.nbytes for j in jobs if j.kind == "merge" for u in j.units), default=0)
@@ -173,7 +174,7 @@ def kinds(outputs: Sequence[Output]) -> list[Kind]:
         if o.method is None or g is None:
             out.append(_COPY)
             continue
-        key = (id(o.method), id(g.params), id(g.dtypes), id(g.out_dtype), id(g.indices), *map(id, g.models))
+        key = (id(o.method), id(g.params), id(g.dtypes), id(g.out_dtype), id(g.indices), id(g.models))
         if key not in known:
             words = tuple(sorted((k, v) for k, v in g.params.items() if isinstance(v, (str, bool))))
             batch = (o.method, g.dtypes, g.out_dtype, g.has_base, g.indices, words)
@@ -306,7 +307,7 @@ def _copy_units(outputs: Sequence[Output], members: Sequence[int]) -> Iterator[t
     bundle: list[tuple[int, int, int]] = []
     size = 0
     for o in members:
-        total = outputs[o].sources[0].info.nbytes if outputs[o].sources else 0
+        total = outputs[o].inputs[0].nbytes
         for start in range(0, max(total, 1), COPY_BYTES):
             length = min(COPY_BYTES, total - start)
             if bundle and size + length > COPY_BYTES:

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fastmerge.checkpoint import Files, Writer
+from fastmerge.checkpoint import Files, TensorInfo, Writer
 from fastmerge.devices import Buffer
 from fastmerge.dtypes import DType
 from fastmerge.errors import CheckpointError, OutputError
 from fastmerge.methods.base import HEADER, I64, Segments
-from fastmerge.planning import Output, Plan, Source
+from fastmerge.planning import Output, Plan
 from fastmerge.schedule import ALIGN, BLOCK, Job, Unit
 from fastmerge.stream import segment_row
 
@@ -104,41 +104,44 @@ class FileStore:
         outs = [self._outputs[o] for o, _, _ in unit.pieces]
         first = outs[0].group
         assert first is not None
-        inputs = len(first.dtypes)
         cursor = buffer.address
-        reads: list[list[int]] = []
+        reads: list[tuple[int, int, int, int]] = []
         addresses: list[list[int]] = []
-        for m in range(inputs):
+        for m, dtype in enumerate(first.dtypes):
             column: list[int] = []
-            size = first.dtypes[m].size
-            run: list[int] | None = None
+            fd = begin = end = at = -1
+            file: tuple[int, int] | None = None
             for out, (_, e0, length) in zip(outs, unit.pieces, strict=True):
-                source = out.sources[m]
-                fd = self._files.fd(source.model, source.info.file)
-                start = source.info.offset + e0 * size
-                if run is None or run[0] != fd or run[1] + run[3] != start:
-                    cursor = (cursor + ALIGN - 1) & -ALIGN
-                    run = [fd, start, cursor, 0]
-                    reads.append(run)
+                info = out.inputs[m]
+                start = info.offset + e0 * dtype.size
+                if start != end or file != (out.models[m], info.file):
+                    if end > begin:
+                        reads.append((fd, begin, at, end - begin))
+                    file = (out.models[m], info.file)
+                    fd = self._files.fd(*file)
+                    begin = end = start
+                    cursor = at = (cursor + ALIGN - 1) & -ALIGN
                 column.append(cursor)
-                run[3] += length * size
-                cursor += length * size
+                cursor += length * dtype.size
+                end += length * dtype.size
+            if end > begin:
+                reads.append((fd, begin, at, end - begin))
             addresses.append(column)
         rows = []
-        last = (-1, -1)
-        for k, (out, (o, e0, length)) in enumerate(zip(outs, unit.pieces, strict=True)):
-            group = out.group
-            assert group is not None
+        size = first.out_dtype.size
+        shard = end = -1
+        for out, (o, e0, length), inputs in zip(outs, unit.pieces, zip(*addresses, strict=True), strict=True):
             place = self._places[out.name]
-            offset = place.offset + e0 * first.out_dtype.size
-            if last != (place.shard, offset):
-                cursor += (offset - cursor) % BLOCK
-            last = (place.shard, offset + length * first.out_dtype.size)
-            rows.append(segment_row(cursor, length, e0, group, group_of[o], [c[k] for c in addresses]))
-            cursor += length * first.out_dtype.size
+            start = place.offset + e0 * size
+            if start != end or shard != place.shard:
+                cursor += (start - cursor) % BLOCK
+            shard, end = place.shard, start + length * size
+            assert out.group is not None
+            rows.append(segment_row(cursor, length, e0, out.group, group_of[o], inputs))
+            cursor += length * size
         if cursor > buffer.address + buffer.nbytes:
             raise AssertionError(f"a unit of {cursor - buffer.address} bytes in a slot of {buffer.nbytes}")
-        self._files.read(np.array([r for r in reads if r[3]], np.int64).reshape(-1, 4))
+        self._files.read(np.array(reads, np.int64).reshape(-1, 4))
         table = np.array(rows, np.int64)
         return Segments(table, first.dtypes, first.out_dtype, np.zeros(len(rows), np.int64))
 
@@ -163,12 +166,11 @@ class FileStore:
         rows: list[list[int]] = []
         for o, start, nbytes in unit.pieces:
             out = self._outputs[o]
-            source = out.sources[0]
             if start == 0:
                 self._compare(out)
             place = self._places[out.name]
-            fd = self._files.fd(source.model, source.info.file)
-            row = [fd, source.info.offset + start, place.shard, place.offset + start, nbytes]
+            fd = self._files.fd(out.models[0], out.inputs[0].file)
+            row = [fd, out.inputs[0].offset + start, place.shard, place.offset + start, nbytes]
             last = rows[-1] if rows else None
             if (
                 last
@@ -185,22 +187,20 @@ class FileStore:
 
     def _compare(self, out: Output) -> None:
         """Integer and bool tensors are copied only where every model has the same bytes."""
-        if not out.compare:
-            return
-        total = out.sources[0].info.nbytes
-        for at in range(0, total, COMPARE_BYTES):
-            mine = self._bytes(out.sources[0], at)
-            for other in out.compare:
-                if not np.array_equal(self._bytes(other, at), mine):
+        (model, info), *others = zip(out.models, out.inputs, strict=True)
+        for at in range(0, info.nbytes if others else 0, COMPARE_BYTES):
+            mine = self._bytes(model, info, at)
+            for other, theirs in others:
+                if not np.array_equal(self._bytes(other, theirs, at), mine):
                     raise CheckpointError(
-                        f"{out.name}: {out.dtype.name} tensors are copied, not merged, and model {other.model} differs "
-                        f"from model {out.sources[0].model}; expected equal bytes"
+                        f"{out.name}: {out.dtype.name} tensors are copied, not merged, and model {other} differs "
+                        f"from model {model}; expected equal bytes"
                     )
 
-    def _bytes(self, source: Source, at: int) -> npt.NDArray[np.uint8]:
-        fd = self._files.fd(source.model, source.info.file)
-        data = np.empty(min(COMPARE_BYTES, source.info.nbytes - at), np.uint8)
-        self._files.read(np.array([[fd, source.info.offset + at, data.ctypes.data, data.nbytes]], np.int64))
+    def _bytes(self, model: int, info: TensorInfo, at: int) -> npt.NDArray[np.uint8]:
+        fd = self._files.fd(model, info.file)
+        data = np.empty(min(COMPARE_BYTES, info.nbytes - at), np.uint8)
+        self._files.read(np.array([[fd, info.offset + at, data.ctypes.data, data.nbytes]], np.int64))
         return data
 
     def done(self, job: Job, unit: Unit) -> bool:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastmerge.checkpoint import TensorInfo
 from fastmerge.dtypes import BF16, F32
 from fastmerge.errors import BudgetError
 from fastmerge.methods.base import TILE, Group
@@ -26,12 +27,12 @@ def output(i, shape, scope, dtype=BF16, models=2):
         name=f"t{i}", shape=shape, dtypes=(dtype,) * models, out_dtype=dtype, params={}, models=({},) * models,
         has_base=False, indices=tuple(range(models)),
     )  # fmt: skip
-    return Output(name=group.name, dtype=dtype, shape=shape, sources=(), method=METHODS[scope], group=group)
+    return Output(name=group.name, dtype=dtype, shape=shape, models=(), inputs=(), method=METHODS[scope], group=group)
 
 
 def copied(i, nbytes):
-    source = SimpleNamespace(info=SimpleNamespace(nbytes=nbytes))
-    return Output(name=f"c{i}", dtype=BF16, shape=(nbytes // 2,), sources=(source,), method=None, group=None)
+    info = TensorInfo(f"c{i}", BF16, (nbytes // 2,), 0, 0, nbytes)
+    return Output(name=info.name, dtype=BF16, shape=info.shape, models=(0,), inputs=(info,), method=None, group=None)
 
 
 shapes = st.one_of(

@@ -104,7 +104,7 @@ def problem(specs, seed=0):
             indices=(0, 1),
         )
         x, y = (rng.integers(-8, 8, n).astype(np.float32) for _ in range(2))
-        outputs.append(Output(name=str(i), dtype=F32, shape=(n,), sources=(), method=toy, group=group))
+        outputs.append(Output(name=str(i), dtype=F32, shape=(n,), models=(), inputs=(), method=toy, group=group))
         inputs.append((x, y))
         add = x.sum() if passes else 0
         add += x[n // 2 : n // 2 + 3].sum() if passes == 2 else 0

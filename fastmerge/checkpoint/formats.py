@@ -96,17 +96,14 @@ def quantised(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, 
     ]
     signs: dict[str, list[str]] = {}
     for name, info in tensors.items():
-        sign = _packed_kind(name, info, tensors)
-        if sign:
+        if not info.dtype.mergeable and (sign := _packed_kind(name, info, tensors)):
             signs.setdefault(sign, []).append(name)
     problems += [f"{directory}: {kind} tensors: {listing(names)}: {_INSTEAD}" for kind, names in signs.items()]
     return problems
 
 
 def _packed_kind(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str | None:
-    """The packed format that a tensor belongs to, by its name and companions."""
-    if info.dtype.mergeable:
-        return None
+    """The packed format that a tensor of a type for no arithmetic belongs to, by its name and companions."""
     if name.endswith(".qweight") and name[:-7] + "scales" in tensors:
         return "GPTQ or AWQ"
     if name.endswith("_packed") and name[:-7] + "_scale" in tensors:
@@ -124,5 +121,5 @@ def _packed_kind(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo])
 
 def adapters(directory: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
     """LoRA factors among the tensors of what is given as a model."""
-    found = [n for n in tensors if ".lora_A." in n or ".lora_B." in n]
+    found = [n for n in tensors if ".lora_" in n and (".lora_A." in n or ".lora_B." in n)]
     return [f"{adapter(directory)}: {listing(found)}"] if found else []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastmerge.checkpoint.header import MAX_HEADER, listing, name_problem
+from fastmerge.checkpoint.header import MAX_HEADER, listing, name_problem, plain
 from fastmerge.errors import OutputError
 
 if TYPE_CHECKING:
@@ -21,7 +21,19 @@ ALIGN = 4096
 
 INDEX_NAME = "model.safetensors.index.json"
 
-_Entry = tuple[str, "DType", tuple[int, ...], int]
+
+class _Kind(NamedTuple):
+    """What tensors of one type and shape share.
+
+    Attributes:
+        nbytes: length in bytes.
+        rank: orders the tensors of a shard.
+        text: of the header's entry, up to the offsets.
+    """
+
+    nbytes: int
+    rank: tuple[bool, int]
+    text: str
 
 
 class Place(NamedTuple):
@@ -107,21 +119,27 @@ def layout(
     """
     if not shard_size >= 1:
         raise OutputError(f"shard size: expected at least 1 byte, got {shard_size}")
-    entries = [(name, dtype, tuple(shape), prod(shape) * dtype.size) for name, dtype, shape in tensors]
-    _check_names([e[0] for e in entries])
-    groups = _split(entries, int(shard_size))
+    kinds: dict[tuple[DType, tuple[int, ...]], _Kind] = {}
+    entries: list[tuple[str, _Kind]] = []
+    for name, dtype, shape in tensors:
+        kind = kinds.get((dtype, shape))
+        if kind is None:
+            kind = kinds[dtype, shape] = _kind(dtype, shape)
+        entries.append((name, kind))
+    _check_names([name for name, _ in entries])
     meta = {"format": "pt", **{str(k): str(v) for k, v in metadata.items()}}
     shards: list[Shard] = []
     places: dict[str, Place] = {}
+    groups = _split(entries, int(shard_size))
     for number, group in enumerate(groups):
         name = "model.safetensors" if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        group.sort(key=lambda e: (e[3] % ALIGN > 0, -e[1].size))
-        header, data = _header(group, meta, name)
+        group.sort(key=lambda entry: entry[1].rank)
+        header = _header(group, meta, name)
         at = len(header)
-        for tensor, _, _, nbytes in group:
-            places[tensor] = Place(number, at, nbytes)
-            at += nbytes
-        shards.append(Shard(name, header, len(header) + data, tuple(e[0] for e in group)))
+        for tensor, kind in group:
+            places[tensor] = Place(number, at, kind.nbytes)
+            at += kind.nbytes
+        shards.append(Shard(name, header, at, tuple([tensor for tensor, _ in group])))
     index = None
     if len(shards) > 1:
         weight_map = {n: shards[p.shard].name for n, p in sorted(places.items())}
@@ -131,8 +149,16 @@ def layout(
     return Layout(tuple(shards), places, index, sum(s.size for s in shards))
 
 
+def _kind(dtype: DType, shape: tuple[int, ...]) -> _Kind:
+    nbytes = prod(shape) * dtype.size
+    sizes = ",".join(map(str, shape))
+    return _Kind(
+        nbytes, (nbytes % ALIGN > 0, -dtype.size), f'{{"dtype":"{dtype.tag}","shape":[{sizes}],"data_offsets":['
+    )
+
+
 def _check_names(names: Sequence[str]) -> None:
-    problems = [p for p in map(name_problem, names) if p]
+    problems = [] if plain(names) else [p for p in map(name_problem, names) if p]
     if "__metadata__" in names:
         problems.append("tensor name '__metadata__' is reserved")
     if len(set(names)) != len(names):
@@ -143,32 +169,33 @@ def _check_names(names: Sequence[str]) -> None:
         raise OutputError("; ".join(problems[:20]))
 
 
-def _split(entries: Sequence[_Entry], shard_size: int) -> list[list[_Entry]]:
+def _split(entries: Sequence[tuple[str, _Kind]], shard_size: int) -> list[list[tuple[str, _Kind]]]:
     """Greedy, in order; always at least one shard."""
-    groups: list[list[_Entry]] = [[]]
+    groups: list[list[tuple[str, _Kind]]] = [[]]
     size = 0
     for entry in entries:
-        if groups[-1] and size + entry[3] > shard_size:
+        nbytes = entry[1].nbytes
+        if groups[-1] and size + nbytes > shard_size:
             groups.append([])
             size = 0
         groups[-1].append(entry)
-        size += entry[3]
+        size += nbytes
     return groups
 
 
-def _header(group: Sequence[_Entry], metadata: Mapping[str, str], shard: str) -> tuple[bytes, int]:
-    """The shard's first bytes, and how many bytes of data follow them."""
+def _header(group: Sequence[tuple[str, _Kind]], metadata: Mapping[str, str], shard: str) -> bytes:
+    """The shard's first bytes."""
     parts = [f'"__metadata__":{_json(metadata)}']
     at = 0
-    for name, dtype, shape, nbytes in group:
-        sizes = ",".join(map(str, shape))
-        parts.append(f'{_json(name)}:{{"dtype":"{dtype.tag}","shape":[{sizes}],"data_offsets":[{at},{at + nbytes}]}}')
-        at += nbytes
+    for name, kind in group:
+        end = at + kind.nbytes
+        parts.append(f"{_json(name)}:{kind.text}{at},{end}]}}")
+        at = end
     text = f"{{{','.join(parts)}}}".encode()
     length = -(-(8 + len(text)) // ALIGN) * ALIGN - 8
     if length > MAX_HEADER:
         raise OutputError(f"{shard}: header of {length} bytes; expected at most {MAX_HEADER}: lower the shard size")
-    return length.to_bytes(8, "little") + text.ljust(length), at
+    return length.to_bytes(8, "little") + text.ljust(length)
 
 
 _json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode

@@ -117,12 +117,11 @@ class Checkpoint:
                 problems.extend(error.problems)
                 unread.add(file.name)
                 continue
-            for info in header.tensors:
-                if info.name in tensors:
-                    pair = f"{files[tensors[info.name].file].path.name} and {file.name}"
-                    twice.setdefault(pair, []).append(info.name)
-                else:
-                    tensors[info.name] = info
+            mine = {info.name: info for info in header.tensors}
+            if not tensors.keys().isdisjoint(mine.keys()):
+                for name in (n for n in mine if n in tensors):
+                    twice.setdefault(f"{files[tensors[name].file].path.name} and {file.name}", []).append(name)
+            tensors |= mine
             files.append(ShardFile(file, header.size, header.identity, header.digest, header.metadata))
             if len(tensors) > MAX_TENSORS:
                 raise CheckpointError(f"{path}: more than {MAX_TENSORS} tensors")

@@ -16,7 +16,7 @@ from fastmerge.planning import carry as carrying
 from fastmerge.planning import config as configuring
 from fastmerge.planning.outputs import Outputs
 from fastmerge.planning.rows import Models, sliced, whole
-from fastmerge.planning.values import Output, Plan, Source
+from fastmerge.planning.values import Output, Plan
 from fastmerge.recipe import ModelRef, Recipe
 from fastmerge.version import __version__
 
@@ -155,7 +155,7 @@ def _main_type(outputs: Iterable[Output]) -> DType | None:
     counts: Counter[str] = Counter()
     for o in outputs:
         if o.dtype.mergeable:
-            counts[o.dtype.name] += o.sources[0].info.nbytes // o.sources[0].info.dtype.size
+            counts[o.dtype.name] += o.inputs[0].nbytes // o.inputs[0].dtype.size
     return BY_NAME[counts.most_common(1)[0][0]] if counts else None
 
 
@@ -176,4 +176,4 @@ def _fingerprint(recipe: str, checkpoints: Iterable[Checkpoint], layout: Layout,
     return digest.hexdigest()
 
 
-__all__ = ["Output", "Plan", "Source", "plan"]
+__all__ = ["Output", "Plan", "plan"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.dtypes import BY_NAME, DType, promote
 from fastmerge.errors import CheckpointError, RecipeError, ShapeError
@@ -13,7 +15,7 @@ from fastmerge.methods.base import Group, Method
 from fastmerge.philox import tensor_key
 from fastmerge.planning.choose import fate
 from fastmerge.planning.rows import Models, Row
-from fastmerge.planning.values import Output, Source
+from fastmerge.planning.values import Output
 from fastmerge.recipe import ModelRef, Part, Recipe
 from fastmerge.recipe.resolve import Resolver
 
@@ -61,6 +63,22 @@ class Notes:
             self.warnings[f"missing from {', '.join(map(repr, refs))}: {', '.join(names[:3])}{more}: {what}"] = None
 
 
+class _Kind(NamedTuple):
+    """What outputs of equal types, shape, sources and parameters share.
+
+    Attributes:
+        dtype: of the output.
+        models: of the inputs; see :class:`Output`.
+        method: what is computed; None for a copy.
+        like: the group of one of them, which differ by name and key only; None for a copy.
+    """
+
+    dtype: DType
+    models: tuple[int, ...]
+    method: type[Method] | None
+    like: Group | None
+
+
 class Outputs:
     """Builds the outputs of a recipe.
 
@@ -81,9 +99,7 @@ class Outputs:
         wanted = recipe.out_dtype or recipe.dtype
         self.wanted = BY_NAME[wanted] if wanted else None
         self.parts = [_Part(recipe, part, self) for part in recipe.parts]
-        self._one: tuple[int, ...] = (0,)
-        self._types: dict[tuple[int, ...], tuple[tuple[DType, ...], DType]] = {}
-        self._checked: set[tuple[object, ...]] = set()
+        self._kinds: dict[tuple[object, ...], _Kind] = {}
         self._copy_params = self.copier.defaults()
 
     def build(self, rows: Sequence[Row]) -> tuple[Output, ...]:
@@ -94,30 +110,28 @@ class Outputs:
         """
         out: list[Output] = []
         lacking = [[0] * len(part.refs) for part in self.parts]
-        totals = [0] * len(self.parts)
+        totals = Counter([row.part for row in rows])
         for row in rows:
             part = self.parts[row.part]
-            totals[row.part] += 1
             found = part.find(row)
-            names = (row.inputs,) * len(found) if isinstance(row.inputs, str) else row.inputs
             if None in found:
                 for i, info in enumerate(found):
                     lacking[row.part][i] += info is None
                 found, single = self._incomplete(row, part, found)
-                who: Sequence[int] = [i for i in part.order if found[i] is not None]
+                who = tuple([i for i in part.order if found[i] is not None])
                 if not who:
                     continue
             else:
                 who, single = part.order, False
-            infos = [info for i in who if (info := found[i]) is not None]
-            made = self._output(row, part, who, infos, names, single=single)
+            infos = tuple([info for i in who if (info := found[i]) is not None])
+            made = self._output(row, part, who, infos, single=single)
             if made is not None:
                 out.append(made)
-        for part, lacks, total in zip(self.parts, lacking, totals, strict=True):
+        for i, (part, lacks) in enumerate(zip(self.parts, lacking, strict=True)):
             for ref, n in zip(part.refs, lacks, strict=True):
-                if 2 * n > total:
+                if 2 * n > totals[i]:
                     self.notes.other.insert(
-                        0, f"{str(ref)!r} lacks {n} of {total} tensors: it does not look like the same architecture"
+                        0, f"{str(ref)!r} lacks {n} of {totals[i]} tensors: it does not look like the same architecture"
                     )
         for part in self.parts:
             for pattern in part.resolver.unmatched():
@@ -168,7 +182,7 @@ class Outputs:
         return embeddings[0] if len(embeddings) == 1 and embeddings[0].shape == shape else None
 
     def _output(
-        self, row: Row, part: _Part, who: Sequence[int], infos: list[TensorInfo], names: Sequence[str], *, single: bool
+        self, row: Row, part: _Part, who: tuple[int, ...], infos: tuple[TensorInfo, ...], *, single: bool
     ) -> Output | None:
         """One output from the tensors ``infos`` of the sources ``who`` of its part, base first."""
         shape = infos[0].shape
@@ -176,47 +190,52 @@ class Outputs:
             if other.shape != shape:
                 self._shapes(row, part, who, infos)
                 return None
-        codes = tuple([i.dtype.code for i in infos])
-        known = self._types.get(codes)
-        if known is None:
-            types = tuple([i.dtype for i in infos])
+        types = tuple([i.dtype for i in infos])
+        key = (row.part, who, single, types, shape, part.outcome(row))
+        kind = self._kinds.get(key)
+        if kind is None:
             if not all(d.mergeable for d in types):
                 return self._as_it_is(row, part, who, infos)
-            promoted = types[0]
-            for d in types[1:]:
-                promoted = promote(promoted, d)
-            known = self._types[codes] = (types, self.wanted or promoted)
-        types, dtype = known
-        made = tuple(map(Source, [part.positions[i] for i in who], infos))
-        method = self.copier if single else self.method
-        if single:
-            params: Mapping[str, Any] = {}
-            own = [self._copy_params]
-            has_base, indices = False, self._one
-        else:
             try:
-                params, own = part.parameters(row, who, names)
+                kind = self._kinds[key] = self._kind(row, part, who, infos, single=single)
             except RecipeError as e:
                 self.notes.recipe |= dict.fromkeys(f"{row.name}: {p}" for p in e.problems)
                 return None
-            has_base = part.base is not None
-            indices = part.indices
-            if len(who) < len(part.refs):
-                indices = tuple([part.index[i] for i in who[has_base:]])
-        if method is self.copier and dtype is types[0] and own[0].get("scale") is None:
-            return Output(row.name, dtype, shape, made, None, None)
-        key = tensor_key(self.seed, row.name)
-        group = Group(row.name, shape, types, dtype, params, tuple(own), has_base, indices, key)
-        seen = (method, id(params), *map(id, own), shape, codes)
-        if seen not in self._checked:
-            self._checked.add(seen)
-            problems = method.check(group)
-            self.notes.recipe |= dict.fromkeys(f"{row.name}: {p}" for p in problems)
-            if not problems:
-                self.notes.warnings |= dict.fromkeys(method.warn(group))
-        return Output(row.name, dtype, shape, made, method, group)
+        like = kind.like
+        group = None if like is None else Group(row.name, *like[1:-1], tensor_key(self.seed, row.name))
+        return Output(row.name, kind.dtype, shape, kind.models, infos, kind.method, group)
 
-    def _as_it_is(self, row: Row, part: _Part, who: Sequence[int], infos: Sequence[TensorInfo]) -> Output | None:
+    def _kind(
+        self, row: Row, part: _Part, who: tuple[int, ...], infos: tuple[TensorInfo, ...], *, single: bool
+    ) -> _Kind:
+        """What is decided, and checked, once for all tensors like this one.
+
+        Raises:
+            RecipeError: where parameters have no value.
+        """
+        types = tuple([i.dtype for i in infos])
+        dtype = self.wanted or functools.reduce(promote, types)
+        models = tuple([part.positions[i] for i in who])
+        method = self.copier
+        params: Mapping[str, Any] = {}
+        own: tuple[Mapping[str, Any], ...] = (self._copy_params,)
+        has_base = False
+        indices: tuple[int, ...] = (0,)
+        if not single:
+            method = self.method
+            params, own = part.parameters(row, who)
+            has_base = part.base is not None
+            indices = tuple([part.index[i] for i in who[has_base:]])
+        if method is self.copier and dtype is types[0] and own[0].get("scale") is None:
+            return _Kind(dtype, models, None, None)
+        group = Group(row.name, infos[0].shape, types, dtype, params, own, has_base, indices)
+        problems = method.check(group)
+        self.notes.recipe |= dict.fromkeys(f"{row.name}: {p}" for p in problems)
+        if not problems:
+            self.notes.warnings |= dict.fromkeys(method.warn(group))
+        return _Kind(dtype, models, method, group)
+
+    def _as_it_is(self, row: Row, part: _Part, who: Sequence[int], infos: tuple[TensorInfo, ...]) -> Output | None:
         """Integers, booleans and other types that nothing is computed on: copied where all agree."""
         dtypes = {i.dtype for i in infos}
         info = infos[0]
@@ -230,8 +249,8 @@ class Outputs:
                 "dequantise the models first"
             )
             return None
-        made = [Source(part.positions[i], f) for i, f in zip(who, infos, strict=True)]
-        return Output(row.name, info.dtype, info.shape, (made[0],), None, None, tuple(made[1:]))
+        models = tuple([part.positions[i] for i in who])
+        return Output(row.name, info.dtype, info.shape, models, infos, None, None)
 
     def _shapes(self, row: Row, part: _Part, who: Sequence[int], infos: Sequence[TensorInfo]) -> None:
         shown = ", ".join(f"{str(part.refs[i])!r} {list(f.shape)}" for i, f in zip(who, infos, strict=True))
@@ -263,8 +282,6 @@ class _Part:
             order.insert(0, self.base)
         self.order = tuple(order)
         self.index = dict(enumerate(model_indices(recipe, part)))
-        self.indices = tuple(self.index[i] for i in order if i != self.base)
-        self._resolved: dict[tuple[object, ...], tuple[Mapping[str, Any], list[dict[str, Any]]]] = {}
 
     def find(self, row: Row) -> list[TensorInfo | None]:
         """The tensor in each source."""
@@ -273,23 +290,26 @@ class _Part:
             return [t.get(name) for t in self.tensors]
         return [t.get(n) for t, n in zip(self.tensors, row.inputs, strict=True)]
 
-    def parameters(
-        self, row: Row, who: Sequence[int], names: Sequence[str]
-    ) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
-        """Shared parameters, and those of each present source but the base, in the order of the sources."""
+    def outcome(self, row: Row) -> tuple[object, ...]:
+        """All that a tensor's names and place say about its parameters: equal for equal ones."""
         resolver = self.resolver
         t = row.t if resolver.gradient else 0.0
-        mask = resolver.mask(row.name)
+        if not resolver.filters:
+            return (t,)
         if isinstance(row.inputs, str) and row.inputs == row.name:
-            masks: tuple[int, ...] | int = mask
-        else:
-            masks = tuple([resolver.mask(n) for n in names])
-        key = (mask, masks, t, tuple(who))
-        found = self._resolved.get(key)
-        if found is None:
-            own = [resolver.own(i, masks if isinstance(masks, int) else masks[i], t) for i in who if i != self.base]
-            found = self._resolved[key] = (resolver.shared(mask, t), own)
-        return found
+            return (t, resolver.mask(row.name))
+        return (t, resolver.mask(row.name), *map(resolver.mask, self.names(row)))
+
+    def parameters(self, row: Row, who: Sequence[int]) -> tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
+        """Shared parameters, and those of each present source but the base, in the order of the sources."""
+        resolver, names = self.resolver, self.names(row)
+        t = row.t if resolver.gradient else 0.0
+        own = tuple([resolver.own(i, resolver.mask(names[i]), t) for i in who if i != self.base])
+        return resolver.shared(resolver.mask(row.name), t), own
+
+    def names(self, row: Row) -> Sequence[str]:
+        """The tensor's name in each source."""
+        return (row.inputs,) * len(self.refs) if isinstance(row.inputs, str) else row.inputs
 
 
 def model_indices(recipe: Recipe, part: Part) -> list[int]:

@@ -15,33 +15,26 @@ if TYPE_CHECKING:
     from fastmerge.recipe import Recipe
 
 
-class Source(NamedTuple):
-    """One input tensor: which model of :attr:`Plan.checkpoints`, and where it lies there."""
-
-    model: int
-    info: TensorInfo
-
-
 class Output(NamedTuple):
     """One tensor of the result.
 
     Attributes:
         name: in the output.
         dtype: of the output.
-        shape: of the output and of every source.
-        sources: what is read, base first; exactly one for a copy.
-        method: what is computed; None for a copy of the bytes of ``sources[0]``.
+        shape: of the output and of every input.
+        models: position in :attr:`Plan.checkpoints` of the model of each input.
+        inputs: what is read, base first; of a copy the first is copied, and any others must hold the same bytes.
+        method: what is computed; None for a copy.
         group: the tensor as the method sees it; None for a copy.
-        compare: further inputs of a copy whose bytes must equal those of ``sources[0]``.
     """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    sources: tuple[Source, ...]
+    models: tuple[int, ...]
+    inputs: tuple[TensorInfo, ...]
     method: type[Method] | None
     group: Group | None
-    compare: tuple[Source, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,16 +78,16 @@ class Plan:
         for out in self.outputs:
             action = "merged" if out.method is self.recipe.method else "converted"
             if out.method is None:
-                action = "compared" if out.compare else "copied"
-            elif action == "merged" and len(out.sources) == 1 and self.recipe.merge_method == "passthrough":
+                action = "compared" if len(out.inputs) > 1 else "copied"
+            elif action == "merged" and len(out.inputs) == 1 and self.recipe.merge_method == "passthrough":
                 action = "converted"
             actions[action] += 1
-            numel = out.sources[0].info.nbytes // out.sources[0].info.dtype.size
+            numel = out.inputs[0].nbytes // out.inputs[0].dtype.size
             nbytes = numel * out.dtype.size
             elements += numel
             written += nbytes
             dtypes[out.dtype.name] += nbytes
-            read += sum(s.info.nbytes for s in out.sources) + sum(s.info.nbytes for s in out.compare)
+            read += sum(info.nbytes for info in out.inputs)
             copied += nbytes if out.method is None else 0
         return {
             "method": self.recipe.merge_method,

@@ -17,12 +17,12 @@ def test_methods_without_a_base_merge_what_is_there():
     extra = {"bias": (8,)}
     made = make(LINEAR, a=llama(extra=extra), b=llama())
     out = by_name(made)["bias"]
-    assert (out.method, len(out.sources), len(out.group.models)) == (METHODS["linear"], 1, 1)
+    assert (out.method, len(out.inputs), len(out.group.models)) == (METHODS["linear"], 1, 1)
     assert made.warnings == ("missing from 'b': bias: the others are merged",)
     text = LINEAR.replace("{model: b}", "{model: b}, {model: c}")
     made = make(text, a=llama(extra=extra), b=llama(), c=llama(extra=extra))
     out = by_name(made)["bias"]
-    assert [s.model for s in out.sources] == [0, 2]
+    assert out.models == (0, 2)
     assert out.group.indices == (0, 2)
     assert len(out.group.models) == 2
     assert made.warnings == ("missing from 'b': bias: the others are merged",)
@@ -42,10 +42,10 @@ def test_the_base_alone_passes_through_and_others_are_skipped():
     extra = {"bias": (8,)}
     made = make(TIES + "dtype: float32\n", base=llama(extra=extra), a=llama(), b=llama())
     out = by_name(made)["bias"]
-    assert (out.method, len(out.sources), out.dtype.name) == (METHODS["passthrough"], 1, "float32")
+    assert (out.method, len(out.inputs), out.dtype.name) == (METHODS["passthrough"], 1, "float32")
     made = make(TIES, base=llama(extra=extra), a=llama(), b=llama(extra=extra))
     out = by_name(made)["bias"]
-    assert [s.model for s in out.sources] == [0, 2]
+    assert out.models == (0, 2)
     assert out.group.indices == (1,)
 
 
@@ -89,7 +89,7 @@ def test_different_depths_are_refused():
 def test_heads_that_one_model_ties():
     made = make(TIES, base=llama(head=False, config={"tie_word_embeddings": True}), a=llama(), b=llama())
     out = by_name(made)["lm_head.weight"]
-    assert [s.info.name for s in out.sources] == ["model.embed_tokens.weight", "lm_head.weight", "lm_head.weight"]
+    assert [info.name for info in out.inputs] == ["model.embed_tokens.weight", "lm_head.weight", "lm_head.weight"]
     assert made.config["tie_word_embeddings"] is False
     assert "missing from 'base': lm_head.weight: the tied embedding takes its place" in made.warnings
     assert "lm_head.weight" not in names(make(TIES, **{n: llama(head=False) for n in ("base", "a", "b")}))

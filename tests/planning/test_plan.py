@@ -10,7 +10,7 @@ import pytest
 from fastmerge.errors import CheckpointError, ShapeError
 from fastmerge.methods import METHODS
 from fastmerge.philox import tensor_key
-from fastmerge.planning import Output, Plan, Source, plan
+from fastmerge.planning import Output, Plan, plan
 from fastmerge.recipe import Recipe
 from tests.planning.plans import LINEAR, TIES, by_name, make, names
 from tests.recipe.fakes import checkpoint, llama
@@ -21,8 +21,8 @@ def test_a_plan_is_made_of_values():
     assert isinstance(made, Plan)
     out = by_name(made)["model.layers.2.mlp.down_proj.weight"]
     assert isinstance(out, Output)
-    assert isinstance(out.sources[0], Source)
-    assert [s.model for s in out.sources] == [0, 1, 2]
+    assert [info.name for info in out.inputs] == [out.name] * 3
+    assert out.models == (0, 1, 2)
     assert out.method is METHODS["ties"]
     group = out.group
     assert (group.name, group.shape, group.has_base, group.indices) == (out.name, (8, 24), True, (0, 1))
@@ -56,7 +56,7 @@ models: [{model: a, parameters: {weight: 2}}, {model: b}, {model: c, parameters:
 """
     made = make(text, a=llama(), b=llama(), c=llama())
     group = made.outputs[0].group
-    assert [s.model for s in made.outputs[0].sources] == [0, 1, 2]
+    assert made.outputs[0].models == (0, 1, 2)
     assert [str(r) for r in made.recipe.refs] == ["b", "a", "c"]
     assert [m["weight"] for m in group.models] == [2.0, 3.0]
     assert group.indices == (0, 1)
@@ -65,7 +65,7 @@ models: [{model: a, parameters: {weight: 2}}, {model: b}, {model: c, parameters:
 def test_a_base_is_an_input_where_the_method_has_none():
     made = make(LINEAR + "base_model: c\n", a=llama(), b=llama(), c=llama())
     out = made.outputs[0]
-    assert [str(made.recipe.refs[s.model]) for s in out.sources] == ["a", "b", "c"]
+    assert [str(made.recipe.refs[m]) for m in out.models] == ["a", "b", "c"]
     assert not out.group.has_base
     assert len(out.group.models) == 3
     assert out.group.indices == (0, 1, 2)
@@ -79,7 +79,7 @@ models: [{model: a, parameters: {t: 0.25}}, {model: b, parameters: {t: 0.25}}]
 """
     made = make(text, base=llama(config={"num_hidden_layers": 4, "who": "base"}), a=llama(), b=llama())
     out = made.outputs[0]
-    assert [str(made.recipe.refs[s.model]) for s in out.sources] == ["a", "b"]
+    assert [str(made.recipe.refs[m]) for m in out.models] == ["a", "b"]
     assert out.group.has_base
     assert out.group.params["t"] == 0.25
     assert made.config["who"] == "base"
@@ -118,8 +118,7 @@ def test_integers_are_copied_and_compared():
     made = make(LINEAR + "dtype: float32\n", a=llama(extra=extra), b=llama(extra=extra))
     out = by_name(made)["ids"]
     assert (out.method, out.group, out.dtype.name) == (None, None, "int64")
-    assert [s.model for s in out.sources] == [0]
-    assert [s.model for s in out.compare] == [1]
+    assert out.models == (0, 1), "the first is copied, the other compared"
     assert made.summary()["tensors"]["compared"] == 2
 
 

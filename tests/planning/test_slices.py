@@ -17,7 +17,7 @@ def stack(*parts, extra=""):
 def test_slices_restack_layers():
     made = make(stack(("a", 0, 3), ("b", 2, 4), ("a", 2, 3)), a=llama(4), b=llama(4))
     out = by_name(made)
-    where = {n: (o.sources[0].model, o.sources[0].info.name) for n, o in out.items()}
+    where = {n: (o.models[0], o.inputs[0].name) for n, o in out.items()}
     origin = [(0, 0), (0, 1), (0, 2), (1, 2), (1, 3), (0, 2)]
     for i, (model, layer) in enumerate(origin):
         assert where[f"model.layers.{i}.mlp.down_proj.weight"] == (model, f"model.layers.{layer}.mlp.down_proj.weight")
@@ -32,7 +32,7 @@ def test_slices_restack_layers():
 
 def test_ends_come_from_the_first_and_the_last_slice():
     made = make(stack(("a", 0, 2), ("b", 2, 4)), a=llama(), b=llama())
-    where = {n: o.sources[0].model for n, o in by_name(made).items() if "layers" not in n}
+    where = {n: o.models[0] for n, o in by_name(made).items() if "layers" not in n}
     assert where == {"model.embed_tokens.weight": 0, "lm_head.weight": 1, "model.norm.weight": 1}
 
 
@@ -63,9 +63,13 @@ parameters: {t: [0, 1]}
     out = by_name(made)
     t = [out[f"model.layers.{i}.mlp.down_proj.weight"].group.params["t"] for i in range(4)]
     assert t == [0.0, 0.5, 1.0, 0.875], "the shared filter sees the output's name"
+
+    def read(o):
+        return [(model, info.name.split(".")[2]) for model, info in zip(o.models, o.inputs, strict=True)]
+
     first, last = (out[f"model.layers.{i}.mlp.down_proj.weight"] for i in (1, 3))
-    assert [(s.model, s.info.name.split(".")[2]) for s in first.sources] == [(0, "1"), (1, "2")]
-    assert [(s.model, s.info.name.split(".")[2]) for s in last.sources] == [(1, "3"), (0, "0")], "the slice's base"
+    assert read(first) == [(0, "1"), (1, "2")]
+    assert read(last) == [(1, "3"), (0, "0")], "the slice's base"
 
 
 def test_per_model_filters_see_the_names_of_the_inputs():
