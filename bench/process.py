@@ -33,12 +33,15 @@ class Run:
 
 
 def run(command: Sequence[str], *, environment: dict[str, str] | None = None) -> Run:
-    """Runs a command to its end; a failure is reported, not raised."""
+    """Runs a command to its end; a failure is reported, not raised.
+
+    Python keeps its byte code from run to run, as it does for installed packages, whatever the caller's setting.
+    """
+    variables = {**os.environ, **(environment or {})}
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryFile() as output:
         start = time.perf_counter()
-        child = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
-        )
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
         _, status, usage = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - start
         child.returncode = os.waitstatus_to_exitcode(status)
