@@ -11,7 +11,7 @@ namespace FM_ISA {
 namespace {
 
 constexpr int kMost = 8;
-constexpr int64_t kRun = 8192;  // elements after which a fused run reads its tally
+constexpr int64_t kRun = 8192;  // elements after which a fused run looks at what it stored
 
 // The parameters of one run, rounded once to the work type.
 template <class W>
@@ -21,36 +21,52 @@ struct Scale {
 
 // ---- fused ----------------------------------------------------------------------------------------------
 
-// How a run is computed: in cache, with a division, or past the caches into an output that they could not hold.
-enum Mode { kNear, kDivided, kFar };
+// What is done to a sum: nothing, times lambda, or divided as well.
+enum Scaling { kUnit, kLambda, kDivided };
+
+// A far run is one whose output the caches could not hold: it is written past them.
 constexpr int64_t kFarBytes = 8 << 20;
 constexpr int64_t kAhead = 1024;  // elements; a far run fetches its inputs this much earlier
+template <class T>
+constexpr int64_t kLine = 64 / sizeof(T);  // elements of a cache line, which a far run fetches once
 
 // Pointers and coefficients are copied to locals: stores could otherwise be thought to change them.
-template <class T, int M, bool kDelta, Mode kMode>
+template <class T, int M, bool kDelta, Scaling kScaling, bool kFar>
 __attribute__((noinline)) int64_t fused_steps(const T* const* in, T* out, int64_t n, const float* coef,
                                               Scale<float> s) {
   constexpr int kFrom = kDelta ? 1 : 0;
+  constexpr int64_t kSpan = kFar ? kLine<T> : kStep;
   const T* x[M];
   float c[M];
   for (int i = 0; i < M; ++i) x[i] = in[i], c[i] = coef[i];
-  Tally tally;
-  clear(tally);
-  for (int64_t j = 0; j < n; j += kStep) {
-    Lanes base, v, acc;
-    for (int i = 0; i < (kMode == kFar ? M : 0); ++i) __builtin_prefetch(x[i] + j + kAhead);
-    if (kDelta) load16(x[0] + j, base);
-    for (int i = kFrom; i < M; ++i) {
-      load16(x[i] + j, v);
-      if (kDelta) v = v - base;
-      acc = i == kFrom ? c[i] * v : acc + c[i] * v;
+  Peak peak;
+  clear(peak);
+  for (int64_t line = 0; line < n; line += kSpan) {
+    for (int i = 0; i < (kFar ? M : 0); ++i) __builtin_prefetch(x[i] + line + kAhead);
+    for (int64_t j = line; j < line + kSpan; j += kStep) {
+      Lanes base, v, acc;
+      if (kDelta) load16(x[0] + j, base);
+      for (int i = kFrom; i < M; ++i) {
+        load16(x[i] + j, v);
+        if (kDelta) v = v - base;
+        acc = i == kFrom ? c[i] * v : acc + c[i] * v;
+      }
+      if (kScaling == kDivided) acc = acc / s.div;
+      if (kDelta) acc = base + (kScaling == kUnit ? acc : s.lambda * acc);
+      store16<kFar>(acc, out + j, peak);
     }
-    if (kMode == kDivided) acc = acc / s.div;
-    if (kDelta) acc = base + s.lambda * acc;
-    store16<kMode == kFar>(acc, out + j, tally);
   }
-  if (kMode == kFar) streamed();
-  return total(tally, out);
+  if (kFar) streamed();
+  if (all_finite(peak, out)) return 0;
+  for (int64_t j = 0; j < n; ++j) out[j] = store<T>(load<float>(out[j]));  // canonical NaNs
+  return nonfinite_block(out, n);
+}
+
+template <class T, int M, bool kDelta, bool kFar>
+int64_t fused_scaled(const T* const* in, T* out, int64_t n, const float* coef, Scale<float> s) {
+  if (s.div != 1.0f) return fused_steps<T, M, kDelta, kDivided, kFar>(in, out, n, coef, s);
+  if (kDelta && s.lambda != 1.0f) return fused_steps<T, M, kDelta, kDelta ? kLambda : kUnit, kFar>(in, out, n, coef, s);
+  return fused_steps<T, M, kDelta, kUnit, kFar>(in, out, n, coef, s);
 }
 
 // m < kStep elements.
@@ -59,10 +75,7 @@ __attribute__((noinline)) int64_t fused_few(const T* const* in, T* out, int64_t 
   T stage[M][kStep], result[kStep];
   const T* x[M];
   for (int i = 0; i < M; ++i) x[i] = whole_steps(in[i], m, stage[i]);
-  if (s.div != 1.0f)
-    fused_steps<T, M, kDelta, kDivided>(x, result, kStep, coef, s);
-  else
-    fused_steps<T, M, kDelta, kNear>(x, result, kStep, coef, s);
+  fused_scaled<T, M, kDelta, false>(x, result, kStep, coef, s);
   memcpy(out, result, static_cast<size_t>(m) * sizeof(T));
   return nonfinite_block(result, m);
 }
@@ -80,16 +93,16 @@ int64_t fused_run(const Segment& s, int64_t at, int64_t n, const double* coef, S
     out += m;
     n -= m;
   };
-  const bool far = n * static_cast<int64_t>(sizeof(T)) >= kFarBytes && scale.div == 1.0f;
+  bool far = n * static_cast<int64_t>(sizeof(T)) >= kFarBytes;
   for (; far && reinterpret_cast<intptr_t>(out) % 64 != 0; advance()) {
     m = 1;
     bad += fused_few<T, M, kDelta>(in, out, m, c, scale);
   }
   for (; n >= kStep; advance()) {
-    m = n < kRun ? n & -kStep : kRun;
-    bad += far                 ? fused_steps<T, M, kDelta, kFar>(in, out, m, c, scale)
-           : scale.div != 1.0f ? fused_steps<T, M, kDelta, kDivided>(in, out, m, c, scale)
-                               : fused_steps<T, M, kDelta, kNear>(in, out, m, c, scale);
+    far = far && n >= kLine<T>;
+    m = n < kRun ? n & -(far ? kLine<T> : kStep) : kRun;
+    bad += far ? fused_scaled<T, M, kDelta, true>(in, out, m, c, scale)
+               : fused_scaled<T, M, kDelta, false>(in, out, m, c, scale);
   }
   return n > 0 ? bad + fused_few<T, M, kDelta>(in, out, n, c, scale) : bad;
 }

@@ -40,11 +40,13 @@ struct Lanes {
   Vec v[kParts];
 };
 
-// store16<true> bypasses the caches: 64-byte aligned addresses only, and streamed() after the last one.
+// store16 takes values whose NaNs, if any, are canonical or computed from inputs of the stored type alone: rounding
+// could make a number of others. store16<true> bypasses the caches: 64-byte aligned addresses only, and streamed()
+// after the last one.
 
-// Counts the stored results that are not finite, in lanes as wide as the stored type: read it at the latest every
-// 2^15 stores.
-struct Tally {
+// The largest magnitude that was stored, as bits without sign, in lanes as wide as the stored type: tells whether all
+// results are finite, in two instructions a register.
+struct Peak {
   Word n;
 };
 
@@ -87,14 +89,10 @@ FM_LANES void put(void* p, Word r) {
   kStream ? _mm256_stream_si256(static_cast<Word*>(p), r) : _mm256_storeu_si256(static_cast<Word*>(p), r);
 }
 FM_LANES void streamed() { _mm_sfence(); }
-FM_LANES void clear(Tally& t) { t.n = _mm256_setzero_si256(); }
-FM_LANES void tally16(Tally& t, Word r, int16_t exponent) {
-  const Word e = _mm256_set1_epi16(exponent);
-  t.n = _mm256_sub_epi16(t.n, _mm256_cmpeq_epi16(_mm256_and_si256(r, e), e));
-}
-FM_LANES void tally32(Tally& t, Vec r) {
-  const Word e = _mm256_set1_epi32(0x7f800000);
-  t.n = _mm256_sub_epi32(t.n, _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(r), e), e));
+FM_LANES void clear(Peak& t) { t.n = _mm256_setzero_si256(); }
+FM_LANES void peak16(Peak& t, Word r) { t.n = _mm256_max_epi16(t.n, _mm256_and_si256(r, _mm256_set1_epi16(0x7fff))); }
+FM_LANES void peak32(Peak& t, Vec r) {
+  t.n = _mm256_max_epi32(t.n, _mm256_and_si256(_mm256_castps_si256(r), _mm256_set1_epi32(0x7fffffff)));
 }
 
 FM_LANES Lanes canonical(Lanes a) {
@@ -102,35 +100,33 @@ FM_LANES Lanes canonical(Lanes a) {
     for (Vec& x : a.v) x = _mm256_blendv_ps(x, _mm256_set1_ps(float_of(kNanF32)), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   return a;
 }
-FM_LANES Word bf16_of(Vec x) {
-  const Word u = _mm256_castps_si256(x);
-  const Word odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
-}
-// Values 0-3 and 8-11, then 4-7 and 12-15: packus puts them back.
+// The even values, then the odd ones: a shift and a mask each way, and no shuffle.
 FM_LANES void load16(const Bf16* p, Lanes& r) {
-  const Word x = _mm256_loadu_si256(reinterpret_cast<const Word*>(p)), zero = _mm256_setzero_si256();
-  r.v[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, x));
-  r.v[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, x));
+  const Word x = _mm256_loadu_si256(reinterpret_cast<const Word*>(p));
+  r.v[0] = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+  r.v[1] = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(-65536)));
 }
 template <bool kStream = false>
-FM_LANES void store16(const Lanes& a, Bf16* p, Tally& t) {
-  const Lanes x = canonical(a);
-  const Word r = _mm256_packus_epi32(bf16_of(x.v[0]), bf16_of(x.v[1]));
+FM_LANES void store16(const Lanes& a, Bf16* p, Peak& t) {
+  const Word even = _mm256_castps_si256(a.v[0]), odd = _mm256_castps_si256(a.v[1]);
+  const Word high = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
+  const Word low = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa);
+  // Rounds up where low + 0x7fff + (high & 1) carries: avg adds one more and keeps the carry as its top bit.
+  const Word half = _mm256_and_si256(_mm256_or_si256(high, _mm256_set1_epi16(0x7ffe)), _mm256_set1_epi16(0x7fff));
+  const Word r = _mm256_add_epi16(high, _mm256_srli_epi16(_mm256_avg_epu16(low, half), 15));
   put<kStream>(p, r);
-  tally16(t, r, 0x7f80);
+  peak16(t, r);
 }
 FM_LANES void load16(const Fp16* p, Lanes& r) {
   r.v[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   r.v[1] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
 }
 template <bool kStream = false>
-FM_LANES void store16(const Lanes& a, Fp16* p, Tally& t) {
-  const Lanes x = canonical(a);
-  const Word r = _mm256_set_m128i(_mm256_cvtps_ph(x.v[1], _MM_FROUND_TO_NEAREST_INT),
-                                  _mm256_cvtps_ph(x.v[0], _MM_FROUND_TO_NEAREST_INT));
+FM_LANES void store16(const Lanes& a, Fp16* p, Peak& t) {
+  const Word r = _mm256_set_m128i(_mm256_cvtps_ph(a.v[1], _MM_FROUND_TO_NEAREST_INT),
+                                  _mm256_cvtps_ph(a.v[0], _MM_FROUND_TO_NEAREST_INT));
   put<kStream>(p, r);
-  tally16(t, r, 0x7c00);
+  peak16(t, r);
 }
 
 #elif defined(__SSE2__)
@@ -140,14 +136,14 @@ FM_LANES void put(void* p, Word r) {
   kStream ? _mm_stream_si128(static_cast<Word*>(p), r) : _mm_storeu_si128(static_cast<Word*>(p), r);
 }
 FM_LANES void streamed() { _mm_sfence(); }
-FM_LANES void clear(Tally& t) { t.n = _mm_setzero_si128(); }
-FM_LANES void tally16(Tally& t, Word r, int16_t exponent) {
-  const Word e = _mm_set1_epi16(exponent);
-  t.n = _mm_sub_epi16(t.n, _mm_cmpeq_epi16(_mm_and_si128(r, e), e));
+FM_LANES void clear(Peak& t) { t.n = _mm_setzero_si128(); }
+FM_LANES void peak16(Peak& t, Word r) { t.n = _mm_max_epi16(t.n, _mm_and_si128(r, _mm_set1_epi16(0x7fff))); }
+FM_LANES Word either(Word mask, Word a, Word b) {
+  return _mm_or_si128(_mm_and_si128(mask, a), _mm_andnot_si128(mask, b));
 }
-FM_LANES void tally32(Tally& t, Vec r) {
-  const Word e = _mm_set1_epi32(0x7f800000);
-  t.n = _mm_sub_epi32(t.n, _mm_cmpeq_epi32(_mm_and_si128(_mm_castps_si128(r), e), e));
+FM_LANES void peak32(Peak& t, Vec r) {
+  const Word magnitude = _mm_and_si128(_mm_castps_si128(r), _mm_set1_epi32(0x7fffffff));
+  t.n = either(_mm_cmpgt_epi32(magnitude, t.n), magnitude, t.n);
 }
 
 FM_LANES Lanes canonical(Lanes a) {
@@ -163,9 +159,6 @@ FM_LANES Word bf16_of(Vec x) {  // sign-extended, so that packs_epi32 saturates 
   const Word u = _mm_castps_si128(x);
   const Word odd = _mm_and_si128(_mm_srli_epi32(u, 16), _mm_set1_epi32(1));
   return _mm_srai_epi32(_mm_add_epi32(_mm_add_epi32(u, _mm_set1_epi32(0x7fff)), odd), 16);
-}
-FM_LANES Word either(Word mask, Word a, Word b) {
-  return _mm_or_si128(_mm_and_si128(mask, a), _mm_andnot_si128(mask, b));
 }
 FM_LANES Vec f32_of(Word h) {  // fp16 bits in 32-bit lanes; see widen(Fp16)
   const Word mag = _mm_and_si128(h, _mm_set1_epi32(0x7fff)), top = _mm_set1_epi32(0x38000000);
@@ -196,12 +189,11 @@ FM_LANES void load16(const Bf16* p, Lanes& r) {
   }
 }
 template <bool kStream = false>
-FM_LANES void store16(const Lanes& a, Bf16* p, Tally& t) {
-  const Lanes x = canonical(a);
+FM_LANES void store16(const Lanes& a, Bf16* p, Peak& t) {
   for (int i = 0; i < 2; ++i) {
-    const Word r = _mm_packs_epi32(bf16_of(x.v[2 * i]), bf16_of(x.v[2 * i + 1]));
+    const Word r = _mm_packs_epi32(bf16_of(a.v[2 * i]), bf16_of(a.v[2 * i + 1]));
     put<kStream>(p + 8 * i, r);
-    tally16(t, r, 0x7f80);
+    peak16(t, r);
   }
 }
 FM_LANES void load16(const Fp16* p, Lanes& r) {
@@ -213,12 +205,11 @@ FM_LANES void load16(const Fp16* p, Lanes& r) {
   }
 }
 template <bool kStream = false>
-FM_LANES void store16(const Lanes& a, Fp16* p, Tally& t) {
-  const Lanes x = canonical(a);  // a canonical NaN has no sign
+FM_LANES void store16(const Lanes& a, Fp16* p, Peak& t) {
   for (int i = 0; i < 2; ++i) {
-    const Word r = _mm_packs_epi32(fp16_of(x.v[2 * i]), fp16_of(x.v[2 * i + 1]));
+    const Word r = _mm_packs_epi32(fp16_of(a.v[2 * i]), fp16_of(a.v[2 * i + 1]));
     put<kStream>(p + 8 * i, r);
-    tally16(t, r, 0x7c00);
+    peak16(t, r);
   }
 }
 
@@ -229,14 +220,11 @@ FM_LANES void put(void* p, Word r) {
   memcpy(p, &r, sizeof r);
 }
 FM_LANES void streamed() {}
-FM_LANES void clear(Tally& t) { t.n = vdupq_n_u16(0); }
-FM_LANES void tally16(Tally& t, Word r, uint16_t exponent) {
-  const Word e = vdupq_n_u16(exponent);
-  t.n = vsubq_u16(t.n, vceqq_u16(vandq_u16(r, e), e));
-}
-FM_LANES void tally32(Tally& t, Vec r) {
-  const uint32x4_t e = vdupq_n_u32(0x7f800000), mask = vceqq_u32(vandq_u32(vreinterpretq_u32_f32(r), e), e);
-  t.n = vreinterpretq_u16_u32(vsubq_u32(vreinterpretq_u32_u16(t.n), mask));
+FM_LANES void clear(Peak& t) { t.n = vdupq_n_u16(0); }
+FM_LANES void peak16(Peak& t, Word r) { t.n = vmaxq_u16(t.n, vandq_u16(r, vdupq_n_u16(0x7fff))); }
+FM_LANES void peak32(Peak& t, Vec r) {
+  const uint32x4_t magnitude = vandq_u32(vreinterpretq_u32_f32(r), vdupq_n_u32(0x7fffffff));
+  t.n = vreinterpretq_u16_u32(vmaxq_u32(vreinterpretq_u32_u16(t.n), magnitude));
 }
 
 FM_LANES Lanes canonical(Lanes a) {
@@ -253,12 +241,11 @@ FM_LANES void load16(const Bf16* p, Lanes& r) {
     r.v[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p) + 4 * i), 16));
 }
 template <bool kStream = false>
-FM_LANES void store16(const Lanes& a, Bf16* p, Tally& t) {
-  const Lanes x = canonical(a);
+FM_LANES void store16(const Lanes& a, Bf16* p, Peak& t) {
   for (int i = 0; i < 2; ++i) {
-    const Word r = vcombine_u16(bf16_of(x.v[2 * i]), bf16_of(x.v[2 * i + 1]));
+    const Word r = vcombine_u16(bf16_of(a.v[2 * i]), bf16_of(a.v[2 * i + 1]));
     put<kStream>(p + 8 * i, r);
-    tally16(t, r, 0x7f80);
+    peak16(t, r);
   }
 }
 FM_LANES void load16(const Fp16* p, Lanes& r) {
@@ -266,13 +253,12 @@ FM_LANES void load16(const Fp16* p, Lanes& r) {
     r.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p) + 4 * i)));
 }
 template <bool kStream = false>
-FM_LANES void store16(const Lanes& a, Fp16* p, Tally& t) {
-  const Lanes x = canonical(a);
+FM_LANES void store16(const Lanes& a, Fp16* p, Peak& t) {
   for (int i = 0; i < 2; ++i) {
-    const Word r = vcombine_u16(vreinterpret_u16_f16(vcvt_f16_f32(x.v[2 * i])),
-                                vreinterpret_u16_f16(vcvt_f16_f32(x.v[2 * i + 1])));
+    const Word r = vcombine_u16(vreinterpret_u16_f16(vcvt_f16_f32(a.v[2 * i])),
+                                vreinterpret_u16_f16(vcvt_f16_f32(a.v[2 * i + 1])));
     put<kStream>(p + 8 * i, r);
-    tally16(t, r, 0x7c00);
+    peak16(t, r);
   }
 }
 
@@ -283,8 +269,8 @@ FM_LANES void put(void* p, Word r) {
   memcpy(p, &r, sizeof r);
 }
 FM_LANES void streamed() {}
-FM_LANES void clear(Tally& t) { t.n = 0; }
-FM_LANES void tally32(Tally& t, Vec r) { t.n += !is_finite(r); }
+FM_LANES void clear(Peak& t) { t.n = 0; }
+FM_LANES void peak32(Peak& t, Vec r) { t.n = key_of(r) > t.n ? key_of(r) : t.n; }
 FM_LANES Lanes canonical(Lanes a) {
   for (Vec& x : a.v) x = store<float>(x);
   return a;
@@ -294,46 +280,56 @@ FM_LANES void load16(const T* p, Lanes& r) {
   for (int i = 0; i < 16; ++i) r.v[i] = load<float>(p[i]);
 }
 template <bool kStream = false, class T>
-FM_LANES void store16(const Lanes& a, T* p, Tally& t) {
-  for (int i = 0; i < 16; ++i) p[i] = store<T>(a.v[i]), t.n += !is_finite(p[i]);
+FM_LANES void store16(const Lanes& a, T* p, Peak& t) {
+  for (int i = 0; i < 16; ++i) p[i] = store<T>(a.v[i]), peak32(t, load<float>(p[i]));
 }
 
 #endif
 
 template <bool kStream = false>
-FM_LANES void store16(const Lanes& a, float* p, Tally& t) {
-  const Lanes x = canonical(a);
+FM_LANES void store16(const Lanes& a, float* p, Peak& t) {
   for (int i = 0; i < kParts; ++i) {
     Word r;
-    memcpy(&r, &x.v[i], sizeof r);
+    memcpy(&r, &a.v[i], sizeof r);
     put<kStream>(p + i * kPart, r);
-    tally32(t, x.v[i]);
+    peak32(t, a.v[i]);
   }
 }
 
-// What has been counted for results of type T since clear().
+constexpr uint32_t infinity(const Bf16*) { return 0x7f80; }
+constexpr uint32_t infinity(const Fp16*) { return 0x7c00; }
+constexpr uint32_t infinity(const float*) { return 0x7f800000; }
+
+// Whether all results of type T since clear() are finite.
 template <class T>
-FM_LANES int64_t total(const Tally& t, const T*) {
+FM_LANES bool all_finite(const Peak& t, const T* type) {
+  constexpr bool kNarrow = sizeof(T) == 2 && sizeof(Word) > 4;
   uint16_t narrow[sizeof(Word) / 2];
-  uint32_t wide[sizeof(Word) / 4];
+  uint32_t wide[sizeof(Word) / 4], most = 0;
   memcpy(narrow, &t.n, sizeof t.n);
   memcpy(wide, &t.n, sizeof t.n);
-  uint32_t sum = 0;
-  if (sizeof(T) == 2 && sizeof(Word) > 4)
-    for (const uint16_t n : narrow) sum += n;
-  else
-    for (const uint32_t n : wide) sum += n;
-  return sum;
+  for (size_t i = 0; i < sizeof(Word) / (kNarrow ? 2 : 4); ++i) {
+    const uint32_t n = kNarrow ? narrow[i] : wide[i];
+    most = n > most ? n : most;
+  }
+  return most < (sizeof(Word) > 4 ? infinity(type) : 0x7f800000u);
 }
 
-// Between the order of a storage type and the logical one; its own inverse.
+// From the order of a storage type to the logical one, and back.
 template <class T>
-FM_LANES void reorder(const T*, Lanes&) {}
+FM_LANES void logical(const T*, Lanes&) {}
+template <class T>
+FM_LANES void stored(const T*, Lanes&) {}
 #if defined(__AVX2__)
-FM_LANES void reorder(const Bf16*, Lanes& a) {
-  const Vec low = _mm256_permute2f128_ps(a.v[0], a.v[1], 0x20);
-  a.v[1] = _mm256_permute2f128_ps(a.v[0], a.v[1], 0x31);
-  a.v[0] = low;
+FM_LANES void logical(const Bf16*, Lanes& a) {
+  const Vec low = _mm256_unpacklo_ps(a.v[0], a.v[1]), high = _mm256_unpackhi_ps(a.v[0], a.v[1]);
+  a.v[0] = _mm256_permute2f128_ps(low, high, 0x20);
+  a.v[1] = _mm256_permute2f128_ps(low, high, 0x31);
+}
+FM_LANES void stored(const Bf16*, Lanes& a) {
+  const Vec even = _mm256_shuffle_ps(a.v[0], a.v[1], 0x88), odd = _mm256_shuffle_ps(a.v[0], a.v[1], 0xdd);
+  a.v[0] = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8));
+  a.v[1] = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8));
 }
 #endif
 

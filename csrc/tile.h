@@ -46,7 +46,7 @@ inline void widen_steps(const T* src, int64_t n, float* dst) {
   for (int64_t j = 0; j < n; j += kStep) {
     Lanes a;
     load16(src + j, a);
-    reorder(src, a);
+    logical(src, a);
     put16(a, dst + j);
   }
 }
@@ -110,15 +110,15 @@ inline int64_t round_steps(const W* src, int64_t n, T* dst) {
 
 template <class T>
 inline int64_t round_steps(const float* src, int64_t n, T* dst) {
-  Tally tally;
-  clear(tally);
+  Peak peak;
+  clear(peak);
   for (int64_t j = 0; j < n; j += kStep) {
     Lanes a;
     load16(src + j, a);
-    reorder(dst, a);
-    store16(a, dst + j, tally);
+    stored(dst, a);
+    store16(canonical(a), dst + j, peak);
   }
-  return total(tally, dst);
+  return all_finite(peak, dst) ? 0 : nonfinite_block(dst, n);
 }
 inline int64_t round_steps(const float* src, int64_t n, double* dst) {
   FM_LOOP for (int64_t j = 0; j < (n & -kStep); ++j) dst[j] = store<double>(src[j]);
