@@ -3,6 +3,8 @@
 Helpers of the tests find out and tell; what a test is about it asserts itself: ``assert differences(got, want) == []``.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 
@@ -16,11 +18,14 @@ def bits(x):
 
 
 def differences(got, want):
-    """A line for each pair of arrays or tensors whose types, shapes or bits differ; none if all are the same."""
-    if len(got) != len(want):
-        return [f"got {len(got)} results, want {len(want)}"]
-    found = []
-    for i, (g, w) in enumerate(zip(got, want)):
+    """A line for each pair of arrays or tensors whose types, shapes or bits differ; none if all are the same.
+
+    Both are sequences, or both mappings, whose order does not matter.
+    """
+    got, want = (dict(x) if isinstance(x, Mapping) else dict(enumerate(x)) for x in (got, want))
+    found = [f"{i}: only one side has it" for i in got.keys() ^ want.keys()]
+    for i in got.keys() & want.keys():
+        g, w = got[i], want[i]
         if (g.dtype, g.shape) != (w.dtype, w.shape):
             found.append(f"{i}: got {g.dtype} {tuple(g.shape)}, want {w.dtype} {tuple(w.shape)}")
             continue
@@ -32,4 +37,4 @@ def differences(got, want):
                 f"{i} ({g.dtype} {tuple(g.shape)}): {len(bad)} of {len(a)} differ, first at {at}: "
                 f"got {a[at]:#x}, want {b[at]:#x}"
             )
-    return found
+    return sorted(found)

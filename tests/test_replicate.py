@@ -14,7 +14,7 @@ from fastmerge.families.replicate import Copies, first_tiles, reference, rows
 from fastmerge.philox import NOISE, normal, normal_lines, tensor_key
 from tests.compare import differences
 from tests.kernels_numpy import store, tile_sum, widen
-from tests.test_native import BEST, TORCH, available, bits, values
+from tests.test_native import BEST, TORCH, available, values
 
 PAIRS = [(i, o) for i in range(4) for o in range(4)]
 KEY = tensor_key(3, "experts")

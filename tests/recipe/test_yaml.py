@@ -10,14 +10,9 @@ from hypothesis import strategies as st
 
 from fastmerge.errors import RecipeError
 from fastmerge.recipe import Recipe, tree
+from tests.recipe.fakes import problems
 
 GOOD = "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: 1}}\n"
-
-
-def problems(text):
-    with pytest.raises(RecipeError) as e:
-        Recipe.load(text)
-    return e.value.problems
 
 
 @pytest.mark.parametrize(
