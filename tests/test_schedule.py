@@ -5,7 +5,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastmerge.dtypes import BF16, F32
@@ -45,7 +45,8 @@ plans = st.lists(st.tuples(shapes, st.sampled_from(sorted(METHODS)), st.sampled_
 
 
 @settings(max_examples=60, deadline=None)
-@given(plans, st.integers(1, 4), st.integers(2_000_000, 40_000_000))
+@given(plans, st.integers(1, 4), st.integers(300_000, 1_000_000) | st.integers(2_000_000, 40_000_000))
+@example([((TILE,), "element", F32)], 2, 300_000)
 def test_every_element_is_in_exactly_one_unit(specs, workers, memory):
     outputs = [output(i, shape, scope, dtype) for i, (shape, scope, dtype) in enumerate(specs)]
     try:

@@ -253,6 +253,7 @@ def test_count(codes, drop, sizes, cap, kinds):
     for g, keys in enumerate(case.sorted_keys(args)):
         for i, k in enumerate(keys):
             lo[g, i], hi[g, i] = k[int(0.78 * len(k))], k[int(0.8 * len(k))]
+    lo[0, 0] = min(lo[0, 0] + np.uint64(1), hi[0, 0])  # the key just below occurs
     hi[-1, 0] = 2**63 - 1 if "nans" in kinds else hi[-1, 0]  # above every key
     found = []
     for kernels in (TRITON, NUMPY):
@@ -302,6 +303,17 @@ def test_gates_that_vanish_cancel_or_overflow(models, code):
     assert unlike_numpy(case, lambda k, s: k.consensus(s, *args, 1, False, 0, 0, f, scale)) == []
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("split", [False, True])
+def test_votes_that_cancel(split, zero):
+    """Two models apart by few values and of opposite weights: many sums of votes are zero, of values that are not."""
+    case = Case((3, 3, 3), sizes=(1000, 2056), kinds=["two"])
+    args, (f, scale) = case.keep_args("nothing"), case.rules()
+    f[:, :, 2 if split else 0] = [1.0, -1.0]
+    scale[:, 2] = [-1.0, 1.0]
+    assert unlike_numpy(case, lambda k, s: k.consensus(s, *args, 1, split, zero, 0, f, scale)) == []
+
+
 def test_tie_cuts_across_tiles(monkeypatch):
     """Data that is nearly all ties, cut in the second of three tiles, with the pieces given out of order."""
     monkeypatch.setattr(_launch, "INTERPRETER_BLOCK", 16_384)
@@ -323,6 +335,16 @@ def test_tie_cuts_across_tiles(monkeypatch):
     case.outs[0][:] = 0
     TRITON.consensus(s, *args, *rest)
     assert differences(case.outs, [want]) == []
+
+
+@pytest.mark.parametrize(
+    "keep", ["all", pytest.param("above", marks=pytest.mark.xfail(reason="cuts_kernel: of rank 0, keeps some ties"))]
+)
+def test_ties_that_are_all_kept_or_all_lost(keep):
+    """Cuts at tile 2**62, and at tile 0 and rank 0, as tensors behind the cut of a whole model have them."""
+    case = Case((3, 3, 3), sizes=(1000, 2056, 4096), kinds=["two"])
+    args = (*case.keep_args(keep), 1, False, 0, 0, *case.rules())
+    assert unlike_numpy(case, lambda k, s: k.consensus(s, *args)) == []
 
 
 @pytest.mark.parametrize(("elect", "split"), [(1, False), (1, True), (2, False)])
