@@ -77,7 +77,7 @@ class Case:
         return found
 
     def keep_args(self, keep, *, round_code=-1):
-        """The seven arguments of the keep pipeline; ``keep`` names what is on: drop, index, all, above, spread, never."""
+        """The arguments of the keep pipeline; ``keep`` names what is on: drop, index, all, above, spread, never."""
         round_code, drop, index, bern = args = self.delta_args(round_code=round_code, drop="drop" in keep)
         thr = np.zeros((self.groups, self.n), np.uint64)
         cut = np.full((self.groups, self.n, 3), -1, np.int64)
