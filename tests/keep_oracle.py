@@ -204,12 +204,3 @@ def make(rng, n, codes, kind="normal"):
             bits = np.where(rng.random(n) < 0.7 * (i > 0), exponent | payload | sign, bits)
         out.append(bits)
     return out
-
-
-def same(got, want):
-    """Equal bits of stored values."""
-    assert got.dtype == want.dtype
-    if not np.array_equal(got, want):
-        bad = np.flatnonzero(got != want)
-        i = bad[0]
-        raise AssertionError(f"{len(bad)} of {len(got)} differ, first at {i}: got {got[i]:#x}, want {want[i]:#x}")

@@ -99,10 +99,6 @@ def bits(t):
     return t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def same(got, want):
-    return got.dtype == want.dtype and got.shape == want.shape and bits(got) == bits(want)
-
-
 def cut(method, groups, step):
     """Pieces of at most about ``step`` elements, as the stream cuts them."""
     out = []

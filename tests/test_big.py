@@ -9,6 +9,7 @@ import pytest
 
 import fastmerge
 from fastmerge.philox import DROP, rescale, tensor_key, threshold, u16
+from tests import tiny
 
 pytestmark = pytest.mark.big
 
@@ -45,11 +46,12 @@ def models(tmp_path_factory):
     return root, held
 
 
-def merged(root, tmp_path, text):
+def merged(root, tmp_path, method, parameters, **how):
     """Merges; returns the weights at the places, and how many others are not zero."""
     out = tmp_path / "out"
-    models = "".join(f"  - model: {root / n}\n    parameters: {{weight: 0.5}}\n" for n in ("a", "b"))
-    fastmerge.merge(text.format(root=root, models=models), out, memory="1GB")
+    paths = {name: root / name for name in ("base", "a", "b")}
+    text = tiny.recipe(paths, method, extra=f"parameters: {{{parameters}}}", **{"names": ("a", "b"), **how})
+    fastmerge.merge(text, out, memory="1GB")
     data = np.memmap(out / "model.safetensors", np.uint16, "r")[-N:]
     found = [np.array(data[p : p + WIDTH]) for p in PLACES]
     total = sum(int(np.count_nonzero(data[at : at + (1 << 26)])) for at in range(0, N, 1 << 26))
@@ -59,8 +61,7 @@ def merged(root, tmp_path, text):
 
 def test_linear(models, tmp_path):
     root, held = models
-    text = "merge_method: linear\nmodels:\n{models}parameters: {{normalize: false}}\ndtype: bfloat16\n"
-    found, others = merged(root, tmp_path, text)
+    found, others = merged(root, tmp_path, "linear", "weight: 0.5, normalize: false", base=None)
     assert others == 0
     for f, a, b in zip(found, held["a"], held["b"], strict=True):
         assert np.array_equal(f, bf16(np.float32(0.5) * fp32(a) + np.float32(0.5) * fp32(b)))
@@ -68,11 +69,7 @@ def test_linear(models, tmp_path):
 
 def test_slerp_needs_sums_over_all_of_it(models, tmp_path):
     root, held = models
-    text = (
-        "merge_method: slerp\nbase_model: {root}/base\nmodels: [{{model: {root}/base}}, {{model: {root}/a}}]\n"
-        "parameters: {{t: 0.25}}\ndtype: bfloat16\n"
-    )
-    found, others = merged(root, tmp_path, text)
+    found, others = merged(root, tmp_path, "slerp", "t: 0.25", names=("a",))
     assert others == 0
     x, y = (np.concatenate([fp32(p).astype(np.float64) for p in held[n]]) for n in ("base", "a"))
     theta = np.arccos(x @ y / np.sqrt((x @ x) * (y @ y)))
@@ -83,11 +80,7 @@ def test_slerp_needs_sums_over_all_of_it(models, tmp_path):
 def test_ties_finds_the_threshold_of_all_of_it(models, tmp_path):
     root, held = models
     keep = 9_001
-    text = (
-        "merge_method: ties\nbase_model: {root}/base\nmodels:\n{models}"
-        f"parameters: {{{{density: {keep / N!r}, normalize: false}}}}\ndtype: bfloat16\n"
-    )
-    found, others = merged(root, tmp_path, text)
+    found, others = merged(root, tmp_path, "ties", f"weight: 0.5, density: {keep / N!r}, normalize: false")
     assert others == 0
     base = np.concatenate([fp32(p) for p in held["base"]])
     deltas = []
@@ -105,11 +98,7 @@ def test_ties_finds_the_threshold_of_all_of_it(models, tmp_path):
 
 def test_dare_draws_for_the_index_in_the_whole_tensor(models, tmp_path):
     root, held = models
-    text = (
-        "merge_method: dare_linear\nbase_model: {root}/base\nmodels:\n{models}"
-        "parameters: {{density: 0.5, rescale: false}}\ndtype: bfloat16\n"
-    )
-    found, others = merged(root, tmp_path, text)
+    found, others = merged(root, tmp_path, "dare_linear", "weight: 0.5, density: 0.5, rescale: false")
     assert others == 0
     key, t = tensor_key(0, "w"), threshold(0.5)
     assert rescale(t) == 2.0

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests import tiny
 
@@ -16,6 +18,10 @@ TEXT = (ROOT / "README.md").read_text()
 
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+def weights(directory):
+    return {n: t for path in sorted(directory.glob("*.safetensors")) for n, t in load_file(path).items()}
 
 
 @pytest.fixture
@@ -29,9 +35,42 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_examples_run(place, code):
-    exec(compile(code, "README.md", "exec"), {})
+MERGE, TENSORS, EXPERTS = blocks("python")
+
+
+def run(code):
+    """The names that an example leaves."""
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
+def test_the_merge_in_python_runs(place, capsys):
+    report = run(MERGE)["report"]
+    printed = capsys.readouterr().out
+    inputs = [place / "models" / name for name in ("base", "math", "code")]
+    assert printed == f"{report}\n{sum(t.nbytes for path in inputs for t in weights(path).values())}\n"
+    merged, base = weights(place / "merged-again"), weights(inputs[0])
+    assert set(merged) == set(base)
+    assert [n for n in base if torch.equal(merged[n], base[n])] == []
+
+
+def test_the_merges_in_memory_run():
+    names = run(TENSORS)
+    base, a, merged, states = (names[n] for n in ("base", "a", "merged", "states"))
+    moved = merged != base
+    assert 0.2 <= moved.float().mean() <= 0.4, "a fifth of each model's changes, at different elements"
+    assert list(states) == ["w"]
+    assert torch.cosine_similarity(states["w"].flatten(), (base + a).flatten(), dim=0) > 0.99, "half the way"
+
+
+def test_the_experts_run():
+    names = run(EXPERTS)
+    dense, (clean, *noisy) = names["dense"].float(), names["experts"]
+    assert torch.equal(clean, names["dense"])
+    assert len(noisy) == 7
+    for expert in noisy:
+        assert (expert.float() - dense).norm() / dense.norm() == pytest.approx(0.1, rel=0.05)
 
 
 def test_shell_examples_run(place):
@@ -45,6 +84,8 @@ def test_shell_examples_run(place):
     for words in lines:
         done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False, env=env())
         assert done.returncode == 0, done.stderr
+        assert done.stdout != ""
+    assert set(weights(place / "merged")) == set(weights(place / "models/base"))
 
 
 def env():
@@ -56,22 +97,17 @@ def env():
 def test_the_method_table_is_complete():
     from fastmerge.methods import METHODS
 
+    table = TEXT.split("| method | presets")[1].split("\n\n")[0]
+    rows = {name: row for row in table.splitlines() for name in re.findall(r"[|,] `(\w+)`", row.rsplit("|", 2)[0])}
+    assert set(rows) == set(METHODS)
     for name, method in METHODS.items():
-        assert f"`{name}`" in TEXT
-        listed = (
-            TEXT
-            + subprocess.run(
-                [sys.executable, "-m", "fastmerge", "methods", name],
-                capture_output=True,
-                text=True,
-                check=True,
-                env=env(),
-            ).stdout
-        )
-        assert all(p in listed for p in method.presets)
+        command = [sys.executable, "-m", "fastmerge", "methods", name]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, env=env()).stdout
+        listed = shown if f"see `fastmerge methods {name}`" in rows[name] else rows[name]
+        assert [p for p in method.presets if p != "mergekit" and p not in listed] == [], name
 
 
 def test_make_targets_of_the_readme_exist():
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", TEXT, re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    targets = set(re.findall(r"^make (\w+)", TEXT, re.MULTILINE))
+    assert {"demo", "test", "gpu"} <= targets
+    assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -87,7 +87,13 @@ def kill_between_renames(out: Path, rows: np.ndarray) -> None:
     assert not out.exists()
 
 
+def left(out: Path) -> tuple[dict[str, bytes], list[str]]:
+    """The output, and all that lies in its directory."""
+    return tree(out), names(out.parent)
+
+
 EIO = OSError(errno.EIO, os.strerror(errno.EIO))
+anew_or_resumed = pytest.mark.parametrize("resume", [False, True], ids=["anew", "resume"])
 
 
 @pytest.mark.parametrize("error", [EIO, KeyboardInterrupt()], ids=["error", "interrupt"])
@@ -100,12 +106,11 @@ def test_the_second_rename_fails(out, old, rows, error):
     assert tree(out) == old
     assert names(staging.staging_path(out)) == ["data", "journal.jsonl", "lock"]
     merge(out, rows, overwrite=True, resume=True)
-    assert tree(out) == WANT
-    assert names(out.parent) == ["out"]
+    assert left(out) == (WANT, ["out"])
 
 
 @pytest.mark.usefixtures("plain")
-@pytest.mark.parametrize("resume", [False, True])
+@anew_or_resumed
 def test_the_way_back_fails_too(out, old, rows, resume):
     with pytest.MonkeyPatch.context() as patch:
         fail(patch, "data", "old", error=EIO)
@@ -125,24 +130,22 @@ def test_the_way_back_fails_too(out, old, rows, resume):
         assert tree(out) == old
     assert tree(out) == old
     merge(out, rows, overwrite=True, resume=resume)
-    assert tree(out) == WANT
-    assert names(out.parent) == ["out"]
+    assert left(out) == (WANT, ["out"])
 
 
 @pytest.mark.usefixtures("plain")
-@pytest.mark.parametrize("resume", [False, True], ids=["anew", "resume"])
+@anew_or_resumed
 def test_killed_between_the_renames(out, old, rows, resume):
     kill_between_renames(out, rows)
     with pytest.raises(OutputError, match="exists; --overwrite"):
         open_writer(out, resume=resume)
     assert tree(out) == old
     merge(out, rows, overwrite=True, resume=resume)
-    assert tree(out) == WANT
-    assert names(out.parent) == ["out"]
+    assert left(out) == (WANT, ["out"])
 
 
 @pytest.mark.usefixtures("plain")
-@pytest.mark.parametrize("resume", [False, True], ids=["anew", "resume"])
+@anew_or_resumed
 @pytest.mark.parametrize("copied", [0, 2])
 def test_killed_between_the_renames_and_interrupted_again(out, old, rows, resume, copied):
     kill_between_renames(out, rows)
@@ -151,8 +154,7 @@ def test_killed_between_the_renames_and_interrupted_again(out, old, rows, resume
         writer.copy(rows[:copied])
     assert tree(out) == old
     merge(out, rows, overwrite=True, resume=True)
-    assert tree(out) == WANT
-    assert names(out.parent) == ["out"]
+    assert left(out) == (WANT, ["out"])
 
 
 @pytest.mark.usefixtures("plain")
@@ -165,8 +167,7 @@ def test_the_displaced_output_is_the_same_merge(out, rows):
     before = tree(out)
     kill_between_renames(out, rows)
     assert merge(out, rows, resume=True).finished
-    assert tree(out) == before
-    assert names(out.parent) == ["out"]
+    assert left(out) == (before, ["out"])
 
 
 # Merges that only copy.
@@ -185,8 +186,7 @@ def test_a_merge_of_copies_is_kept_for_resume(out, rows, error):
     assert (root / "data").stat().st_ino == inode
     merge(out, rows, resume=True)
     assert out.stat().st_ino == inode
-    assert tree(out) == WANT
-    assert names(out.parent) == ["out"]
+    assert left(out) == (WANT, ["out"])
 
 
 def test_what_was_written_but_not_made_durable_is_kept(out, monkeypatch):

@@ -11,6 +11,7 @@ from fastmerge.methods import METHODS, get
 from fastmerge.methods.base import REQUIRED
 from fastmerge.methods.resolve import make_group
 from tests import oracle
+from tests.compare import differences
 
 CASES = [(m, case) for m in METHODS.values() for case in m.cases]
 CASE_IDS = [f"{m.name}-{i}" for m in METHODS.values() for i in range(len(m.cases))]
@@ -22,12 +23,9 @@ every_backend = pytest.mark.parametrize("backend", oracle.KERNELS.values(), ids=
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 
 
-def agree(method, groups, inputs, backend, **how):
-    want = method.reference_all(inputs, groups)
-    got = oracle.drive(method, groups, inputs, backend, **how)
-    for g, a, b in zip(groups, got, want, strict=True):
-        assert oracle.same(a, b), f"{g.name} {g.shape}: {int((a != b).sum())} of {g.numel} elements differ"
-    return got
+def unlike_reference(method, groups, inputs, backend, **how):
+    """What differs between a program on a backend and the method's reference."""
+    return differences(oracle.drive(method, groups, inputs, backend, **how), method.reference_all(inputs, groups))
 
 
 def batch(method, case, types, shapes, out=None, **data):
@@ -40,7 +38,7 @@ def batch(method, case, types, shapes, out=None, **data):
 @every_case
 def test_small_shapes_in_one_batch(method, case, types, backend):
     groups, inputs = batch(method, case, types, oracle.SHAPES)
-    agree(method, groups, inputs, backend)
+    assert unlike_reference(method, groups, inputs, backend) == []
 
 
 @every_backend
@@ -48,21 +46,21 @@ def test_small_shapes_in_one_batch(method, case, types, backend):
 @every_case
 def test_special_values(method, case, types, backend):
     groups, inputs = batch(method, case, types, ((), (1,), (13, 77)), special=True)
-    agree(method, groups, inputs, backend)
+    assert unlike_reference(method, groups, inputs, backend) == []
 
 
 @pytest.mark.parametrize("types", ["bf16", "fp32"])
 @every_case
 def test_several_tiles_in_any_pieces(method, case, types):
     groups, inputs = batch(method, case, types, (BIG, (5, 9), LONG))
-    agree(method, groups, inputs, oracle.FAST)
-    agree(method, groups, inputs, oracle.FAST, step=1 << 16, shuffle=7)
+    assert unlike_reference(method, groups, inputs, oracle.FAST) == []
+    assert unlike_reference(method, groups, inputs, oracle.FAST, step=1 << 16, shuffle=7) == []
 
 
 @every_case
 def test_several_tiles_against_numpy(method, case):
     groups, inputs = batch(method, case, "bf16", (BIG,))
-    agree(method, groups, inputs, oracle.KERNELS["numpy"], step=1 << 17, shuffle=3)
+    assert unlike_reference(method, groups, inputs, oracle.KERNELS["numpy"], step=1 << 17, shuffle=3) == []
 
 
 @pytest.mark.parametrize("out", [BF16, F16, F32, F64], ids=lambda d: d.name)
@@ -70,17 +68,19 @@ def test_several_tiles_against_numpy(method, case):
 def test_output_types(method, out):
     for types in ("bf16", "fp64"):
         groups, inputs = batch(method, method.cases[0], types, ((17, 31),), out=out, special=True)
-        agree(method, groups, inputs, oracle.FAST)
+        assert unlike_reference(method, groups, inputs, oracle.FAST) == [], types
 
 
-@every_case
+TENSORWISE = [(m, c) for m, c in CASES if m.scope(oracle.group_of(m, c, (4, 4), "bf16")) != "model"]
+"""Cases whose tensors do not depend on each other."""
+
+
+@pytest.mark.parametrize(("method", "case"), TENSORWISE, ids=[f"{m.name}-{m.cases.index(c)}" for m, c in TENSORWISE])
 def test_batched_is_one_by_one(method, case):
-    if method.scope(oracle.group_of(method, case, (4, 4), "bf16")) == "model":
-        pytest.skip("tensors of one model depend on each other")
     groups, inputs = batch(method, case, "bf16", oracle.SHAPES)
     together = oracle.drive(method, groups, inputs, oracle.FAST)
-    for g, i, t in zip(groups, inputs, together, strict=True):
-        assert oracle.same(oracle.drive(method, [g], [i], oracle.FAST)[0], t)
+    alone = [oracle.drive(method, [g], [i], oracle.FAST)[0] for g, i in zip(groups, inputs, strict=True)]
+    assert differences(together, alone) == []
 
 
 @every_case
@@ -96,7 +96,7 @@ def test_whole_tensors_through_the_reference_backend(method, case):
             return ReferenceProgram(method, groups)
 
     got = oracle.drive(Backend, groups, inputs, None)
-    assert all(oracle.same(a, b) for a, b in zip(got, method.reference_all(inputs, groups), strict=True))
+    assert differences(got, method.reference_all(inputs, groups)) == []
 
 
 @every_method
@@ -105,22 +105,31 @@ def test_inputs_may_be_strided_in_the_reference(method):
     inputs = oracle.inputs_of(group)
     strided = [x.T.contiguous().T for x in inputs]
     assert not strided[0].is_contiguous()
-    assert oracle.same(method.reference(strided, group), method.reference(inputs, group))
+    assert differences([method.reference(strided, group)], [method.reference(inputs, group)]) == []
 
 
-@every_case
-def test_parameters_of_one_batch_may_differ(method, case):
+def mixtures():
+    """Each such case with the next one of its method that can have as many inputs, and says something else."""
+
+    def said(m, case):
+        group = oracle.group_of(m, case, (70,), "fp32")
+        return group.params, group.models
+
+    found = []
+    for i, (m, case) in enumerate(TENSORWISE):
+        _, _, inputs, has_base = oracle.case_parts(m, case)
+        others = [{**c, "models": inputs - has_base} for n, c in TENSORWISE[i + 1 :] + TENSORWISE[:i] if n is m]
+        fitting = [c for c in others if oracle.case_parts(m, c)[2] == inputs and said(m, c) != said(m, case)]
+        found += [pytest.param(m, case, c, id=f"{m.name}-{m.cases.index(case)}") for c in fitting[:1]]
+    return found
+
+
+@pytest.mark.parametrize(("method", "case", "other"), mixtures())
+def test_parameters_of_one_batch_may_differ(method, case, other):
     """Tensors of one call with other numbers and words: gradients and filters in a recipe make such batches."""
     groups, inputs = batch(method, case, "fp32", ((8, 9), (70,), (40, 3)))
-    if method.scope(groups[0]) == "model":
-        return
-    other = method.cases[(method.cases.index(case) + 1) % len(method.cases)]
-    if oracle.case_parts(method, other)[2:] != oracle.case_parts(method, case)[2:]:
-        return
-    if method.scope(oracle.group_of(method, other, (4, 4), "fp32")) == "model":
-        return
     groups[1] = oracle.group_of(method, other, (70,), "fp32", name="t1.weight")
-    agree(method, groups, inputs, oracle.FAST)
+    assert unlike_reference(method, groups, inputs, oracle.FAST) == []
 
 
 @every_method
@@ -188,7 +197,9 @@ def merge(name, inputs, **parameters):
     dtypes = [{torch.bfloat16: BF16, torch.float32: F32, torch.float64: F64}[x.dtype] for x in inputs]
     has_base = method.contract.base == "required"
     group = make_group(method, "w", inputs[0].shape, dtypes, has_base=has_base, parameters=parameters, preset=preset)
-    return agree(method, [group], [inputs], oracle.FAST)[0]
+    (got,) = oracle.drive(method, [group], [inputs], oracle.FAST)
+    assert differences([got], method.reference_all([inputs], [group])) == [], "the program is not the reference"
+    return got
 
 
 def models(n, shape=(40, 50), dtype=torch.float32, seed=0):
@@ -217,7 +228,7 @@ def test_copies_of_the_base_are_the_base(name, dtype):
     if name == "slerp":
         assert torch.allclose(out.float(), base.float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6)
     else:
-        assert oracle.same(out, base)
+        assert differences([out], [base]) == []
 
 
 def test_copies_of_one_model_are_that_model():
@@ -235,7 +246,7 @@ def test_copies_of_one_model_are_that_model():
 @pytest.mark.parametrize("name", ["task_arithmetic", "ties", "dare_linear", "dare_ties"])
 def test_one_whole_model_of_weight_one_is_that_model(name):
     base, x = models(1, dtype=torch.bfloat16)
-    assert oracle.same(merge(name, [base, x], weight=1.0), x)
+    assert differences([merge(name, [base, x], weight=1.0)], [x]) == []
 
 
 @pytest.mark.parametrize("name", ["linear", "task_arithmetic", "ties", "model_stock"])
@@ -317,7 +328,9 @@ def test_whole_model_threshold_ranks_across_tensors():
     groups = [make_group(method, n, (300, 400), [F32] * 2, has_base=True, parameters=parameters) for n in ("b", "a")]
     g = torch.Generator().manual_seed(0)
     xs = [torch.rand(300, 400, generator=g) + 1, (torch.rand(300, 400, generator=g) + 1) * 10]
-    outs = agree(method, groups, [[torch.zeros_like(x), x] for x in xs], oracle.FAST, step=1 << 16, shuffle=1)
+    inputs = [[torch.zeros_like(x), x] for x in xs]
+    outs = oracle.drive(method, groups, inputs, oracle.FAST, step=1 << 16, shuffle=1)
+    assert differences(outs, method.reference_all(inputs, groups)) == []
     assert int((outs[0] != 0).sum()) == 0
     assert int((outs[1] != 0).sum()) == int(0.3 * 240000)
 
@@ -339,8 +352,8 @@ def test_whole_model_over_types_and_bundles():
     tensors = (("z", (300, 301), "bf16"), ("m", (90,), "fp32"), ("a", (200, 777), "bf16"), ("é", (3, 0), "bf16"))
     groups = [oracle.group_of(method, case, s, t, name=n) for n, s, t in tensors]
     inputs = [oracle.inputs_of(g, seed=i) for i, g in enumerate(groups)]
-    agree(method, groups, inputs, oracle.FAST)
-    agree(method, groups, inputs, oracle.KERNELS["numpy"], step=1 << 16, shuffle=5)
+    assert unlike_reference(method, groups, inputs, oracle.FAST) == []
+    assert unlike_reference(method, groups, inputs, oracle.KERNELS["numpy"], step=1 << 16, shuffle=5) == []
 
 
 def test_warnings():

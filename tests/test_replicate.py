@@ -12,9 +12,10 @@ from fastmerge.dtypes import BY_CODE
 from fastmerge.families.native import NativeKernels
 from fastmerge.families.replicate import Copies, first_tiles, reference, rows
 from fastmerge.philox import NOISE, normal, normal_lines, tensor_key
+from tests.compare import differences
 from tests.isas import ISAS, using
 from tests.kernels_numpy import store, tile_sum, widen
-from tests.test_native import TORCH, bits, values
+from tests.test_native import TORCH, values
 
 PAIRS = [(i, o) for i in range(4) for o in range(4)]
 KEY = tensor_key(3, "experts")
@@ -61,11 +62,6 @@ def want(x, code, out_code, *, e0=0, numbers=NUMBERS, sigma=SIGMA, key=KEY):
     return [t.view(torch.uint8).numpy().view(kind) if len(x) else np.zeros(0, kind) for t in got]
 
 
-def equal(got, expected):
-    for g, e in zip(got, expected, strict=True):
-        assert np.array_equal(bits(g), bits(e)), np.flatnonzero(bits(g) != bits(e))[:5]
-
-
 @pytest.mark.parametrize(("code", "out_code"), PAIRS)
 def test_reference_is_its_formula(code, out_code):
     x, e0 = stored(code, 3001), 2**35 - 5
@@ -77,7 +73,7 @@ def test_reference_is_its_formula(code, out_code):
             if sigma:
                 wide = wide + work(sigma) * normal(KEY, expert, NOISE, e0, len(x)).astype(work)
             expected = x if not sigma and code == out_code else store(wide, out_code)
-        assert np.array_equal(bits(g), bits(expected))
+        assert differences([g], [expected]) == [], expert
 
 
 @pytest.mark.parametrize(("code", "out_code"), PAIRS)
@@ -91,16 +87,17 @@ def test_native_equals_the_reference(kernels, code, out_code):
         (5000, 2**40 + 1, 1),
     ]:
         x = stored(code, n + 3, seed=n)[3:]
-        equal(run(kernels, x, code, out_code, e0=e0, shift=shift), want(x, code, out_code, e0=e0))
+        got = run(kernels, x, code, out_code, e0=e0, shift=shift)
+        assert differences(got, want(x, code, out_code, e0=e0)) == [], (n, e0, shift)
 
 
 def test_pieces_and_subsets_of_experts_change_nothing(kernels):
     x = stored(3, 9001)
     whole = run(kernels, x, 3, 3, e0=11)
     cuts = [0, 1, 8, 13, 1024, 1029, 1029, 4096, 9001]
-    equal(run(kernels, x, 3, 3, e0=11, pieces=list(itertools.pairwise(cuts))), whole)
+    assert differences(run(kernels, x, 3, 3, e0=11, pieces=list(itertools.pairwise(cuts))), whole) == []
     for i, expert in enumerate(NUMBERS):
-        equal(run(kernels, x, 3, 3, e0=11, numbers=[expert], sigma=[SIGMA[i]]), [whole[i]])
+        assert differences(run(kernels, x, 3, 3, e0=11, numbers=[expert], sigma=[SIGMA[i]]), [whole[i]]) == [], expert
 
 
 def test_experts_and_tensors_differ(kernels):
@@ -117,8 +114,8 @@ def test_experts_and_tensors_differ(kernels):
 def test_a_sigma_that_rounds_to_zero_copies_bytes(kernels):
     x = np.arange(65_536, dtype=np.uint16)  # every pattern, all NaNs among them
     for sigma in (0.0, 1e-60):
-        equal(run(kernels, x, 3, 3, numbers=[4], sigma=[sigma]), [x])
-        equal(run(kernels, x, 2, 2, numbers=[4], sigma=[sigma]), [x])
+        assert differences(run(kernels, x, 3, 3, numbers=[4], sigma=[sigma]), [x]) == []
+        assert differences(run(kernels, x, 2, 2, numbers=[4], sigma=[sigma]), [x]) == []
     assert not np.array_equal(run(kernels, x, 3, 3, numbers=[4], sigma=[1.0])[0], x)
 
 

@@ -22,6 +22,7 @@ from fastmerge.planning import Output
 from fastmerge.schedule import schedule
 from fastmerge.stores import MemoryStore
 from fastmerge.stream import Runner
+from tests.compare import differences
 
 
 def view(address, n):
@@ -148,18 +149,16 @@ def test_any_devices_chunks_and_timings_give_the_same_result(spec, workers, elem
     outputs, inputs, expected = problem(spec, seed)
     before = [[a.copy() for a in row] for row in inputs]
     devices = [FakeDevice(None, name=f"fake:{i}", latency=0.002, seed=seed + i) for i in range(workers)]
-    for got, want in zip(run(outputs, inputs, devices, elements), expected, strict=True):
-        np.testing.assert_array_equal(got, want)
+    assert differences(run(outputs, inputs, devices, elements), expected) == []
     for row, old in zip(inputs, before, strict=True):
-        for a, b in zip(row, old, strict=True):
-            np.testing.assert_array_equal(a, b)
+        assert differences(row, old) == [], "an input was written to"
 
 
 def test_a_whole_model_job_passes_one_barrier():
     outputs, inputs, _ = problem([(TILE * 3, "model", 1), (10, "model", 1), (TILE, "model", 1)])
     devices = [FakeDevice(None, name=f"fake:{i}", latency=0.001) for i in range(3)]
-    for got, (x, y), _ in zip(run(outputs, inputs, devices, TILE), inputs, outputs, strict=True):
-        np.testing.assert_array_equal(got, x - y + np.float32(x.sum()))
+    want = [x - y + np.float32(x.sum()) for x, y in inputs]
+    assert differences(run(outputs, inputs, devices, TILE), want) == []
 
 
 @pytest.mark.parametrize("fail_at", [0, 1, 4])
@@ -215,7 +214,7 @@ def test_ignored_signals_stay_ignored(default_signals):
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, old)
-    np.testing.assert_array_equal(got[0], expected[0])
+    assert differences(got, expected) == []
 
 
 def test_no_worker_outlives_a_failing_progress_display(monkeypatch):

@@ -189,8 +189,7 @@ def test_extras_from_files_and_permissions(tmp_path):
         os.umask(before)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"{}"
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
-    for path in (tmp_path / "out").iterdir():
-        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o640}
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)), max_size=25), st.integers(0, 40), st.integers(0, 40))

@@ -77,7 +77,7 @@ class Case:
         return found
 
     def keep_args(self, keep, *, round_code=-1):
-        """The seven arguments of the keep pipeline; ``keep`` names what is on: drop, index, all, spread, never."""
+        """The arguments of the keep pipeline; ``keep`` names what is on: drop, index, all, above, spread, never."""
         round_code, drop, index, bern = args = self.delta_args(round_code=round_code, drop="drop" in keep)
         thr = np.zeros((self.groups, self.n), np.uint64)
         cut = np.full((self.groups, self.n, 3), -1, np.int64)
@@ -87,13 +87,13 @@ class Case:
                 thr[g, i] = k[int(self.rng.choice([0.0, 0.5, 0.8, 0.999]) * len(k))]
                 tile = first + int(self.rng.integers(0, -(-len(k) // 65536) + 1))
                 cut[g, i] = (tile, self.rng.choice([0, 1, 5, 1000]), -1)
-                if "all" in keep:
-                    cut[g, i, 0] = 2**62
+                if "all" in keep or "above" in keep:
+                    cut[g, i] = (2**62 if "all" in keep else 0, 0, -1)
                 if "spread" in keep and self.rng.random() < 0.8:
                     cut[g, i, 2] = self.rng.choice([0, 1, 30_000, 65_536])
                 if "never" in keep and i == 0:
                     thr[g, i], cut[g, i] = 2**64 - 1, (0, 0, -1)
-        trim = any(word in keep for word in ("index", "all", "spread", "never"))
+        trim = any(word in keep for word in ("index", "all", "above", "spread", "never"))
         return round_code, drop, trim, index, bern, thr, cut
 
     def rules(self):

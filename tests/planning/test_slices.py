@@ -14,6 +14,17 @@ def stack(*parts, extra=""):
     return text + extra
 
 
+def sources(*parts, **more):
+    """One slice: sources of (model, first layer, end), and what else it says."""
+    return {"sources": [{"model": m, "layer_range": [a, b]} for m, a, b in parts], **more}
+
+
+def projections(recipe, **models):
+    """The outputs of one projection, layer by layer."""
+    out = by_name(make(recipe, **models))
+    return [out[name] for name in sorted(out) if name.endswith(".mlp.down_proj.weight")]
+
+
 def test_slices_restack_layers():
     made = make(stack(("a", 0, 3), ("b", 2, 4), ("a", 2, 3)), a=llama(4), b=llama(4))
     out = by_name(made)
@@ -49,25 +60,16 @@ parameters: {t: 0.5}
 
 
 def test_gradients_and_filters_of_slices():
-    text = """
-merge_method: slerp
-base_model: a
-slices:
-  - sources: [{model: a, layer_range: [0, 3]}, {model: b, layer_range: [1, 4]}]
-  - sources: [{model: b, layer_range: [3, 4]}, {model: a, layer_range: [0, 1]}]
-    base_model: b
-    parameters: {t: {filter: layers.3., value: 0.875}}
-parameters: {t: [0, 1]}
-"""
-    made = make(text, a=llama(4), b=llama(4))
-    out = by_name(made)
-    t = [out[f"model.layers.{i}.mlp.down_proj.weight"].group.params["t"] for i in range(4)]
-    assert t == [0.0, 0.5, 1.0, 0.875], "the shared filter sees the output's name"
+    last = {"base_model": "b", "parameters": {"t": {"filter": "layers.3.", "value": 0.875}}}
+    slices = [sources(("a", 0, 3), ("b", 1, 4)), sources(("b", 3, 4), ("a", 0, 1), **last)]
+    recipe = {"merge_method": "slerp", "base_model": "a", "slices": slices, "parameters": {"t": [0, 1]}}
+    out = projections(recipe, a=llama(4), b=llama(4))
+    assert [o.group.params["t"] for o in out] == [0.0, 0.5, 1.0, 0.875], "the shared filter sees the output's name"
+    _, first, _, last = out
 
     def read(o):
         return [(model, info.name.split(".")[2]) for model, info in zip(o.models, o.inputs, strict=True)]
 
-    first, last = (out[f"model.layers.{i}.mlp.down_proj.weight"] for i in (1, 3))
     assert read(first) == [(0, "1"), (1, "2")]
     assert read(last) == [(1, "3"), (0, "0")], "the slice's base"
 
@@ -80,23 +82,16 @@ slices:
       - {model: a, layer_range: [0, 2], parameters: {weight: [{filter: layers.0., value: 1}, {value: 2}]}}
       - {model: b, layer_range: [2, 4], parameters: {weight: [{filter: layers.2., value: 3}, {value: 4}]}}
 """
-    out = by_name(make(text, a=llama(4), b=llama(4)))
-    weights = [[m["weight"] for m in out[f"model.layers.{i}.mlp.down_proj.weight"].group.models] for i in range(2)]
+    out = projections(text, a=llama(4), b=llama(4))
+    weights = [[m["weight"] for m in o.group.models] for o in out]
     assert weights == [[1.0, 3.0], [2.0, 4.0]]
 
 
 def test_random_numbers_know_a_model_by_its_place_in_the_recipe():
-    text = """
-merge_method: ties
-base_model: x
-slices:
-  - sources: [{model: x, layer_range: [0, 2]}, {model: a, layer_range: [0, 2]}]
-  - sources: [{model: b, layer_range: [2, 4]}, {model: x, layer_range: [2, 4]}, {model: a, layer_range: [2, 4]}]
-parameters: {weight: 1}
-"""
-    out = by_name(make(text, x=llama(4), a=llama(4), b=llama(4)))
-    assert out["model.layers.0.mlp.down_proj.weight"].group.indices == (0,)
-    assert out["model.layers.3.mlp.down_proj.weight"].group.indices == (1, 0)
+    slices = [sources(("x", 0, 2), ("a", 0, 2)), sources(("b", 2, 4), ("x", 2, 4), ("a", 2, 4))]
+    recipe = {"merge_method": "ties", "base_model": "x", "slices": slices, "parameters": {"weight": 1}}
+    out = projections(recipe, x=llama(4), a=llama(4), b=llama(4))
+    assert [o.group.indices for o in out] == [(0,), (0,), (1, 0), (1, 0)]
 
 
 def test_slices_that_do_not_fit():

@@ -1,22 +1,18 @@
 """Hostile and broken YAML: refused at once, with file and line."""
 
-import contextlib
+import re
+from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastmerge.errors import RecipeError
 from fastmerge.recipe import Recipe, tree
+from tests.recipe.fakes import problems
 
 GOOD = "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: 1}}\n"
-
-
-def problems(text):
-    with pytest.raises(RecipeError) as e:
-        Recipe.load(text)
-    return e.value.problems
 
 
 @pytest.mark.parametrize(
@@ -171,17 +167,63 @@ TREES = st.recursive(
 )
 
 
+WEIGHTS = (
+    st.floats(0.25, 2)
+    | st.lists(st.integers(1, 3), min_size=1, max_size=2)
+    | st.just([{"filter": "x", "value": 2}, {"value": 1}])
+)
+NEARLY_SOUND = st.fixed_dictionaries(
+    {
+        "merge_method": st.just("linear"),
+        "models": st.lists(
+            st.fixed_dictionaries(
+                {"model": st.sampled_from(["a", "b", "c@d"]), "parameters": st.fixed_dictionaries({"weight": WEIGHTS})}
+            ),
+            min_size=1,
+            unique_by=lambda m: m["model"],
+        ),
+    },
+    optional={"seed": st.integers(-1, 3), "base_model": LEAVES, "chat_template": st.text(max_size=4) | LEAVES},
+)
+
+
+def outcome(source):
+    """The recipe, or what one RecipeError says against it, without the lines; nothing else comes out."""
+    try:
+        return Recipe.load(source)
+    except RecipeError as e:
+        return sorted(re.sub(r"^recipe:[1-9]\d*: ", "recipe: ", p) for p in e.problems)
+
+
 @settings(max_examples=150, deadline=None)
-@given(st.dictionaries(st.sampled_from(KEYS), TREES, max_size=7))
-def test_whatever_is_written_only_recipe_errors_come_out(raw):
-    for source in (raw, yaml.safe_dump(raw) + "\n"):
-        with contextlib.suppress(RecipeError):
-            Recipe.load(source)
+@given(st.dictionaries(st.sampled_from(KEYS), TREES, max_size=7) | NEARLY_SOUND)
+@example(yaml.safe_load(GOOD))
+@example({**yaml.safe_load(GOOD), "base_model": None, "parameters": {"normalize": [{"filter": "*", "value": "on"}]}})
+def test_whatever_is_written_is_read_the_same_from_text_and_again(raw):
+    found = outcome(raw)
+    assert outcome(yaml.safe_dump(raw, sort_keys=False) + "\n") == found
+    if isinstance(found, Recipe):
+        assert outcome(found.to_yaml()) == found
+    else:
+        assert found != []
+        assert [p for p in found if not p.startswith("recipe: ")] == []
+
+
+@st.composite
+def misprints(draw):
+    """A sound recipe with a few characters replaced by others."""
+    at, cut = draw(st.integers(0, len(GOOD))), draw(st.integers(0, 3))
+    return GOOD[:at] + draw(st.text("{}[]:,&*!-?|>'\"% \n\tab1<", max_size=3)) + GOOD[at + cut :]
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.text(max_size=60) | st.text("{}[]:,&*!-?|>'\"% \n\tab1<", max_size=60))
-def test_whatever_text_it_is(text):
+@given(st.text(max_size=60) | st.text("{}[]:,&*!-?|>'\"% \n\tab1<", max_size=60) | misprints())
+@example(GOOD)
+def test_whatever_text_it_is_is_a_recipe_or_refused_by_name(text):
     for source in (text, text + "\n"):
-        with contextlib.suppress(RecipeError):
-            Recipe.load(source)
+        found, path = outcome(source), str(Path(source))
+        if isinstance(found, Recipe):
+            assert outcome(found.to_yaml()) == found
+        else:
+            assert found != []
+            assert [p for p in found if not p.startswith(("recipe: ", f"{path}: ", f"{path!r}: "))] == []
