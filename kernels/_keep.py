@@ -123,8 +123,8 @@ def cuts_kernel(
 ):
     """Program (s, i): turns (tile, rank) of cut int64 ``[P, N, 3]`` into the element index out int64 ``[S, N]``.
 
-    Ties before that index are kept. Only where the cut's tile lies in the segment is anything read: the tile of
-    the base and of one model, once per tensor.
+    Ties before that index are kept: of rank 0 all before the tile. Else, only where the cut's tile lies in the
+    segment, the tile of the base and of one model is read, once per tensor.
     """
     N: tl.constexpr = M - 1
     s = tl.program_id(0).to(tl.int64)
@@ -138,7 +138,7 @@ def cuts_kernel(
     found = tile * 65536
     e = tl.maximum(found, e0)
     stop = tl.minimum(found + 65536, e0 + length)
-    if e < stop:
+    if (e < stop) & (rank > 0):
         key = tl.load(row + 4)
         t = tl.load(thr + at_model)
         base = tl.load(row + 7)

@@ -337,9 +337,7 @@ def test_tie_cuts_across_tiles(monkeypatch):
     assert differences(case.outs, [want]) == []
 
 
-@pytest.mark.parametrize(
-    "keep", ["all", pytest.param("above", marks=pytest.mark.xfail(reason="cuts_kernel: of rank 0, keeps some ties"))]
-)
+@pytest.mark.parametrize("keep", ["all", "above"])
 def test_ties_that_are_all_kept_or_all_lost(keep):
     """Cuts at tile 2**62, and at tile 0 and rank 0, as tensors behind the cut of a whole model have them."""
     case = Case((3, 3, 3), sizes=(1000, 2056, 4096), kinds=["two"])
