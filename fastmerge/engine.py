@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmerge import planning
-from fastmerge.dispatch import choose, program_factory
+from fastmerge.dispatch import choose, device_for, program_factory
 from fastmerge.errors import RecipeError
 from fastmerge.placement import Placement, place
 from fastmerge.planning import Plan
@@ -23,6 +23,8 @@ from fastmerge.sizes import default_memory, parse_bytes
 from fastmerge.version import __version__
 
 if TYPE_CHECKING:
+    import torch
+
     from fastmerge.checkpoint import Writer
     from fastmerge.report import Report
     from fastmerge.stores import Finite, NanPolicy
@@ -37,7 +39,7 @@ def plan(
     recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
     *,
     seed: int | None = None,
-    shard_size: str | int = "5GB",
+    shard_size: str | float = "5GB",
 ) -> Plan:
     """Plans a merge: reads the recipe and the models' headers, no weights.
 
@@ -57,12 +59,12 @@ def merge(
     recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe | Plan,
     out: str | os.PathLike[str],
     *,
-    device: str = "auto",
-    memory: str | int | None = None,
-    max_vram: str | int | None = None,
+    device: str | torch.device = "auto",
+    memory: str | float | None = None,
+    max_vram: str | float | None = None,
     seed: int | None = None,
     backend: str | None = None,
-    shard_size: str | int = "5GB",
+    shard_size: str | float = "5GB",
     resume: bool = False,
     overwrite: bool = False,
     nan: NanPolicy = "warn",
@@ -101,7 +103,7 @@ def merge(
     planned = recipe if isinstance(recipe, Plan) else plan(recipe, seed=seed, shard_size=shard_size)
     if nan != "warn":
         planned = _look_at_copies(planned, nan)
-    chosen = choose(device, backend)
+    chosen = choose(device_for(str(device), planned.outputs, backend), backend)
     budget = parse_bytes(memory) if memory is not None else default_memory()
     vram = parse_bytes(max_vram) if max_vram is not None else None
     for text in planned.warnings:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastmerge.dispatch import backend as choose
-from fastmerge.dispatch import devices, expected_gpus
+from fastmerge.dispatch import cpu_backend, device_for, devices, expected_gpus
 from fastmerge.placement import Vram, fit
 from fastmerge.planning import Plan
 from fastmerge.schedule import kinds, schedule
@@ -43,7 +42,7 @@ def estimate(
     Returns:
         Passes over the input, memory in bytes, the bottleneck and an estimate of the seconds for warm files.
     """
-    gpus = expected_gpus(device, backend)
+    gpus = expected_gpus(device_for(device, planned.outputs, backend), backend)
     budget = parse_bytes(memory) if memory is not None else default_memory()
     if gpus:
         name, read_rate = "triton", GPU_READ_RATE
@@ -51,7 +50,7 @@ def estimate(
         work = fit(planned.outputs, len(gpus), memory=budget, vram=vram)
         n = work.slots
     else:
-        chosen = choose(backend)
+        chosen = cpu_backend(backend)
         name, read_rate = chosen.name, READ_RATE
         workers = len(devices(chosen))
         work = schedule(planned.outputs, workers=workers, memory=budget, whole=chosen.whole)

@@ -18,7 +18,7 @@ from fastmerge.devices.cuda import (
     largest_slot,
 )
 from fastmerge.devices.streams import CudaStreams, NoRoom
-from fastmerge.dispatch import Backend, backend, devices, host_kernels, say
+from fastmerge.dispatch import Backend, cpu_backend, devices, host_kernels, say
 from fastmerge.errors import BudgetError
 from fastmerge.planning import Output
 from fastmerge.schedule import Schedule, schedule
@@ -79,7 +79,7 @@ def place(
     Args:
         outputs: the plan's outputs.
         chosen: the backend, which knows its devices. GPUs that were not named are left out where the smallest unit
-            does not fit; without any, the CPU takes over. Either is said, at INFO.
+            does not fit; without any, the CPU takes over. Either is a warning.
         memory: budget in bytes for all host slots together.
         max_vram: bytes for the slots of each GPU; None for a third of what is free.
 
@@ -130,7 +130,7 @@ def _without(error: NoVram, chosen: Backend, gpus: Sequence[Gpu]) -> Backend:
     if chosen.otherwise == chosen.name:
         raise error
     say(f"GPUs not used: {error}; merging on the CPU")
-    return backend(chosen.otherwise)
+    return cpu_backend(chosen.otherwise)
 
 
 def workers_each(gpus: int) -> int:

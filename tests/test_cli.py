@@ -39,6 +39,21 @@ def test_merge_says_what_it_did(recipe, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_why_a_gpu_is_not_used_is_said_where_a_driver_is(recipe, tmp_path):
+    code = (
+        "import ctypes, sys\nsys.modules['triton'] = None\nreal = ctypes.CDLL\n"
+        "ctypes.CDLL = lambda name, *a, **k: None if name == 'libcuda.so.1' else real(name, *a, **k)\n"
+        "from fastmerge.cli import main\nmain(sys.argv[1:])\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")}
+    command = [sys.executable, "-c", code, "merge", str(recipe), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fastmerge: GPUs not used: triton not installed")
+    assert " s on cpu (" in done.stdout
+
+
 def test_quiet_says_nothing(recipe, tmp_path):
     done = run("merge", recipe, tmp_path / "out", "--quiet")
     assert done.exit_code == 0

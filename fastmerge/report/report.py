@@ -60,8 +60,9 @@ class Report:
         return cls(**{f.name: facts[f.name] for f in fields(cls)})
 
     def __str__(self) -> str:
+        devices = ", ".join(dict.fromkeys(self.devices))
         return (
             f"{self.out}: {self.tensors} tensors, read {self.bytes_read / 1e9:.2f} GB, "
-            f"wrote {self.bytes_written / 1e9:.2f} GB in {self.seconds:.2f} s "
+            f"wrote {self.bytes_written / 1e9:.2f} GB in {self.seconds:.2f} s on {devices} "
             f"({self.gigabytes_per_second:.2f} GB/s, bottleneck {self.bottleneck})"
         )
