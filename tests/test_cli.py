@@ -128,6 +128,8 @@ def test_methods_describe_themselves():
         text = run("methods", name).output
         assert method.formula in text
         assert all(p.name in text for p in method.params)
+        assert "object at 0x" not in text
+    assert "density=[required]" in run("methods", "ties").output
     assert run("methods", "tise").exit_code == 2
 
 
