@@ -79,6 +79,24 @@ def test_dry_run_and_plan_write_nothing(recipe, tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_plan_is_for_people(recipe, paths):
+    lines = [line.rstrip() for line in run("plan", recipe).output.splitlines()]
+    for line in (
+        f"models             {paths['base']}",
+        f"                   {paths['a']}",
+        "tensors            21 merged",
+        "elements           226,624",
+        "bytes in           1.81 MB",
+        "bytes out          453 kB",
+        "bytes copied       0 bytes",
+        "dtypes             bfloat16 (453 kB)",
+        "seed               0",
+    ):
+        assert line in lines, lines
+    assert any(line.startswith("time               about ") for line in lines)
+    assert not set("[]{}") & set("".join(lines))
+
+
 def test_an_existing_output_is_refused_and_overwritten_on_request(recipe, tmp_path):
     assert run("merge", recipe, tmp_path / "out").exit_code == 0
     again = run("merge", recipe, tmp_path / "out")
