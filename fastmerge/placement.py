@@ -127,9 +127,17 @@ def _without(error: NoVram, chosen: Backend, gpus: Sequence[Gpu]) -> Backend:
     if left:
         say(f"{error.gpu} not used: {error}")
         return replace(chosen, gpus=left)
-    if chosen.otherwise == chosen.name:
+    other = without_gpus(chosen, str(error))
+    if other is None:
         raise error
-    say(f"GPUs not used: {error}; merging on the CPU")
+    return other
+
+
+def without_gpus(chosen: Backend, reason: str) -> Backend | None:
+    """The backend for the CPU, with a warning; None where the GPUs or their backend were named."""
+    if chosen.otherwise in (None, chosen.name):
+        return None
+    say(f"GPUs not used: {reason}; merging on the CPU")
     return cpu_backend(chosen.otherwise)
 
 
@@ -220,10 +228,15 @@ def _slots(work: Schedule, gpus: Sequence[Gpu]) -> list[CudaDevice]:
 
 
 def _release(gpus: Sequence[Gpu], slots: Sequence[CudaDevice]) -> None:
-    """Waits for the GPUs, then frees what was reserved; one that has failed has nothing to wait for."""
-    for closing in (slots, ()):
-        for gpu in gpus:
-            with contextlib.suppress(RuntimeError):
-                gpu.streams.settle()
-        for slot in closing:
+    """Waits for the GPUs, frees the slots and gives the memory back; what a GPU that has failed refuses, it refuses."""
+    _settle(gpus)
+    for slot in slots:
+        with contextlib.suppress(RuntimeError):
             slot.close()
+    _settle(gpus)
+
+
+def _settle(gpus: Sequence[Gpu]) -> None:
+    for gpu in gpus:
+        with contextlib.suppress(RuntimeError):
+            gpu.streams.settle()

@@ -254,6 +254,20 @@ def test_merging_on_the_cpu_imports_no_torch(recipe, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_auto_and_plan_do_not_import_torch_where_no_driver_is(recipe, tmp_path):
+    code = (
+        "import sys\nfrom fastmerge import dispatch\nfrom fastmerge.cli import main\n"
+        "dispatch.ctypes.CDLL = lambda name: (_ for _ in ()).throw(OSError())\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as e:\n    assert not e.code\n"
+        "assert 'torch' not in sys.modules and 'triton' not in sys.modules"
+    )
+    for words in (["merge", recipe, tmp_path / "out", "-q"], ["plan", recipe]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_merge_says_how_to_go_on_and_does(paths, recipe, tmp_path, number):
     slow = (
