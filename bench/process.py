@@ -10,6 +10,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +37,15 @@ class Run:
 
 
 def run(command: Sequence[str], *, environment: dict[str, str] | None = None) -> Run:
-    """Runs a command to its end; a failure is reported, not raised."""
+    """Runs a command to its end; a failure is reported, not raised.
+
+    Python keeps its byte code from run to run, as it does for installed packages, whatever the caller's setting.
+    """
+    variables = {**os.environ, **(environment or {})}
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryFile() as output:
         start = time.perf_counter()
-        child = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
-        )
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
         _, status, usage = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - start
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -56,7 +63,7 @@ class Spread:
     most: float
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> Spread:
+    def of(cls, seconds: Sequence[float]) -> Self:
         """The spread of at least one time."""
         return cls(statistics.median(seconds), min(seconds), max(seconds))
 

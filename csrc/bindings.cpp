@@ -110,24 +110,26 @@ py::array_t<double> fold(const py::array& partials, const py::array& first) {
 
 // ---- select and consensus ---------------------------------------------------------------------------------
 
-struct Keep {
+struct Deltas {
   int round_code;
-  bool drop, trim;
-  const py::array &model_index, &bern, &thr, &cut;
+  bool drop;
+  const py::array &model_index, &bern;
 
   int64_t parameters() const { return bern.ndim() == 2 ? bern.shape(0) : 0; }
-  KeepArgs checked(int64_t n) const {
+  DeltaArgs checked(int64_t n) const {
     check_round(round_code);
+    return {round_code, drop, data<int32_t>(model_index, "model_index", {n}),
+            data<int32_t>(bern, "bern", {parameters(), n})};
+  }
+};
+
+struct Keep : Deltas {
+  bool trim;
+  const py::array &thr, &cut;
+
+  KeepArgs checked(int64_t n) const {
     const int64_t p = parameters();
-    KeepArgs k;
-    k.round_code = round_code;
-    k.drop = drop;
-    k.trim = trim;
-    k.model_index = data<int32_t>(model_index, "model_index", {n});
-    k.bern = data<int32_t>(bern, "bern", {p, n});
-    k.thr = data<uint64_t>(thr, "thr", {p, n});
-    k.cut = data<int64_t>(cut, "cut", {p, n, 3});
-    return k;
+    return {Deltas::checked(n), trim, data<uint64_t>(thr, "thr", {p, n}), data<int64_t>(cut, "cut", {p, n, 3})};
   }
 };
 
@@ -139,16 +141,13 @@ void* keys_data(const py::array& keys, const char* name, std::initializer_list<i
 
 void delta_keys(const py::array& table, const py::array& ins, int round_code, bool drop, const py::array& model_index,
                 const py::array& bern, const py::array& out) {
-  check_round(round_code);
+  const Deltas deltas{round_code, drop, model_index, bern};
   Needs needs;
-  needs.parameters = bern.ndim() == 2 ? bern.shape(0) : 0, needs.base = 1;
+  needs.parameters = deltas.parameters(), needs.base = 1;
   DeltaKeysArgs a;
   a.table = check_table(table, ins, needs);
   const int64_t n = a.table.inputs - 1;
-  a.round_code = round_code;
-  a.drop = drop;
-  a.model_index = data<int32_t>(model_index, "model_index", {n});
-  a.bern = data<int32_t>(bern, "bern", {needs.parameters, n});
+  a.deltas = deltas.checked(n);
   int64_t total = 0;
   for (int64_t s = 0; s < a.table.segments; ++s) total += a.table[s].length;
   a.out = keys_data(out, "out", {total, n}, a.table.wide());
@@ -158,18 +157,15 @@ void delta_keys(const py::array& table, const py::array& ins, int round_code, bo
 void count(const py::array& table, const py::array& ins, int round_code, bool drop, const py::array& model_index,
            const py::array& bern, const py::array& lo, const py::array& hi, const py::array& counts,
            const py::array& keys, const py::array& where, const py::array& used) {
-  check_round(round_code);
+  const Deltas deltas{round_code, drop, model_index, bern};
   Needs needs;
-  needs.parameters = bern.ndim() == 2 ? bern.shape(0) : 0;
+  needs.parameters = deltas.parameters();
   needs.partials = counts.ndim() == 3 ? counts.shape(0) : 0;
   needs.tiles = true, needs.base = 1;
   CountArgs a;
   a.table = check_table(table, ins, needs);
   const int64_t n = a.table.inputs - 1, p = needs.parameters;
-  a.round_code = round_code;
-  a.drop = drop;
-  a.model_index = data<int32_t>(model_index, "model_index", {n});
-  a.bern = data<int32_t>(bern, "bern", {p, n});
+  a.deltas = deltas.checked(n);
   a.lo = data<uint64_t>(lo, "lo", {p, n});
   a.hi = data<uint64_t>(hi, "hi", {p, n});
   a.counts = data<int64_t>(counts, "counts", {-1, n, 4}, true);
@@ -182,16 +178,13 @@ void count(const py::array& table, const py::array& ins, int round_code, bool dr
 
 void find_kth(const py::array& table, const py::array& ins, int round_code, bool drop, const py::array& model_index,
               const py::array& bern, const py::array& ranks, const py::array& thr, const py::array& found) {
-  check_round(round_code);
+  const Deltas deltas{round_code, drop, model_index, bern};
   Needs needs;
-  needs.parameters = bern.ndim() == 2 ? bern.shape(0) : 0, needs.base = 1;
+  needs.parameters = deltas.parameters(), needs.base = 1;
   KthArgs a;
   a.table = check_table(table, ins, needs);
   const int64_t n = a.table.inputs - 1, p = needs.parameters;
-  a.round_code = round_code;
-  a.drop = drop;
-  a.model_index = data<int32_t>(model_index, "model_index", {n});
-  a.bern = data<int32_t>(bern, "bern", {p, n});
+  a.deltas = deltas.checked(n);
   a.ranks = data<int64_t>(ranks, "ranks", {p, n});
   a.thr = data<uint64_t>(thr, "thr", {p, n}, true);
   a.found = data<int64_t>(found, "found", {p, n, 4}, true);
@@ -203,7 +196,7 @@ void find_kth(const py::array& table, const py::array& ins, int round_code, bool
 void l1(const py::array& table, const py::array& ins, int round_code, bool drop, bool trim,
         const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut,
         const py::array& sums) {
-  const Keep keep{round_code, drop, trim, model_index, bern, thr, cut};
+  const Keep keep{{round_code, drop, model_index, bern}, trim, thr, cut};
   Needs needs;
   needs.parameters = keep.parameters(), needs.tiles = true, needs.base = 1;
   needs.partials = sums.ndim() == 3 ? sums.shape(0) : 0;
@@ -217,7 +210,7 @@ void l1(const py::array& table, const py::array& ins, int round_code, bool drop,
 void votes(const py::array& table, const py::array& ins, int round_code, bool drop, bool trim,
            const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut, int elect,
            bool split, const py::array& f, const py::array& counts) {
-  const Keep keep{round_code, drop, trim, model_index, bern, thr, cut};
+  const Keep keep{{round_code, drop, model_index, bern}, trim, thr, cut};
   check_word(elect, 2, "elect");
   Needs needs;
   needs.parameters = keep.parameters(), needs.tiles = true, needs.base = 1;
@@ -236,7 +229,7 @@ void consensus(const py::array& table, const py::array& ins, int out_code, int r
                const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut,
                int elect, bool split, int zero, int merge, const py::array& f, const py::array& scale,
                const py::array& nonfinite) {
-  const Keep keep{round_code, drop, trim, model_index, bern, thr, cut};
+  const Keep keep{{round_code, drop, model_index, bern}, trim, thr, cut};
   check_code(out_code, "out_code");
   check_word(elect, 2, "elect");
   check_word(zero, 2, "zero");

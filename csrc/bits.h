@@ -142,15 +142,6 @@ FM_HD bool is_finite(Fp16 x) { return (x.bits & 0x7c00u) != 0x7c00u; }
 FM_HD bool is_finite(float x) { return key_of(x) < 0x7f800000u; }
 FM_HD bool is_finite(double x) { return key_of(x) < 0x7ff0000000000000ull; }
 
-// A delta rounded to the base's type and widened again (delta_dtype = base).
-template <class W>
-FM_HD W round_through(W x, int32_t code) {
-  if (code == kBF16) return static_cast<W>(widen(store<Bf16>(x)));
-  if (code == kF16) return static_cast<W>(widen(store<Fp16>(x)));
-  if (code == kF32) return static_cast<W>(store<float>(x));
-  return x;
-}
-
 // ---- Philox4x32-10 -------------------------------------------------------------------------------------
 
 // op_tag values.

@@ -76,37 +76,35 @@ struct FoldArgs {
   double* out;  // [G, columns]
 };
 
-// What is kept of the deltas of N models, before anything is summed.
-struct KeepArgs {
+// The deltas of N models, before any trim.
+struct DeltaArgs {
   int32_t round_code;          // type code that deltas are rounded to, -1 for none
   bool drop;                   // Bernoulli drop by bern
-  bool trim;                   // magnitude trim by thr and cut
   const int32_t* model_index;  // [N]
   const int32_t* bern;         // [P, N]
-  const uint64_t* thr;         // [P, N]
-  const int64_t* cut;          // [P, N, 3] cut_tile, cut_rank, tie_T or -1
+};
+
+// What is kept of them, before anything is summed.
+struct KeepArgs : DeltaArgs {
+  bool trim;            // magnitude trim by thr and cut
+  const uint64_t* thr;  // [P, N]
+  const int64_t* cut;   // [P, N, 3] cut_tile, cut_rank, tie_T or -1
 };
 
 struct DeltaKeysArgs {
   Table table;
-  int32_t round_code;
-  bool drop;
-  const int32_t* model_index;  // [N]
-  const int32_t* bern;         // [P, N]
-  void* out;                   // uint32 (uint64 where the table is wide) [sum of lengths, N]
+  DeltaArgs deltas;
+  void* out;  // uint32 (uint64 where the table is wide) [sum of lengths, N]
 };
 
 struct CountArgs {
   Table table;
-  int32_t round_code;
-  bool drop;
-  const int32_t* model_index;  // [N]
-  const int32_t* bern;         // [P, N]
-  const uint64_t* lo;          // [P, N]
-  const uint64_t* hi;          // [P, N]
-  int64_t* counts;             // [R, N, 4] #key > hi, #key == hi, #key == lo (0 where lo == hi), #lo < key < hi
-  void* keys;                  // uint32 (uint64 where the table is wide) [N, cap]
-  int64_t* where;              // [N, cap, 2] group, e
+  DeltaArgs deltas;
+  const uint64_t* lo;  // [P, N]
+  const uint64_t* hi;  // [P, N]
+  int64_t* counts;     // [R, N, 4] #key > hi, #key == hi, #key == lo (0 where lo == hi), #lo < key < hi
+  void* keys;          // uint32 (uint64 where the table is wide) [N, cap]
+  int64_t* where;      // [N, cap, 2] group, e
   int64_t cap;
   int64_t* used;  // [N] may pass cap: from there on nothing is stored, only counted
 };
@@ -114,14 +112,11 @@ struct CountArgs {
 // The k-th largest keys of whole tensors (e0 = 0). What is not settled keeps tied = 0.
 struct KthArgs {
   Table table;
-  int32_t round_code;
-  bool drop;
-  const int32_t* model_index;  // [N]
-  const int32_t* bern;         // [P, N]
-  const int64_t* ranks;        // [P, N] k; nothing is asked where it is not inside 0 .. length
-  uint64_t* thr;               // [P, N]
-  int64_t* found;              // [P, N, 4] ties kept, ties, tile of the first that is not kept, kept ties in that tile
-  void* scratch;               // kth_scratch() bytes, 64-byte aligned
+  DeltaArgs deltas;
+  const int64_t* ranks;  // [P, N] k; nothing is asked where it is not inside 0 .. length
+  uint64_t* thr;         // [P, N]
+  int64_t* found;        // [P, N, 4] ties kept, ties, tile of the first that is not kept, kept ties in that tile
+  void* scratch;         // kth_scratch() bytes, 64-byte aligned
 };
 // Keys that a query may list.
 constexpr int64_t kth_listed(int64_t length) { return length / 16 + 4096; }

@@ -171,7 +171,9 @@ void kth_tensor(const KthArgs& a, const Segment& s) {
   carve(a.scratch, n, t.inputs, w);
   sample_rows(s, t, blocks, w.rows);
   const Table pieces{w.rows, blocks, t.inputs, t.codes};
-  kernels().delta_keys(DeltaKeysArgs{pieces, a.round_code, a.drop, a.model_index, a.bern + p, w.drawn});
+  DeltaArgs deltas = a.deltas;
+  deltas.bern += p;
+  kernels().delta_keys(DeltaKeysArgs{pieces, deltas, w.drawn});
   Bracket<K> never{static_cast<K>(~K(0)), static_cast<K>(~K(0))};
   for (int64_t i = 0; i < models; ++i) {
     const bool asked = 0 < k[i] && k[i] < n;
@@ -182,8 +184,7 @@ void kth_tensor(const KthArgs& a, const Segment& s) {
   auto& whole = *reinterpret_cast<Segment*>(w.rows);
   whole.group = whole.stats = 0;
   const Table one{w.rows, 1, t.inputs, t.codes};
-  kernels().count(CountArgs{one, a.round_code, a.drop, a.model_index, a.bern + p, w.lo, w.hi, w.counts, w.keys, w.where,
-                            cap, w.used});
+  kernels().count(CountArgs{one, deltas, w.lo, w.hi, w.counts, w.keys, w.where, cap, w.used});
   for (int64_t i = 0; i < models; ++i)
     if (0 < k[i] && k[i] < n)
       settle(w.counts + 4 * i, 4 * models, (n + kTile - 1) / kTile, Bracket<K>{K(w.lo[i]), K(w.hi[i])},

@@ -19,8 +19,8 @@ void keys_all(const DeltaKeysArgs& a) {
       n = block_length(s.e0 + at, s.length - at);
       base_block(a.table, s, at, n, base);
       for (int32_t i = 0; i < models; ++i) {
-        delta_block(a.table, s, i, at, n, a.round_code, base, d);
-        if (a.drop) drop_block(a.bern[s.group * models + i], s, a.model_index[i], at, n, d);
+        delta_block(a.table, s, i, at, n, a.deltas.round_code, base, d);
+        if (a.deltas.drop) drop_block(a.deltas.bern[s.group * models + i], s, a.deltas.model_index[i], at, n, d);
         for (int64_t j = 0; j < n; ++j) out[j * models + i] = static_cast<Key<W>>(rank_key(d[j]));
       }
     }
@@ -135,8 +135,8 @@ void count_all(const CountArgs& a) {
         base_block(a.table, s, at, n, base);
         for (int32_t i = 0; i < models; ++i) {
           const int64_t p = s.group * models + i;
-          delta_block(a.table, s, i, at, n, a.round_code, base, d);
-          if (a.drop) drop_block(a.bern[p], s, a.model_index[i], at, n, d);
+          delta_block(a.table, s, i, at, n, a.deltas.round_code, base, d);
+          if (a.deltas.drop) drop_block(a.deltas.bern[p], s, a.deltas.model_index[i], at, n, d);
           Found<W> found{static_cast<Key<W>*>(a.keys) + i * a.cap, a.where + 2 * i * a.cap, a.cap, a.used[i], s.group};
           count_block(d, n, s.e0 + at, Bracket<W>{key_bound<W>(a.lo[p]), key_bound<W>(a.hi[p])}, counts + 4 * i, found);
           a.used[i] = found.used;

@@ -300,15 +300,13 @@ class Runner:
         else:
             self._store.store(unit, host)
             t3 = time.perf_counter()
-        sizes = np.array([d.size for d in host.dtypes], np.int64)
-        lengths = int(host.table[:, 1].sum())
-        written = 0 if task.phase == "statistics" else lengths * host.out_dtype.size
+        elements = sum([length for _, _, length in unit.pieces])
         self.stats.add(
             read=t1 - t0,
             compute=t2 - t1,
             write=t3 - t2,
-            bytes_read=lengths * int(sizes.sum()),
-            bytes_written=written,
+            bytes_read=elements * sum([d.size for d in host.dtypes]),
+            bytes_written=0 if task.phase == "statistics" else elements * host.out_dtype.size,
             units=1,
         )
 

@@ -25,9 +25,6 @@ LANES = 2_048
 HEADER = 7
 """Columns of a segment row before its input addresses: out, length, e0, row, key, group, stats."""
 
-ITEM = 5
-"""Columns of a work item: segment, start, count, parameter row, output row."""
-
 HARDWARE = tl.constexpr(not triton.knobs.runtime.interpret)
 """Whether casts to 16 bits are the processor's: exact, but every NaN is 0x7fff. The interpreter truncates to bf16."""
 

@@ -5,33 +5,18 @@ import pytest
 import torch
 
 from fastmerge import _native
+from tests.isas import ISAS, using
 from tests.kernels_numpy import STORED, store, tile_sum, widen
 
-BEST = _native.isa()
 TILE = 65_536
 DTYPES = [(3,), (2,), (1,), (0,), (3, 1, 2), (1, 3, 3), (0, 3, 1, 2), (3, 3, 2, 2, 1, 1)]
 TORCH = {0: torch.float64, 1: torch.float32, 2: torch.float16, 3: torch.bfloat16}
 
 
-def available():
-    names = []
-    for name in ("baseline", "v3", "v4", "neon"):
-        try:
-            _native.set_isa(name)
-        except ValueError:
-            continue
-        names.append(name)
-    _native.set_isa(BEST)
-    return names
-
-
-@pytest.fixture(params=available(), autouse=True)
+@pytest.fixture(params=ISAS, autouse=True)
 def isa(request):
-    _native.set_isa(request.param)
-    old = np.seterr(all="ignore")
-    yield request.param
-    np.seterr(**old)
-    _native.set_isa(BEST)
+    with using(request.param):
+        yield request.param
 
 
 def values(code, n, rng, special=True):

@@ -7,13 +7,13 @@ import pytest
 
 from fastmerge import _native
 from tests import keep_oracle as oracle
+from tests.isas import ISAS, using
 
 DTYPES = [(3, 3, 3, 3), (2, 2, 2), (1, 1, 1, 1), (0, 0, 0), (3, 2, 1), (1, 0, 3), (3, 3)]
 OUTS = [3, 2, 1, 0]
 KINDS = ["normal", "zeros", "equal", "two", "special", "nans"]
 SIZES = [1, 9, 1025, 65_537, 140_003, 70_000]
 KEEPS = ["all", "drop", "index", "spread", "drop+index"]
-BEST = _native.isa()
 
 # elect, split, zero, merge
 MODES = [(0, False, 0, 0)] + [
@@ -23,25 +23,10 @@ MODES = [(0, False, 0, 0)] + [
 ]
 
 
-def available():
-    names = []
-    for name in ("baseline", "v3", "v4", "neon"):
-        try:
-            _native.set_isa(name)
-        except ValueError:
-            continue
-        names.append(name)
-    _native.set_isa(BEST)
-    return names
-
-
-ISAS = available()
-
-
 @pytest.fixture(autouse=True)
 def restore():
-    yield
-    _native.set_isa(BEST)
+    with using(_native.isa()):
+        yield
 
 
 class Case:

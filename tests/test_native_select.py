@@ -8,31 +8,18 @@ import pytest
 from fastmerge import _native
 from fastmerge.philox import philox4x32, u16
 from tests import keep_oracle as oracle
+from tests.isas import ISAS, using
 
 BF16_3 = (3, 3, 3, 3)
 DTYPES = [BF16_3, (2, 2, 2), (1, 1, 1), (0, 0), (3, 2, 1), (2, 3, 3, 1), (1, 0, 3, 2), (0, 3)]
 SIZES = [1, 7, 1023, 4096, 65_536, 70_001, 131_073]
 KINDS = ["normal", "zeros", "nans", "equal", "two", "special"]
-BEST = _native.isa()
 
 
-def available():
-    names = []
-    for name in ("baseline", "v3", "v4", "neon"):
-        try:
-            _native.set_isa(name)
-        except ValueError:
-            continue
-        names.append(name)
-    _native.set_isa(BEST)
-    return names
-
-
-@pytest.fixture(params=available(), autouse=True)
+@pytest.fixture(params=ISAS, autouse=True)
 def isa(request):
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(BEST)
+    with using(request.param):
+        yield request.param
 
 
 def keys_type(codes):

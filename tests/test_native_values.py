@@ -10,17 +10,15 @@ import pytest
 import torch
 
 from fastmerge import _native
+from tests.isas import ISAS, using
 from tests.kernels_numpy import STORED, store, widen
-from tests.test_native import BEST, TORCH, available, values
+from tests.test_native import TORCH, values
 
 
-@pytest.fixture(params=available(), autouse=True)
+@pytest.fixture(params=ISAS, autouse=True)
 def isa(request):
-    _native.set_isa(request.param)
-    old = np.seterr(all="ignore")
-    yield request.param
-    np.seterr(**old)
-    _native.set_isa(BEST)
+    with using(request.param):
+        yield request.param
 
 
 def converted(x, code, out_code):

@@ -12,8 +12,9 @@ from fastmerge.dtypes import BY_CODE
 from fastmerge.families.native import NativeKernels
 from fastmerge.families.replicate import Copies, first_tiles, reference, rows
 from fastmerge.philox import NOISE, normal, normal_lines, tensor_key
+from tests.isas import ISAS, using
 from tests.kernels_numpy import store, tile_sum, widen
-from tests.test_native import BEST, TORCH, available, bits, values
+from tests.test_native import TORCH, bits, values
 
 PAIRS = [(i, o) for i in range(4) for o in range(4)]
 KEY = tensor_key(3, "experts")
@@ -21,11 +22,10 @@ NUMBERS = [0, 1, 7, 2**32 - 1]
 SIGMA = [0.0, 0.01, 2.5, 1e-3]
 
 
-@pytest.fixture(params=available())
+@pytest.fixture(params=ISAS)
 def kernels(request):
-    _native.set_isa(request.param)
-    yield NativeKernels()
-    _native.set_isa(BEST)
+    with using(request.param):
+        yield NativeKernels()
 
 
 def stored(code, n, seed=0):

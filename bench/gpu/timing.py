@@ -8,13 +8,13 @@ far beyond the L2 cache, which is what empties it.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bench.gpu.plan import Row
+from bench.process import Spread
 
 if TYPE_CHECKING:
     import torch
@@ -28,18 +28,10 @@ SHORT, LONG = 5e-3, 0.5
 """Seconds that the host is taken to need before it is known, and those that the device is kept busy at most."""
 
 
-@dataclass(frozen=True, slots=True)
-class Times:
-    """Seconds of several runs of one work."""
+class Times(Spread):
+    """Seconds of several runs of one work, printed as milliseconds."""
 
-    median: float
-    least: float
-    most: float
-
-    @classmethod
-    def of(cls, seconds: list[float]) -> Times:
-        """Of at least one run."""
-        return cls(statistics.median(seconds), min(seconds), max(seconds))
+    __slots__ = ()
 
     def __str__(self) -> str:
         return f"{self.median * 1e3:.3f} ({self.least * 1e3:.3f}..{self.most * 1e3:.3f})"

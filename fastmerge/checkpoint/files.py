@@ -63,14 +63,6 @@ class Files:
         """
         _io.read(self._io, table, self._name, self._reopen)
 
-    def prefetch(self, table: I64) -> None:
-        """Asks the system to read rows (fd, offset, ..., nbytes) ahead."""
-        self._advise(table, os.POSIX_FADV_WILLNEED)
-
-    def forget(self, table: I64) -> None:
-        """Tells the system that rows (fd, offset, ..., nbytes) need not stay in the page cache."""
-        self._advise(table, os.POSIX_FADV_DONTNEED)
-
     def close(self) -> None:
         """Closes every file."""
         with self._lock:
@@ -97,14 +89,6 @@ class Files:
             fresh = _open(shard)
             os.dup2(fresh, fd, inheritable=False)
             os.close(fresh)
-
-    def _advise(self, table: I64, advice: int) -> None:
-        for row in table.tolist():
-            try:
-                os.posix_fadvise(row[0], row[1], row[-1], advice)
-            except OSError:
-                # Only a hint; a filesystem without it is read just the same.
-                return
 
 
 def _open(shard: ShardFile) -> int:

@@ -63,11 +63,10 @@ def native() -> Io:
 def rows(table: I64) -> I64:
     """The table as the primitive takes it: contiguous, without empty rows, none longer than one call."""
     table = np.ascontiguousarray(table, np.int64)
-    sizes = table[:, -1]
-    if sizes.min(initial=1) <= 0:
-        table = np.ascontiguousarray(table[sizes > 0])
-        sizes = table[:, -1]
-    if sizes.max(initial=0) <= CALL_BYTES:
+    sizes = table[:, -1].tolist()  # few rows: reductions of numpy would cost more
+    if min(sizes, default=1) <= 0:
+        table = np.ascontiguousarray(table[table[:, -1] > 0])
+    if max(sizes, default=0) <= CALL_BYTES:
         return table
     # Columns that move along with the bytes: offset and address, or the two offsets of a copy.
     moving = [1, 2] if table.shape[1] == 4 else [1, 3]

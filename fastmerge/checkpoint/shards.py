@@ -133,7 +133,8 @@ class ShardFiles:
                 plain.append([shard, offset, address, nbytes])
                 continue
             tail = head + body
-            plain += [[shard, offset, address, head], [shard, offset + tail, address + tail, nbytes - tail]]
+            ends = [shard, offset, address, head], [shard, offset + tail, address + tail, nbytes - tail]
+            plain += [row for row in ends if row[3]]
         if plain:
             self._write_rows(plain)
 

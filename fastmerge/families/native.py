@@ -11,7 +11,6 @@ from fastmerge.families.replicate import Copies
 from fastmerge.methods.base import F64, I64, Segments
 from fastmerge.philox import normal_lines
 
-U64 = npt.NDArray[np.uint64]
 I32 = npt.NDArray[np.int32]
 
 _CODES: dict[tuple[int, ...], I32] = {}
@@ -35,7 +34,7 @@ class NativeKernels:
 
     Every table is fp64 and rounded once to the work type by the kernel. ``keep`` stands for seven arguments:
     round_code, drop, trim, model_index ``int32 [N]``, bern ``int32 [P, N]``, thr ``uint64 [P, N]``,
-    cut ``int64 [P, N, 3]``.
+    cut ``int64 [P, N, 3]``; ``deltas`` for four of them: round_code, drop, model_index, bern.
     """
 
     def __init__(self) -> None:
@@ -62,44 +61,20 @@ class NativeKernels:
         out: F64 = self._native.fold(partials, first)
         return out
 
-    def delta_keys(
-        self, segments: Segments, round_code: int, drop: bool, model_index: I32, bern: I32, out: npt.NDArray[Any]
-    ) -> None:
-        """Magnitude keys of all elements, ``uint32 [L, N]`` (``uint64`` where the work type is fp64)."""
-        self._native.delta_keys(segments.table, codes(segments), round_code, drop, model_index, bern, out)
+    def delta_keys(self, segments: Segments, *deltas_and_keys: Any) -> None:
+        """``deltas``, then the magnitude keys, ``uint32 [L, N]`` (``uint64`` where the work type is fp64)."""
+        self._native.delta_keys(segments.table, codes(segments), *deltas_and_keys)
 
-    def count(
-        self,
-        segments: Segments,
-        round_code: int,
-        drop: bool,
-        model_index: I32,
-        bern: I32,
-        lo: U64,
-        hi: U64,
-        counts: I64,
-        keys: npt.NDArray[Any],
-        where: I64,
-        used: I64,
-    ) -> None:
-        """Keys above, at and inside brackets, per tile; those strictly inside are listed up to the capacity."""
-        args = (round_code, drop, model_index, bern, lo, hi, counts, keys, where, used)
-        self._native.count(segments.table, codes(segments), *args)
+    def count(self, segments: Segments, *deltas_and_lists: Any) -> None:
+        """``deltas``, lo, hi, then counts, keys, where, used: keys above, at and inside brackets, per tile.
 
-    def kth(
-        self,
-        segments: Segments,
-        round_code: int,
-        drop: bool,
-        model_index: I32,
-        bern: I32,
-        ranks: I64,
-        thr: U64,
-        found: I64,
-    ) -> None:
-        """Thresholds of whole tensors in one call, most of them: those that stay open have 0 ties in ``found``."""
-        args = (round_code, drop, model_index, bern, ranks, thr, found)
-        self._native.kth(segments.table, codes(segments), *args)
+        Those strictly inside are listed up to the capacity; shapes and types stand in ``_native.pyi``.
+        """
+        self._native.count(segments.table, codes(segments), *deltas_and_lists)
+
+    def kth(self, segments: Segments, *deltas_and_ranks: Any) -> None:
+        """``deltas``, ranks, then thr, found: thresholds of whole tensors; those that stay open have 0 ties."""
+        self._native.kth(segments.table, codes(segments), *deltas_and_ranks)
 
     def l1(self, segments: Segments, *keep_and_sums: Any) -> None:
         """``keep``, then ``sums [R, N, 2]``: |d| and |kept d| of every tile."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fastmerge.methods import reference as ref
-from fastmerge.methods.base import REQUIRED, Group, Param
+from fastmerge.methods.base import REQUIRED, Group, Method, Param, Program
 from fastmerge.philox import DROP, TIES, rescale, threshold, u16
 
 if TYPE_CHECKING:
@@ -312,6 +312,7 @@ def election(group: Group) -> Mapping[str, Any]:
     if not p["normalize"] and merge in ("mean", "mean_count"):
         merge = "sum"
     return {
+        "div": 1.0,
         "gate": tuple(1.0 for _ in group.models) if merge == "mean_count" else weights(group),
         "keep_count": p["keep_count"],
         "whole_model": p["trim_scope"] == "model",
@@ -323,8 +324,73 @@ def election(group: Group) -> Mapping[str, Any]:
     }
 
 
-def scope(spec: Consensus) -> Literal["element", "tensor", "row", "model"]:
-    """How far one result reaches."""
-    if not (spec.trim or spec.l1 != "none" or spec.zero == "majority"):
-        return "element"
-    return "model" if spec.whole_model and (spec.trim or spec.zero == "majority") else "tensor"
+class ConsensusMethod(Method):
+    """A method of the family: it says what :class:`Consensus` its parameters make, and the rest follows."""
+
+    @classmethod
+    def spec(cls, group: Group) -> Consensus:
+        """The group's parameters as the family takes them; reads ``params``, ``models`` and ``indices`` alone.
+
+        Here: weighted deltas added up, without drop, trim or election. Methods replace what they do otherwise.
+        """
+        ones = (1.0,) * len(group.models)
+        return Consensus(
+            weight=weights(group),
+            gate=ones,
+            bernoulli=(65536,) * len(ones),
+            density=ones,
+            rescale=ones,
+            keep_count="floor",
+            lam=float(group.params["lambda"]),
+            div=divisor(group),
+            models=group.indices,
+            round_base=group.params["delta_dtype"] == "base",
+            drop=False,
+            trim=False,
+            whole_model=False,
+            ties="index",
+            elect="none",
+            split=False,
+            zero="plus",
+            merge="sum",
+            l1="none",
+        )
+
+    @classmethod
+    def _specs(cls, groups: Sequence[Group]) -> list[Consensus]:
+        """Of each group; made once for those that share their parameters, as the tensors of a plan do."""
+        known: dict[tuple[object, ...], Consensus] = {}
+        out = []
+        for g in groups:
+            key = (id(g.params), g.indices, *map(id, g.models))  # the groups keep them alive
+            if key not in known:
+                known[key] = cls.spec(g)
+            out.append(known[key])
+        return out
+
+    @classmethod
+    def reference(cls, inputs: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
+        """The family's definition (:func:`reference`) for a model of one tensor."""
+        return reference([inputs], [group], [cls.spec(group)])[0]
+
+    @classmethod
+    def reference_all(cls, inputs: Sequence[Sequence[torch.Tensor]], groups: Sequence[Group]) -> list[torch.Tensor]:
+        """All tensors together where the threshold is the model's."""
+        if groups and cls.scope(groups[0]) == "model":
+            return reference(inputs, groups, cls._specs(groups))
+        return super().reference_all(inputs, groups)
+
+    @classmethod
+    def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
+        """Any selection and sums, then consensus."""
+        from fastmerge.families.consensus import program
+
+        return program(groups, cls._specs(groups), kernels)
+
+    @classmethod
+    def scope(cls, group: Group) -> Literal["element", "tensor", "row", "model"]:
+        """Trimming, restoring a sum of magnitudes and majorities look at a tensor, or at the whole model."""
+        spec = cls.spec(group)
+        if not (spec.trim or spec.l1 != "none" or spec.zero == "majority"):
+            return "element"
+        return "model" if spec.whole_model and (spec.trim or spec.zero == "majority") else "tensor"

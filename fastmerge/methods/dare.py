@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from fastmerge.methods import consensus
-from fastmerge.methods.base import Contract, Group, Method, Param, Program
+from fastmerge.methods.base import Contract, Group, Param
 from fastmerge.methods.ties import PAPER, SEED, warnings
-
-if TYPE_CHECKING:
-    import torch
 
 _DROP = (
     Param("density", "model", float, 1.0, "probability that an element of the delta is kept", 0.0, 1.0),
@@ -21,7 +19,7 @@ _DROP = (
 )
 
 
-class DareLinear(Method):
+class DareLinear(consensus.ConsensusMethod):
     r"""Keep each element of a delta with probability ``density``, rescale, and add the deltas to the base.
 
     .. math:: b + \lambda \sum_i w_i r_i\, m_i \odot (x_i - b), \quad m_i \sim \text{Bernoulli}(\rho_i)
@@ -59,58 +57,14 @@ class DareLinear(Method):
         bern, unbiased = consensus.drop_table(group, "density")
         drop = any(t < 65536 for t in bern)
         keep = p["rescale"] and p["rescale_norm"] == "keep"
-        return consensus.Consensus(
-            weight=consensus.weights(group),
+        return replace(
+            super().spec(group),
             bernoulli=bern,
             rescale=unbiased if keep else (1.0,) * len(bern),
-            lam=float(p["lambda"]),
-            models=tuple(0 for _ in bern) if p["shared_mask"] else group.indices,
-            round_base=p["delta_dtype"] == "base",
+            models=(0,) * len(bern) if p["shared_mask"] else group.indices,
             drop=drop,
             l1="drop" if drop and p["rescale"] and not keep else "none",
-            **cls._rest(group),
         )
-
-    @classmethod
-    def _rest(cls, group: Group) -> Mapping[str, Any]:
-        n = len(group.models)
-        return {
-            "gate": (1.0,) * n,
-            "density": (1.0,) * n,
-            "keep_count": "floor",
-            "div": consensus.divisor(group),
-            "trim": False,
-            "whole_model": False,
-            "ties": "index",
-            "elect": "none",
-            "split": False,
-            "zero": "plus",
-            "merge": "sum",
-        }
-
-    @classmethod
-    def reference(cls, inputs: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
-        """The family's definition (:func:`fastmerge.methods.consensus.reference`) for a model of one tensor."""
-        return consensus.reference([inputs], [group], [cls.spec(group)])[0]
-
-    @classmethod
-    def reference_all(cls, inputs: Sequence[Sequence[torch.Tensor]], groups: Sequence[Group]) -> list[torch.Tensor]:
-        """All tensors together where the threshold is the model's."""
-        if groups and cls.scope(groups[0]) == "model":
-            return consensus.reference(inputs, groups, [cls.spec(g) for g in groups])
-        return super().reference_all(inputs, groups)
-
-    @classmethod
-    def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
-        """Any selection and sums, then consensus."""
-        from fastmerge.families.consensus import program
-
-        return program(groups, [cls.spec(g) for g in groups], kernels)
-
-    @classmethod
-    def scope(cls, group: Group) -> Literal["element", "tensor", "row", "model"]:
-        """Restoring a sum of magnitudes or trimming looks beyond the element."""
-        return consensus.scope(cls.spec(group))
 
 
 class DareTies(DareLinear):
@@ -152,9 +106,11 @@ class DareTies(DareLinear):
     )
 
     @classmethod
-    def _rest(cls, group: Group) -> Mapping[str, Any]:
+    def spec(cls, group: Group) -> consensus.Consensus:
+        """The group's parameters as the family takes them."""
         density = tuple(float(m["trim_density"]) for m in group.models)
-        return {"density": density, "div": 1.0, "trim": any(d < 1 for d in density), **consensus.election(group)}
+        trim = any(d < 1 for d in density)
+        return replace(super().spec(group), density=density, trim=trim, **consensus.election(group))
 
     @classmethod
     def warn(cls, group: Group) -> list[str]:

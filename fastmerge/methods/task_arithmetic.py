@@ -9,13 +9,13 @@ import numpy as np
 
 from fastmerge.families.combine import CombineProgram
 from fastmerge.methods import consensus, reference
-from fastmerge.methods.base import Contract, Group, Method, Param, Program
+from fastmerge.methods.base import Contract, Group, Param, Program
 
 if TYPE_CHECKING:
     import torch
 
 
-class TaskArithmetic(Method):
+class TaskArithmetic(consensus.ConsensusMethod):
     r"""Adds weighted deltas to the base: weights of -1 forget, (1, 1, -1) is an analogy.
 
     .. math:: b + \lambda\,\frac{\sum_i w_i (x_i - b)}{\sum_i w_i} \quad\text{(without normalize: no division)}
@@ -55,45 +55,18 @@ class TaskArithmetic(Method):
     def reference(cls, inputs: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
         """``b + lambda (sum w_i (x_i - b)) / div``."""
         if group.params["delta_dtype"] == "base":
-            return consensus.reference([inputs], [group], [cls.spec(group)])[0]
-        lam, div = float(group.params["lambda"]), consensus.divisor(group)
-        return reference.delta(inputs, group, consensus.weights(group), lam, div)
-
-    @classmethod
-    def spec(cls, group: Group) -> consensus.Consensus:
-        """As a consensus without drop, trim or election: the kernel that can round deltas."""
-        n = len(group.models)
-        return consensus.Consensus(
-            weight=consensus.weights(group),
-            gate=(1.0,) * n,
-            bernoulli=(65536,) * n,
-            density=(1.0,) * n,
-            rescale=(1.0,) * n,
-            keep_count="floor",
-            lam=float(group.params["lambda"]),
-            div=consensus.divisor(group),
-            models=group.indices,
-            round_base=group.params["delta_dtype"] == "base",
-            drop=False,
-            trim=False,
-            whole_model=False,
-            ties="index",
-            elect="none",
-            split=False,
-            zero="plus",
-            merge="sum",
-            l1="none",
-        )
+            return super().reference(inputs, group)
+        spec = cls.spec(group)
+        return reference.delta(inputs, group, spec.weight, spec.lam, spec.div)
 
     @classmethod
     def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
         """One pass of the combine kernel, or of the consensus kernel where deltas are rounded."""
-        from fastmerge.families.consensus import program
-
         if any(g.params["delta_dtype"] == "base" for g in groups):
-            return program(groups, [cls.spec(g) for g in groups], kernels)
-        coef = np.array([(0.0, *consensus.weights(g)) for g in groups])
-        scale = np.array([(float(g.params["lambda"]), consensus.divisor(g)) for g in groups])
+            return super().program(groups, kernels)
+        specs = cls._specs(groups)
+        coef = np.array([(0.0, *s.weight) for s in specs])
+        scale = np.array([(s.lam, s.div) for s in specs])
         return CombineProgram(kernels, coef, scale, delta=True)
 
     @classmethod

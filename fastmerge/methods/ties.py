@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 from fastmerge.methods import consensus
-from fastmerge.methods.base import REQUIRED, Contract, Group, Method, Param, Program
-
-if TYPE_CHECKING:
-    import torch
+from fastmerge.methods.base import REQUIRED, Contract, Group, Param
 
 PAPER: Mapping[str, Any] = {
     "trim_scope": "model",
@@ -45,7 +43,7 @@ def warnings(group: Group) -> list[str]:
     return found
 
 
-class Ties(Method):
+class Ties(consensus.ConsensusMethod):
     r"""Trim each model's delta to its largest magnitudes, elect a sign per element, average what agrees.
 
     .. math:: b + \lambda\,\frac{\sum_{i \in A} w_i d_i}{\sum_{i \in A} w_i}, \quad
@@ -95,47 +93,10 @@ class Ties(Method):
     @classmethod
     def spec(cls, group: Group) -> consensus.Consensus:
         """The group's parameters as the family takes them."""
-        n = len(group.models)
         density = tuple(float(m["density"]) for m in group.models)
         trim = any(d < 1 for d in density)
-        return consensus.Consensus(
-            weight=consensus.weights(group),
-            bernoulli=(65536,) * n,
-            density=density,
-            rescale=(1.0,) * n,
-            lam=float(group.params["lambda"]),
-            div=1.0,
-            models=group.indices,
-            round_base=group.params["delta_dtype"] == "base",
-            drop=False,
-            trim=trim,
-            l1="trim" if trim and group.params["rescale"] else "none",
-            **consensus.election(group),
-        )
-
-    @classmethod
-    def reference(cls, inputs: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
-        """The family's definition (:func:`fastmerge.methods.consensus.reference`) for a model of one tensor."""
-        return consensus.reference([inputs], [group], [cls.spec(group)])[0]
-
-    @classmethod
-    def reference_all(cls, inputs: Sequence[Sequence[torch.Tensor]], groups: Sequence[Group]) -> list[torch.Tensor]:
-        """All tensors together where the threshold is the model's."""
-        if groups and cls.scope(groups[0]) == "model":
-            return consensus.reference(inputs, groups, [cls.spec(g) for g in groups])
-        return super().reference_all(inputs, groups)
-
-    @classmethod
-    def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
-        """Select, any sums, then consensus."""
-        from fastmerge.families.consensus import program
-
-        return program(groups, [cls.spec(g) for g in groups], kernels)
-
-    @classmethod
-    def scope(cls, group: Group) -> Literal["element", "tensor", "row", "model"]:
-        """A threshold belongs to the tensor or to the whole model."""
-        return consensus.scope(cls.spec(group))
+        l1: Literal["trim", "none"] = "trim" if trim and group.params["rescale"] else "none"
+        return replace(super().spec(group), density=density, trim=trim, l1=l1, **consensus.election(group))
 
     @classmethod
     def warn(cls, group: Group) -> list[str]:
