@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge import engine
-from fastmerge.dispatch import backend
+from fastmerge.dispatch import cpu_backend
 from fastmerge.doctor import memcpy_rate
 from fastmerge.dtypes import BF16
 from fastmerge.methods import METHODS
@@ -40,7 +40,7 @@ def bench_kernels(*, runs: int = 5) -> list[Row]:
     """
     floor = memcpy_rate()
     rows: list[Row] = []
-    kernels = backend("native").kernels
+    kernels = cpu_backend("native").kernels
     for name, method in METHODS.items():
         group = _group(method)
         segments, keep = _segments(group)

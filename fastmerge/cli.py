@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastmerge.errors import FastMergeError
+from fastmerge.sizes import show_bytes
 from fastmerge.version import __version__
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def _progress(planned: Plan) -> Iterator[Callable[[Stats], None]]:
             last = now
             share = 100 * stats.bytes_written / max(total, 1)
             rate = (stats.bytes_read + stats.bytes_written) / (now - started) / 1e9
-            click.echo(f"{share:.0f} % of {total / 1e9:.2f} GB, {rate:.2f} GB/s, bound by {stats.bottleneck}", err=True)
+            click.echo(f"{share:.0f} % of {show_bytes(total)}, {rate:.2f} GB/s, bound by {stats.bottleneck}", err=True)
 
     yield line
 
@@ -179,17 +180,13 @@ def plan(recipe: str, shard_size: str, seed: int | None, as_json: bool, **where:
 
 def _show_plan(planned: Plan, *, as_json: bool, **where: Any) -> None:
     """Prints the plan and its estimate; ``where`` is --device, --backend, --memory and --max-vram."""
-    from fastmerge.estimate import estimate
+    from fastmerge.estimate import estimate, table
 
     facts = {**planned.summary(), **estimate(planned, **where)}
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
-    for name, value in facts.items():
-        if name == "warnings":
-            continue
-        text = f"{value / 1e9:.3f} GB" if name.startswith(("bytes", "memory")) and isinstance(value, int) else value
-        click.echo(f"{name.replace('_', ' '):<22} {text}")
+    click.echo(table(facts))
     for text in facts.get("warnings", ()):
         click.echo(f"warning: {text}", err=True)
 

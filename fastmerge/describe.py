@@ -36,6 +36,8 @@ def describe(name: str) -> str:
 
 
 def _word(value: object) -> str:
+    if value is REQUIRED:
+        return "[required]"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -1,7 +1,7 @@
 """Which backend computes, and why: argument, then ``FASTMERGE_BACKEND``, then the best that is there.
 
-``auto`` may fall back and says so once, at INFO; a backend or device that was named works or raises
-:class:`~fastmerge.errors.BackendUnavailable` with the reason.
+``auto`` may fall back and warns once, unless there is no GPU to speak of; a backend or device that was named works
+or raises :class:`~fastmerge.errors.BackendUnavailable` with the reason.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,24 +82,29 @@ def host_kernels() -> Any:
 def torch_reason() -> str | None:
     """Why torch cannot be used; None if it is installed. Does not import it."""
     found = importlib.util.find_spec("torch") is not None
-    return None if found else "torch is not installed; pip install 'fastmerge[torch]'"
+    return None if found else "torch is not installed; install it (the extra 'torch')"
 
 
-def driver_reason() -> str | None:
-    """Why GPUs are out of the question; None where torch has to be asked. Imports nothing heavy."""
+def absent_reason() -> str | None:
+    """Why there is no GPU to speak of: no driver, or the user hides them; None where one may be there."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "no NVIDIA driver is installed (libcuda.so.1 was not found)"
-    if torch_reason():
-        return torch_reason()
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install 'fastmerge[gpu]'"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 keeps the kernels in Triton's interpreter, on the CPU"
     if _visible() == []:
         return f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} hides every GPU"
     return None
+
+
+def driver_reason() -> str | None:
+    """Why GPUs are out of the question; None where torch has to be asked. Imports nothing heavy."""
+    reason = absent_reason()
+    missing = [n for n in ("torch", "triton") if importlib.util.find_spec(n) is None]
+    if reason is None and missing:
+        reason = f"{' and '.join(missing)} not installed; install torch and triton (the extra 'gpu')"
+    return reason
 
 
 def _visible() -> list[str] | None:
@@ -180,11 +185,23 @@ def _line(error: BaseException) -> str:
 
 @functools.cache
 def say(text: str) -> None:
-    """Once per reason."""
-    log.info("%s", text)
+    """Warns, once per reason."""
+    log.warning("%s", text)
 
 
-def backend(name: str | None = None) -> Backend:
+def wanted(name: str | None) -> str:
+    """The backend that was named, by argument or environment, else ``auto``.
+
+    Raises:
+        BackendUnavailable: for a name that is none.
+    """
+    name = name or os.environ.get("FASTMERGE_BACKEND") or "auto"
+    if name not in (*BACKENDS, "auto"):
+        raise BackendUnavailable(f"unknown backend {name!r}; expected one of auto, {', '.join(BACKENDS)}")
+    return name
+
+
+def cpu_backend(name: str | None = None) -> Backend:
     """Chooses the backend for CPU devices.
 
     Args:
@@ -193,9 +210,7 @@ def backend(name: str | None = None) -> Backend:
     Raises:
         BackendUnavailable: if a named backend cannot run here.
     """
-    name = name or os.environ.get("FASTMERGE_BACKEND") or "auto"
-    if name not in (*BACKENDS, "auto"):
-        raise BackendUnavailable(f"unknown backend {name!r}; expected one of auto, {', '.join(BACKENDS)}")
+    name = wanted(name)
     if name == "triton":
         return Backend(name, _triton_interpreter())
     reason = native_reason()
@@ -217,8 +232,14 @@ def _triton_interpreter() -> Any:
     try:
         kernels = importlib.import_module("fastmerge.kernels")
     except ImportError as error:
-        raise BackendUnavailable(f"backend triton: {error}; pip install 'fastmerge[gpu]'") from error
+        raise BackendUnavailable(f"backend triton: {error}; install torch and triton (the extra 'gpu')") from error
     return kernels.TritonKernels("cpu")
+
+
+def device_for(spec: str, outputs: Iterable[Output], name: str | None) -> str:
+    """``--device``, but ``cpu`` for ``auto`` where all outputs are copies: CUDA would be started for nothing."""
+    copies = spec == "auto" and wanted(name) != "triton" and all(o.method is None for o in outputs)
+    return "cpu" if copies else spec
 
 
 def choose(spec: str, name: str | None = None, *, said: str | None = None) -> Backend:
@@ -227,24 +248,24 @@ def choose(spec: str, name: str | None = None, *, said: str | None = None) -> Ba
     Args:
         spec: ``auto`` (all GPUs that can be used, else the CPU), ``cpu``, ``cuda`` (torch's current GPU) or a list
             such as ``cuda:0,cuda:1``; one that is named twice is two logical devices.
-        name: as for :func:`backend`.
+        name: as for :func:`cpu_backend`.
         said: how errors name the device; None for ``--device`` and ``spec``.
 
     Raises:
         BackendUnavailable: for a device or backend that cannot be used here, with the reason.
     """
     said = said or f"--device {spec}"
-    names = [s.strip() for s in spec.split(",")]
-    wanted = name or os.environ.get("FASTMERGE_BACKEND") or "auto"
-    if names == ["cpu"] or (names == ["auto"] and wanted not in ("auto", "triton")):
-        return backend(name)
+    names, name = [s.strip() for s in spec.split(",")], wanted(name)
+    if names == ["cpu"] or (names == ["auto"] and name not in ("auto", "triton")):
+        return cpu_backend(name)
     if names == ["auto"]:
         reason, gpus = _usable()
         if gpus:
-            return replace(gpu_backend(gpus), otherwise=wanted)
-        say(f"GPUs not used: {reason}; merging on the CPU")
-        return backend(name)
-    _check(said, names, wanted)
+            return replace(gpu_backend(gpus), otherwise=name)
+        if absent_reason() is None:
+            say(f"GPUs not used: {reason}; merging on the CPU")
+        return cpu_backend(name)
+    _check(said, names, name)
     reason = cuda_reason()
     if reason:
         raise BackendUnavailable(f"{said}: {reason}")
@@ -264,9 +285,8 @@ def expected_gpus(spec: str, name: str | None = None) -> tuple[int, ...]:
     Raises:
         BackendUnavailable: for a device that certainly cannot be used here.
     """
-    names = [s.strip() for s in spec.split(",")]
-    wanted = name or os.environ.get("FASTMERGE_BACKEND") or "auto"
-    if names == ["cpu"] or (names == ["auto"] and (wanted not in ("auto", "triton") or driver_reason())):
+    names, name = [s.strip() for s in spec.split(",")], wanted(name)
+    if names == ["cpu"] or (names == ["auto"] and (name not in ("auto", "triton") or driver_reason())):
         return ()
     if names == ["auto"]:
         there, named = len(list(PROC.glob("*"))), _visible()
@@ -274,19 +294,19 @@ def expected_gpus(spec: str, name: str | None = None) -> tuple[int, ...]:
             return tuple(range(there or 1))
         known = itertools.takewhile(lambda w: not (there and w.isdigit()) or int(w) < there, named)
         return tuple(range(len(list(known))))
-    _check(f"--device {spec}", names, wanted)
+    _check(f"--device {spec}", names, name)
     return tuple(int(n[5:] or 0) for n in names)
 
 
-def _check(said: str, names: Sequence[str], wanted: str) -> None:
+def _check(said: str, names: Sequence[str], backend: str) -> None:
     """What is wrong with a list of GPUs, as far as torch need not be asked."""
     wrong = [n for n in names if not re.fullmatch(r"cuda(:\d+)?", n)]
     if wrong:
         raise BackendUnavailable(
             f"{said}: unknown device {wrong[0]!r}; expected auto or cpu alone, or a list of cuda, cuda:0, ..."
         )
-    if wanted not in ("auto", "triton"):
-        raise BackendUnavailable(f"{said}: backend {wanted} runs on CPU cores only; expected triton")
+    if backend not in ("auto", "triton"):
+        raise BackendUnavailable(f"{said}: backend {backend} runs on CPU cores only; expected triton")
     reason = driver_reason()
     if reason:
         raise BackendUnavailable(f"{said}: {reason}")

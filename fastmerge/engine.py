@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmerge import planning
-from fastmerge.dispatch import choose, program_factory
-from fastmerge.errors import RecipeError
-from fastmerge.placement import Placement, place
+from fastmerge.devices.cuda import OutOfMemory
+from fastmerge.dispatch import choose, device_for, program_factory
+from fastmerge.errors import BudgetError, RecipeError
+from fastmerge.placement import Placement, place, without_gpus
 from fastmerge.planning import Plan
 from fastmerge.recipe import Recipe
 from fastmerge.sizes import default_memory, parse_bytes
 from fastmerge.version import __version__
 
 if TYPE_CHECKING:
+    import torch
+
     from fastmerge.checkpoint import Writer
     from fastmerge.report import Report
     from fastmerge.stores import Finite, NanPolicy
@@ -37,7 +40,7 @@ def plan(
     recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
     *,
     seed: int | None = None,
-    shard_size: str | int = "5GB",
+    shard_size: str | float = "5GB",
 ) -> Plan:
     """Plans a merge: reads the recipe and the models' headers, no weights.
 
@@ -57,12 +60,12 @@ def merge(
     recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe | Plan,
     out: str | os.PathLike[str],
     *,
-    device: str = "auto",
-    memory: str | int | None = None,
-    max_vram: str | int | None = None,
+    device: str | torch.device = "auto",
+    memory: str | float | None = None,
+    max_vram: str | float | None = None,
     seed: int | None = None,
     backend: str | None = None,
-    shard_size: str | int = "5GB",
+    shard_size: str | float = "5GB",
     resume: bool = False,
     overwrite: bool = False,
     nan: NanPolicy = "warn",
@@ -75,7 +78,8 @@ def merge(
         out: the directory to create.
         device: ``auto`` (all GPUs that can be used, else the CPU), ``cpu``, ``cuda`` or ``cuda:0,cuda:1``.
         memory: budget in bytes (``"8GB"``); peak memory stays below it plus 300 MB (and a GPU's context).
-        max_vram: bytes for the slots of each GPU; None for a third of what is free.
+        max_vram: bytes for the slots of each GPU; None for a third of what is free. Where kernels run out of memory
+            beside them it is halved, with a warning, and the merge goes on from its journal.
         seed: of the random methods; None takes the recipe's own, else 0.
         backend: ``native``, ``triton``, ``reference`` or None for the best one.
         shard_size: largest output file, in bytes.
@@ -101,26 +105,41 @@ def merge(
     planned = recipe if isinstance(recipe, Plan) else plan(recipe, seed=seed, shard_size=shard_size)
     if nan != "warn":
         planned = _look_at_copies(planned, nan)
-    chosen = choose(device, backend)
+    chosen = choose(device_for(str(device), planned.outputs, backend), backend)
     budget = parse_bytes(memory) if memory is not None else default_memory()
     vram = parse_bytes(max_vram) if max_vram is not None else None
     for text in planned.warnings:
         log.warning("%s", text)
-    with place(planned.outputs, chosen, memory=budget, max_vram=vram) as placed:
-        # After the budgets were found to do: a new run discards what an interrupted one left.
-        writer = Writer(
-            Path(out),
-            planned.layout,
-            fingerprint=planned.fingerprint,
-            resume=resume,
-            overwrite=overwrite,
-            inputs=[c.path for c in planned.checkpoints],
-        )
-        if writer.finished:
-            return Report.load(writer.target)
-        with writer:
-            report = _merge(planned, str(out), placed, writer, started, nan, progress)
-    return replace(report, seconds=time.perf_counter() - started)
+    short = ""
+    while True:
+        try:
+            with place(planned.outputs, chosen, memory=budget, max_vram=vram) as placed:
+                # After the budgets were found to do: a new run discards what an interrupted one left.
+                writer = Writer(
+                    Path(out),
+                    planned.layout,
+                    fingerprint=planned.fingerprint,
+                    resume=resume or bool(short),
+                    overwrite=overwrite,
+                    inputs=[c.path for c in planned.checkpoints],
+                )
+                if writer.finished:
+                    return Report.load(writer.target)
+                with writer:
+                    report = _merge(planned, str(out), placed, writer, started, nan, progress)
+            return replace(report, seconds=time.perf_counter() - started)
+        except OutOfMemory as error:
+            short, chosen, vram = str(error), placed.chosen, error.nbytes // 2
+            error.__traceback__ = None  # its frames hold a slot
+            log.warning("%s; going on with half of that", short)
+        except BudgetError as error:
+            if not short:
+                raise
+            short = f"{short}, and less does not do ({error})"
+            other = without_gpus(chosen, short)
+            if other is None:
+                raise BudgetError(f"{short}; continue with --resume, there or on another --device") from None
+            chosen = other
 
 
 def _merge(

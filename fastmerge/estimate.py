@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from fastmerge.dispatch import backend as choose
-from fastmerge.dispatch import devices, expected_gpus
+from fastmerge.dispatch import cpu_backend, device_for, devices, expected_gpus
 from fastmerge.placement import Vram, fit
 from fastmerge.planning import Plan
 from fastmerge.schedule import kinds, schedule
-from fastmerge.sizes import default_memory, parse_bytes
+from fastmerge.sizes import default_memory, parse_bytes, show_bytes
 
 READ_RATE = 10e9
 """Bytes per second and worker of warm files into a hot slot; 14.9e9 measured on one Zen 3 core, alone."""
@@ -43,7 +43,7 @@ def estimate(
     Returns:
         Passes over the input, memory in bytes, the bottleneck and an estimate of the seconds for warm files.
     """
-    gpus = expected_gpus(device, backend)
+    gpus = expected_gpus(device_for(device, planned.outputs, backend), backend)
     budget = parse_bytes(memory) if memory is not None else default_memory()
     if gpus:
         name, read_rate = "triton", GPU_READ_RATE
@@ -51,7 +51,7 @@ def estimate(
         work = fit(planned.outputs, len(gpus), memory=budget, vram=vram)
         n = work.slots
     else:
-        chosen = choose(backend)
+        chosen = cpu_backend(backend)
         name, read_rate = chosen.name, READ_RATE
         workers = len(devices(chosen))
         work = schedule(planned.outputs, workers=workers, memory=budget, whole=chosen.whole)
@@ -83,3 +83,28 @@ def estimate(
         "bottleneck": max(stages, key=lambda s: stages[s]),
         "seconds_estimated": round(seconds, 2),
     }
+
+
+def table(facts: Mapping[str, Any]) -> str:
+    """The facts of a plan for people, one a line; its warnings are not among them."""
+    return "\n".join(
+        f"{name.replace('_', ' '):<18} {text}"
+        for name, value in facts.items()
+        if name != "warnings"
+        for name, text in _lines(name, value)
+    )
+
+
+def _lines(name: str, value: Any) -> list[tuple[str, str]]:
+    """The lines of one fact; those of a list after the first have no name."""
+    if isinstance(value, list):
+        return [("" if i else name, str(item)) for i, item in enumerate(value)]
+    if name == "tensors":
+        return [(name, ", ".join(f"{count:,} {what}" for what, count in value.items() if count))]
+    if name == "dtypes":
+        return [(name, ", ".join(f"{dtype} ({show_bytes(nbytes)})" for dtype, nbytes in value.items()))]
+    if name.startswith(("bytes", "memory")):
+        return [(name, show_bytes(value))]
+    if name == "seconds_estimated":
+        return [("time", f"about {value:.3g} s with files in the page cache")]
+    return [(name, f"{value:,}" if isinstance(value, int) and name != "seed" else str(value))]

@@ -23,6 +23,7 @@ from fastmerge.families.reference import ReferenceProgram
 from fastmerge.methods import METHODS
 from fastmerge.methods.base import Group
 from fastmerge.methods.resolve import make_group
+from fastmerge.tensors import check
 
 if TYPE_CHECKING:
     import os
@@ -68,7 +69,8 @@ def _current(device: str) -> AbstractContextManager[Any]:
 
 
 def _same_shape(name: str, tensors: Sequence[torch.Tensor]) -> None:
-    for t in tensors[1:]:
+    for t in tensors:
+        check(name, t)
         if t.shape != tensors[0].shape:
             raise ShapeError(f"{name}: expected shape {tuple(tensors[0].shape)}, got {tuple(t.shape)}")
         if t.device != tensors[0].device:
@@ -181,6 +183,7 @@ def slerp_models(model_a: State, model_b: State, t: float = 0.5) -> dict[str, to
     for name, a in model_a.items():
         if name not in model_b:
             raise ShapeError(f"{name}: model_b has no such tensor")
+        check(name, a)
         if str(a.dtype) in _KINDS:
             jobs.append((name, [a, model_b[name]], {"t": float(t)}))
     blended = _run("slerp", jobs, preset="seed")
@@ -241,7 +244,7 @@ def dare_sparsify(
         RecipeError: for a ``p`` out of range.
     """
     parameters = {"density": 1.0 - p, "indices": [model_index]}
-    jobs = [(name, [_zeros(v), v], parameters) for name, v in task_vector.items()]
+    jobs = [(name, [_zeros(name, v), v], parameters) for name, v in task_vector.items()]
     return _run("dare_linear", jobs, preset="paper", seed=seed)
 
 
@@ -292,7 +295,7 @@ def _elect(
     for name, base in base_weights.items():
         here = [i for i, tau in enumerate(task_vectors) if name in tau]
         if here:
-            tensors = [_zeros(base), *(task_vectors[i][name] for i in here)]
+            tensors = [_zeros(name, base), *(task_vectors[i][name] for i in here)]
             jobs.append((name, tensors, {**parameters, "weight": [weights[i] for i in here], "indices": here}))
     mixed = _run(method, jobs, preset="seed", seed=seed)
     added = _sum([(name, [base_weights[name], mix], [1.0, 1.0]) for name, mix in mixed.items()])
@@ -300,10 +303,11 @@ def _elect(
     return {name: added[name] if name in added else rest[name] for name in base_weights}
 
 
-def _zeros(like: torch.Tensor) -> torch.Tensor:
+def _zeros(name: str, like: torch.Tensor) -> torch.Tensor:
     """A base that makes task vectors of models: small, and exact to subtract."""
     import torch
 
+    check(name, like)
     return torch.zeros(like.shape, dtype=torch.bfloat16, device=like.device)
 
 

@@ -22,6 +22,7 @@ from fastmerge.recipe.settings import convert
 from fastmerge.schedule import schedule
 from fastmerge.stores import MemoryStore
 from fastmerge.stream import Runner
+from fastmerge.tensors import check, extent, plain
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +129,9 @@ def merge_state_dicts(
     states = {key: m.state_dict() if hasattr(m, "state_dict") else m for key, m in items}
     if not states:
         raise RecipeError("models: expected at least one, got none")
+    for key, state in states.items():
+        if not isinstance(state, Mapping):
+            raise RecipeError(f"models: expected state dictionaries or modules, got {type(state).__name__} for {key!r}")
     if base is not None and base not in states:
         raise RecipeError(f"base {base!r} is not one of the models {list(states)!r}")
     first = next(iter(states.values()))
@@ -234,6 +238,7 @@ def _spread(p: Param, value: Any, keys: Sequence[Hashable], problems: list[str])
     if isinstance(value, Mapping):
         problems += [f"parameter {p.name!r}: missing for input {k!r}" for k in keys if k not in value]
         return [value.get(k, p.default) for k in keys]
+    value = plain(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != len(keys):
             problems.append(f"parameter {p.name!r}: expected {len(keys)} values, got {len(value)}")
@@ -244,17 +249,17 @@ def _spread(p: Param, value: Any, keys: Sequence[Hashable], problems: list[str])
 def _convert(p: Param, value: Any, problems: list[str]) -> Any:
     if value is None or value is REQUIRED:
         return value
-    with contextlib.suppress(AttributeError, TypeError):
-        value = value.item()
     try:
-        return convert(value, p)
+        return convert(plain(value), p)
     except ValueError as error:
         problems.append(f"parameter {p.name!r}: {error}")
         return value
 
 
 def _one_device(name: str, tensors: Mapping[Hashable, torch.Tensor]) -> None:
-    """All tensors of a call are on the CPU, or on one GPU."""
+    """All inputs of a call are dense tensors on the CPU, or on one GPU."""
+    for key, t in tensors.items():
+        check(f"{name or 'tensor'}: input {key!r}", t)
     first, home = next((k, t.device) for k, t in tensors.items())
     for key, t in tensors.items():
         if t.device.type not in ("cpu", "cuda"):
@@ -285,8 +290,8 @@ def _output(
     lead = base if method.contract.base != "ignored" else None
     others = [k for k in tensors if lead is None or k != lead]
     order = others if lead is None else [lead, *others]
-    shape = tuple(next(iter(tensors.values())).shape)
     _one_device(name, tensors)
+    shape = tuple(next(iter(tensors.values())).shape)
     for key, t in tensors.items():
         if tuple(t.shape) != shape:
             raise ShapeError(f"{name or 'tensor'}: input {key!r} has shape {tuple(t.shape)}, expected {shape}")
@@ -321,27 +326,19 @@ def _result(
     dtype = getattr(torch, output.dtype.name)
     if out is None:
         return torch.empty(output.shape, dtype=dtype, device=like.device)
+    check("out", out)
     if tuple(out.shape) != output.shape or out.dtype != dtype or not out.is_contiguous() or out.device != like.device:
         layout = "" if out.is_contiguous() else f", not contiguous (strides {tuple(out.stride())})"
         raise ShapeError(
             f"out: expected a contiguous tensor {output.shape} of {dtype} on {like.device}, "
             f"got {tuple(out.shape)} of {out.dtype} on {out.device}{layout}"
         )
-    start, end = _extent(out)
+    start, end = extent(out)
     for key, t in inputs.items():
-        low, high = _extent(t)
+        low, high = extent(t)
         if max(start, low) < min(end, high) and (low != start or t.dtype != out.dtype):
             raise ShapeError(f"out overlaps input {key!r}: expected that input itself, or memory of its own")
     return out
-
-
-def _extent(t: torch.Tensor) -> tuple[int, int]:
-    """Addresses of the first byte of a tensor and of the one behind its last."""
-    start = t.data_ptr()
-    if not t.numel():
-        return start, start
-    last = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
-    return start, start + (last + 1) * t.element_size()
 
 
 def _run(

@@ -18,7 +18,7 @@ from fastmerge.devices.cuda import (
     largest_slot,
 )
 from fastmerge.devices.streams import CudaStreams, NoRoom
-from fastmerge.dispatch import Backend, backend, devices, host_kernels, say
+from fastmerge.dispatch import Backend, cpu_backend, devices, host_kernels, say
 from fastmerge.errors import BudgetError
 from fastmerge.planning import Output
 from fastmerge.schedule import Schedule, schedule
@@ -79,7 +79,7 @@ def place(
     Args:
         outputs: the plan's outputs.
         chosen: the backend, which knows its devices. GPUs that were not named are left out where the smallest unit
-            does not fit; without any, the CPU takes over. Either is said, at INFO.
+            does not fit; without any, the CPU takes over. Either is a warning.
         memory: budget in bytes for all host slots together.
         max_vram: bytes for the slots of each GPU; None for a third of what is free.
 
@@ -127,10 +127,18 @@ def _without(error: NoVram, chosen: Backend, gpus: Sequence[Gpu]) -> Backend:
     if left:
         say(f"{error.gpu} not used: {error}")
         return replace(chosen, gpus=left)
-    if chosen.otherwise == chosen.name:
+    other = without_gpus(chosen, str(error))
+    if other is None:
         raise error
-    say(f"GPUs not used: {error}; merging on the CPU")
-    return backend(chosen.otherwise)
+    return other
+
+
+def without_gpus(chosen: Backend, reason: str) -> Backend | None:
+    """The backend for the CPU, with a warning; None where the GPUs or their backend were named."""
+    if chosen.otherwise in (None, chosen.name):
+        return None
+    say(f"GPUs not used: {reason}; merging on the CPU")
+    return cpu_backend(chosen.otherwise)
 
 
 def workers_each(gpus: int) -> int:
@@ -220,10 +228,15 @@ def _slots(work: Schedule, gpus: Sequence[Gpu]) -> list[CudaDevice]:
 
 
 def _release(gpus: Sequence[Gpu], slots: Sequence[CudaDevice]) -> None:
-    """Waits for the GPUs, then frees what was reserved; one that has failed has nothing to wait for."""
-    for closing in (slots, ()):
-        for gpu in gpus:
-            with contextlib.suppress(RuntimeError):
-                gpu.streams.settle()
-        for slot in closing:
+    """Waits for the GPUs, frees the slots and gives the memory back; what a GPU that has failed refuses, it refuses."""
+    _settle(gpus)
+    for slot in slots:
+        with contextlib.suppress(RuntimeError):
             slot.close()
+    _settle(gpus)
+
+
+def _settle(gpus: Sequence[Gpu]) -> None:
+    for gpu in gpus:
+        with contextlib.suppress(RuntimeError):
+            gpu.streams.settle()

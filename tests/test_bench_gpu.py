@@ -1,5 +1,6 @@
 """``make gpu`` without a GPU: a dry run of every part, killed and continued; the table; what is missing is said."""
 
+import errno
 import json
 import os
 import signal
@@ -189,8 +190,39 @@ def test_runs_are_continued_only_where_they_measure_the_same(tmp_path):
     assert State.open(tmp_path, FACTS, fresh=True).path != first.path
     for name in IDENTITY:
         assert State.open(tmp_path, {**FACTS, name: "other"}, fresh=False).results == {}
+    for i, text in enumerate(("", '{"facts": {"gpu"', "[]", "{}", '{"facts": 1, "finished": false, "results": {}}')):
+        (tmp_path / f"gpu-2{i}.json").write_text(text)
+    (tmp_path / "gpu-3.json").write_bytes(b"\xff\xfe")
+    assert State.open(tmp_path, FACTS, fresh=False).path == first.path, "what cannot be read is passed over"
     first.save(finished=True)
     assert State.open(tmp_path, FACTS, fresh=False).results == {}
+
+
+def test_the_disk_is_probed_both_ways_and_the_faster_one_counts(tmp_path, monkeypatch):
+    size = 3 * merges.BLOCK + 5000
+    for direct in (False, True):
+        took = merges.write_file(tmp_path / "zeros", size, direct=direct)
+        assert took is None or took > 0
+        assert not list(tmp_path.iterdir())
+    opened = os.open
+
+    def refuse(path, flags, mode=0o777):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "not here")
+        return opened(path, flags, mode)
+
+    with monkeypatch.context() as here:
+        here.setattr(merges.os, "open", refuse)
+        assert merges.write_file(tmp_path / "zeros", size, direct=True) is None
+    monkeypatch.setattr(merges, "write_file", lambda path, nbytes, *, direct: 0.25 if direct else 0.75)
+    monkeypatch.setattr(merges, "read_files", lambda files: 0.125)
+    row = merges.speed(context(tmp_path), "ties", "cpu", "warm", 1)
+    assert row["slowest"] == "write past cache"
+    assert (row["write s"][:5], row["write past cache s"][:5]) == ("0.750", "0.250")
+    monkeypatch.setattr(merges, "write_file", lambda path, nbytes, *, direct: None if direct else 0.75)
+    row = merges.speed(context(tmp_path), "ties", "cpu", "warm", 1)
+    assert row["slowest"] == "write"
+    assert "write past cache s" not in row
 
 
 def test_verdicts(tmp_path):
@@ -243,7 +275,8 @@ def test_verdicts(tmp_path):
         ("driven: some\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, "driven"),
         ("absent: the extension was built without CUDA", 0, Absent),
         ("========= Error: Device not supported. Please refer to the manual", 1, Absent),
-        ("========= Unable to attach", 1, Absent),
+        ("========= Unable to attach", 1, AssertionError),
+        ("========= Error: Failed to initialize", 1, AssertionError),
         ("RuntimeError: Unable to find it\n  Unable to go on\n========= ERROR SUMMARY: 0 errors", 1, AssertionError),
         ("driven: some\n========= ERROR SUMMARY: 2 errors", 86, AssertionError),
         ("========= ERROR SUMMARY: 0 errors", 1, AssertionError),

@@ -39,6 +39,21 @@ def test_merge_says_what_it_did(recipe, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_why_a_gpu_is_not_used_is_said_where_a_driver_is(recipe, tmp_path):
+    code = (
+        "import ctypes, sys\nsys.modules['triton'] = None\nreal = ctypes.CDLL\n"
+        "ctypes.CDLL = lambda name, *a, **k: None if name == 'libcuda.so.1' else real(name, *a, **k)\n"
+        "from fastmerge.cli import main\nmain(sys.argv[1:])\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")}
+    command = [sys.executable, "-c", code, "merge", str(recipe), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fastmerge: GPUs not used: triton not installed")
+    assert " s on cpu (" in done.stdout
+
+
 def test_quiet_says_nothing(recipe, tmp_path):
     done = run("merge", recipe, tmp_path / "out", "--quiet")
     assert done.exit_code == 0
@@ -62,6 +77,24 @@ def test_dry_run_and_plan_write_nothing(recipe, tmp_path):
     assert facts["bytes_out"] > 0
     assert facts["seconds_estimated"] > 0
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_plan_is_for_people(recipe, paths):
+    lines = [line.rstrip() for line in run("plan", recipe).output.splitlines()]
+    for line in (
+        f"models             {paths['base']}",
+        f"                   {paths['a']}",
+        "tensors            21 merged",
+        "elements           226,624",
+        "bytes in           1.81 MB",
+        "bytes out          453 kB",
+        "bytes copied       0 bytes",
+        "dtypes             bfloat16 (453 kB)",
+        "seed               0",
+    ):
+        assert line in lines, lines
+    assert any(line.startswith("time               about ") for line in lines)
+    assert not set("[]{}") & set("".join(lines))
 
 
 def test_an_existing_output_is_refused_and_overwritten_on_request(recipe, tmp_path):
@@ -113,6 +146,8 @@ def test_methods_describe_themselves():
         text = run("methods", name).output
         assert method.formula in text
         assert all(p.name in text for p in method.params)
+        assert "object at 0x" not in text
+    assert "density=[required]" in run("methods", "ties").output
     assert run("methods", "tise").exit_code == 2
 
 
@@ -217,6 +252,20 @@ def test_merging_on_the_cpu_imports_no_torch(recipe, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert {"torch", "transformers", "huggingface_hub", "rich"} & set(done.stderr.split()) == set()
+
+
+def test_auto_and_plan_do_not_import_torch_where_no_driver_is(recipe, tmp_path):
+    code = (
+        "import sys\nfrom fastmerge import dispatch\nfrom fastmerge.cli import main\n"
+        "dispatch.ctypes.CDLL = lambda name: (_ for _ in ()).throw(OSError())\n"
+        "try:\n    main(sys.argv[1:])\nfinally:\n    print(*sys.modules, file=sys.stderr)"
+    )
+    for words in (["merge", recipe, tmp_path / "out", "-q"], ["plan", recipe]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert {"torch", "triton"} & set(done.stderr.split()) == set()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -3,10 +3,9 @@
 Kernels are Triton's interpreter where they matter, and the native ones where only the bytes' way does.
 """
 
+import itertools
 import logging
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastmerge as fm
-from fastmerge import engine, memory, placement
+from fastmerge import engine, placement
 from fastmerge.devices.cuda import Gpu
 from fastmerge.devices.streams import CudaStreams, HostStreams
 from fastmerge.dispatch import Backend
@@ -25,7 +24,6 @@ from fastmerge.families.native import NativeKernels
 from fastmerge.kernels import TritonKernels, _launch
 from fastmerge.methods.base import TILE
 from tests import tiny
-from tests.compare import differences
 from tests.test_merge import RECIPES, recipe_of, weights
 
 if not _launch.interpreted():
@@ -224,16 +222,86 @@ def test_running_out_of_memory_in_a_unit_is_tried_again(paths, tmp_path, pretend
     assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
 
 
+SHORT = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    torch.AcceleratorError("CUDA error: out of memory\nmore"),
+]
+
+
+class Hungry(Native):
+    """Kernels whose temporaries find no room in units of more than so many elements."""
+
+    def __init__(self, most, error):
+        super().__init__()
+        self.most, self.error = most, error
+
+    def consensus(self, segments, *args):
+        if segments.table[:, 1].sum() > self.most:
+            raise self.error
+        self.__getattr__("consensus")(segments, *args)
+
+
+@pytest.mark.parametrize("error", SHORT, ids=["torch", "triton", "pinned"])
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_running_out_of_memory_twice_means_smaller_slots(paths, tmp_path, pretend, caplog, error, gpus):
+    text = recipe_of(paths, "ties")
+    fm.merge(text, tmp_path / "cpu", device="cpu")
+    streams = pretend(Hungry(TILE, error), gpus=gpus)
+    report = fm.merge(text, tmp_path / "gpu", device="cuda")
+    assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
+    assert report.backend == "triton"
+    said = [r for r in caplog.records if "out of" in r.getMessage()]
+    assert {r.levelno for r in said} == {logging.WARNING}
+    assert all("memory for the kernels' temporaries beside slots of" in r.getMessage() for r in said)
+    assert all(r.getMessage().endswith("; going on with half of that") for r in said)
+    assert not any(s.locked for s in streams)
+    largest = [max(tries) for tries in zip(*(s.reserved for s in streams), strict=True)]
+    assert len(largest) == len(said) + 1
+    assert all(after < before for before, after in itertools.pairwise(largest))
+
+
+def test_smaller_slots_go_on_where_the_larger_ones_stopped(paths, tmp_path, pretend):
+    text = recipe_of(paths, "ties")
+    fm.merge(text, tmp_path / "cpu", device="cpu")
+    pretend(Hungry(TILE, SHORT[0]), unit=2 * TILE)
+    report = fm.merge(text, tmp_path / "gpu", device="cuda")
+    assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
+    assert report.bytes_written == 2 * 7 * 20_000, "the small tensors had been written"
+    assert any("resumed" in w for w in report.warnings)
+
+
+def test_where_no_slot_is_small_enough_gpus_that_were_not_named_are_left(paths, tmp_path, several, caplog):
+    text = recipe_of(paths, "ties")
+    made = several(Tight(), Tight(), kernels=Hungry(0, SHORT[0]))
+    report = fm.merge(text, tmp_path / "out")
+    assert (report.backend, set(report.devices)) == ("native", {"cpu"})
+    fm.merge(text, tmp_path / "cpu", device="cpu")
+    assert weights(tmp_path / "out") == weights(tmp_path / "cpu")
+    assert not any(s.locked for s in made)
+    assert "and less does not do" in caplog.records[-1].getMessage()
+    assert caplog.records[-1].getMessage().endswith("merging on the CPU")
+
+
+def test_a_gpu_that_fails_while_slots_are_given_back_hides_nothing(paths, tmp_path, pretend):
+    broken, whole = pretend(Failing(1 << 30, RuntimeError("CUDA error: unspecified launch failure")), gpus=2, unit=TILE)
+
+    def fail(*_):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    broken.settle = broken.unpin = fail
+    with pytest.raises(FastMergeError, match="^cuda:0: CUDA error: unspecified launch failure; continue"):
+        fm.merge(recipe_of(paths, "ties"), tmp_path / "out", device="cuda")
+    assert broken.locked
+    assert not whole.locked
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), BudgetError, "smaller --max-vram; continue with"),
-        (RuntimeError("Triton Error [CUDA]: out of memory"), BudgetError, "smaller --max-vram; continue with"),
-        (
-            torch.AcceleratorError("CUDA error: out of memory\nmore"),
-            BudgetError,
-            "pinned .* smaller --memory; continue",
-        ),
+        (SHORT[0], BudgetError, r"^cuda:0: out of memory .* less does not do \(--max-vram .*\); continue with"),
+        (SHORT[1], BudgetError, r"^cuda:0: out of memory .* less does not do \(--max-vram .*\); continue with"),
+        (SHORT[2], BudgetError, r"^cuda:0: out of pinned host memory .* less does not do \(.*\); continue with"),
         (RuntimeError("CUDA error: unspecified launch failure\nmore"), FastMergeError, "launch failure; continue with"),
     ],
 )
@@ -274,9 +342,11 @@ def test_settling_gives_back_pinned_memory_too():
 def several(monkeypatch):
     """Makes every ``--device`` GPUs of host memory that were found, not named; gives their streams."""
 
-    def start(*made, otherwise="auto"):
-        chosen = Backend("triton", Native(), tuple(range(len(made))), otherwise)
-        monkeypatch.setattr(engine, "choose", lambda spec, name: chosen)
+    choose = engine.choose
+
+    def start(*made, otherwise="auto", kernels=None):
+        chosen = Backend("triton", kernels or Native(), tuple(range(len(made))), otherwise)
+        monkeypatch.setattr(engine, "choose", lambda spec, name: choose(spec, name) if spec == "cpu" else chosen)
         monkeypatch.setattr(placement, "UNIT_ELEMENTS", TILE)
         monkeypatch.setattr(placement, "SMALLEST", TILE)
         monkeypatch.setattr(
@@ -323,67 +393,3 @@ def test_nonfinite_outputs_are_counted_on_the_device(tmp_path, pretend):
         text = tiny.recipe(paths, method, names=("a", "b"), base=lead, weight=0.5)
         report = fm.merge(text, tmp_path / method, device="cuda")
         assert report.nonfinite == {"model.norm.weight": 1}
-
-
-# ---- tensors in memory ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gpu_tensors(monkeypatch):
-    """CPU tensors take the way of GPU tensors."""
-    monkeypatch.setattr(memory, "choose", lambda device, name, **_: Backend("triton", TritonKernels("cpu"), (0,)))
-
-
-@pytest.mark.parametrize(
-    ("method", "given"),
-    [
-        ("linear", {"weight": 0.4}),
-        ("slerp", {"t": 0.3}),
-        ("model_stock", {}),
-        ("ties", {"weight": 0.5, "density": 0.3}),
-        ("dare_ties", {"weight": 0.5, "density": 0.4}),
-    ],
-)
-def test_tensors_on_a_gpu_are_merged_in_place(monkeypatch, method, given):
-    based, names = method != "linear", "xy" if method == "slerp" else "xyz"
-    models = {n: tiny.state(i, layers=1, hidden=24, vocab=9) for i, n in enumerate(names)}
-    want = fm.merge_state_dicts(models, method, parameters=given, base="x" if based else None, backend="native")
-    monkeypatch.setattr(memory, "choose", lambda device, name, **_: Backend("triton", TritonKernels("cpu"), (0,)))
-    got = fm.merge_state_dicts(models, method, parameters=given, base="x" if based else None)
-    assert differences(got, want) == []
-
-
-def test_waits_and_launches_do_not_grow_with_the_number_of_tensors(monkeypatch, gpu_tensors):
-    waits = []
-    bring = TritonKernels._bring
-
-    def count(self, *results):
-        waits.append(sum(1 for _, a in results if a.size))
-        bring(self, *results)
-
-    monkeypatch.setattr(TritonKernels, "_bring", count)
-    seen = []
-    for number in (2, 12):
-        waits.clear()
-        models = [{f"t{i}": torch.randn(40, generator=torch.Generator().manual_seed(i + j)) for i in range(number)}
-                  for j in range(3)]  # fmt: skip
-        fm.merge_state_dicts(models, "ties", parameters={"weight": 0.5, "density": 0.3}, base=0)
-        seen.append(sum(1 for w in waits if w))
-    assert seen[0] == seen[1] <= 2
-    waits.clear()
-    fm.merge_state_dicts(models, "linear", parameters={"weight": 0.5})
-    assert not any(waits), "a method without statistics waits for nothing"
-
-
-def test_auto_and_plan_do_not_import_torch_where_no_driver_is(paths, tmp_path):
-    recipe = tmp_path / "recipe.yml"
-    recipe.write_text(recipe_of(paths, "ties"))
-    code = (
-        "import sys\nfrom fastmerge import dispatch\nfrom fastmerge.cli import main\n"
-        "dispatch.ctypes.CDLL = lambda name: (_ for _ in ()).throw(OSError())\n"
-        "try:\n    main(sys.argv[1:])\nfinally:\n    print(*sys.modules, file=sys.stderr)"
-    )
-    for words in (["merge", recipe, tmp_path / "out", "-q"], ["plan", recipe]):
-        done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert {"torch", "triton"} & set(done.stderr.split()) == set()

@@ -6,16 +6,19 @@ import pytest
 import torch
 
 import fastmerge as fm
-from fastmerge import dispatch, functional, memory
+from fastmerge import dispatch, estimate, functional, memory
 from fastmerge.dispatch import Backend
 from fastmerge.errors import BackendUnavailable
+from tests import tiny
 
 
 @pytest.fixture
 def card(monkeypatch):
     """A machine where everything is there but the facts that a test changes."""
     monkeypatch.setattr(dispatch, "_WORKING", set())
+    monkeypatch.setattr(dispatch, "absent_reason", lambda: None)
     monkeypatch.setattr(dispatch, "driver_reason", lambda: None)
+    dispatch.say.cache_clear()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -69,13 +72,60 @@ def test_a_backend_for_the_cpu_refuses_gpus(card):
         dispatch.choose("cuda:0")
 
 
-def test_auto_falls_back_and_says_so_once(card, caplog):
-    dispatch.say.cache_clear()
+def test_auto_falls_back_and_warns_once(card, caplog):
     card.setattr(torch.cuda, "get_device_capability", lambda i: (7, 0))
-    with caplog.at_level(logging.INFO, "fastmerge"):
+    assert dispatch.choose("auto").gpus == ()
+    assert dispatch.choose("auto").name == "native"
+    (said,) = caplog.records
+    assert said.levelno == logging.WARNING
+    assert "GPUs not used: Some GPU has compute capability 7.0" in said.getMessage()
+
+
+@pytest.mark.parametrize("variable", ["TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", None])
+def test_where_no_gpu_is_meant_nothing_is_said(monkeypatch, caplog, variable):
+    dispatch.say.cache_clear()
+    for name, value in (("TRITON_INTERPRET", "1"), ("CUDA_VISIBLE_DEVICES", "")):
+        monkeypatch.setenv(name, value) if name == variable else monkeypatch.delenv(name, raising=False)
+
+    def load(name):
+        if variable is None:
+            raise OSError
+
+    monkeypatch.setattr(dispatch.ctypes, "CDLL", load)
+    with caplog.at_level(logging.DEBUG, "fastmerge"):
         assert dispatch.choose("auto").gpus == ()
-        assert dispatch.choose("auto").name == "native"
-    assert sum("compute capability 7.0" in r.getMessage() for r in caplog.records) == 1
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("missing", [["triton"], ["torch", "triton"]])
+def test_a_driver_without_torch_or_triton_is_said(monkeypatch, caplog, missing):
+    dispatch.say.cache_clear()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(dispatch.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None if name in missing else object())
+    assert dispatch.choose("auto").gpus == ()
+    (said,) = caplog.records
+    words = f"GPUs not used: {' and '.join(missing)} not installed; install torch and triton (the extra 'gpu'); merging"
+    assert words in said.getMessage()
+    with pytest.raises(BackendUnavailable, match="not installed; install torch and triton"):
+        dispatch.choose("cuda")
+
+
+def test_where_all_outputs_are_copies_no_gpu_is_asked(card, tmp_path):
+    paths = tiny.family(tmp_path, models=1, layers=1, hidden=16, vocab=30)
+    copied = f"{{merge_method: passthrough, models: [{{model: {paths['a']}}}]}}"
+    card.setattr(dispatch, "cuda_reason", lambda: pytest.fail("CUDA was started"))
+    report = fm.merge(copied, tmp_path / "out")
+    assert set(report.devices) == {"cpu"}
+    assert " s on cpu (" in str(report)
+    facts = estimate.estimate(fm.plan(copied), memory=None, device="auto", backend=None)
+    assert facts["backend"] == "native"
+    outputs = fm.plan(copied).outputs
+    assert dispatch.device_for("cuda", outputs, None) == "cuda"
+    assert dispatch.device_for("auto", outputs, "triton") == "auto", "what is named is used"
+    computed = fm.plan(tiny.recipe(paths, "linear", names=("a",), base=None, weight=0.5)).outputs
+    assert dispatch.device_for("auto", computed, None) == "auto"
 
 
 def test_a_gpu_that_failed_once_is_tried_again_and_one_that_worked_is_not(card):

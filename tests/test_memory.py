@@ -1,5 +1,6 @@
 """The in-memory API: mergekit's call, the caller's tensors."""
 
+import numpy as np
 import pytest
 import torch
 from mergekit.merge_methods import merge_state_dicts as peer_state_dicts
@@ -101,6 +102,59 @@ def test_shapes_types_and_devices_are_checked():
         fm.merge_tensors([torch.ones(3).long()] * 2, "linear", parameters={"weight": 1.0}, ids=["a", "b"])
     with pytest.raises(fm.ShapeError, match="meta"):
         fm.merge_tensors([torch.ones(3, device="meta")] * 2, "linear", parameters={"weight": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (np.ones(3, np.float32), "expected a torch tensor, got numpy.ndarray"),
+        (3, "expected a torch tensor, got builtins.int"),
+        (torch.eye(3)[0].to_sparse(), "expected a dense tensor, got one of layout torch.sparse_coo"),
+    ],
+)
+def test_what_is_no_dense_tensor_is_named(wrong, words):
+    with pytest.raises(fm.ShapeError, match=f"^w: input 1: {words}"):
+        fm.merge_tensors([torch.ones(3), wrong], "linear", parameters={"weight": 1.0}, name="w")
+    models = {"a": {"w": torch.ones(3)}, "b": {"w": wrong}}
+    with pytest.raises(fm.ShapeError, match=f"^w: input 'b': {words}"):
+        fm.merge_state_dicts(models, "linear", parameters={"weight": 1.0})
+    with pytest.raises(fm.ShapeError, match=f"^out: {words}"):
+        fm.merge_tensors([torch.ones(3)] * 2, "linear", parameters={"weight": 1.0}, out=wrong)
+    for call in (
+        lambda: fm.ties_merge({"w": wrong}, [{"w": wrong}]),
+        lambda: fm.slerp_models({"w": wrong}, {"w": wrong}),
+        lambda: fm.dare_sparsify({"w": wrong}),
+    ):
+        with pytest.raises(fm.ShapeError, match=f"^w: {words}"):
+            call()
+
+
+def test_what_is_no_model_is_named():
+    with pytest.raises(fm.RecipeError, match="expected state dictionaries or modules, got int for 1"):
+        fm.merge_state_dicts([{"w": torch.ones(3)}, 3], "linear", parameters={"weight": 1.0})
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.tensor([0.25, 0.75]),
+        torch.tensor([0.25, 0.75], dtype=torch.bfloat16),
+        np.array([0.25, 0.75]),
+        [np.float32(0.25), torch.tensor(0.75)],
+        {0: np.array(0.25), 1: torch.tensor(0.75)},
+    ],
+)
+def test_parameters_may_be_arrays_and_tensors(weight):
+    a, b = tensors(2)
+    want = fm.merge_tensors([a, b], "linear", parameters={"weight": [0.25, 0.75]})
+    assert torch.equal(fm.merge_tensors([a, b], "linear", parameters={"weight": weight}), want)
+    flag = fm.merge_tensors([a, b], "linear", parameters={"weight": 0.5, "normalize": np.bool_(False)})
+    assert torch.equal(flag, 0.5 * a + 0.5 * b)
+    for wrong in ([torch.ones(2), 1.0], torch.ones(2, 1), np.array(["x", "y"])):
+        with pytest.raises(fm.RecipeError, match="weight"):
+            fm.merge_tensors([a, b], "linear", parameters={"weight": wrong})
+    with pytest.raises(fm.RecipeError, match="parameter 'weight': expected 2 values, got 3"):
+        fm.merge_tensors([a, b], "linear", parameters={"weight": torch.ones(3)})
 
 
 def test_dtypes_promote_and_out_dtype_rounds_once():

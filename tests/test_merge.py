@@ -304,3 +304,13 @@ def test_a_budget_that_is_refused_leaves_an_interrupted_run_alone(tmp_path):
         fm.merge(text, tmp_path / "out", memory="1KB", device="cpu")
     assert sorted(tmp_path.rglob("*")) == before
     assert len(before) > len(planned.checkpoints)
+
+
+def test_budgets_may_be_numbers_and_devices_torch_devices(paths, tmp_path):
+    text = recipe_of(paths, "linear")
+    report = fm.merge(text, tmp_path / "out", memory=2e9, max_vram=1e9, shard_size=5e9, device=torch.device("cpu"))
+    assert set(report.devices) == {"cpu"}
+    with pytest.raises(fm.RecipeError, match="size nan: expected a number of bytes"):
+        fm.merge(text, tmp_path / "none", memory=float("nan"))
+    with pytest.raises(fm.BackendUnavailable, match="unknown device 'meta'"):
+        fm.merge(text, tmp_path / "none", device=torch.device("meta"))

@@ -78,7 +78,8 @@ def test_combine(kinds, delta):
             sizes = [1, 0, 15, 16, 1023, 1025, 8192 + 16, 9001]
             b = Batch(codes, sizes, out_code, rng)
             coef = rng.standard_normal((len(sizes), m))
-            scale = np.stack([rng.random(len(sizes)), np.where(rng.random(len(sizes)) < 0.5, 1.0, 3.0)], 1)
+            some = rng.random((len(sizes), 2)) < 0.5
+            scale = np.where(some, 1.0, np.stack([rng.random(len(sizes)), np.full(len(sizes), 3.0)], 1))
             _native.combine(b.table, b.ins, out_code, coef, scale, delta, False, b.nonfinite)
             for s, n in enumerate(sizes):
                 lam, div = scale[s].astype(b.work)
@@ -105,14 +106,17 @@ def test_combine_equals_torch():
         assert torch.equal(got[~nan].view(torch.uint8), want[~nan].view(torch.uint8))
 
 
-@pytest.mark.parametrize(("code", "delta"), [(3, False), (3, True), (2, False), (1, True)])
-def test_combine_past_the_caches(code, delta):
+@pytest.mark.parametrize(
+    ("code", "delta", "scale"),
+    [(3, False, (1, 1)), (3, True, (1, 1)), (3, True, (0.7, 1)), (2, False, (1, 3)), (1, True, (0.7, 3))],
+)
+def test_combine_past_the_caches(code, delta, scale):
     rng = np.random.default_rng(code)
     n = (9 << 20) // (4 if code == 1 else 2) + 37  # large outputs are streamed, from an address that is not aligned
     b = Batch((code,) * 3, [n], code, rng)
-    coef, scale = np.array([[0.25, -1.5, 0.3]]), np.array([[0.7, 1.0]])
-    _native.combine(b.table, b.ins, code, coef, scale, delta, False, b.nonfinite)
-    lam, div = scale[0].astype(b.work)
+    coef = np.array([[0.25, -1.5, 0.3]])
+    _native.combine(b.table, b.ins, code, coef, np.array([scale], np.float64), delta, False, b.nonfinite)
+    lam, div = np.array(scale, b.work)
     expected = store(combined(b.x(0), coef[0].astype(b.work), lam, div, delta), code)
     got = b.outputs[0]
     assert np.array_equal(bits(got[1:-1]), bits(expected))

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "fastmerge"
 
 LAYERS = [
     {"errors", "dtypes", "version"},
-    {"sizes", "philox", "_native"},
+    {"sizes", "philox", "tensors", "_native"},
     {"methods", "families", "checkpoint"},
     {"recipe"},
     {"planning"},

@@ -1,7 +1,8 @@
 """Whole merges from disk to disk, beside the disk and the bus of the same run.
 
 A merge cannot be faster than its slowest stage: reading the inputs, bringing them to the device, bringing the result
-back, writing it durably. Each is probed alternately with the merge, in the same state of the page cache; ``share`` is
+back, writing it durably. Each is probed alternately with the merge, in the same state of the page cache, and writing
+both through that cache and past it (where the filesystem can), of which the faster counts; ``share`` is
 the slowest of them over the merge. Merges run in one process that has its context and its kernels, as in a farm;
 ``process s`` is a whole command from start to exit besides. ``cold`` drops the inputs from the page cache first
 (posix_fadvise, no privileges), ``warm`` reads them first.
@@ -9,8 +10,10 @@ the slowest of them over the merge. Merges run in one process that has its conte
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
+import mmap
 import os
 import shutil
 import subprocess
@@ -31,6 +34,10 @@ SPEED_METHODS = ("linear", "slerp", "ties")
 STATES = ("cold", "warm")
 BLOCK = 16 << 20
 THREADS = 8
+PAGE = 4096
+
+WRITES = {"write": False, "write past cache": True}
+"""Probes of writing, and whether they go past the page cache."""
 
 JUDGED = "cuda:0"
 """Where whole merges have a bar."""
@@ -136,20 +143,23 @@ def speed(context: Context, method: str, where: str, state: str, runs: int) -> R
     written = weights(inputs(body)[0])
     out_bytes = sum(f.stat().st_size for f in written)
     gpu = where.startswith("cuda") and not context.dry
-    seconds: dict[str, list[float]] = {"merge": [], "read": [], "write": [], "to device": [], "from device": []}
+    seconds: dict[str, list[float]] = {}
     report: Any = None
     for count in range(0 if context.dry else -1, 1 if context.dry else runs):
         prepare(files, state)
         took, report, _ = merge(context, body, device(context, where))
         if state == "cold":
             prepare(files, state)
-        probes = {"read": read_files(files), "write": write_file(context.data / "zeros", out_bytes)}
+        probes: dict[str, float | None] = {"read": read_files(files)}
+        probes |= {n: write_file(context.data / "zeros", out_bytes, direct=d) for n, d in WRITES.items()}
         probes |= bus(read, out_bytes) if gpu else {"to device": 0.0, "from device": 0.0}
         if count >= 0:  # the first one compiles and allocates
             for name, value in {"merge": took, **probes}.items():
-                seconds[name].append(value)
+                if value is not None:
+                    seconds.setdefault(name, []).append(value)
     found = {name: Times.of(some) for name, some in seconds.items()}
-    slowest = max((n for n in found if n != "merge"), key=lambda n: found[n].median)
+    write = min((n for n in WRITES if n in found), key=lambda n: found[n].median)
+    slowest = max((write, *(n for n in found if n not in {"merge", *WRITES})), key=lambda n: found[n].median)
     row = {"share": ratio(found[slowest].median, found["merge"].median), "slowest": slowest}
     row |= {f"{n} s": f"{t.median:.3f} ({t.least:.3f}..{t.most:.3f})" for n, t in found.items()}
     row |= {"runs": len(seconds["merge"]), "GB": round((read + out_bytes) / 1e9, 2)}
@@ -206,21 +216,37 @@ def read_files(files: Sequence[Path]) -> float:
     return time.perf_counter() - start
 
 
-def write_file(path: Path, nbytes: int) -> float:
-    """Seconds of writing so many bytes durably into a new file, from as many threads."""
+def write_file(path: Path, nbytes: int, *, direct: bool) -> float | None:
+    """Seconds of writing so many bytes durably into a new file, from as many threads.
+
+    Args:
+        path: of the file, which is removed again.
+        nbytes: how many, rounded up to whole pages.
+        direct: past the page cache, as a merge writes where that is fast; None is returned where it cannot be done.
+    """
     path.unlink(missing_ok=True)
-    data = os.urandom(min(BLOCK, max(nbytes, 1)))
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    data = mmap.mmap(-1, BLOCK)  # starts at a page, as direct writes want it
+    data.write(os.urandom(BLOCK))
+    size = max(1, -(-nbytes // PAGE)) * PAGE
+    fd = -1
     try:
-        os.posix_fallocate(fd, 0, max(nbytes, 1))
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_DIRECT if direct else 0), 0o600)
+        os.posix_fallocate(fd, 0, size)
         start = time.perf_counter()
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda at: os.pwrite(fd, data[: nbytes - at], at), range(0, nbytes, BLOCK)))
+        with ThreadPoolExecutor(THREADS) as pool, memoryview(data) as block:
+            done = sum(pool.map(lambda at: os.pwrite(fd, block[: size - at], at), range(0, size, BLOCK)))
         os.fdatasync(fd)
         took = time.perf_counter() - start
+    except OSError as error:
+        if direct and error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return None
+        raise
     finally:
-        os.close(fd)
-        path.unlink()
+        if fd >= 0:
+            os.close(fd)
+        path.unlink(missing_ok=True)
+    if done != size:
+        raise AssertionError(f"{path}: {done} of {size} bytes were written")
     os.sync()
     return took
 

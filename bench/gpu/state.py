@@ -57,9 +57,8 @@ class State:
             fresh: begin a new one in any case.
         """
         for path in sorted(directory.glob("gpu-*.json"), reverse=True):
-            kept = json.loads(path.read_text())
-            same = all(kept["facts"].get(k) == facts.get(k) for k in IDENTITY)
-            if same and not kept["finished"] and not fresh:
+            kept = None if fresh else unfinished(path)
+            if kept is not None and all(kept["facts"].get(k) == facts.get(k) for k in IDENTITY):
                 commands = [*kept["facts"].get("commands", []), facts["command"]]
                 about = {**facts, "date": kept["facts"]["date"], "commands": commands}
                 return cls(path, about, kept["results"])
@@ -89,6 +88,16 @@ class State:
         """Replaces the file; a kill leaves the old one or the new one."""
         text = json.dumps({"facts": self.facts, "finished": finished, "results": self.results}, indent=1)
         replace(self.path, text + "\n")
+
+
+def unfinished(path: Path) -> dict[str, Any] | None:
+    """What a run has kept; None where it is finished, or the file is none of ours, such as a half-copied one."""
+    try:
+        kept = json.loads(path.read_text())
+        known = isinstance(kept["facts"]["commands"], list) and isinstance(kept["results"], dict)
+        return kept if known and not kept["finished"] else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def replace(path: Path, text: str) -> None:

@@ -99,7 +99,7 @@ def _library(ref: str) -> Any:
         return importlib.import_module("huggingface_hub")
     except ImportError:
         raise CheckpointError(
-            f"{ref}: no such path, and hub ids need huggingface_hub: pip install 'fastmerge[hub]'"
+            f"{ref}: no such path here, and hub ids need huggingface_hub; install it (the extra 'hub')"
         ) from None
 
 
@@ -119,4 +119,4 @@ def _explain(ref: str, error: Exception, *, offline: bool) -> str:
     if offline:
         return f"{ref}: not a path, and not in the local cache (HF_HUB_OFFLINE is set): {kind}"
     first = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{ref}: the hub could not be reached: {kind}: {_TOKEN.sub('***', first)[:300]}"
+    return f"{ref}: no such path here, and the hub could not be reached: {kind}: {_TOKEN.sub('***', first)[:300]}"

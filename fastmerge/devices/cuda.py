@@ -8,7 +8,6 @@ differ by a constant, and a table of segments is moved by adding it.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ from fastmerge.devices.buffer import Buffer
 from fastmerge.devices.streams import NoRoom, Streams
 from fastmerge.errors import BudgetError, FastMergeError
 from fastmerge.methods.base import HEADER, I64, Segments
+from fastmerge.sizes import show_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -61,40 +61,16 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGN) * ALIGN
 
 
-class Turns:
-    """Any number of threads work together, or one alone."""
+class OutOfMemory(BudgetError):
+    """Kernels found no room beside the slots, on the device or in pinned memory: fewer or smaller ones may leave it.
 
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._together = 0
-        self._alone = False
+    Attributes:
+        nbytes: what slots took of that GPU's memory (and of the host's), by all logical devices that share it.
+    """
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Waits while somebody is alone."""
-        with self._condition:
-            self._condition.wait_for(lambda: not self._alone)
-            self._together += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._together -= 1
-                self._condition.notify_all()
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Waits until everybody else has left."""
-        with self._condition:
-            self._condition.wait_for(lambda: not self._alone)
-            self._alone = True
-            self._condition.wait_for(lambda: not self._together)
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._alone = False
-                self._condition.notify_all()
+    def __init__(self, text: str, nbytes: int) -> None:
+        super().__init__(text)
+        self.nbytes = nbytes
 
 
 class Gpu:
@@ -106,7 +82,6 @@ class Gpu:
         self.kernels = kernels
         self.native = native
         self.streams = streams
-        self.turns = Turns()
         self.share = share
         self.nbytes = 0
 
@@ -177,28 +152,26 @@ class CudaDevice:
         return self._buffer
 
     def run(self, work: Callable[[], T]) -> T:
-        """Calls ``work``; where memory runs out, again with an empty cache, then with the GPU to itself.
+        """Calls ``work``; where memory runs out, once more with an empty cache.
 
         Raises:
-            BudgetError: if even that does not fit.
+            OutOfMemory: if it does not fit then.
             FastMergeError: for a failing GPU.
         """
-        option = ""
-        for turn in (self._gpu.turns.together, self._gpu.turns.together, self._gpu.turns.alone):
-            with turn(), _failures(self.name):
+        device = True
+        for _ in range(2):
+            with _failures(self.name):
                 try:
                     return work()
                 except RuntimeError as error:
                     if not out_of_memory(error):
                         raise
-                    option = "--max-vram" if _of_device(error) else "--memory"
+                    device = _of_device(error)
                 # Only here has the error let go of the tensors in its frames.
                 self._streams.settle()
-        what = "memory" if option == "--max-vram" else "pinned host memory"
-        raise BudgetError(
-            f"{self.name}: out of {what} for the kernels' temporaries beside slots of {self._gpu.nbytes} bytes: "
-            f"expected a smaller {option}; continue with --resume"
-        )
+        what, nbytes = "memory" if device else "pinned host memory", self._gpu.nbytes * self._gpu.share
+        text = f"{self.name}: out of {what} for the kernels' temporaries beside slots of {show_bytes(nbytes)}"
+        raise OutOfMemory(text, nbytes)
 
     def upload(self, host: Segments) -> Segments:
         """Copies all inputs in one range, and moves the table to the device slot."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from fastmerge.errors import RecipeError
 from fastmerge.planning.structure import Stack, Structure, is_pre, structure
 from fastmerge.recipe import ModelRef, Part, Recipe
-from fastmerge.recipe.problems import dotted
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint, TensorInfo
@@ -116,7 +115,7 @@ class _Slicer:
         self.parts = parts
         self.models = models
         self.sources = [_reference_first(recipe, part) for part in parts]
-        self.stacks = _stacks(parts, models)
+        self.stacks = _stacks(recipe, parts, models)
         self.before: dict[str, bool] = {}
         for refs in (self.sources[0], self.sources[-1]):
             for ref in refs:
@@ -184,7 +183,7 @@ class _Slicer:
         return sorted(rows, key=lambda r: rank.get(r.inputs if isinstance(r.inputs, str) else r.inputs[at], len(rank)))
 
 
-def _stacks(parts: Sequence[Part], models: Models) -> dict[ModelRef, Stack]:
+def _stacks(recipe: Recipe, parts: Sequence[Part], models: Models) -> dict[ModelRef, Stack]:
     """The stack of layers of each source."""
     problems: list[str] = []
     stacks: dict[ModelRef, Stack] = {}
@@ -203,9 +202,9 @@ def _stacks(parts: Sequence[Part], models: Models) -> dict[ModelRef, Stack]:
         for j, (source, (a, b)) in enumerate(zip(part.sources, part.ranges, strict=True)):
             known = stacks.get(source.model)
             if known is not None and b > known.count:
-                where = dotted((*part.loc, "sources", j))
+                where = recipe.at((*part.loc, "sources", j, "layer_range"))
                 ref = source.model
-                problems.append(f"{where}: layer_range [{a}, {b}) of {str(ref)!r}, which has {known.count} layers")
+                problems.append(f"{where}: [{a}, {b}) of {str(ref)!r}, which has {known.count} layers")
     if problems:
         raise RecipeError(problems)
     return stacks

@@ -17,12 +17,16 @@ from fastmerge.methods import METHODS
 from fastmerge.methods.base import Method
 from fastmerge.recipe.checks import Part, check, donor_only_base, parts, refs
 from fastmerge.recipe.load import build, text_of
+from fastmerge.recipe.problems import Origin, dotted
 from fastmerge.recipe.schema import Input, ModelRef, Shape, Slice, Source
 from fastmerge.recipe.settings import Parameters, Rule, Setting
+from fastmerge.recipe.tree import Loc
 
 
 class Recipe(Shape):
     """What is wanted. Immutable; equal where the meaning is written the same."""
+
+    _origin: Origin | None = None
 
     @classmethod
     def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
@@ -43,7 +47,12 @@ class Recipe(Shape):
         problems.check()
         if recipe is None:
             raise RecipeError(f"{name}: not a recipe")
+        recipe._origin = problems.origin  # noqa: SLF001  its own
         return recipe
+
+    def at(self, loc: Loc) -> str:
+        """A place as errors name it, ``recipe.yml:4: slices[1]``; without file and line where it was not loaded."""
+        return self._origin.at(loc) if self._origin is not None else dotted(loc)
 
     @property
     def method(self) -> type[Method]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastmerge.errors import RecipeError
@@ -25,20 +26,34 @@ def dotted(loc: Loc) -> str:
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The file of a recipe and the lines of its parts. All are equal: recipes are equal where they mean the same."""
+
+    name: str = field(compare=False)
+    tree: Any = field(compare=False, repr=False)
+
+    def line(self, loc: Loc) -> int | None:
+        """Of the deepest part of ``loc`` that exists."""
+        return line_at(self.tree, loc)
+
+    def at(self, loc: Loc) -> str:
+        """``recipe.yml:4: models[1].parameters``."""
+        line, place = self.line(loc), dotted(loc)
+        head = f"{self.name}:{line}" if line is not None else self.name
+        return f"{head}: {place}" if place else head
+
+
 class Problems:
     """Collects what is wrong; knows the file and the lines of its parts."""
 
     def __init__(self, name: str, tree: Any) -> None:
-        self.name = name
-        self.tree = tree
+        self.origin = Origin(name, tree)
         self._found: dict[tuple[int, str], None] = {}
 
     def add(self, loc: Loc, message: str) -> None:
         """One problem at a place of the tree; saying the same twice is saying it once."""
-        line = line_at(self.tree, loc)
-        head = f"{self.name}:{line}" if line is not None else self.name
-        place = dotted(loc)
-        self._found[line or 0, f"{head}: {place}: {message}" if place else f"{head}: {message}"] = None
+        self._found[self.origin.line(loc) or 0, f"{self.origin.at(loc)}: {message}"] = None
 
     def __bool__(self) -> bool:
         return bool(self._found)

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from fastmerge.sizes import show_bytes
+
 
 @dataclass(frozen=True)
 class Report:
@@ -60,8 +62,9 @@ class Report:
         return cls(**{f.name: facts[f.name] for f in fields(cls)})
 
     def __str__(self) -> str:
+        devices = ", ".join(dict.fromkeys(self.devices))
         return (
-            f"{self.out}: {self.tensors} tensors, read {self.bytes_read / 1e9:.2f} GB, "
-            f"wrote {self.bytes_written / 1e9:.2f} GB in {self.seconds:.2f} s "
+            f"{self.out}: {self.tensors} tensors, read {show_bytes(self.bytes_read)}, "
+            f"wrote {show_bytes(self.bytes_written)} in {self.seconds:.2f} s on {devices} "
             f"({self.gigabytes_per_second:.2f} GB/s, bottleneck {self.bottleneck})"
         )

@@ -121,9 +121,15 @@ def test_known_errors_in_words(library, name, said):
         Checkpoint.open("org/name")
 
 
+def test_a_mistyped_path_is_said_to_be_none(library):
+    library.error = ConnectionError("[Errno -2] Name or service not known")
+    with pytest.raises(CheckpointError, match="^models/mth: no such path here, and the hub could not be reached: Conn"):
+        Checkpoint.open("models/mth")
+
+
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(CheckpointError, match=r"fastmerge\[hub\]"):
+    with pytest.raises(CheckpointError, match="no such path here.*the extra 'hub'"):
         Checkpoint.open("org/name")
 
 

@@ -98,8 +98,8 @@ def test_slices_that_do_not_fit():
     with pytest.raises(RecipeError) as e:
         make(stack(("a", 0, 5), ("b", 8, 12)), a=llama(4), b=llama(4))
     assert e.value.problems == [
-        "slices[0].sources[0]: layer_range [0, 5) of 'a', which has 4 layers",
-        "slices[1].sources[0]: layer_range [8, 12) of 'b', which has 4 layers",
+        "recipe:3: slices[0].sources[0].layer_range: [0, 5) of 'a', which has 4 layers",
+        "recipe:4: slices[1].sources[0].layer_range: [8, 12) of 'b', which has 4 layers",
     ]
     flat = checkpoint({"x": (1,)})
     with pytest.raises(

@@ -290,3 +290,19 @@ def test_parameters_are_a_mapping():
     assert one == Parameters({"a": Setting((Rule(1.0),))})
     assert one != Parameters()
     assert "Rule" in repr(one)
+
+
+def test_a_recipe_knows_where_its_parts_stand(tmp_path):
+    text = "merge_method: passthrough\nslices:\n- sources:\n  - model: a\n    layer_range: [0, 2]\n"
+    path = tmp_path / "some.yml"
+    path.write_text(text)
+    recipe, same = Recipe.load(path), Recipe.load(text)
+    loc = ("slices", 0, "sources", 0, "layer_range")
+    assert recipe.at(loc) == f"{path}:5: slices[0].sources[0].layer_range"
+    assert same.at(loc) == "recipe:5: slices[0].sources[0].layer_range"
+    assert recipe == same
+    assert hash(recipe) == hash(same)
+    assert recipe.model_copy().at(loc) == recipe.at(loc)
+    mapped = Recipe.load(recipe.plain())
+    assert mapped.at(loc) == "recipe: slices[0].sources[0].layer_range"
+    assert mapped == recipe

@@ -1,0 +1,42 @@
+"""Tensors that a caller hands over: whether they are dense torch tensors, and the memory that they take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastmerge.errors import ShapeError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check(what: str, value: Any) -> None:
+    """Whether something is a dense tensor.
+
+    Args:
+        what: how the error names it.
+        value: anything.
+
+    Raises:
+        ShapeError: for anything else.
+    """
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        raise ShapeError(f"{what}: expected a torch tensor, got {type(value).__module__}.{type(value).__qualname__}")
+    if value.layout != torch.strided:
+        raise ShapeError(f"{what}: expected a dense tensor, got one of layout {value.layout}")
+
+
+def extent(t: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the first byte of a tensor and of the one behind its last."""
+    start = t.data_ptr()
+    if not t.numel():
+        return start, start
+    last = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    return start, start + (last + 1) * t.element_size()
+
+
+def plain(value: Any) -> Any:
+    """Numbers out of arrays and tensors, as numbers and lists; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
