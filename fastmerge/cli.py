@@ -49,6 +49,8 @@ def main() -> None:
     """Merge LLM weights at the speed of the bytes."""
     # Looking for plugins of pydantic costs 15 ms, and there are none that a recipe wants.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    # Nothing here calls BLAS, whose threads numpy would start at import and let spin, one per core.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     logging.basicConfig(format="fastmerge: %(message)s", level=logging.WARNING, stream=sys.stderr)
 
 

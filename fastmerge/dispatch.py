@@ -34,6 +34,9 @@ BACKENDS = ("native", "triton", "reference")
 PROC = Path("/proc/driver/nvidia/gpus")
 """Where the driver has one directory per GPU; some containers hide it."""
 
+NO_DEVICE = 100
+"""What the driver's cuInit answers on a machine without a GPU."""
+
 OLDEST = (8, 0)
 """Compute capability from which on GPUs are supported."""
 
@@ -86,16 +89,17 @@ def torch_reason() -> str | None:
 
 
 def absent_reason() -> str | None:
-    """Why there is no GPU to speak of: no driver, or the user hides them; None where one may be there."""
+    """Why there is no GPU to speak of: no driver, none that it finds, or all hidden; None where one may be there."""
     try:
-        ctypes.CDLL("libcuda.so.1")
+        driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "no NVIDIA driver is installed (libcuda.so.1 was not found)"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 keeps the kernels in Triton's interpreter, on the CPU"
     if _visible() == []:
         return f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} hides every GPU"
-    return None
+    start = getattr(driver, "cuInit", None)
+    return "the NVIDIA driver finds no GPU" if start is not None and start(0) == NO_DEVICE else None
 
 
 def driver_reason() -> str | None:

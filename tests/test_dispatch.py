@@ -1,6 +1,7 @@
 """Which devices and backends are chosen, on machines that are pretended."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,15 +82,16 @@ def test_auto_falls_back_and_warns_once(card, caplog):
     assert "GPUs not used: Some GPU has compute capability 7.0" in said.getMessage()
 
 
-@pytest.mark.parametrize("variable", ["TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", None])
+@pytest.mark.parametrize("variable", ["TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "no driver", "no device"])
 def test_where_no_gpu_is_meant_nothing_is_said(monkeypatch, caplog, variable):
     dispatch.say.cache_clear()
     for name, value in (("TRITON_INTERPRET", "1"), ("CUDA_VISIBLE_DEVICES", "")):
         monkeypatch.setenv(name, value) if name == variable else monkeypatch.delenv(name, raising=False)
 
     def load(name):
-        if variable is None:
+        if variable == "no driver":
             raise OSError
+        return SimpleNamespace(cuInit=lambda flags: 100) if variable == "no device" else None
 
     monkeypatch.setattr(dispatch.ctypes, "CDLL", load)
     with caplog.at_level(logging.DEBUG, "fastmerge"):
