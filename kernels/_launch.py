@@ -39,7 +39,6 @@ CONFIGS: dict[str, dict[str, int]] = {
     "count": {"BLOCK": LANES, "num_warps": 8},
     "votes": {"BLOCK": LANES, "num_warps": 8},
     "cuts": {"BLOCK": LANES, "num_warps": 8},
-    "fold": {"BLOCK": 16, "num_warps": 1},
 }
 """Launch table: data, with the reason beside it. Results do not depend on it."""
 
