@@ -25,7 +25,7 @@ from pathlib import Path
 import floor
 import recipes
 from process import Run, Spread, run, warm, weights
-from report import Row, provenance, save, table, version
+from report import Row, provenance, save, table, unfit, version
 
 PEER_TARGETS = {
     "linear": 7.0, "slerp": 12.0, "dare_linear": 8.0, "dare_ties": 12.0, "ties": 20.0, "model_stock": 10.0,
@@ -305,8 +305,8 @@ def main() -> int:
     about = provenance(data)
     print(json.dumps(about, indent=1))
     judged = not (args.no_save or args.quick)
-    if judged and (about["load_1min"] >= 1 or "+" in about["commit"]):
-        parser.error("a result is kept only of a commit without changes, on an idle machine (or give --no-save)")
+    if judged and (reason := unfit(about)):
+        parser.error(reason)
     results: dict[str, list[Row]] = {}
     failed = False
     with tempfile.TemporaryDirectory(dir=data, prefix=".work-") as work:

@@ -44,6 +44,13 @@ def provenance(directory: Path | None = None) -> dict[str, Any]:
     }
 
 
+def unfit(about: Mapping[str, Any]) -> str | None:
+    """Why a run with this provenance is not kept, or None."""
+    if about["load_1min"] < 1 and "+" not in about["commit"]:
+        return None
+    return "a result is kept only of a commit without changes, on an idle machine (or give --no-save)"
+
+
 def version(name: str) -> str | None:
     """Installed version of a distribution, or None."""
     try:

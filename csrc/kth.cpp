@@ -2,7 +2,10 @@
 //
 // For each tensor a sample of scattered blocks gives every model a bracket of keys that probably holds its k-th; one
 // count settles whether it does. Tensors of a mixture of experts have some 80,000 elements and there are 18,000 of
-// them: a pass of theirs costs less here than one call of numpy. What a bracket misses is left to the caller.
+// them, so no pass of theirs may cost calls of numpy. What a bracket misses is left to the caller.
+//
+// The rules are those of families/brackets.py; its constants differ (few blocks of at least 256 elements, six standard
+// deviations), because there a block costs Python and a miss reads a large tensor again, here only a pass in memory.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>

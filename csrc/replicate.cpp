@@ -14,7 +14,7 @@ constexpr int64_t kFarBytes = 8 << 20;  // outputs that no cache could hold are 
 constexpr size_t kLine = 64;            // bytes
 
 // Copies bytes; kFar: past the caches, which saves the reading of what is overwritten. (memcpy changes at a few
-// kilobytes to an instruction that took twice as long in the cache.)
+// kilobytes to an instruction that is slow in the cache of some processors.)
 template <bool kFar>
 void copy(char* to, const char* from, size_t n) {
   size_t i = kFar ? -reinterpret_cast<uintptr_t>(to) % kLine : 0;

@@ -12,20 +12,20 @@ from fastmerge.schedule import kinds, schedule
 from fastmerge.sizes import default_memory, parse_bytes, show_bytes
 
 READ_RATE = 10e9
-"""Bytes per second and worker of warm files into a hot slot; 14.9e9 measured on one Zen 3 core, alone."""
+"""Bytes per second and worker of warm files into a hot slot: an estimate; ``doctor`` probes the machine's own."""
 
 WRITE_RATE = 1.5e9
-"""Bytes per second of a new file including fdatasync, all workers together; 1.0 to 1.8e9 measured there."""
+"""Bytes per second of a new file including fdatasync, all workers together: an estimate; ``doctor`` probes it."""
 
 ELEMENT_RATE = {"element": 1.0e9, "tensor": 0.35e9, "row": 0.5e9, "model": 0.3e9}
-"""Output elements per second and worker by the scope of the method, three bf16 models."""
+"""Output elements per second and worker by the scope of the method, three bf16 models: estimates."""
 
 
 GPU_READ_RATE = 6e9
-"""Bytes per second and worker of warm files into a pinned slot of many MiB; not measured beside a GPU."""
+"""Bytes per second and worker of warm files into a pinned slot of many MiB: an estimate, not measured beside a GPU."""
 
 GPU_ELEMENT_RATE = 5e9
-"""Output elements per second and GPU: what PCIe 5 x16 brings of three bf16 models, and less than kernels can do."""
+"""Output elements per second and GPU: what PCIe 5 x16 could bring of three bf16 models: an estimate."""
 
 
 def estimate(

@@ -12,17 +12,14 @@ Tensors of other types than fp16, bf16 and fp32 are converted to fp32 first.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.dispatch import choose
-from fastmerge.dtypes import BF16, F16, F32, DType
+from fastmerge.dtypes import BF16, F16, F32
 from fastmerge.errors import RecipeError, ShapeError
-from fastmerge.families.memory import run
-from fastmerge.families.reference import ReferenceProgram
+from fastmerge.memory import run
 from fastmerge.methods import METHODS
-from fastmerge.methods.base import Group
 from fastmerge.methods.resolve import make_group
+from fastmerge.planning import Output
 from fastmerge.tensors import check
 
 if TYPE_CHECKING:
@@ -58,16 +55,6 @@ def _load(ref: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     return out
 
 
-def _current(device: str) -> AbstractContextManager[Any]:
-    """Makes a GPU the current one; its current stream is used."""
-    if device == "cpu":
-        return nullcontext()
-    import torch
-
-    context: AbstractContextManager[Any] = torch.cuda.device(device)
-    return context
-
-
 def _same_shape(name: str, tensors: Sequence[torch.Tensor]) -> None:
     for t in tensors:
         check(name, t)
@@ -79,18 +66,20 @@ def _same_shape(name: str, tensors: Sequence[torch.Tensor]) -> None:
 
 def _run(method: str, jobs: Sequence[Job], *, preset: str | None = None, seed: int = 0) -> dict[str, torch.Tensor]:
     """Runs a method over (name, inputs, parameters) and returns fp32 results by name, in order."""
+    import torch
+
     kind = METHODS[method]
-    bundles: dict[tuple[int, str], list[tuple[Group, list[torch.Tensor]]]] = {}
+    results: dict[str, torch.Tensor] = {}
+    by_device: dict[torch.device, tuple[list[Output], list[list[torch.Tensor]]]] = {}
     for name, tensors, given in jobs:
         _same_shape(name, tensors)
         parameters = dict(given)
         inputs = [_plain(t) for t in tensors]
-        dtypes: list[DType] = [_KINDS[str(t.dtype)] for t in inputs]
         group = make_group(
             kind,
             name,
             tuple(inputs[0].shape),
-            dtypes,
+            [_KINDS[str(t.dtype)] for t in inputs],
             has_base=kind.contract.base == "required",
             out_dtype=F32,
             indices=parameters.pop("indices", None),
@@ -98,16 +87,13 @@ def _run(method: str, jobs: Sequence[Job], *, preset: str | None = None, seed: i
             preset=preset,
             seed=seed,
         )
-        bundles.setdefault((len(inputs), str(inputs[0].device)), []).append((group, inputs))
-    results: dict[str, torch.Tensor] = {}
-    for (_, device), bundle in bundles.items():
-        kernels = choose(device, said=f"tensors on {device}").kernels
-        groups = [g for g, _ in bundle]
-        program = ReferenceProgram(kind, groups) if kernels is None else kind.program(groups, kernels)
-        with _current(device):
-            outputs = run(program, groups, [i for _, i in bundle])
-        results.update(zip((g.name for g in groups), outputs, strict=True))
-    return {name: results[name] for name, _, _ in jobs}
+        results[name] = torch.empty(group.shape, dtype=torch.float32, device=inputs[0].device)
+        outputs, rows = by_device.setdefault(inputs[0].device, ([], []))
+        outputs.append(Output(name, F32, group.shape, models=(), inputs=(), method=kind, group=group))
+        rows.append(inputs)
+    for outputs, rows in by_device.values():
+        run(outputs, rows, [results[o.name] for o in outputs])
+    return results
 
 
 def _sum(jobs: Sequence[tuple[str, Sequence[torch.Tensor], Sequence[float]]]) -> dict[str, torch.Tensor]:

@@ -82,7 +82,7 @@ def merge_tensors(
     named = dict(zip(keys, tensors, strict=True))
     output, inputs = _output(kind, binding, name or "", named, base, target, seed)
     result = _result(output, inputs[0], out, named)
-    _run([output], [inputs], [result], backend)
+    run([output], [inputs], [result], backend)
     return result
 
 
@@ -165,7 +165,7 @@ def merge_state_dicts(
         outputs.append(output)
         inputs.append(tensors)
         results.append(merged[name])
-    _run(outputs, inputs, results, backend)
+    run(outputs, inputs, results, backend)
     return merged
 
 
@@ -341,12 +341,23 @@ def _result(
     return out
 
 
-def _run(
+def run(
     outputs: Sequence[Output],
     inputs: Sequence[Sequence[torch.Tensor]],
     results: Sequence[torch.Tensor],
-    backend: str | None,
+    backend: str | None = None,
 ) -> None:
+    """Merges outputs into tensors that are there.
+
+    Args:
+        outputs: what is merged, of one method; each has a group.
+        inputs: per output, contiguous tensors of its group's types and shape, base first, all on one device.
+        results: per output, a contiguous tensor of its type and shape, on that device.
+        backend: as in :func:`merge_tensors`.
+
+    Raises:
+        BackendUnavailable: if the backend cannot work on that device.
+    """
     if not results:
         return
     home = results[0].device

@@ -284,7 +284,7 @@ def fold(x, LANES: tl.constexpr):
     """Sum of ``LANES`` (2048) lanes by halves: lane j += lane j + 1024, then 512, ..., 1.
 
     A sum over an axis of length two is one addition, and a + b == b + a: the order is fixed by the shape, not by
-    the layout or the compiler. (On sm_90 212 instructions a thread more than ``tl.sum``, of unwritten order.)
+    the layout or the compiler. (``tl.sum`` over all takes fewer instructions, in an unwritten order.)
     """
     for s in tl.static_range(11):
         x = tl.sum(tl.reshape(x, (2, LANES >> (s + 1))), axis=0)

@@ -27,9 +27,10 @@ SIZES = (8, 4, 2, 2)
 
 CONFIGS: dict[str, dict[str, int]] = {
     # Elementwise kernels: elements per program and warps. 2048 / 4 warps is two 128-bit accesses of bf16 per thread and
-    # input: the scalar prologue (60 to 150 instructions) over 16 elements. At the 128 registers of TIES with eight
-    # models 512 threads are resident with 288 bytes each in flight, three times what an H200 needs (48 KB); programs
-    # no larger than 2048 keep small tensors out of the masked variant. Not measured on a GPU yet; bench/gpu compares.
+    # input: the scalar prologue over 16 elements. At the 128 registers of TIES with eight models (tests/kernels/aot.py)
+    # 512 threads are resident with 288 bytes each in flight, by estimate three times what an H200 needs (48 KB);
+    # programs no larger than 2048 keep small tensors out of the masked variant. Not measured on a GPU: the part `tune`
+    # of bench/gpu compares.
     "combine": {"BLOCK": 2048, "num_warps": 4},
     "consensus": {"BLOCK": 2048, "num_warps": 4},
     "delta_keys": {"BLOCK": 2048, "num_warps": 4},
@@ -39,7 +40,6 @@ CONFIGS: dict[str, dict[str, int]] = {
     "count": {"BLOCK": LANES, "num_warps": 8},
     "votes": {"BLOCK": LANES, "num_warps": 8},
     "cuts": {"BLOCK": LANES, "num_warps": 8},
-    "fold": {"BLOCK": 16, "num_warps": 1},
 }
 """Launch table: data, with the reason beside it. Results do not depend on it."""
 
@@ -262,7 +262,7 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 def registers(*, fast: bool) -> dict[str, int]:
     """Options of a kernel of sums: how many registers it may take.
 
-    At most 128 where speed counts, so that two programs share a multiprocessor (the compiler would take up to 175);
+    At most 128 where speed counts, so that two programs share a multiprocessor (the compiler would take more);
     elsewhere all, so that nothing spills.
     """
     return {"maxnreg": 128 if fast else 255}

@@ -79,12 +79,10 @@ class TritonKernels:
     def _put(self, array: Any) -> torch.Tensor:
         return upload(array, self.device)
 
-    def _work(self, array: Any, wide: bool) -> torch.Tensor:
+    def _work(self, array: Array, wide: bool) -> torch.Tensor:
         """An fp64 table rounded once to the work type."""
-        if isinstance(array, torch.Tensor):
-            return array
         with np.errstate(all="ignore"):
-            return self._put(np.asarray(array).astype(np.float64 if wide else np.float32))
+            return self._put(array.astype(np.float64 if wide else np.float32))
 
     def _room(self, array: Any) -> torch.Tensor:
         """A tensor on the device like an output that is written whole; its contents are not copied there."""
@@ -173,7 +171,7 @@ class TritonKernels:
         items = element_items(s.table, codes, out, block=config("combine")["BLOCK"], per_row=per_row)
         with self._running():
             bad, given = self._bad(s)
-            div = isinstance(scale, torch.Tensor) or bool((scale[:, 1] != 1).any())
+            div = bool((scale[:, 1] != 1).any())
             table, coef, scale = self._put(s.table), self._work(coef, wide), self._work(scale, wide)
             for plain, some in items.variants():
                 combine.combine(
@@ -191,20 +189,14 @@ class TritonKernels:
                 gram.gram(out, table, some, delta=bool(delta), diff=bool(diff), plain=plain, **about)
         self._bring((out, partials))
 
-    def fold(self, partials: Any, first: Any) -> npt.NDArray[np.float64]:
+    @staticmethod
+    def fold(partials: Array, first: I64) -> npt.NDArray[np.float64]:
         """Ordered fp64 sums of the row ranges that start at ``first [G + 1]``: ``[G, C]``.
 
-        Partials that are an array are added here: they are few (one row per 65,536 elements), and a round trip to
-        the device would be the second one of the pass.
+        On the host: they are few (one row per 65,536 elements), and a round trip to the device would be the second
+        one of the pass.
         """
-        if not isinstance(partials, torch.Tensor):
-            return fold_here(np.asarray(partials), np.asarray(first))
-        result = np.empty((len(first) - 1, partials.shape[1]))
-        with self._running():
-            out = self._room(result)
-            gram.fold_rows(out, partials, self._put(first))
-        self._bring((out, result))
-        return result
+        return fold_here(partials, first)
 
     def delta_keys(self, segments: Any, round_code: int, drop: bool, model_index: Any, bern: Any, out: Any) -> None:
         """Magnitude keys of all elements, ``uint32 [L, N]`` (``uint64`` where the work type is fp64)."""

@@ -10,9 +10,10 @@
 - no election: ``b + lam * (A / div)``.
 
 One pass, ``(N + 2) * b`` bytes per element: the floor (thresholds come from device memory). The sums over the elected
-sign are formed from A and B, which costs a third less than two sums under masks (reference: TIES-Merging, arXiv
-2306.01708). With up to eight models h is read from a table of all sets of them: a division is 11 instructions and the
-sums of g are 6 per model, the set is 3. Tiling: one flat program per block, 8 or 16 elements per thread.
+sign are formed from A and B, which takes fewer instructions than two sums under masks (reference: TIES-Merging, arXiv
+2306.01708). With up to eight models h is read from a table of all sets of them: finding the set takes fewer than the
+sums of g and a division. (tests/kernels/aot.py counts instructions and registers.) Tiling: one flat program per
+block, 8 or 16 elements per thread.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ MEAN, SUM, MAX = 0, 1, 2
 """How the values of the elected sign are merged."""
 
 MANY = 6
-"""Models from which a kernel that draws random numbers takes 8 warps: 4 would need 170 registers at eight models."""
+"""Models from which a kernel that draws random numbers takes 8 warps: 4 would need too many registers each."""
 
 SETS = tl.constexpr(8)
 """Models up to which h comes from a table of ``2 ** N`` entries."""

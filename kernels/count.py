@@ -9,9 +9,8 @@ Two kernels. The one that reads everything has no branches and no atomics: four 
 to its eight neighbours' word, one of three counters or the bit that says it is inside. The counters then share one
 register of ten bits each (a tile gives them at most 256), and the bits go to memory, ``N / 8`` bytes per element. The
 other one finds the marked few, one tile and model per program: one integer atomic each, then as many rounds as the
-fullest word of 32 bits has marks. (Appending where the element is found costs 27 instructions per element and model,
-for elements of which one in a hundred is wanted.)
-Counts are integers: their order does not matter.
+fullest word of 32 bits has marks. (Appending where the element is found would burden every element for the few that
+are wanted.) Counts are integers: their order does not matter.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Inner products of all pairs of inputs, tile by tile, and the ordered sum of the tiles.
+"""Inner products of all pairs of inputs, tile by tile.
 
 ``G_ij = sum x_i x_j`` or, with a base, ``sum (x_i - b) (x_j - b)``, for i <= j row by row of the upper triangle;
 ``diff`` appends ``sum (x_0 - x_1)^2``. One pass over the inputs (``M * b`` bytes per element), 8 bytes written per
 tile and column; more than ten columns take several launches over the same, then often cached, bytes.
 
 Written order of sums (design law L2): products in the work type; lane j < 2048 adds elements j, j + 2048, ... of
-its tile of 65,536 from +0; lanes fold by halves; the tile's sum is widened to fp64 and stored; `fold_kernel` adds
-tiles in fp64 in tile order. Tiling: one program per tile, 8 warps, eight neighbouring lanes to a thread, so every
-load of 16-bit values is one 128-bit access and each column costs 8 registers.
+its tile of 65,536 from +0; lanes fold by halves; the tile's sum is widened to fp64 and stored; the host adds tiles
+in fp64 in tile order (`fold_here`). Tiling: one program per tile, 8 warps, eight neighbouring lanes to a thread, so
+every load of 16-bit values is one 128-bit access and each column costs 8 registers.
 """
 
 from __future__ import annotations
@@ -78,23 +78,6 @@ def gram_kernel(
         tl.store(partials + stat * COLUMNS + FROM + c, fold(sums[c], BLOCK).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["columns"])
-def fold_kernel(out, partials, first, columns: tl.int32, BLOCK: tl.constexpr):
-    """Program (g, c block): out f64 ``[G, columns]`` = sum of partials rows first[g] .. first[g + 1] - 1, in order."""
-    g = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = c < columns
-    r = tl.load(first + g)
-    stop = tl.load(first + g + 1)
-    acc = tl.zeros((BLOCK,), tl.float64)
-    while r < stop:
-        for k in tl.static_range(8):  # eight loads in flight; the additions stay in order
-            part = tl.load(partials + (r + k) * columns + c, mask=mask & (r + k < stop), other=0.0)
-            acc = tl.where(r + k < stop, acc + part, acc)
-        r += 8
-    tl.store(out + g * columns + c, acc, mask=mask)
-
-
 def gram(
     partials: torch.Tensor,
     table: torch.Tensor,
@@ -128,18 +111,3 @@ def gram(
             span = (c, min(c + GRAM_PAIRS, columns))
             flags = (inputs, codes, columns, *span, delta, diff, wide, plain)
             gram_kernel[(len(part),)](partials, table, part, *flags, **CONFIGS["gram"], **OPTIONS, **more)
-
-
-def fold_rows(out: torch.Tensor, partials: torch.Tensor, first: torch.Tensor) -> None:
-    """Ordered fp64 sums of row ranges: ``out[g] = ((0 + partials[first[g]]) + ...)``; never waits.
-
-    Args:
-        out: f64 ``[G, C]`` on the device.
-        partials: f64 ``[R, C]``.
-        first: int64 ``[G + 1]``.
-    """
-    groups, columns = out.shape
-    if groups and columns:
-        cfg = CONFIGS["fold"]
-        grid = (groups, -(-columns // cfg["BLOCK"]))
-        fold_kernel[grid](out, partials, first, columns, **cfg, **OPTIONS)

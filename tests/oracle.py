@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from fastmerge.dtypes import BF16, F16, F32, F64
-from fastmerge.families.memory import segments
-from fastmerge.methods.base import TILE
+from fastmerge.methods.base import HEADER, TILE, Segments
 from fastmerge.methods.reference import torch_dtype
 from fastmerge.methods.resolve import make_group
+from fastmerge.stream import segment_row
 from tests.kernels_numpy import NumpyKernels
 
 torch.set_num_threads(1)
@@ -97,6 +97,24 @@ def inputs_of(group, seed=0, *, special=False, tie_free=False):
 def bits(t):
     """A tensor's bytes."""
     return t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def segments(groups, inputs, outputs, pieces):
+    """Segment tables of pieces (group, e0, length) of tensors in memory, one table per combination of types."""
+    rows = {}
+    for g, e0, length in pieces.tolist():
+        group = groups[g]
+        assert [(t.dtype, t.shape) for t in inputs[g]] == [(torch_dtype(d), group.shape) for d in group.dtypes]
+        assert all(t.is_contiguous() for t in inputs[g])
+        out = outputs[g].data_ptr() + e0 * group.out_dtype.size if outputs is not None else 0
+        places = [t.data_ptr() + e0 * d.size for t, d in zip(inputs[g], group.dtypes, strict=True)]
+        row = segment_row(out, length, e0, group, g, places)
+        rows.setdefault((group.dtypes, group.out_dtype), []).append(row)
+    out_segments = []
+    for (dtypes, out_dtype), table in rows.items():
+        data = np.array(table, np.int64).reshape(len(table), HEADER + len(dtypes))
+        out_segments.append(Segments(data, dtypes, out_dtype, np.zeros(len(table), np.int64)))
+    return out_segments
 
 
 def cut(method, groups, step):

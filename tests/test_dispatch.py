@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastmerge as fm
-from fastmerge import dispatch, estimate, functional, memory
+from fastmerge import dispatch, estimate, memory
 from fastmerge.dispatch import Backend
 from fastmerge.errors import BackendUnavailable
 from tests import tiny
@@ -142,11 +142,11 @@ def test_errors_name_what_the_caller_passed(card):
         dispatch.choose("cuda:7")
     card.setattr(dispatch, "_trial", lambda device: "no")
     tensor = torch.zeros(3)
-    for module, call in (
-        (memory, lambda: fm.merge_tensors([tensor] * 2, "linear", parameters={"weight": 0.5})),
-        (functional, lambda: fm.ties_merge({"a": tensor}, [{"a": tensor}])),
+    card.setattr(memory, "choose", lambda device, *a, **k: dispatch.choose("cuda:0", *a, **k))
+    for call in (
+        lambda: fm.merge_tensors([tensor] * 2, "linear", parameters={"weight": 0.5}),
+        lambda: fm.ties_merge({"a": tensor}, [{"a": tensor}]),
     ):
-        card.setattr(module, "choose", lambda device, *a, **k: dispatch.choose("cuda:0", *a, **k))
         with pytest.raises(BackendUnavailable, match="^tensors on cpu: no$"):
             call()
 

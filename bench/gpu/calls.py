@@ -78,7 +78,7 @@ def gram(kernels: Any, f: Family) -> Work:
     return lambda: kernels.gram(s, partials, delta=False, diff=True, per_row=False)
 
 
-def keep(f: Family, groups: int, *, drop: bool, trim: bool, ties: str = "index") -> tuple[Any, ...]:
+def keep(f: Family, groups: int, *, drop: bool, trim: bool) -> tuple[Any, ...]:
     """The keep arguments: Bernoulli one half, and the threshold of density 0.2 with the tie cut in the middle."""
     import numpy as np
 
@@ -91,8 +91,7 @@ def keep(f: Family, groups: int, *, drop: bool, trim: bool, ties: str = "index")
     if trim:
         for i in range(models):
             thr[:, i] = quantile(keys(f, i), 1 - DENSITY)
-        if ties == "index":
-            cut[:, :, :2] = (-(-f.n // TILE) // groups // 2, 1000)
+        cut[:, :, :2] = (-(-f.n // TILE) // groups // 2, 1000)
     half = np.full((groups, models), 1 << 15, np.int32)
     return -1, drop, trim, np.arange(models, dtype=np.int32), half, thr, cut
 

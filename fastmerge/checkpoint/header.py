@@ -164,7 +164,7 @@ def parse(raw: bytes, data_start: int, data_bytes: int, *, where: str, file: int
 
 @contextlib.contextmanager
 def without_gc() -> Iterator[None]:
-    """Hundreds of thousands of new objects, none of them garbage: looking for some takes 40 % of the time."""
+    """Hundreds of thousands of new objects, none of them garbage: looking for some only takes time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -105,7 +105,7 @@ def layout(
 
     Shards are filled in the order given. Inside one, tensors of whole blocks of 4096 bytes come first, so that all of
     them start at a block: what is written past the page cache, or cloned, must. (With norms between them, every
-    second write of a mixture of experts had ragged ends, which cost a third of its time.) Both those and the others go
+    second write of a mixture of experts would have ragged ends.) Both those and the others go
     by element size, largest first, which keeps each aligned to its element, then in the order given.
 
     Args:

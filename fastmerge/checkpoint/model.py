@@ -69,10 +69,9 @@ class Checkpoint:
         ref_or_path: str | os.PathLike[str],
         *,
         revision: str | None = None,
-        allow_pickle: bool = False,
         seen: Seen | None = None,
     ) -> Checkpoint:
-        """Opens a file, an index, a model directory or a hub id; reads headers and config only.
+        """Opens a file, an index, a model directory or a hub id; reads headers and config only. Pickles are refused.
 
         What exists as a path is a path; anything else that looks like ``org/name[@revision]`` is looked up in
         the local Hugging Face cache, or downloaded.
@@ -80,14 +79,11 @@ class Checkpoint:
         Args:
             ref_or_path: where the model is.
             revision: branch, tag or commit of a hub id.
-            allow_pickle: accepted so that callers can pass their flag on; pickled weights are refused with
-                the way to convert them either way.
             seen: shared by the models of one recipe, so that equal headers are checked once.
 
         Raises:
             CheckpointError: with every problem found in the model.
         """
-        del allow_pickle
         ref = os.fspath(ref_or_path)
         path = Path(ref).expanduser()
         if not os.path.lexists(path):

@@ -27,8 +27,8 @@ COPY_PIECE = 64 << 20
 DIRECT_BYTES = 64 << 10
 """Shortest stretch that is written past the page cache.
 
-A new page of the cache costs its allocation and a copy: measured with two writers on a virtual machine, 3 GB took
-1.9 s of system time past the cache and 8 to 20 s through it.
+A new page of the cache costs its allocation and a copy: system time that can be longer than the disk's own, above all
+on virtual machines.
 """
 
 _BUFFER = 4 << 20

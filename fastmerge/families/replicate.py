@@ -74,7 +74,7 @@ def rows(sources: I64, outputs: I64, sigma: F64, numbers: I64) -> I64:
     return table
 
 
-def first_tiles(table: I64, blocks: int = BLOCKS) -> I64:
+def first_tiles(table: I64, blocks: int) -> I64:
     """Where each segment's tiles of ``blocks`` Philox blocks start, and then their number: int64 ``[S + 1]``."""
     length, e0 = table[:, 1], table[:, 2]
     touched = np.where(length > 0, ((e0 + length - 1) >> 3) - (e0 >> 3) + 1, 0)
@@ -101,7 +101,7 @@ def launch(copies: Copies, device: torch.device) -> None:
     native: Any = _native
     if not native.has_cuda():
         raise BackendUnavailable("replicate on CUDA: the extension was built without nvcc (see FASTMERGE_CUDA)")
-    first = first_tiles(copies.table)
+    first = first_tiles(copies.table, BLOCKS)
     if first[-1] == 0:
         return
     packed = np.concatenate([copies.table.reshape(-1), first, normal_lines().view(np.int64).reshape(-1)])

@@ -41,8 +41,8 @@ EXHAUSTIVE = TILE
 """Elements up to which everything is read in place of a sample."""
 
 SETTLED = 1 << 21
-"""Elements up to which a tensor is settled in host memory. That takes 0.7 ms of a core per million and model, the
-passes of a GPU about 0.3 ms of Python per tensor, model and pass."""
+"""Elements up to which a tensor is settled in host memory: an estimate of where that costs as much of a core as the
+passes of a GPU cost in Python, per tensor, model and pass. Not measured beside a GPU."""
 
 LISTED = 1 << 20
 """Keys per model that a pass may list in all; where more lie inside, every n-th is kept to narrow by."""
