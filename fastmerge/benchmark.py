@@ -98,7 +98,6 @@ def _group(method: type[Method]) -> Group:
         models=(per_model,) * n,
         has_base=based,
         indices=tuple(range(n)),
-        key=1,
     )
 
 

@@ -15,7 +15,7 @@ from fastmerge.dtypes import BY_NAME, DType, promote
 from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.methods import get
 from fastmerge.methods.base import REQUIRED, Group, Method, Param
-from fastmerge.philox import tensor_key
+from fastmerge.philox import checked_seed
 from fastmerge.planning import Output
 from fastmerge.recipe.problems import hint
 from fastmerge.recipe.settings import convert
@@ -308,7 +308,7 @@ def _output(
         models=tuple(binding.by_input[k] for k in others),
         has_base=lead is not None,
         indices=tuple(range(len(others))),
-        key=tensor_key(seed, name),
+        seed=checked_seed(seed),
     )
     problems = method.check(group)
     if problems:

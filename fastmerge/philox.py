@@ -176,16 +176,25 @@ def tensor_key(seed: int, name: str) -> int:
     Raises:
         RecipeError: where the seed does not fit 64 bits.
     """
-    digest = _seeded(seed).copy()
+    digest = _seeded(checked_seed(seed)).copy()
     digest.update(name.encode())
     return int.from_bytes(digest.digest(), "little")
+
+
+def checked_seed(seed: int) -> int:
+    """The seed itself.
+
+    Raises:
+        RecipeError: where it does not fit 64 bits.
+    """
+    if not -(2**63) <= seed < 2**63:
+        raise RecipeError(f"seed: expected a 64-bit signed integer, got {seed}")
+    return seed
 
 
 @functools.lru_cache(maxsize=8)
 def _seeded(seed: int) -> hashlib.blake2b:
     """The hash of a seed, to go on from: copying it is quicker than starting anew."""
-    if not -(2**63) <= seed < 2**63:
-        raise RecipeError(f"seed: expected a 64-bit signed integer, got {seed}")
     return hashlib.blake2b(seed.to_bytes(8, "little", signed=True), digest_size=8)
 
 

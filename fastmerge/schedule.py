@@ -186,7 +186,7 @@ def kinds(outputs: Sequence[Output]) -> list[Kind]:
 def _jobs(outputs: Sequence[Output], reach: Sequence[Kind], elements: int, *, whole: bool) -> Iterator[Job]:
     """Jobs in file order; consecutive small tensors of one kind share a unit."""
     number = 0
-    bundle: list[int] = []
+    bundle: list[tuple[int, int, int]] = []
     bundle_key: object = None
     bundle_size = 0
     model: list[int] = []
@@ -194,7 +194,7 @@ def _jobs(outputs: Sequence[Output], reach: Sequence[Kind], elements: int, *, wh
     def flush() -> Iterator[Job]:
         nonlocal number, bundle, bundle_size
         if bundle:
-            yield Job("merge", tuple(bundle), (_unit(number, outputs, [(o, 0, _numel(outputs[o])) for o in bundle]),))
+            yield Job("merge", tuple([o for o, _, _ in bundle]), (_unit(number, outputs, bundle),))
             number += 1
         bundle, bundle_size = [], 0
 
@@ -213,7 +213,7 @@ def _jobs(outputs: Sequence[Output], reach: Sequence[Kind], elements: int, *, wh
             yield from flush()
         # A tensor with statistics that is a little too large is cheaper to keep than to read twice.
         if n <= (2 * elements if scope == "tensor" else elements) or scope == "whole":
-            bundle.append(position)
+            bundle.append((position, 0, n))
             bundle_key = key
             bundle_size += n
             continue

@@ -206,7 +206,8 @@ def compute(program: Program, segments: Segments, host: Segments, native: Any) -
 
 def segment_row(out: int, length: int, e0: int, group: Group, index: int, inputs: Sequence[int]) -> list[int]:
     """One row of a segment table; the key is stored as the bits of a signed integer."""
-    key = group.key - (1 << 64) if group.key >= 1 << 63 else group.key
+    key = group.key
+    key -= (key >> 63) << 64
     return [out, length, e0, group.row, key, index, 0, *inputs]
 
 

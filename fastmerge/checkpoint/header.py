@@ -41,6 +41,8 @@ LISTED = 20
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
 _FIELDS = {"dtype", "shape", "data_offsets"}
+_NUMBER = "(0|[1-9][0-9]*)"
+_USUAL = re.compile(rf'"([^"\\]+)":{{"dtype":"(\w+)","shape":\[([0-9,]*)\],"data_offsets":\[{_NUMBER},{_NUMBER}\]}}')
 _LIMIT = 1 << 63
 
 
@@ -88,9 +90,10 @@ Seen = dict[tuple[str, int, int], Header]
 
 
 def plain(names: Collection[str]) -> bool:
-    """Whether all names are printable ASCII of a legal length: nearly always, and quickly found for all at once."""
+    """Whether all names are legal, and in JSON nothing but themselves in quotes: nearly always, and quickly found."""
     text, sizes = "".join(names), set(map(len, names))
-    return text.isascii() and text.isprintable() and 0 not in sizes and max(sizes, default=0) <= MAX_NAME
+    fine = text.isascii() and text.isprintable() and '"' not in text and "\\" not in text
+    return fine and 0 not in sizes and max(sizes, default=0) <= MAX_NAME
 
 
 def name_problem(name: str) -> str | None:
@@ -177,18 +180,73 @@ def without_gc() -> Iterator[None]:
 def _parse(raw: bytes, data_start: int, data_bytes: int, where: str, file: int) -> Header:
     try:
         text = raw.decode()
-        entries = parse_json(text)
+        found = _usual(text, data_start, data_bytes, file) or _entries(text, data_start, data_bytes, file)
     except ValueError as error:
         raise CheckpointError(f"{where}: header is not valid: {error}") from None
-    if not text.startswith("{"):
-        raise CheckpointError(f"{where}: header is not valid: expected '{{' first")
-    metadata = entries.pop("__metadata__", {})
-    problems = []
+    tensors, metadata, said = found
+    problems = [f"{where}: {problem}" for problem in said]
     if not _is_text_map(metadata):
-        problems.append(f"{where}: __metadata__: expected a map from strings to strings")
-        metadata = {}
+        problems.insert(0, f"{where}: __metadata__: expected a map from strings to strings")
+    if not problems:
+        tensors.sort(key=itemgetter(4, 5))
+        problems = _coverage(tensors, data_start, data_bytes, where)
+    if problems:
+        if len(problems) > LISTED:
+            problems[LISTED:] = [f"{where}: and {len(problems) - LISTED} more problems"]
+        raise CheckpointError(problems)
+    size = data_start + data_bytes
+    return Header(tuple(tensors), metadata, hashlib.sha256(raw).hexdigest(), size, (0, 0, size, 0))
+
+
+_Found = tuple[list[TensorInfo], Any, list[str]]
+"""Tensors, metadata, and what is wrong with others."""
+
+
+def _usual(text: str, data_start: int, data_bytes: int, file: int) -> _Found | None:
+    """Reads a header that is written as programs write it, in half the time that any JSON takes; else gives None.
+
+    Such a one is equal to what its parts spell when they are put together again, and nothing is wrong with it.
+    """
+    rows = _USUAL.findall(text)
+    spelled = ",".join([f'"{n}":{{"dtype":"{t}","shape":[{s}],"data_offsets":[{a},{b}]}}' for n, t, s, a, b in rows])
+    head, _, tail = text.rpartition(spelled) if rows else (text, "", "")
+    names = {row[0] for row in rows}
+    if tail.rstrip(" ") != "}" or len(names) != len(rows) or "__metadata__" in names or not plain(names):
+        return None
     tensors: list[TensorInfo] = []
-    sound = plain(entries)
+    kinds: dict[tuple[str, str], tuple[DType, tuple[int, ...], int]] = {}
+    try:
+        before = {"__metadata__": {}} if head == "{" else parse_json(head.removesuffix(",") + "}")
+        if head != "{" and not (head.startswith("{") and head.endswith(",") and before.keys() == {"__metadata__"}):
+            return None
+        for name, tag, sizes, begin, end in rows:
+            if (tag, sizes) not in kinds:
+                shape = tuple(parse_json(f"[{sizes}]"))
+                if len(shape) > MAX_RANK or _prod_nonzero(shape) >= _LIMIT:
+                    return None
+                kinds[tag, sizes] = BY_TAG[tag], shape, prod(shape) * BY_TAG[tag].size
+            dtype, shape, nbytes = kinds[tag, sizes]
+            offset = int(begin)
+            if int(end) - offset != nbytes or offset + nbytes > data_bytes:
+                return None
+            tensors.append(TensorInfo(name, dtype, shape, file, data_start + offset, nbytes))
+    except (ValueError, KeyError):
+        return None
+    return tensors, before["__metadata__"], []
+
+
+def _entries(text: str, data_start: int, data_bytes: int, file: int) -> _Found:
+    """Reads any header.
+
+    Raises:
+        ValueError: it is no JSON object, or has duplicate keys.
+    """
+    entries = parse_json(text)
+    if not text.startswith("{"):
+        raise ValueError("expected '{' first")
+    metadata = entries.pop("__metadata__", {})
+    tensors: list[TensorInfo] = []
+    problems: list[str] = []
     for name, info in entries.items():
         # The common case in few steps; anything odd is explained by _problem.
         try:
@@ -204,23 +262,15 @@ def _parse(raw: bytes, data_start: int, data_bytes: int, where: str, file: int) 
                 and end - begin == prod(shape) * dtype.size
                 and (begin < end or _prod_nonzero(shape) < _LIMIT)
                 and len(info) == 3
-                and (sound or name_problem(name) is None)
+                and name_problem(name) is None
             )
         except (KeyError, TypeError, ValueError, IndexError):
             fine = False
         if fine:
             tensors.append(TensorInfo(name, dtype, tuple(shape), file, data_start + begin, end - begin))
         else:
-            problems.append(f"{where}: {_problem(name, info, data_bytes)}")
-    if not problems:
-        tensors.sort(key=itemgetter(4, 5))
-        problems = _coverage(tensors, data_start, data_bytes, where)
-    if problems:
-        if len(problems) > LISTED:
-            problems[LISTED:] = [f"{where}: and {len(problems) - LISTED} more problems"]
-        raise CheckpointError(problems)
-    size = data_start + data_bytes
-    return Header(tuple(tensors), metadata, hashlib.sha256(raw).hexdigest(), size, (0, 0, size, 0))
+            problems.append(_problem(name, info, data_bytes))
+    return tensors, metadata, problems
 
 
 def _is_text_map(value: Any) -> bool:
@@ -234,7 +284,7 @@ def _is_text_map(value: Any) -> bool:
     return True
 
 
-def _prod_nonzero(shape: list[int]) -> int:
+def _prod_nonzero(shape: Sequence[int]) -> int:
     return prod([d for d in shape if d])
 
 

@@ -12,7 +12,7 @@ from fastmerge.checkpoint.header import MAX_HEADER, listing, name_problem, plain
 from fastmerge.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from fastmerge.dtypes import DType
 
@@ -126,7 +126,10 @@ def layout(
         if kind is None:
             kind = kinds[dtype, shape] = _kind(dtype, shape)
         entries.append((name, kind))
-    _check_names([name for name, _ in entries])
+    names = [name for name, _ in entries]
+    simple = plain(names)
+    quoted = '"{}"'.format if simple else _json
+    _check_names(names, simple=simple)
     meta = {"format": "pt", **{str(k): str(v) for k, v in metadata.items()}}
     shards: list[Shard] = []
     places: dict[str, Place] = {}
@@ -134,7 +137,7 @@ def layout(
     for number, group in enumerate(groups):
         name = "model.safetensors" if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
         group.sort(key=lambda entry: entry[1].rank)
-        header = _header(group, meta, name)
+        header = _header(group, quoted, meta, name)
         at = len(header)
         for tensor, kind in group:
             places[tensor] = Place(number, at, kind.nbytes)
@@ -157,8 +160,8 @@ def _kind(dtype: DType, shape: tuple[int, ...]) -> _Kind:
     )
 
 
-def _check_names(names: Sequence[str]) -> None:
-    problems = [] if plain(names) else [p for p in map(name_problem, names) if p]
+def _check_names(names: Sequence[str], *, simple: bool) -> None:
+    problems = [] if simple else [p for p in map(name_problem, names) if p]
     if "__metadata__" in names:
         problems.append("tensor name '__metadata__' is reserved")
     if len(set(names)) != len(names):
@@ -183,13 +186,15 @@ def _split(entries: Sequence[tuple[str, _Kind]], shard_size: int) -> list[list[t
     return groups
 
 
-def _header(group: Sequence[tuple[str, _Kind]], metadata: Mapping[str, str], shard: str) -> bytes:
-    """The shard's first bytes."""
+def _header(
+    group: Sequence[tuple[str, _Kind]], quoted: Callable[[str], str], metadata: Mapping[str, str], shard: str
+) -> bytes:
+    """The shard's first bytes; ``quoted`` writes a name."""
     parts = [f'"__metadata__":{_json(metadata)}']
     at = 0
     for name, kind in group:
         end = at + kind.nbytes
-        parts.append(f"{_json(name)}:{kind.text}{at},{end}]}}")
+        parts.append(f"{quoted(name)}:{kind.text}{at},{end}]}}")
         at = end
     text = f"{{{','.join(parts)}}}".encode()
     length = -(-(8 + len(text)) // ALIGN) * ALIGN - 8

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from fastmerge.dtypes import DType
 from fastmerge.errors import RecipeError
+from fastmerge.philox import tensor_key
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +90,7 @@ class Group(NamedTuple):
             for methods that ignore the base, one per input.
         has_base: whether ``dtypes[0]`` is the base.
         indices: position of each non-base model among the recipe's non-base models (random numbers use it).
-        key: 64-bit Philox key of (seed, name).
+        seed: of the random numbers.
     """
 
     name: str
@@ -100,7 +101,12 @@ class Group(NamedTuple):
     models: tuple[Mapping[str, Any], ...]
     has_base: bool
     indices: tuple[int, ...]
-    key: int = 0
+    seed: int = 0
+
+    @property
+    def key(self) -> int:
+        """64-bit Philox key of (seed, name)."""
+        return tensor_key(self.seed, self.name)
 
     @property
     def numel(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from fastmerge.dtypes import DType, promote
 from fastmerge.errors import RecipeError
 from fastmerge.methods.base import REQUIRED, Group, Method, Param
-from fastmerge.philox import tensor_key
+from fastmerge.philox import checked_seed
 
 
 def problem(method: type[Method], param: Param, value: Any, default: Any) -> str | None:
@@ -147,7 +147,7 @@ def make_group(
         models=each,
         has_base=with_base,
         indices=tuple(indices) if indices is not None else tuple(range(models)),
-        key=tensor_key(seed, name),
+        seed=checked_seed(seed),
     )
     if problems := method.check(group):
         raise RecipeError(problems)

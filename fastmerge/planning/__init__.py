@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastmerge.checkpoint import Checkpoint, Layout, Seen, layout, without_gc
-from fastmerge.dtypes import BY_NAME, DType
+from fastmerge.dtypes import DType
 from fastmerge.errors import CheckpointError
 from fastmerge.planning import carry as carrying
 from fastmerge.planning import config as configuring
@@ -152,11 +152,10 @@ def _same_depth(recipe: Recipe, models: Models) -> None:
 
 def _main_type(outputs: Iterable[Output]) -> DType | None:
     """The floating-point type of most elements."""
-    counts: Counter[str] = Counter()
+    counts: Counter[DType] = Counter()
     for o in outputs:
-        if o.dtype.mergeable:
-            counts[o.dtype.name] += o.inputs[0].nbytes // o.inputs[0].dtype.size
-    return BY_NAME[counts.most_common(1)[0][0]] if counts else None
+        counts[o.dtype] += o.inputs[0].nbytes // o.inputs[0].dtype.size
+    return max((d for d in counts if d.mergeable), key=counts.__getitem__, default=None)
 
 
 def _fingerprint(recipe: str, checkpoints: Iterable[Checkpoint], layout: Layout, config: Any) -> str:

@@ -12,7 +12,7 @@ from fastmerge.dtypes import BY_NAME, DType, promote
 from fastmerge.errors import CheckpointError, RecipeError, ShapeError
 from fastmerge.methods import METHODS
 from fastmerge.methods.base import Group, Method
-from fastmerge.philox import tensor_key
+from fastmerge.philox import checked_seed
 from fastmerge.planning.choose import fate
 from fastmerge.planning.rows import Models, Row
 from fastmerge.planning.values import Output
@@ -70,7 +70,7 @@ class _Kind(NamedTuple):
         dtype: of the output.
         models: of the inputs; see :class:`Output`.
         method: what is computed; None for a copy.
-        like: the group of one of them, which differ by name and key only; None for a copy.
+        like: the group of one of them, which differ by name only; None for a copy.
     """
 
     dtype: DType
@@ -91,7 +91,7 @@ class Outputs:
     def __init__(self, recipe: Recipe, models: Models, seed: int) -> None:
         self.recipe = recipe
         self.models = models
-        self.seed = seed
+        self.seed = checked_seed(seed)
         self.method = recipe.method
         self.copier = METHODS["passthrough"]
         self.notes = Notes()
@@ -202,7 +202,7 @@ class Outputs:
                 self.notes.recipe |= dict.fromkeys(f"{row.name}: {p}" for p in e.problems)
                 return None
         like = kind.like
-        group = None if like is None else Group(row.name, *like[1:-1], tensor_key(self.seed, row.name))
+        group = None if like is None else Group(row.name, *like[1:])
         return Output(row.name, kind.dtype, shape, kind.models, infos, kind.method, group)
 
     def _kind(
@@ -228,7 +228,7 @@ class Outputs:
             indices = tuple([part.index[i] for i in who[has_base:]])
         if method is self.copier and dtype is types[0] and own[0].get("scale") is None:
             return _Kind(dtype, models, None, None)
-        group = Group(row.name, infos[0].shape, types, dtype, params, own, has_base, indices)
+        group = Group(row.name, infos[0].shape, types, dtype, params, own, has_base, indices, self.seed)
         problems = method.check(group)
         self.notes.recipe |= dict.fromkeys(f"{row.name}: {p}" for p in problems)
         if not problems:

@@ -99,15 +99,19 @@ def primitives() -> dict[str, Io]:
 
 
 def file_bytes(
-    tensors: Mapping[str, tuple[str, tuple[int, ...], bytes]], metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, tuple[str, tuple[int, ...], bytes]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    compact: bool = False,
 ) -> bytes:
-    """A safetensors file from (dtype tag, shape, data), in the order given."""
+    """A safetensors file from (dtype tag, shape, data), in the order given; ``compact`` is without spaces."""
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     at = 0
     for name, (tag, shape, data) in tensors.items():
         header[name] = {"dtype": tag, "shape": list(shape), "data_offsets": [at, at + len(data)]}
         at += len(data)
-    return raw(json.dumps(header).encode(), b"".join(d for _, _, d in tensors.values()))
+    text = json.dumps(header, separators=(",", ":") if compact else None)
+    return raw(text.encode(), b"".join(d for _, _, d in tensors.values()))
 
 
 def raw(header: bytes, data: bytes = b"") -> bytes:

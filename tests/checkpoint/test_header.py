@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 import time
+from unittest import mock
 
 import pytest
 import safetensors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fastmerge.checkpoint import header as headers
 from fastmerge.checkpoint.header import Header, parse, read_header
 from fastmerge.dtypes import BY_TAG
 from fastmerge.errors import CheckpointError
@@ -36,6 +38,12 @@ def accepted(content: bytes) -> Seen | None:
     except CheckpointError:
         return None
     return {t.name: (t.dtype.tag, tuple(t.shape), content[t.offset : t.offset + t.nbytes]) for t in tensors}
+
+
+def by_any_json(content: bytes) -> Seen | None:
+    """The same without the short way for headers as programs write them."""
+    with mock.patch.object(headers, "_usual", return_value=None):
+        return accepted(content)
 
 
 def theirs(content: bytes) -> Seen | None:
@@ -169,7 +177,8 @@ def files(draw) -> bytes:
         if draw(st.integers(0, 19)) == 0:
             header[name] = draw(odd)
         at += nbytes
-    text = json.dumps(header, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
+    separators = draw(st.sampled_from([None, (",", ":")]))
+    text = json.dumps(header, ensure_ascii=draw(st.booleans()), separators=separators).encode("utf-8", "surrogatepass")
     text += b" " * draw(st.integers(0, 2))
     content = bytearray(raw(text, bytes(i % 251 for i in range(at + draw(st.sampled_from([0, 0, 0, 0, 1, -1]))))))
     for _ in range(draw(st.sampled_from([0, 0, 0, 1, 2]))):
@@ -186,6 +195,41 @@ def files(draw) -> bytes:
 def test_fuzz_against_safetensors(content):
     seen = accepted(content)
     assert seen is None or seen == theirs(content)
+    assert seen == by_any_json(content)
+
+
+USUAL = b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{," + USUAL + b"}",
+        b"{" + USUAL + b",}",
+        b"{" + USUAL + b"," + USUAL + b"}",
+        b"{" + USUAL + b"}}",
+        b"{" + USUAL + b"}\n ",
+        b" {" + USUAL + b"}",
+        b'{"__metadata__":{"k":"v"}' + USUAL + b"}",
+        b'{"__metadata__":{"k":"1","k":"2"},' + USUAL + b"}",
+        b'{"__metadata__":{"k":1},' + USUAL + b"}",
+        b'{"__metadata__":{"k":{"b":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}},' + USUAL + b"}",
+        b'{"b":1,' + USUAL + b"}",
+        b"{" + USUAL.replace(b"[1]", b"[01]") + b"}",
+        b"{" + USUAL.replace(b"[1]", b"[1,]") + b"}",
+        b"{" + USUAL.replace(b"[1]", b"[,1]") + b"}",
+        b"{" + USUAL.replace(b"[0,1]", b"[00,1]") + b"}",
+        b"{" + USUAL.replace(b"1", "\u0661".encode()) + b"}",
+        b"{" + USUAL.replace(b"U8", b"U9") + b"}",
+        b"{" + USUAL.replace(b"a", b"__metadata__", 1) + b"}",
+        b"{" + USUAL.replace(b'"a"', b'""') + b"}",
+        b"{" + USUAL.replace(b"[0,1]", b"[0,2]") + b"}",
+    ],
+)
+def test_what_nearly_is_as_programs_write_it(header):
+    content = raw(header, b"x")
+    assert accepted(content) == by_any_json(content)
+    assert accepted(content) in (None, theirs(content))
 
 
 def test_mutated_files_against_safetensors():
@@ -200,13 +244,15 @@ def test_mutated_files_against_safetensors():
             )
             for _ in range(rng.randint(0, 3))
         }
-        content = bytearray(file_bytes(tensors, {"k": "v"} if rng.random() < 0.3 else None))
+        metadata = {"k": "v"} if rng.random() < 0.3 else None
+        content = bytearray(file_bytes(tensors, metadata, compact=i % 8 < 4))
         length = int.from_bytes(content[:8], "little")
         for _ in range(i % 4):
             end = 8 + length if rng.random() < 0.9 else len(content)
             content[rng.randrange(0 if rng.random() < 0.1 else 8, end)] = rng.choice(alphabet)
         seen = accepted(bytes(content))
         assert seen is None or seen == theirs(bytes(content)), bytes(content)
+        assert seen == by_any_json(bytes(content)), bytes(content)
         sound += seen is not None
     assert 1000 < sound < 3000
 
