@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.checkpoint.header import Seen, TensorInfo, without_gc
+from fastmerge.checkpoint.header import Seen, TensorInfo, of_fields, without_gc
 from fastmerge.checkpoint.layout import Layout, Place, Shard, layout
 from fastmerge.checkpoint.model import Checkpoint, ShardFile
 
@@ -26,6 +26,7 @@ __all__ = [
     "TensorInfo",
     "Writer",
     "layout",
+    "of_fields",
     "without_gc",
 ]
 

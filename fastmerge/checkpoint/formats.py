@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint.header import listing
+from fastmerge.dtypes import FLOATS
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint.header import TensorInfo
@@ -95,8 +96,9 @@ def quantised(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, 
         if not problems and (directory / name).exists()
     ]
     signs: dict[str, list[str]] = {}
-    for name, info in tensors.items():
-        if not info.dtype.mergeable and (sign := _packed_kind(name, info, tensors)):
+    odd = {name: info for name, info in tensors.items() if info.dtype not in FLOATS}
+    for name, info in odd.items():
+        if sign := _packed_kind(name, info, tensors):
             signs.setdefault(sign, []).append(name)
     problems += [f"{directory}: {kind} tensors: {listing(names)}: {_INSTEAD}" for kind, names in signs.items()]
     return problems

@@ -45,6 +45,9 @@ _NUMBER = "(0|[1-9][0-9]*)"
 _USUAL = re.compile(rf'"([^"\\]+)":{{"dtype":"(\w+)","shape":\[([0-9,]*)\],"data_offsets":\[{_NUMBER},{_NUMBER}\]}}')
 _LIMIT = 1 << 63
 
+of_fields = tuple.__new__
+"""Makes a named tuple of all its fields, in half the time of calling its class: for loops over every tensor."""
+
 
 class TensorInfo(NamedTuple):
     """One tensor of a checkpoint.
@@ -229,7 +232,7 @@ def _usual(text: str, data_start: int, data_bytes: int, file: int) -> _Found | N
             offset = int(begin)
             if int(end) - offset != nbytes or offset + nbytes > data_bytes:
                 return None
-            tensors.append(TensorInfo(name, dtype, shape, file, data_start + offset, nbytes))
+            tensors.append(of_fields(TensorInfo, (name, dtype, shape, file, data_start + offset, nbytes)))
     except (ValueError, KeyError):
         return None
     return tensors, before["__metadata__"], []

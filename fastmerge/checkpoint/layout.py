@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastmerge.checkpoint.header import MAX_HEADER, listing, name_problem, plain
+from fastmerge.checkpoint.header import MAX_HEADER, listing, name_problem, of_fields, plain
 from fastmerge.errors import OutputError
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def layout(
         header = _header(group, quoted, meta, name)
         at = len(header)
         for tensor, kind in group:
-            places[tensor] = Place(number, at, kind.nbytes)
+            places[tensor] = of_fields(Place, (number, at, kind.nbytes))
             at += kind.nbytes
         shards.append(Shard(name, header, at, tuple([tensor for tensor, _ in group])))
     index = None

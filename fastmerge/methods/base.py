@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -144,6 +144,26 @@ class Segments:
 
     def __len__(self) -> int:
         return len(self.table)
+
+
+T = TypeVar("T")
+
+
+def once_per_kind(make: Callable[[Group], T], groups: Sequence[Group]) -> list[T]:
+    """``make(group)`` of each group, called once for those that share their parameters, as the tensors of a plan do.
+
+    Args:
+        make: reads ``params``, ``models`` and ``indices`` of a group, and nothing else.
+        groups: of one method.
+    """
+    known: dict[tuple[object, ...], T] = {}
+    out = []
+    for g in groups:
+        key = (id(g.params), g.indices, *map(id, g.models))  # the groups keep them alive
+        if key not in known:
+            known[key] = make(g)
+        out.append(known[key])
+    return out
 
 
 class Program(Protocol):

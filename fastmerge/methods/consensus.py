@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fastmerge.methods import reference as ref
-from fastmerge.methods.base import REQUIRED, Group, Method, Param, Program
+from fastmerge.methods.base import REQUIRED, Group, Method, Param, Program, once_per_kind
 from fastmerge.philox import DROP, TIES, rescale, threshold, u16
 
 if TYPE_CHECKING:
@@ -357,18 +357,6 @@ class ConsensusMethod(Method):
         )
 
     @classmethod
-    def _specs(cls, groups: Sequence[Group]) -> list[Consensus]:
-        """Of each group; made once for those that share their parameters, as the tensors of a plan do."""
-        known: dict[tuple[object, ...], Consensus] = {}
-        out = []
-        for g in groups:
-            key = (id(g.params), g.indices, *map(id, g.models))  # the groups keep them alive
-            if key not in known:
-                known[key] = cls.spec(g)
-            out.append(known[key])
-        return out
-
-    @classmethod
     def reference(cls, inputs: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
         """The family's definition (:func:`reference`) for a model of one tensor."""
         return reference([inputs], [group], [cls.spec(group)])[0]
@@ -377,7 +365,7 @@ class ConsensusMethod(Method):
     def reference_all(cls, inputs: Sequence[Sequence[torch.Tensor]], groups: Sequence[Group]) -> list[torch.Tensor]:
         """All tensors together where the threshold is the model's."""
         if groups and cls.scope(groups[0]) == "model":
-            return reference(inputs, groups, cls._specs(groups))
+            return reference(inputs, groups, once_per_kind(cls.spec, groups))
         return super().reference_all(inputs, groups)
 
     @classmethod
@@ -385,7 +373,7 @@ class ConsensusMethod(Method):
         """Any selection and sums, then consensus."""
         from fastmerge.families.consensus import program
 
-        return program(groups, cls._specs(groups), kernels)
+        return program(groups, once_per_kind(cls.spec, groups), kernels)
 
     @classmethod
     def scope(cls, group: Group) -> Literal["element", "tensor", "row", "model"]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastmerge.families.combine import CombineProgram
 from fastmerge.methods import reference
-from fastmerge.methods.base import REQUIRED, Contract, Group, Method, Param, Program
+from fastmerge.methods.base import REQUIRED, Contract, Group, Method, Param, Program, once_per_kind
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ class Linear(Method):
     @classmethod
     def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
         """One pass of the combine kernel."""
-        tables = [cls.tables(g) for g in groups]
+        tables = once_per_kind(cls.tables, groups)
         return CombineProgram(
             kernels, np.array([c for c, _ in tables]), np.array([(1.0, div) for _, div in tables]), delta=False
         )

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastmerge.families.combine import CombineProgram
 from fastmerge.methods import reference
-from fastmerge.methods.base import Contract, Group, Method, Param, Program
+from fastmerge.methods.base import Contract, Group, Method, Param, Program, once_per_kind
 
 if TYPE_CHECKING:
     import torch
@@ -49,5 +49,5 @@ class Passthrough(Method):
     @classmethod
     def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
         """One pass of the combine kernel."""
-        coef = np.array([[cls.factor(g)] for g in groups])
+        coef = np.array([[factor] for factor in once_per_kind(cls.factor, groups)])
         return CombineProgram(kernels, coef, np.ones((len(groups), 2)), delta=False)

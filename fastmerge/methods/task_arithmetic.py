@@ -9,7 +9,7 @@ import numpy as np
 
 from fastmerge.families.combine import CombineProgram
 from fastmerge.methods import consensus, reference
-from fastmerge.methods.base import Contract, Group, Param, Program
+from fastmerge.methods.base import Contract, Group, Param, Program, once_per_kind
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ class TaskArithmetic(consensus.ConsensusMethod):
         """One pass of the combine kernel, or of the consensus kernel where deltas are rounded."""
         if any(g.params["delta_dtype"] == "base" for g in groups):
             return super().program(groups, kernels)
-        specs = cls._specs(groups)
+        specs = once_per_kind(cls.spec, groups)
         coef = np.array([(0.0, *s.weight) for s in specs])
         scale = np.array([(s.lam, s.div) for s in specs])
         return CombineProgram(kernels, coef, scale, delta=True)

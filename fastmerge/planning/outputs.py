@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastmerge.checkpoint import of_fields
 from fastmerge.dtypes import BY_NAME, DType, promote
 from fastmerge.errors import CheckpointError, RecipeError, ShapeError
 from fastmerge.methods import METHODS
@@ -114,7 +115,7 @@ class Outputs:
         for row in rows:
             part = self.parts[row.part]
             found = part.find(row)
-            if None in found:
+            if not all(found):
                 for i, info in enumerate(found):
                     lacking[row.part][i] += info is None
                 found, single = self._incomplete(row, part, found)
@@ -202,8 +203,8 @@ class Outputs:
                 self.notes.recipe |= dict.fromkeys(f"{row.name}: {p}" for p in e.problems)
                 return None
         like = kind.like
-        group = None if like is None else Group(row.name, *like[1:])
-        return Output(row.name, kind.dtype, shape, kind.models, infos, kind.method, group)
+        group = None if like is None else of_fields(Group, (row.name, *like[1:]))
+        return of_fields(Output, (row.name, kind.dtype, shape, kind.models, infos, kind.method, group))
 
     def _kind(
         self, row: Row, part: _Part, who: tuple[int, ...], infos: tuple[TensorInfo, ...], *, single: bool
@@ -275,6 +276,7 @@ class _Part:
         self.positions = [owner.position[ref] for ref in self.refs]
         self.base = self.refs.index(part.base) if part.base is not None else None
         self.resolver = Resolver(method, part, recipe.parameters, method.defaults(recipe.preset))
+        self.constant = not (self.resolver.filters or self.resolver.gradient)
         self.tensors = [owner.models.tensors(ref) for ref in self.refs]
         order = list(range(len(self.refs)))
         if self.base is not None:
@@ -293,9 +295,9 @@ class _Part:
     def outcome(self, row: Row) -> tuple[object, ...]:
         """All that a tensor's names and place say about its parameters: equal for equal ones."""
         resolver = self.resolver
+        if self.constant:
+            return ()
         t = row.t if resolver.gradient else 0.0
-        if not resolver.filters:
-            return (t,)
         if isinstance(row.inputs, str) and row.inputs == row.name:
             return (t, resolver.mask(row.name))
         return (t, resolver.mask(row.name), *map(resolver.mask, self.names(row)))
