@@ -3,6 +3,7 @@
     python bench/merges.py                         # everything; about 35 GB of disk, half an hour on two cores
     python bench/merges.py --quick                 # small models, one run each: does it work?
     python bench/merges.py --sections peer --methods ties slerp
+    python bench/merges.py --sections peer --methods ties --peer-size 1.5b --peer-runs 1   # mergekit: ten minutes, 12 GB
 
 Sections: peer (mergekit on a 768x12 family), floor (1.5b against cat and dd), memory (peak resident bytes with
 --memory 1GB), moe (18,867 small tensors against a dense model of equal bytes), start (--help and plan). What is
@@ -56,6 +57,7 @@ class Bench:
         quick: small models instead of the real sizes.
         methods: which methods, or empty for those that the section has.
         options: further arguments for ``fastmerge merge``.
+        peer_size: family of the peer section.
     """
 
     data: Path
@@ -65,6 +67,7 @@ class Bench:
     quick: bool
     methods: Sequence[str]
     options: Sequence[str]
+    peer_size: str = "768x12"
 
     def family(self, size: str, models: int) -> list[Path]:
         """Directories of a generated family, base first."""
@@ -117,11 +120,11 @@ FASTMERGE = (sys.executable, "-m", "fastmerge")
 
 
 def peer(bench: Bench) -> list[Row]:
-    """Every method on the 768x12 family, fastmerge and mergekit in turn."""
+    """Every method on one family (768x12), fastmerge and mergekit in turn."""
     found = version("mergekit")
     if not found:
         print("mergekit is not installed here: fastmerge alone is measured")
-    family = bench.family("768x12", 3)
+    family = bench.family(bench.peer_size, 3)
     rows: list[Row] = []
     for method in bench.chosen(recipes.METHODS):
         path, files = bench.recipe(method, family)
@@ -295,6 +298,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=recipes.METHODS, default=[], help="only these")
     parser.add_argument("--runs", type=int, help="counted runs of fastmerge and of the floor [5]")
     parser.add_argument("--peer-runs", type=int, help="counted runs of mergekit [3]")
+    parser.add_argument("--peer-size", choices=("768x12", "1.5b"), default="768x12", help="the peer section's family")
     parser.add_argument("--quick", action="store_true", help="small models, one run each; judges nothing")
     parser.add_argument("--no-save", action="store_true", help="print only; no file in results/")
     parser.add_argument("--option", action="append", default=[], help="a further argument for fastmerge merge")
@@ -312,7 +316,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=data, prefix=".work-") as work:
         few = 1 if args.quick else None
         runs, peer_runs = args.runs or few or 5, args.peer_runs or few or 3
-        bench = Bench(data, Path(work), runs, peer_runs, args.quick, args.methods, args.option)
+        bench = Bench(data, Path(work), runs, peer_runs, args.quick, args.methods, args.option, args.peer_size)
         for name in args.sections:
             print(f"\n== {name}: {(SECTIONS[name].__doc__ or '').strip()}", flush=True)
             try:
