@@ -3,7 +3,7 @@
     python bench/merges.py                         # everything; about 35 GB of disk, half an hour on two cores
     python bench/merges.py --quick                 # small models, one run each: does it work?
     python bench/merges.py --sections peer --methods ties slerp
-    python bench/merges.py --sections peer --methods ties --peer-size 1.5b --peer-runs 1   # mergekit: ten minutes, 12 GB
+    python bench/merges.py --sections peer --methods ties --peer-size 1.5b --peer-runs 1
 
 Sections: peer (mergekit on a 768x12 family), floor (1.5b against cat and dd), memory (peak resident bytes with
 --memory 1GB), moe (18,867 small tensors against a dense model of equal bytes), start (--help and plan). What is

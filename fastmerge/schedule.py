@@ -2,8 +2,8 @@
 
 A *unit* is what one device works on at a time: a bundle of small tensors, one tensor, or a chunk of a
 large one. A *job* is what must finish together: the units of one tensor (or of the whole model, for
-methods whose threshold is global) share their statistics. Units are small on purpose: read into a buffer
-that stays in the cache, warm files arrive at 14.9 GB/s per core; into one of 64 MiB, at 3.9 (AMD Zen 3).
+methods whose threshold is global) share their statistics. Units are small on purpose: warm files arrive
+faster in a buffer that stays in the cache, and what arrived is still there for the kernel.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BLOCK = 4096
 
 
 ROW_BYTES = 300
-"""Bytes of sums and coefficients per row, for methods that work by row; 262 measured for slerp."""
+"""Bytes of sums and coefficients per row, for methods that work by row, with some to spare."""
 
 SPARE = 100 << 20
 """What tables may take beside the budget: the law allows 300 MB, and the interpreter takes 60."""

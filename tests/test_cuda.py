@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 import fastmerge as fm
 from fastmerge import engine, placement
 from fastmerge.devices.cuda import Gpu
-from fastmerge.devices.streams import CudaStreams, HostStreams
+from fastmerge.devices.streams import CudaStreams
 from fastmerge.dispatch import Backend
 from fastmerge.errors import BudgetError, FastMergeError
 from fastmerge.families.native import NativeKernels
 from fastmerge.kernels import TritonKernels, _launch
 from fastmerge.methods.base import TILE
 from tests import tiny
+from tests.host_streams import HostStreams
 from tests.test_merge import RECIPES, recipe_of, weights
 
 if not _launch.interpreted():

@@ -13,6 +13,7 @@ from fastmerge.methods.base import TILE, Group, Segments
 from fastmerge.methods.consensus import kept
 from fastmerge.methods.reference import top
 from fastmerge.philox import TIES, u16
+from fastmerge.stream import segment_row
 from tests import oracle
 
 
@@ -79,7 +80,7 @@ def solve(keys, ranks, ties="index", *, whole_model=False, step=1 << 16, most=14
         due = np.array([(g, 0, len(k)) for g, k in enumerate(keys)]) if due is None else due
         partials = []
         for g, e0, n in reversed(oracle.smaller(due, step).tolist()):
-            table = np.array([[0, n, e0, 1, 99, g, 0, *[0] * (models + 1)]])
+            table = np.array([segment_row(0, n, e0, groups[g], g, [0] * (models + 1))])
             args = (-1, False, True, None, None)
             partials.append(chosen.statistics(Segments(table, groups[g].dtypes, groups[g].out_dtype), kernels, args))
         chosen.advance(partials)
@@ -108,7 +109,7 @@ def select_all(keys, ranks, ties="index", *, whole_model=False, **how):
     wrong = []
     for i in range(keys[0].shape[1]):
         for members in [order] if whole_model else [[g] for g in order]:
-            noise = np.concatenate([u16(99, i, TIES, 0, len(keys[g])) for g in members])
+            noise = np.concatenate([u16(groups[g].key, i, TIES, 0, len(keys[g])) for g in members])
             every = np.concatenate([keys[g][:, i] for g in members]).astype(np.uint64)
             want = top(every, int(np.array(ranks).reshape(len(keys), -1)[members[0], i]), ties, noise)
             got = np.concatenate([mask(keys[g][:, i], thr[g, i], cut[g, i], groups[g], i) for g in members])

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MOST_WORKERS = 8
-"""Workers per GPU: a thread's ``preadv`` brings about 6 GB/s, PCIe 5 x16 takes about 50."""
+"""Workers per GPU. An estimate: a thread's ``preadv`` brings some 6 GB/s, PCIe 5 x16 takes some 50."""
 
 LEAST_WORKERS = 3
 """One reads, one computes, one writes."""
 
 UNIT_ELEMENTS = 1 << 25
-"""Elements per unit on a GPU: 64 MiB per bf16 model, 1.3 ms of PCIe 5, against about 1 ms of Python per unit."""
+"""Elements per unit on a GPU: 64 MiB per bf16 model; by estimate 1.3 ms of PCIe 5, against 1 ms of Python."""
 
 MEMORY_ELEMENTS = 1 << 28
 """Elements per call where tensors are on the GPU already: kernels of milliseconds, tables of about 1 GB."""
@@ -41,7 +41,7 @@ MEMORY_ELEMENTS = 1 << 28
 SLOT_SHARE = 3
 """Slots take a third of the free memory, by default. What kernels need beside a slot stays below twice its bytes: at
 worst 4 bytes (8 in fp64) per element and model for the keys of small tensors that are ranked whole, next to the 2 (8)
-of the model itself; usually under a tenth. (Methods by row add 40 bytes per row.)"""
+of the model itself. (Methods by row add 40 bytes per row.)"""
 
 ALIGN = 512
 """Alignment of device slots; host slots start at pages."""
