@@ -125,28 +125,29 @@ def schedule(
     elements = elements or UNIT_ELEMENTS
     reach = kinds(outputs)
     scopes = {kind.scope for kind in reach}
-    tables = max(map(_row_tables, outputs), default=0) if "row" in scopes else 0
+    tables = max((_row_tables(o) for o, kind in zip(outputs, reach, strict=True) if kind.scope == "row"), default=0)
     if memory is not None and tables > memory:
         raise BudgetError(
             f"--memory {memory} bytes: this recipe works by row, and the sums of its longest tensor's rows alone take "
             f"{tables} bytes: expected more than that"
         )
-    if memory is not None and tables > SPARE:
-        memory -= tables
+    apart = tables if tables > SPARE else 0
+    room = None if memory is None else memory - apart
     charge = 1.0 + (beside if scopes & {"tensor", "model"} else 0.0)
     while True:
         jobs = tuple(_jobs(outputs, reach, elements, whole=whole))
         slot = max((u.nbytes for j in jobs if j.kind == "merge" for u in j.units), default=0)
         fits = largest is None or slot <= largest
         needed = math.ceil(slot * charge)
-        if fits and (memory is None or needed * workers <= memory):
+        if fits and (room is None or needed * workers <= room):
             return Schedule(jobs, slot, workers, elements)
         if elements <= TILE:
             break
         elements //= 2
-    if memory is not None and needed > memory:
-        raise BudgetError(f"--memory {memory} bytes is below the minimum of this recipe: expected >= {needed} bytes")
-    slots = workers if memory is None else max(1, min(workers, memory // needed))
+    if room is not None and needed > room:
+        least = needed + apart
+        raise BudgetError(f"--memory {memory} bytes is below the minimum of this recipe: expected >= {least} bytes")
+    slots = workers if room is None else max(1, min(workers, room // needed))
     return Schedule(jobs, slot, slots, elements)
 
 

@@ -100,6 +100,19 @@ def test_a_small_budget_means_smaller_units_then_fewer_slots_then_a_clear_refusa
         schedule(outputs, workers=1, memory=least.slot_bytes - 1)
 
 
+def test_the_stated_minimum_counts_the_tables_of_rows():
+    outputs = [
+        output(0, (400_000, 64), "row"),
+        output(1, (10_000_000,), "element"),
+    ]  # 120 MB of tables, for one of them
+    with pytest.raises(BudgetError, match="--memory 120000001 bytes") as refused:
+        schedule(outputs, workers=1, memory=120_000_001)
+    least = int(str(refused.value).split(">= ")[1].split()[0])
+    assert schedule(outputs, workers=1, memory=least).slots == 1
+    with pytest.raises(BudgetError):
+        schedule(outputs, workers=1, memory=least - 1)
+
+
 def test_copies_are_ranges_of_bounded_size():
     outputs = [copied(0, COPY_BYTES * 2 + 10), copied(1, 0), copied(2, 100)]
     work = schedule(outputs, workers=1, memory=0)
