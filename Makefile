@@ -24,12 +24,12 @@ check: $(STAMP)  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.cu csrc/*.h tests/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.cu csrc/*.h tests/ops/*.cpp
 
 fix: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.cu csrc/*.h tests/*.cpp
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.cu csrc/*.h tests/ops/*.cpp
 
 bench: $(STAMP)  ## kernels beside memcpy, whole merges beside mergekit and the floor
 	$(BIN)/python bench/kernels.py

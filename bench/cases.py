@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from generate import pools, to_bf16
 
-from fastmerge.families.replicate import rows as replicate_rows
+from fastmerge.ops.replicate import rows as replicate_rows
 from fastmerge.philox import normal_lines
 
 MODELS = 3

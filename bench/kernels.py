@@ -82,7 +82,7 @@ def main() -> None:
     sections: dict[str, Sequence[Row]] = {}
     for name in wanted:
         if name == "methods":
-            from fastmerge.benchmark import bench_kernels
+            from fastmerge.commands.bench import bench_kernels
 
             rows = bench_kernels(runs=1) if args.quick else bench_kernels()
         else:

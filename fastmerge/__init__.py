@@ -21,9 +21,9 @@ from fastmerge.errors import (
 from fastmerge.version import __version__
 
 if TYPE_CHECKING:
-    from fastmerge.checkpoint import Checkpoint
-    from fastmerge.engine import merge, plan
-    from fastmerge.functional import (
+    from fastmerge.api.experts import replicate_experts
+    from fastmerge.api.merge import merge, plan
+    from fastmerge.api.task_vectors import (
         apply_task_vectors,
         compute_task_vector,
         dare_sparsify,
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
         slerp_models,
         ties_merge,
     )
-    from fastmerge.memory import merge_state_dicts, merge_tensors
+    from fastmerge.api.tensors import merge_state_dicts, merge_tensors
+    from fastmerge.checkpoint import Checkpoint
     from fastmerge.planning import Plan
     from fastmerge.recipe import Recipe
-    from fastmerge.replicate import replicate_experts
     from fastmerge.report import Report
 
 _LAZY = {
@@ -42,17 +42,17 @@ _LAZY = {
     "Plan": "planning",
     "Recipe": "recipe",
     "Report": "report",
-    "apply_task_vectors": "functional",
-    "compute_task_vector": "functional",
-    "dare_sparsify": "functional",
-    "dare_ties_merge": "functional",
-    "merge": "engine",
-    "merge_state_dicts": "memory",
-    "merge_tensors": "memory",
-    "plan": "engine",
-    "replicate_experts": "replicate",
-    "slerp_models": "functional",
-    "ties_merge": "functional",
+    "apply_task_vectors": "api.task_vectors",
+    "compute_task_vector": "api.task_vectors",
+    "dare_sparsify": "api.task_vectors",
+    "dare_ties_merge": "api.task_vectors",
+    "merge": "api.merge",
+    "merge_state_dicts": "api.tensors",
+    "merge_tensors": "api.tensors",
+    "plan": "api.merge",
+    "replicate_experts": "api.experts",
+    "slerp_models": "api.task_vectors",
+    "ties_merge": "api.task_vectors",
 }
 
 __all__ = [

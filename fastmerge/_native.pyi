@@ -144,7 +144,7 @@ def consensus(
     """
 
 def replicate(table: _I64, in_code: int, out_code: int, lines: _F32) -> None:
-    """``x + sigma n`` for every expert; table [S, 4 + 3 E] (fastmerge.families.replicate), lines [177, 2].
+    """``x + sigma n`` for every expert; table [S, 4 + 3 E] (fastmerge.ops.replicate), lines [177, 2].
 
     A sigma of 0 converts, or copies bytes where the types agree.
     """

@@ -20,7 +20,7 @@ from fastmerge.version import __version__
 
 if TYPE_CHECKING:
     from fastmerge.planning import Plan
-    from fastmerge.stream import Stats
+    from fastmerge.runtime.stream import Stats
 
 EXIT_CODES = """Exit codes: 0 done, 1 other error, 2 recipe or usage, 3 checkpoint, 4 output, 5 memory budget,
 6 backend or device unavailable; 129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM."""
@@ -98,7 +98,7 @@ def merge(
     """Merge the models of RECIPE into the new directory OUT."""
     if quiet:
         logging.getLogger("fastmerge").setLevel(logging.ERROR)
-    from fastmerge import engine
+    from fastmerge.api import merge as engine
 
     planned = engine.plan(recipe, seed=seed, shard_size=shard_size)
     if dry_run:
@@ -175,14 +175,14 @@ def _json_lines(planned: Plan) -> Iterator[Callable[[Stats], None]]:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(recipe: str, shard_size: str, seed: int | None, as_json: bool, **where: str | None) -> None:
     """Show what merging RECIPE would do: bytes, memory, bottleneck, time. Reads headers only."""
-    from fastmerge import engine
+    from fastmerge.api import merge as engine
 
     _show_plan(engine.plan(recipe, seed=seed, shard_size=shard_size), as_json=as_json, **where)
 
 
 def _show_plan(planned: Plan, *, as_json: bool, **where: Any) -> None:
     """Prints the plan and its estimate; ``where`` is --device, --backend, --memory and --max-vram."""
-    from fastmerge.estimate import estimate, table
+    from fastmerge.commands.estimate import estimate, table
 
     facts = {**planned.summary(), **estimate(planned, **where)}
     if as_json:
@@ -198,7 +198,7 @@ def _show_plan(planned: Plan, *, as_json: bool, **where: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(directory: str, as_json: bool) -> None:
     """Check DIRECTORY: headers, checksums, NaN counts, the recipe it came from."""
-    from fastmerge.verify import verify as check
+    from fastmerge.commands.verify import verify as check
 
     found = check(directory)
     click.echo(json.dumps(found.facts(), indent=2) if as_json else str(found))
@@ -210,7 +210,7 @@ def verify(directory: str, as_json: bool) -> None:
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List the merge methods, or describe the method NAME."""
-    from fastmerge.describe import describe, overview
+    from fastmerge.commands.methods import describe, overview
 
     click.echo(describe(name) if name else overview())
 
@@ -222,7 +222,7 @@ def methods(name: str | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench(recipe: str | None, memory: str | None, runs: int, as_json: bool) -> None:
     """Measure this machine: the kernels beside memcpy, or merging RECIPE beside its floor."""
-    from fastmerge.benchmark import bench_kernels, bench_recipe, table
+    from fastmerge.commands.bench import bench_kernels, bench_recipe, table
 
     rows = bench_recipe(recipe, memory=memory, runs=runs) if recipe else bench_kernels(runs=runs)
     click.echo(json.dumps(rows, indent=2) if as_json else table(rows))
@@ -233,7 +233,7 @@ def bench(recipe: str | None, memory: str | None, runs: int, as_json: bool) -> N
 @click.option("--directory", default=".", type=click.Path(exists=True), help="Where to probe the disk.")
 def doctor(as_json: bool, directory: str) -> None:
     """Say which devices and backends are used here, why, and how fast disk and memory are."""
-    from fastmerge.doctor import examine
+    from fastmerge.commands.doctor import examine
 
     facts = examine(directory)
     if as_json:

@@ -9,9 +9,9 @@ import torch
 
 from fastmerge.dtypes import BF16, F16, F32, F64
 from fastmerge.methods.base import HEADER, TILE, Segments
-from fastmerge.methods.reference import torch_dtype
 from fastmerge.methods.resolve import make_group
-from fastmerge.stream import segment_row
+from fastmerge.ops.blocks import torch_dtype
+from fastmerge.runtime.stream import segment_row
 from tests.kernels_numpy import NumpyKernels
 
 torch.set_num_threads(1)
@@ -32,7 +32,7 @@ def kernels():
     """Every backend of the kernel interface that is here."""
     found = {"numpy": NumpyKernels()}
     try:
-        from fastmerge.families.native import NativeKernels
+        from fastmerge.backends.native import NativeKernels
 
         found["native"] = NativeKernels()
     except ImportError:

@@ -10,8 +10,8 @@ import time
 import pytest
 from click.testing import CliRunner
 
-from fastmerge import benchmark
 from fastmerge.cli import main
+from fastmerge.commands import bench as benchmark
 from fastmerge.methods import METHODS
 from tests import tiny
 
@@ -225,7 +225,7 @@ def test_doctor_says_where_the_disk_cannot_be_probed():
 
 @pytest.mark.parametrize("runs", [0, -3])
 def test_bench_runs_at_least_once(recipe, runs, monkeypatch):
-    monkeypatch.setattr("fastmerge.benchmark.METHODS", {"linear": METHODS["linear"]})
+    monkeypatch.setattr("fastmerge.commands.bench.METHODS", {"linear": METHODS["linear"]})
     assert len(benchmark.bench_kernels(runs=runs)) == 1
     assert len(benchmark.bench_recipe(str(recipe), runs=runs)) == 2
     assert "Traceback" not in run("bench", "--runs", runs).output
@@ -256,8 +256,8 @@ def test_merging_on_the_cpu_imports_no_torch(recipe, tmp_path):
 
 def test_auto_and_plan_do_not_import_torch_where_no_driver_is(recipe, tmp_path):
     code = (
-        "import sys\nfrom fastmerge import dispatch\nfrom fastmerge.cli import main\n"
-        "dispatch.ctypes.CDLL = lambda name: (_ for _ in ()).throw(OSError())\n"
+        "import sys\nfrom fastmerge.backends import choose\nfrom fastmerge.cli import main\n"
+        "choose.ctypes.CDLL = lambda name: (_ for _ in ()).throw(OSError())\n"
         "try:\n    main(sys.argv[1:])\nfinally:\n    print(*sys.modules, file=sys.stderr)"
     )
     for words in (["merge", recipe, tmp_path / "out", "-q"], ["plan", recipe]):
@@ -272,9 +272,9 @@ def test_auto_and_plan_do_not_import_torch_where_no_driver_is(recipe, tmp_path):
 def test_a_stopped_merge_says_how_to_go_on_and_does(paths, recipe, tmp_path, number):
     slow = (
         "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from fastmerge import stream, schedule, placement\n"
-        "from fastmerge.devices.fake import FakeDevice\n"
-        "from fastmerge.families.native import NativeKernels\n"
+        "from fastmerge.runtime import schedule, placement\n"
+        "from fastmerge.runtime.devices.fake import FakeDevice\n"
+        "from fastmerge.backends.native import NativeKernels\n"
         "schedule.UNIT_ELEMENTS = 1 << 16\n"
         "placement.devices = lambda chosen: [FakeDevice(NativeKernels(), latency=0.4)]\n"
         "print('ready', flush=True)\n"

@@ -13,17 +13,14 @@ PACKAGE = ROOT / "fastmerge"
 
 LAYERS = [
     {"errors", "dtypes", "version"},
-    {"sizes", "philox", "tensors", "_native"},
-    {"methods", "families", "checkpoint"},
+    {"tensors"},
+    {"sizes", "philox", "_native"},
+    {"methods", "ops", "checkpoint"},
     {"recipe"},
     {"planning"},
-    {"schedule", "devices"},
-    {"stream"},
-    {"stores"},
-    {"dispatch"},
-    {"placement"},
-    {"report", "estimate", "describe", "doctor", "memory", "replicate"},
-    {"engine", "functional", "verify", "benchmark"},
+    {"runtime", "backends"},
+    {"report"},
+    {"api", "commands"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -107,7 +104,7 @@ def test_public_names_are_sorted_and_exist():
 
 
 def test_plan_is_a_function_whatever_was_imported_first():
-    code = "import fastmerge.engine, fastmerge; print(callable(fastmerge.plan), callable(fastmerge.merge))"
+    code = "import fastmerge.api.merge, fastmerge; print(callable(fastmerge.plan), callable(fastmerge.merge))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True True\n"
 

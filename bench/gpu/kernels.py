@@ -108,7 +108,7 @@ def whole_select(bench: Bench, kind: str) -> Row:
     from fastmerge.dtypes import BF16
     from fastmerge.methods import get
     from fastmerge.methods.resolve import make_group
-    from fastmerge.stream import cut
+    from fastmerge.runtime.stream import cut
 
     f = family(bench.device, bench.elements(3), 2, kind)
     kernels = triton(bench)

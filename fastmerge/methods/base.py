@@ -2,7 +2,7 @@
 
 A method is one small class. It owns its mathematics twice: :meth:`Method.reference`, the definition in
 plain torch, and :meth:`Method.program`, which expresses the same mathematics through one of the kernel
-families (:mod:`fastmerge.families`), for a whole batch of tensors at once.
+families (:mod:`fastmerge.ops`), for a whole batch of tensors at once.
 """
 
 from __future__ import annotations

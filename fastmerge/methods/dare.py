@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from fastmerge.methods import consensus
 from fastmerge.methods.base import Contract, Group, Param
 from fastmerge.methods.ties import PAPER, SEED, warnings
+from fastmerge.ops.consensus import rules as consensus
 
 _DROP = (
     Param("density", "model", float, 1.0, "probability that an element of the delta is kept", 0.0, 1.0),

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fastmerge.families.combine import CombineProgram
-from fastmerge.methods import reference
 from fastmerge.methods.base import Contract, Group, Method, Param, Program, once_per_kind
+from fastmerge.ops import blocks as reference
+from fastmerge.ops.combine import CombineProgram
 
 if TYPE_CHECKING:
     import torch

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from fastmerge.families.gram import GramProgram, rows_of
-from fastmerge.families.split import by_kind
-from fastmerge.methods import angles, reference
+from fastmerge.methods import angles
 from fastmerge.methods.base import F64, REQUIRED, Contract, Group, Method, Param, Program
+from fastmerge.ops import blocks as reference
+from fastmerge.ops.gram import GramProgram, rows_of
+from fastmerge.ops.split import by_kind
 
 if TYPE_CHECKING:
     import torch

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fastmerge.families.combine import CombineProgram
-from fastmerge.methods import consensus, reference
 from fastmerge.methods.base import Contract, Group, Param, Program, once_per_kind
+from fastmerge.ops import blocks as reference
+from fastmerge.ops.combine import CombineProgram
+from fastmerge.ops.consensus import rules as consensus
 
 if TYPE_CHECKING:
     import torch

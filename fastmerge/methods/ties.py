@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from fastmerge.methods import consensus
 from fastmerge.methods.base import REQUIRED, Contract, Group, Param
+from fastmerge.ops.consensus import rules as consensus
 
 PAPER: Mapping[str, Any] = {
     "trim_scope": "model",

@@ -13,10 +13,10 @@ from fastmerge.checkpoint import Checkpoint, Layout, Seen, layout, without_gc
 from fastmerge.dtypes import DType
 from fastmerge.errors import CheckpointError
 from fastmerge.planning import carry as carrying
-from fastmerge.planning import config as configuring
+from fastmerge.planning import config_json as configuring
 from fastmerge.planning.outputs import Outputs
+from fastmerge.planning.plan import Output, Plan
 from fastmerge.planning.rows import Models, sliced, whole
-from fastmerge.planning.values import Output, Plan
 from fastmerge.recipe import ModelRef, Recipe
 from fastmerge.version import __version__
 

@@ -14,9 +14,9 @@ from fastmerge.errors import CheckpointError, RecipeError, ShapeError
 from fastmerge.methods import METHODS
 from fastmerge.methods.base import Group, Method
 from fastmerge.philox import checked_seed
-from fastmerge.planning.choose import fate
+from fastmerge.planning.missing import fate
+from fastmerge.planning.plan import Output
 from fastmerge.planning.rows import Models, Row
-from fastmerge.planning.values import Output
 from fastmerge.recipe import ModelRef, Part, Recipe
 from fastmerge.recipe.resolve import Resolver
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import fastmerge as fm
-from fastmerge import placement
 from fastmerge.errors import BackendUnavailable, BudgetError, ShapeError
 from fastmerge.kernels import TritonKernels, _launch
+from fastmerge.runtime import placement
 from tests import tiny
+from tests.api.test_merge import RECIPES, recipe_of, weights
 from tests.compare import differences
-from tests.test_merge import RECIPES, recipe_of, weights
 
 pytestmark = pytest.mark.gpu
 if _launch.interpreted() or not torch.cuda.is_available():

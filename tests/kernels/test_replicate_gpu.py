@@ -5,11 +5,11 @@ import pytest
 
 import fastmerge as fm
 from fastmerge import _native
+from fastmerge.backends.native import NativeKernels
 from fastmerge.dtypes import BY_CODE
-from fastmerge.families.native import NativeKernels
-from fastmerge.families.replicate import Copies, launch, rows
+from fastmerge.ops.replicate import Copies, launch, rows
+from tests.backends.test_native import TORCH, values
 from tests.compare import differences
-from tests.test_native import TORCH, values
 
 torch = pytest.importorskip("torch", reason="needs torch")
 pytestmark = [

@@ -226,4 +226,4 @@ def test_whatever_text_it_is_is_a_recipe_or_refused_by_name(text):
             assert outcome(found.to_yaml()) == found
         else:
             assert found != []
-            assert [p for p in found if not p.startswith(("recipe: ", f"{path}: ", f"{path!r}: "))] == []
+            assert [p for p in found if not p.startswith(("recipe:", f"{path}:", f"{path!r}:"))] == []

@@ -1,0 +1,1 @@
+"""The public calls: merges of files and of tensors, task vectors, experts."""

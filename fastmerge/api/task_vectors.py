@@ -1,0 +1,309 @@
+"""Task vectors, SLERP, TIES and DARE as plain functions over state dictionaries in fp32.
+
+The names, signatures and results are those of the short torch programs that circulate for these methods;
+the arithmetic is that of :mod:`fastmerge.methods` and runs on the same kernels, so it is exact about
+selection, reproducible on every machine, and needs no temporary per step. What those programs do that one may
+not expect is kept where results depend on it, and documented; where they crash, these do not.
+
+Every function returns new fp32 tensors, on the device of its inputs (the CPU, or one GPU); inputs are not changed.
+Tensors of other types than fp16, bf16 and fp32 are converted to fp32 first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastmerge.api.tensors import run
+from fastmerge.dtypes import BF16, F16, F32
+from fastmerge.errors import RecipeError, ShapeError
+from fastmerge.methods import METHODS
+from fastmerge.methods.resolve import make_group
+from fastmerge.planning import Output
+from fastmerge.tensors import check
+
+if TYPE_CHECKING:
+    import os
+
+    import torch
+
+    State = Mapping[str, "torch.Tensor"]
+    Job = tuple[str, Sequence["torch.Tensor"], Mapping[str, Any]]
+
+_KINDS = {"torch.bfloat16": BF16, "torch.float16": F16, "torch.float32": F32}
+
+
+def _plain(t: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor of a type that widens to fp32."""
+    t = t.detach()
+    return (t if str(t.dtype) in _KINDS else t.float()).contiguous()
+
+
+def _load(ref: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, a model directory or a hub id."""
+    import numpy as np
+    import torch
+
+    from fastmerge.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(ref)
+    out = {}
+    for name, info in checkpoint.tensors.items():
+        raw = np.fromfile(checkpoint.files[info.file].path, np.uint8, info.nbytes, offset=info.offset)
+        out[name] = torch.from_numpy(raw).view(getattr(torch, info.dtype.name)).reshape(info.shape)
+    checkpoint.recheck()
+    return out
+
+
+def _same_shape(name: str, tensors: Sequence[torch.Tensor]) -> None:
+    for t in tensors:
+        check(name, t)
+        if t.shape != tensors[0].shape:
+            raise ShapeError(f"{name}: expected shape {tuple(tensors[0].shape)}, got {tuple(t.shape)}")
+        if t.device != tensors[0].device:
+            raise ShapeError(f"{name}: expected all tensors on {tensors[0].device}, got one on {t.device}")
+
+
+def _run(method: str, jobs: Sequence[Job], *, preset: str | None = None, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Runs a method over (name, inputs, parameters) and returns fp32 results by name, in order."""
+    import torch
+
+    kind = METHODS[method]
+    results: dict[str, torch.Tensor] = {}
+    by_device: dict[torch.device, tuple[list[Output], list[list[torch.Tensor]]]] = {}
+    for name, tensors, given in jobs:
+        _same_shape(name, tensors)
+        parameters = dict(given)
+        inputs = [_plain(t) for t in tensors]
+        group = make_group(
+            kind,
+            name,
+            tuple(inputs[0].shape),
+            [_KINDS[str(t.dtype)] for t in inputs],
+            has_base=kind.contract.base == "required",
+            out_dtype=F32,
+            indices=parameters.pop("indices", None),
+            parameters=parameters,
+            preset=preset,
+            seed=seed,
+        )
+        results[name] = torch.empty(group.shape, dtype=torch.float32, device=inputs[0].device)
+        outputs, rows = by_device.setdefault(inputs[0].device, ([], []))
+        outputs.append(Output(name, F32, group.shape, models=(), inputs=(), method=kind, group=group))
+        rows.append(inputs)
+    for outputs, rows in by_device.values():
+        run(outputs, rows, [results[o.name] for o in outputs])
+    return results
+
+
+def _sum(jobs: Sequence[tuple[str, Sequence[torch.Tensor], Sequence[float]]]) -> dict[str, torch.Tensor]:
+    """``sum c_i x_i`` in order, per name."""
+    return _run("linear", [(n, x, {"weight": list(c), "normalize": False}) for n, x, c in jobs])
+
+
+def compute_task_vector(
+    base_path: str | os.PathLike[str], finetuned_path: str | os.PathLike[str]
+) -> dict[str, torch.Tensor]:
+    """What a fine-tune learned: ``fine-tuned - base``.
+
+    Args:
+        base_path: a ``.safetensors`` file, a model directory or a hub id.
+        finetuned_path: likewise.
+
+    Returns:
+        fp32 differences ``[*S]`` of the tensors that both models have, in the base's order.
+
+    Raises:
+        CheckpointError: for a model that cannot be read.
+        ShapeError: for tensors of different shapes.
+    """
+    base, tuned = _load(base_path), _load(finetuned_path)
+    return _sum([(name, [tuned[name], base[name]], [1.0, -1.0]) for name in base if name in tuned])
+
+
+def apply_task_vectors(
+    base_path: str | os.PathLike[str], task_vectors: Sequence[State], lambdas: Sequence[float]
+) -> dict[str, torch.Tensor]:
+    """``base + sum lambda_i tau_i``, added in order; a vector that lacks a tensor adds nothing to it.
+
+    Args:
+        base_path: a ``.safetensors`` file, a model directory or a hub id.
+        task_vectors: differences by name, ``[*S]`` each.
+        lambdas: one factor per vector; negative ones remove what was learned.
+
+    Returns:
+        fp32 tensors of all names of the base, on the device of the vectors.
+
+    Raises:
+        RecipeError: where there are not as many factors as vectors.
+        ShapeError: for tensors of different shapes.
+    """
+    _same_length("lambdas", lambdas, task_vectors)
+    jobs = []
+    for name, base in _load(base_path).items():
+        there = [(tau[name], float(lam)) for tau, lam in zip(task_vectors, lambdas, strict=True) if name in tau]
+        first = base.to(there[0][0].device) if there else base
+        jobs.append((name, [first, *(t for t, _ in there)], [1.0, *(c for _, c in there)]))
+    return _sum(jobs)
+
+
+def slerp_models(model_a: State, model_b: State, t: float = 0.5) -> dict[str, torch.Tensor]:
+    """Spherical interpolation of two models, row by row of the last dimension (preset ``seed`` of ``slerp``).
+
+    A tensor is blended linearly only where *all* its rows are nearly parallel (|cos| > 0.9995); a 1-D tensor is
+    one row. Rows that are zero or exactly parallel, which give NaN in the usual program, are blended by the
+    sines of a right angle and linearly. Tensors of other types than fp32, fp16 and bf16 are those of ``model_a``.
+
+    Args:
+        model_a: state dictionary, ``[*S]`` each.
+        model_b: likewise, with at least the names of ``model_a``.
+        t: position between ``model_a`` (0) and ``model_b`` (1).
+
+    Returns:
+        fp32 tensors by the names of ``model_a`` (those that are copied keep their type).
+
+    Raises:
+        ShapeError: for tensors that ``model_b`` lacks or has in another shape.
+    """
+    jobs: list[Job] = []
+    for name, a in model_a.items():
+        if name not in model_b:
+            raise ShapeError(f"{name}: model_b has no such tensor")
+        check(name, a)
+        if str(a.dtype) in _KINDS:
+            jobs.append((name, [a, model_b[name]], {"t": float(t)}))
+    blended = _run("slerp", jobs, preset="seed")
+    return {name: blended.get(name, a) for name, a in model_a.items()}
+
+
+def ties_merge(
+    base_weights: State,
+    task_vectors: Sequence[State],
+    density: float = 0.2,
+    weights: Sequence[float] | None = None,
+) -> dict[str, torch.Tensor]:
+    """TIES: trim, elect a sign, merge what agrees (preset ``seed`` of ``ties``).
+
+    Keeps all magnitudes from the ``int(n (1 - density))``-th smallest on (so one more than the density, and all
+    ties); elects the sign of the weighted sum, where a sum of 0 leaves the base; divides the sum of weighted
+    agreeing deltas by their *number*. With the default weights 1/N that shrinks the result by N compared to the
+    paper's mean: pass ``weights=[1.0] * N`` for that one. A density of 1 keeps everything, and so do tensors too
+    small for the density to drop an element (the usual program crashes on both). A model of weight 0 or less
+    neither counts nor agrees. Where a task vector lacks a tensor, the weights stay with their models.
+
+    Args:
+        base_weights: state dictionary, ``[*S]`` each.
+        task_vectors: differences by name.
+        density: share of each task vector that is kept, 0 .. 1.
+        weights: one per task vector; None is 1/N.
+
+    Returns:
+        fp32 tensors by the names of the base.
+
+    Raises:
+        RecipeError: for a density out of range, or not as many weights as vectors.
+        ShapeError: for tensors of different shapes.
+    """
+    every = _weights(weights, task_vectors)
+    return _elect("ties", base_weights, task_vectors, every, {"density": float(density)})
+
+
+def dare_sparsify(
+    task_vector: State, p: float = 0.9, seed: int = 42, *, model_index: int = 0
+) -> dict[str, torch.Tensor]:
+    """DARE: drop each element with probability ``p`` and divide what stays by ``1 - p``.
+
+    Masks are a function of (seed, name, model_index, element), not of a generator's state: they are the same on
+    every machine and in any order, but they are not torch's. The probability is a multiple of 1/65536, and the
+    rescale is by exactly that one. ``p = 1`` gives zeros.
+
+    Args:
+        task_vector: differences by name, ``[*S]`` each.
+        p: share that is dropped, 0 .. 1.
+        seed: of the masks.
+        model_index: which of several models this is; equal ones drop the same elements.
+
+    Returns:
+        fp32 tensors by the same names.
+
+    Raises:
+        RecipeError: for a ``p`` out of range.
+    """
+    parameters = {"density": 1.0 - p, "indices": [model_index]}
+    jobs = [(name, [_zeros(name, v), v], parameters) for name, v in task_vector.items()]
+    return _run("dare_linear", jobs, preset="paper", seed=seed)
+
+
+def dare_ties_merge(
+    base_weights: State,
+    task_vectors: Sequence[State],
+    drop_rate: float = 0.9,
+    density: float = 0.2,
+    *,
+    seed: int = 42,
+    shared_mask: bool = False,
+) -> dict[str, torch.Tensor]:
+    """DARE, then TIES with its own trim (preset ``seed`` of ``dare_ties``); see :func:`ties_merge` for the shrinking.
+
+    The trim has an effect only where ``density < 1 - drop_rate``: with the defaults the threshold is 0.
+
+    Args:
+        base_weights: state dictionary, ``[*S]`` each.
+        task_vectors: differences by name.
+        drop_rate: share of each task vector that is dropped at random.
+        density: share of each that the trim may keep after that.
+        seed: of the masks.
+        shared_mask: drop the same elements of every model, as programs do that seed the generator anew for each;
+            by default the masks are independent, which is what the method is for.
+
+    Returns:
+        fp32 tensors by the names of the base.
+
+    Raises:
+        RecipeError: for a rate or density out of range.
+        ShapeError: for tensors of different shapes.
+    """
+    parameters = {"density": 1.0 - drop_rate, "trim_density": float(density), "shared_mask": shared_mask}
+    return _elect("dare_ties", base_weights, task_vectors, _weights(None, task_vectors), parameters, seed=seed)
+
+
+def _elect(
+    method: str,
+    base_weights: State,
+    task_vectors: Sequence[State],
+    weights: Sequence[float],
+    parameters: Mapping[str, Any],
+    *,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Merges task vectors by an election, as deltas from a base of zeros, and adds the base."""
+    jobs: list[Job] = []
+    for name, base in base_weights.items():
+        here = [i for i, tau in enumerate(task_vectors) if name in tau]
+        if here:
+            tensors = [_zeros(name, base), *(task_vectors[i][name] for i in here)]
+            jobs.append((name, tensors, {**parameters, "weight": [weights[i] for i in here], "indices": here}))
+    mixed = _run(method, jobs, preset="seed", seed=seed)
+    added = _sum([(name, [base_weights[name], mix], [1.0, 1.0]) for name, mix in mixed.items()])
+    rest = _sum([(name, [base], [1.0]) for name, base in base_weights.items() if name not in mixed])
+    return {name: added[name] if name in added else rest[name] for name in base_weights}
+
+
+def _zeros(name: str, like: torch.Tensor) -> torch.Tensor:
+    """A base that makes task vectors of models: small, and exact to subtract."""
+    import torch
+
+    check(name, like)
+    return torch.zeros(like.shape, dtype=torch.bfloat16, device=like.device)
+
+
+def _weights(weights: Sequence[float] | None, task_vectors: Sequence[State]) -> list[float]:
+    if weights is None:
+        return [1.0 / len(task_vectors)] * len(task_vectors)
+    _same_length("weights", weights, task_vectors)
+    return [float(w) for w in weights]
+
+
+def _same_length(what: str, values: Sequence[float], task_vectors: Sequence[State]) -> None:
+    if len(values) != len(task_vectors):
+        raise RecipeError(f"{what}: expected {len(task_vectors)} values, one per task vector, got {len(values)}")

@@ -1,0 +1,181 @@
+"""``fastmerge bench``: this machine's throughput, beside the best that the bytes allow in the same run."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmerge.api import merge as engine
+from fastmerge.backends.choose import cpu_backend
+from fastmerge.commands.doctor import memcpy_rate
+from fastmerge.dtypes import BF16
+from fastmerge.methods import METHODS
+from fastmerge.methods.base import REQUIRED, Group, Method, Segments
+from fastmerge.runtime.stream import compute, segment_row
+
+ELEMENTS = 1 << 20
+"""Elements of the tensors of the kernel benchmarks: one unit of the stream, in the cache."""
+
+Row = dict[str, Any]
+
+
+def bench_kernels(*, runs: int = 5) -> list[Row]:
+    """Every method's passes on one core: three bf16 models (and a base), one unit in the cache.
+
+    Args:
+        runs: counted runs, at least one; the median is shown.
+
+    Returns:
+        One row per method: G elements/s, GB/s of inputs and outputs once, and share of memcpy's bandwidth.
+    """
+    floor = memcpy_rate()
+    rows: list[Row] = []
+    kernels = cpu_backend("native").kernels
+    for name, method in METHODS.items():
+        group = _group(method)
+        segments, keep = _segments(group)
+        program = method.program([group], kernels)
+        seconds = _median(functools.partial(_merge, method, group, kernels, segments), runs)
+        moved = ELEMENTS * 2 * (len(group.dtypes) + 1)
+        rows.append(
+            {
+                "method": name,
+                "statistics": "no" if program.ready else "yes",
+                "G elements/s": round(ELEMENTS / seconds / 1e9, 3),
+                "GB/s": round(moved / seconds / 1e9, 2),
+                "share of memcpy": round(moved / seconds / floor, 2),
+            }
+        )
+        del keep
+    return rows
+
+
+def _merge(method: type[Method], group: Group, kernels: Any, segments: Segments) -> None:
+    compute(method.program([group], kernels), segments, segments, kernels)
+
+
+def _median(work: Callable[[], None], runs: int) -> float:
+    work()
+    times = []
+    for _ in range(max(1, runs)):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _group(method: type[Method]) -> Group:
+    """Three models, or as many as the method takes, with its default parameters."""
+    rule = method.contract
+    n = min(3, rule.most or 3)
+    based = rule.base == "required"
+    required = {"weight": 1.0 / n, "t": 0.5}
+    defaults = dict(method.presets.get("mergekit", {}))
+    if "density" in {p.name for p in method.params}:
+        defaults["density"] = 0.2
+    values = {
+        p.name: required.get(p.name, 0.5) if p.default is REQUIRED else defaults.get(p.name, p.default)
+        for p in method.params
+    }
+    shared = {p.name: values[p.name] for p in method.params if p.scope == "shared"}
+    per_model = {p.name: values[p.name] for p in method.params if p.scope != "shared"}
+    return Group(
+        name="bench",
+        shape=(1024, ELEMENTS // 1024),
+        dtypes=(BF16,) * (n + based),
+        out_dtype=BF16,
+        params=shared,
+        models=(per_model,) * n,
+        has_base=based,
+        indices=tuple(range(n)),
+    )
+
+
+def _segments(group: Group) -> tuple[Segments, Sequence[Any]]:
+    """bf16 weights of sd 0.02 and deltas of sd 2e-4, so that ties and zeros are as common as in fine-tunes."""
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal(ELEMENTS, np.float32) * np.float32(0.02)
+    arrays = []
+    for i in range(len(group.dtypes)):
+        delta = rng.standard_normal(ELEMENTS, np.float32) * np.float32(2e-4 if i else 0)
+        bits = (base + delta).view(np.uint32)
+        arrays.append(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16))
+    out = np.zeros(ELEMENTS, np.uint16)
+    row = segment_row(out.ctypes.data, ELEMENTS, 0, group, 0, [a.ctypes.data for a in arrays])
+    segments = Segments(np.array([row], np.int64), group.dtypes, group.out_dtype, np.zeros(1, np.int64))
+    return segments, [*arrays, out]
+
+
+def bench_recipe(recipe: str, *, memory: str | None = None, runs: int = 5) -> list[Row]:
+    """Merging a recipe beside its floor: ``cat`` of the inputs and ``dd`` of the output's bytes, alternated.
+
+    Args:
+        recipe: a recipe file; its models are read from disk, and the output goes to a temporary directory
+            beside the recipe, which is removed.
+        memory: the merge's budget.
+        runs: counted runs of each, at least one; the median is shown.
+    """
+    planned = engine.plan(recipe)
+    files = sorted({str(f.path) for c in planned.checkpoints for f in c.files})
+    merges, floors = [], []
+    with tempfile.TemporaryDirectory(dir=Path(recipe).resolve().parent, prefix=".fastmerge-bench-") as directory:
+        out = Path(directory) / "out"
+        for run in range(max(1, runs) + 1):
+            start = time.perf_counter()
+            engine.merge(planned, out, memory=memory)
+            merged = time.perf_counter() - start
+            shutil.rmtree(out)
+            floor = _floor(files, planned.layout.total, Path(directory) / "zeros")
+            if run:
+                merges.append(merged)
+                floors.append(floor)
+    total = sum(os.path.getsize(f) for f in files) + planned.layout.total  # noqa: PTH202
+    rows = []
+    for name, times in (("merge", merges), ("floor", floors)):
+        median = statistics.median(times)
+        rows.append(
+            {
+                "what": name,
+                "median s": round(median, 3),
+                "min s": round(min(times), 3),
+                "max s": round(max(times), 3),
+                "GB/s": round(total / median / 1e9, 2),
+                "times floor": round(median / statistics.median(floors), 2),
+            }
+        )
+    return rows
+
+
+def _floor(files: Sequence[str], nbytes: int, zeros: Path) -> float:
+    """Seconds of reading every input once and writing the output's bytes durably."""
+    start = time.perf_counter()
+    subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
+    blocks = max(1, nbytes >> 22)
+    subprocess.run(
+        ["dd", "if=/dev/zero", f"of={zeros}", "bs=4M", f"count={blocks}", "conv=fdatasync"],
+        stderr=subprocess.DEVNULL,
+        check=True,
+    )
+    seconds = time.perf_counter() - start
+    zeros.unlink()
+    return seconds
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as aligned columns."""
+    if not rows:
+        return "nothing to show"
+    names = list(rows[0])
+    cells = [names, *[[str(r[n]) for n in names] for r in rows]]
+    widths = [max(len(c[i]) for c in cells) for i in range(len(names))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)

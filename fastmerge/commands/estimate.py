@@ -1,0 +1,110 @@
+"""What a merge will cost, from the plan alone: bytes, memory, bottleneck, time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastmerge.backends.choose import cpu_backend, device_for, devices, expected_gpus
+from fastmerge.planning import Plan
+from fastmerge.runtime.placement import Vram, fit
+from fastmerge.runtime.schedule import kinds, schedule
+from fastmerge.sizes import default_memory, parse_bytes, show_bytes
+
+READ_RATE = 10e9
+"""Bytes per second and worker of warm files into a hot slot: an estimate; ``doctor`` probes the machine's own."""
+
+WRITE_RATE = 1.5e9
+"""Bytes per second of a new file including fdatasync, all workers together: an estimate; ``doctor`` probes it."""
+
+ELEMENT_RATE = {"element": 1.0e9, "tensor": 0.35e9, "row": 0.5e9, "model": 0.3e9}
+"""Output elements per second and worker by the scope of the method, three bf16 models: estimates."""
+
+
+GPU_READ_RATE = 6e9
+"""Bytes per second and worker of warm files into a pinned slot of many MiB: an estimate, not measured beside a GPU."""
+
+GPU_ELEMENT_RATE = 5e9
+"""Output elements per second and GPU: what PCIe 5 x16 could bring of three bf16 models: an estimate."""
+
+
+def estimate(
+    planned: Plan, *, memory: str | None, device: str, backend: str | None, max_vram: str | None = None
+) -> dict[str, Any]:
+    """Facts for ``fastmerge plan``. GPUs are not asked (that would take torch seconds), only counted.
+
+    Args:
+        planned: the plan.
+        memory: the budget, as the user wrote it; None for the default.
+        device: as the user wrote it.
+        backend: as the user wrote it.
+        max_vram: as the user wrote it.
+
+    Returns:
+        Passes over the input, memory in bytes, the bottleneck and an estimate of the seconds for warm files.
+    """
+    gpus = expected_gpus(device_for(device, planned.outputs, backend), backend)
+    budget = parse_bytes(memory) if memory is not None else default_memory()
+    if gpus:
+        name, read_rate = "triton", GPU_READ_RATE
+        vram = None if max_vram is None else Vram(parse_bytes(max_vram), max(map(gpus.count, gpus)))
+        work = fit(planned.outputs, len(gpus), memory=budget, vram=vram)
+        n = work.slots
+    else:
+        chosen = cpu_backend(backend)
+        name, read_rate = chosen.name, READ_RATE
+        workers = len(devices(chosen))
+        work = schedule(planned.outputs, workers=workers, memory=budget, whole=chosen.whole)
+        n = max(1, min(workers, work.slots))
+    reads = elements_time = 0.0
+    writes = 0
+    reach = kinds(planned.outputs)
+    for job in work.jobs:
+        for o in job.outputs:
+            out = planned.outputs[o]
+            nbytes = sum(info.nbytes for info in out.inputs)
+            writes += planned.layout.places[out.name].nbytes
+            if job.kind == "copy" or out.method is None or out.group is None:
+                reads += nbytes
+                continue
+            scope = reach[o].scope
+            passes = 1 if job.resident or scope == "element" else 2
+            reads += passes * nbytes
+            elements_time += out.group.numel / (GPU_ELEMENT_RATE / passes if gpus else ELEMENT_RATE[scope])
+    stages = {"read": reads / read_rate / n, "compute": elements_time / (len(gpus) or n), "write": writes / WRITE_RATE}
+    seconds = 0.25 + stages["write"] + max(stages["read"], stages["compute"])
+    return {
+        "backend": name,
+        "workers": n,
+        "units": sum(len(j.units) for j in work.jobs),
+        "bytes_read": int(reads),
+        "memory_budget": budget,
+        "memory_slots": n * work.slot_bytes,
+        "bottleneck": max(stages, key=lambda s: stages[s]),
+        "seconds_estimated": round(seconds, 2),
+    }
+
+
+def table(facts: Mapping[str, Any]) -> str:
+    """The facts of a plan for people, one a line; its warnings are not among them."""
+    return "\n".join(
+        f"{name.replace('_', ' '):<18} {text}"
+        for name, value in facts.items()
+        if name != "warnings"
+        for name, text in _lines(name, value)
+    )
+
+
+def _lines(name: str, value: Any) -> list[tuple[str, str]]:
+    """The lines of one fact; those of a list after the first have no name."""
+    if isinstance(value, list):
+        return [("" if i else name, str(item)) for i, item in enumerate(value)]
+    if name == "tensors":
+        return [(name, ", ".join(f"{count:,} {what}" for what, count in value.items() if count))]
+    if name == "dtypes":
+        return [(name, ", ".join(f"{dtype} ({show_bytes(nbytes)})" for dtype, nbytes in value.items()))]
+    if name.startswith(("bytes", "memory")):
+        return [(name, show_bytes(value))]
+    if name == "seconds_estimated":
+        return [("time", f"about {value:.3g} s with files in the page cache")]
+    return [(name, f"{value:,}" if isinstance(value, int) and name != "seed" else str(value))]

@@ -1,0 +1,213 @@
+"""Checks a merged model: headers, checksums of the merge, NaN and Inf, and the recipe it came from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from fastmerge import _native
+from fastmerge.checkpoint import Checkpoint
+from fastmerge.errors import CheckpointError
+from fastmerge.runtime.devices import cores
+
+BLOCK = 8 << 20
+"""Bytes per read."""
+
+REPORT = "merge_report.json"
+
+SHOWN = 20
+"""Wrong entries of a report that are named one by one."""
+
+Range = tuple[str, int, int, str]
+"""File, offset, bytes and checksum of what a merge wrote."""
+
+
+@dataclass
+class Verification:
+    """What was found.
+
+    Attributes:
+        directory: the model.
+        tensors, nbytes: how much was read.
+        checked, unchecked: bytes whose checksum the merge recorded, and bytes without one (copied ranges).
+        nonfinite: NaN and Inf values per tensor, where there are any.
+        problems: everything wrong; empty for a good model.
+        recipe: canonical recipe from the shards' metadata; None where fastmerge did not write the model.
+    """
+
+    directory: str
+    tensors: int = 0
+    nbytes: int = 0
+    checked: int = 0
+    unchecked: int = 0
+    nonfinite: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    recipe: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong. NaN and Inf alone are reported, not wrong: inputs may hold them."""
+        return not self.problems
+
+    def facts(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {"ok": self.ok, **self.__dict__}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.directory}: {'good' if self.ok else 'BAD'}; {self.tensors} tensors, {self.nbytes / 1e9:.3f} GB",
+            f"checksums  {self.checked / 1e9:.3f} GB match the merge's own, {self.unchecked / 1e9:.3f} GB have none",
+            f"NaN, Inf   {sum(self.nonfinite.values())} values in {len(self.nonfinite)} tensors",
+            *(f"           {name}: {n}" for name, n in list(self.nonfinite.items())[:20]),
+            f"recipe     {self.recipe or 'not recorded: not written by fastmerge'}",
+            *(f"problem    {text}" for text in self.problems),
+        ]
+        return "\n".join(lines)
+
+
+def verify(directory: str | os.PathLike[str]) -> Verification:
+    """Reads a whole model once and checks it.
+
+    Args:
+        directory: a model on disk, written by fastmerge or not.
+
+    Raises:
+        CheckpointError: where the headers alone are damaged; every problem is listed.
+    """
+    found = Verification(str(directory))
+    model = Checkpoint.open(directory)
+    found.tensors = len(model.tensors)
+    recipes = {f.metadata.get("fastmerge_recipe") for f in model.files}
+    if len(recipes) > 1:
+        found.problems.append("the shards come from different recipes: stale files of another merge")
+    found.recipe = next(iter(recipes), None)
+    with ThreadPoolExecutor(cores()) as pool:
+        for name, bad, size in pool.map(lambda n: _scan(model, n), model.tensors):
+            found.nbytes += size
+            if bad:
+                found.nonfinite[name] = bad
+        _checksums(found, pool)
+    return found
+
+
+def _scan(model: Checkpoint, name: str) -> tuple[str, int, int]:
+    """Counts NaN and Inf of one tensor."""
+    info = model.tensors[name]
+    if not info.dtype.mergeable:
+        return name, 0, info.nbytes
+    bad = 0
+    buffer = np.empty(min(BLOCK, info.nbytes), np.uint8)
+    with model.files[info.file].path.open("rb", buffering=0) as f:
+        f.seek(info.offset)
+        left = info.nbytes
+        while left:
+            got = f.readinto(buffer.data[: min(left, BLOCK)])
+            if not got:
+                raise CheckpointError(f"{model.files[info.file].path}: shrank while being read")
+            whole = got - got % info.dtype.size
+            f.seek(whole - got, os.SEEK_CUR)
+            bad += _native.count_nonfinite(buffer.ctypes.data, whole // info.dtype.size, info.dtype.code)
+            left -= whole
+    return name, bad, info.nbytes
+
+
+def _checksums(found: Verification, pool: ThreadPoolExecutor) -> None:
+    """Compares every range that the merge recorded; whatever the report holds, this raises nothing."""
+    directory = Path(found.directory)
+    ranges, wrong = _ranges(directory)
+    found.problems += wrong[:SHOWN]
+    if len(wrong) > SHOWN:
+        found.problems.append(f"{directory / REPORT}: {len(wrong) - SHOWN} more entries are wrong")
+    ends: dict[str, int] = defaultdict(int)
+    ranges.sort(key=lambda r: (r[0], r[1]))
+    for (shard, offset, nbytes, _), wrong_bytes in zip(
+        ranges, pool.map(lambda r: _differs(directory, r), ranges), strict=True
+    ):
+        # A resumed merge may have recorded overlapping ranges; each byte counts once.
+        found.checked += max(0, offset + nbytes - max(offset, ends[shard]))
+        ends[shard] = max(ends[shard], offset + nbytes)
+        if wrong_bytes:
+            found.problems.append(f"{shard}: bytes {offset} to {offset + nbytes} {wrong_bytes}")
+    found.unchecked = max(0, found.nbytes - found.checked)
+
+
+def _ranges(directory: Path) -> tuple[list[Range], list[str]]:
+    """The report's ranges that lie inside files of the model, and a line for everything that is not one."""
+    path = directory / REPORT
+    if not path.exists():
+        return [], []
+    if not path.is_file():
+        return [], [f"{path}: not a file"]
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["details"]["checksums"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        entries = None
+    if not isinstance(entries, list):
+        return [], [f"{path}: not a merge report"]
+    sizes: dict[str, int | None] = {}
+    ranges: list[Range] = []
+    wrong: list[str] = []
+    for i, entry in enumerate(entries):
+        reason = _refused(directory, entry, sizes)
+        if reason:
+            wrong.append(f"{path}: checksum {i}: {reason}")
+        else:
+            ranges.append(tuple(entry))
+    return ranges, wrong
+
+
+def _refused(directory: Path, entry: Any, sizes: dict[str, int | None]) -> str | None:
+    """Why one entry of the report cannot be checked; ``sizes`` remembers the files."""
+    if not isinstance(entry, list) or len(entry) != 4:
+        return "expected [file, offset, bytes, checksum]"
+    name, offset, nbytes, expected = entry
+    # JSON's true is an int of Python's: types are compared, not classes.
+    if type(name) is not str or type(offset) is not int or type(nbytes) is not int or type(expected) is not str:
+        return "expected [file, offset, bytes, checksum]"
+    if name not in sizes:
+        sizes[name] = _size(directory, name)
+    size = sizes[name]
+    if size is None:
+        return f"{name[:80]!r} is not a file of this model"
+    if offset < 0 or nbytes < 0 or offset + nbytes > size:
+        start, length = str(offset)[:24], str(nbytes)[:24]
+        return f"{name}: {length} bytes at {start} are not inside the file of {size} bytes"
+    return None
+
+
+def _size(directory: Path, name: str) -> int | None:
+    """Bytes of a file of the directory; None where the name is a path or names no file."""
+    if os.path.basename(name) != name:  # noqa: PTH119  a name from a file stays a name
+        return None
+    try:
+        path = directory / name
+        return path.stat().st_size if path.is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _differs(directory: Path, entry: Range) -> str | None:
+    """What is wrong with the bytes of one range; one block of memory, whatever the range."""
+    name, offset, left, expected = entry
+    digest = xxhash.xxh3_64()
+    block = memoryview(bytearray(min(BLOCK, left)))
+    try:
+        with (directory / name).open("rb", buffering=0) as f:
+            f.seek(offset)
+            while left:
+                got = f.readinto(block[: min(left, BLOCK)])
+                if not got:
+                    return "cannot be read: the file shrank"
+                digest.update(block[:got])
+                left -= got
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if digest.hexdigest() == expected else "differ from what the merge wrote"

@@ -1,0 +1,1 @@
+"""Select, elect and merge task vectors."""

@@ -1,0 +1,1 @@
+"""From a plan to bytes: units within a budget, workers, devices, and where data comes from and goes."""

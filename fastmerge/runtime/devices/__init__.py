@@ -1,0 +1,50 @@
+"""Where units are computed: a CPU core, a GPU, or a fake one that proves the stream.
+
+A core is a device with its own worker thread, which runs single-threaded native kernels with the GIL
+released; on a GPU several workers share the streams, each with a slot of its own. Every device offers the same
+few things, so that the scheduler cannot tell them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from fastmerge.methods.base import Segments
+from fastmerge.runtime.devices.buffer import Buffer
+from fastmerge.runtime.devices.cpu import CpuDevice, cores
+
+__all__ = ["Buffer", "CpuDevice", "Device", "cores"]
+
+T = TypeVar("T")
+
+
+class Device(Protocol):
+    """One place where kernels run.
+
+    Attributes:
+        name: ``cpu``, ``cuda:0``, ``fake:1``.
+        kernels: the kernel backend that runs here, or None for the reference backend.
+        native: kernels for the host's memory, which settle small tensors there; None where there are none.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102  described above
+
+    @property
+    def kernels(self) -> Any: ...  # noqa: D102  described above
+
+    @property
+    def native(self) -> Any: ...  # noqa: D102  described above
+
+    def allocate(self, nbytes: int) -> Buffer:
+        """A host slot of ``nbytes``; called once, by the worker's own thread, before anything else here."""
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Calls ``work``, which uploads, computes and downloads one unit, and may be called again after a failure."""
+
+    def upload(self, host: Segments) -> Segments:
+        """Brings the inputs to where the kernels reach them; on the CPU they are there already."""
+
+    def download(self, device: Segments, host: Segments) -> None:
+        """Brings the outputs back to the addresses of ``host``."""

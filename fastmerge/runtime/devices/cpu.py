@@ -1,0 +1,46 @@
+"""A CPU core as a device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastmerge.methods.base import Segments
+from fastmerge.runtime.devices.buffer import Buffer
+
+T = TypeVar("T")
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class CpuDevice:
+    """One core: kernels read and write host memory directly."""
+
+    kernels: Any
+    name: str = "cpu"
+
+    @property
+    def native(self) -> Any:
+        """The same kernels, if they are the C++ ones."""
+        return self.kernels if hasattr(self.kernels, "kth") else None
+
+    def allocate(self, nbytes: int) -> Buffer:
+        """Ordinary memory."""
+        return Buffer.allocate(nbytes)
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Once: the CPU has nothing to make room of."""
+        return work()
+
+    def upload(self, host: Segments) -> Segments:
+        """Nothing to move."""
+        return host
+
+    def download(self, device: Segments, host: Segments) -> None:
+        """Nothing to move."""

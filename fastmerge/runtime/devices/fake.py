@@ -1,0 +1,91 @@
+"""A device made of a CPU core, latency and faults: it proves the stream without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fastmerge.errors import FastMergeError
+from fastmerge.methods.base import HEADER, Segments
+from fastmerge.runtime.devices.buffer import Buffer
+
+T = TypeVar("T")
+
+
+@dataclass
+class FakeDevice:
+    """Copies every unit to memory of its own, as a GPU would, with random delays and injected faults.
+
+    Attributes:
+        kernels: what computes in the private memory.
+        name: shown in errors.
+        latency: longest random delay of a copy, in seconds.
+        fail_at: number of the upload that fails; -1 never.
+        seed: of the delays.
+    """
+
+    kernels: Any
+    name: str = "fake:0"
+    latency: float = 0.0
+    fail_at: int = -1
+    seed: int = 0
+    uploads: int = 0
+    _memory: list[Any] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)  # noqa: S311  delays, not secrets
+
+    @property
+    def native(self) -> Any:
+        """The kernels, if they can."""
+        return self.kernels if hasattr(self.kernels, "kth") else None
+
+    def allocate(self, nbytes: int) -> Buffer:
+        """A host slot full of a pattern that no test expects."""
+        buffer = Buffer.allocate(nbytes)
+        buffer.data[:] = 0xDD
+        return buffer
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Once."""
+        return work()
+
+    def _pause(self) -> None:
+        if self.latency:
+            time.sleep(self._random.random() * self.latency)
+
+    def upload(self, host: Segments) -> Segments:
+        """Copies all inputs to fresh private memory; outputs get poisoned memory."""
+        self.uploads += 1
+        if self.uploads - 1 == self.fail_at:
+            raise FastMergeError(f"{self.name}: injected fault at upload {self.fail_at}")
+        self._pause()
+        table = host.table.copy()
+        self._memory = []
+        for row in table:
+            length = int(row[1])
+            for column, dtype in enumerate(host.dtypes, HEADER):
+                row[column] = self._keep(ctypes.string_at(int(row[column]), length * dtype.size))
+            if row[0]:
+                row[0] = self._keep(b"\xdd" * (length * host.out_dtype.size))
+        return Segments(table, host.dtypes, host.out_dtype, np.zeros(len(table), np.int64))
+
+    def _keep(self, data: bytes) -> int:
+        memory = np.frombuffer(data or b"\0", np.uint8).copy()
+        self._memory.append(memory)
+        return int(memory.ctypes.data)
+
+    def download(self, device: Segments, host: Segments) -> None:
+        """Copies the outputs back and forgets the private memory."""
+        self._pause()
+        for there, here in zip(device.table, host.table, strict=True):
+            if there[0]:
+                ctypes.memmove(int(here[0]), int(there[0]), int(there[1]) * host.out_dtype.size)
+        host.nonfinite[:] = device.nonfinite
+        self._memory = []

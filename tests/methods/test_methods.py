@@ -1,0 +1,368 @@
+"""Every method by itself, collected from its class: programs against the reference bit for bit, and algebra."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastmerge.backends.reference import ReferenceProgram
+from fastmerge.dtypes import BF16, F16, F32, F64
+from fastmerge.errors import RecipeError
+from fastmerge.methods import METHODS, get
+from fastmerge.methods.base import REQUIRED
+from fastmerge.methods.resolve import make_group
+from tests import oracle
+from tests.compare import differences
+
+CASES = [(m, case) for m in METHODS.values() for case in m.cases]
+CASE_IDS = [f"{m.name}-{i}" for m in METHODS.values() for i in range(len(m.cases))]
+BIG = (331, 601)  # three tiles and a part; larger than what is selected without a sample
+LONG = (3, 65539)  # rows longer than a tile
+
+every_case = pytest.mark.parametrize(("method", "case"), CASES, ids=CASE_IDS)
+every_backend = pytest.mark.parametrize("backend", oracle.KERNELS.values(), ids=oracle.KERNELS.keys())
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+
+
+def unlike_reference(method, groups, inputs, backend, **how):
+    """What differs between a program on a backend and the method's reference."""
+    return differences(oracle.drive(method, groups, inputs, backend, **how), method.reference_all(inputs, groups))
+
+
+def batch(method, case, types, shapes, out=None, **data):
+    groups = [oracle.group_of(method, case, s, types, name=f"t{i}.weight", out=out) for i, s in enumerate(shapes)]
+    return groups, [oracle.inputs_of(g, seed=i, **data) for i, g in enumerate(groups)]
+
+
+@every_backend
+@pytest.mark.parametrize("types", oracle.TYPES)
+@every_case
+def test_small_shapes_in_one_batch(method, case, types, backend):
+    groups, inputs = batch(method, case, types, oracle.SHAPES)
+    assert unlike_reference(method, groups, inputs, backend) == []
+
+
+@every_backend
+@pytest.mark.parametrize("types", ["bf16", "fp32", "mixed64"])
+@every_case
+def test_special_values(method, case, types, backend):
+    groups, inputs = batch(method, case, types, ((), (1,), (13, 77)), special=True)
+    assert unlike_reference(method, groups, inputs, backend) == []
+
+
+@pytest.mark.parametrize("types", ["bf16", "fp32"])
+@every_case
+def test_several_tiles_in_any_pieces(method, case, types):
+    groups, inputs = batch(method, case, types, (BIG, (5, 9), LONG))
+    assert unlike_reference(method, groups, inputs, oracle.FAST) == []
+    assert unlike_reference(method, groups, inputs, oracle.FAST, step=1 << 16, shuffle=7) == []
+
+
+@every_case
+def test_several_tiles_against_numpy(method, case):
+    groups, inputs = batch(method, case, "bf16", (BIG,))
+    assert unlike_reference(method, groups, inputs, oracle.KERNELS["numpy"], step=1 << 17, shuffle=3) == []
+
+
+@pytest.mark.parametrize("out", [BF16, F16, F32, F64], ids=lambda d: d.name)
+@every_method
+def test_output_types(method, out):
+    for types in ("bf16", "fp64"):
+        groups, inputs = batch(method, method.cases[0], types, ((17, 31),), out=out, special=True)
+        assert unlike_reference(method, groups, inputs, oracle.FAST) == [], types
+
+
+TENSORWISE = [(m, c) for m, c in CASES if m.scope(oracle.group_of(m, c, (4, 4), "bf16")) != "model"]
+"""Cases whose tensors do not depend on each other."""
+
+
+@pytest.mark.parametrize(("method", "case"), TENSORWISE, ids=[f"{m.name}-{m.cases.index(c)}" for m, c in TENSORWISE])
+def test_batched_is_one_by_one(method, case):
+    groups, inputs = batch(method, case, "bf16", oracle.SHAPES)
+    together = oracle.drive(method, groups, inputs, oracle.FAST)
+    alone = [oracle.drive(method, [g], [i], oracle.FAST)[0] for g, i in zip(groups, inputs, strict=True)]
+    assert differences(together, alone) == []
+
+
+@every_case
+def test_whole_tensors_through_the_reference_backend(method, case):
+    groups, inputs = batch(method, case, "bf16", ((9, 11), (7,)))
+
+    class Backend:
+        name, params, contract = method.name, method.params, method.contract
+        scope = method.scope
+
+        @staticmethod
+        def program(groups, _):
+            return ReferenceProgram(method, groups)
+
+    got = oracle.drive(Backend, groups, inputs, None)
+    assert differences(got, method.reference_all(inputs, groups)) == []
+
+
+@every_method
+def test_inputs_may_be_strided_in_the_reference(method):
+    group = oracle.group_of(method, method.cases[0], (12, 8), "fp32")
+    inputs = oracle.inputs_of(group)
+    strided = [x.T.contiguous().T for x in inputs]
+    assert not strided[0].is_contiguous()
+    assert differences([method.reference(strided, group)], [method.reference(inputs, group)]) == []
+
+
+def mixtures():
+    """Each such case with the next one of its method that can have as many inputs, and says something else."""
+
+    def said(m, case):
+        group = oracle.group_of(m, case, (70,), "fp32")
+        return group.params, group.models
+
+    found = []
+    for i, (m, case) in enumerate(TENSORWISE):
+        _, _, inputs, has_base = oracle.case_parts(m, case)
+        others = [{**c, "models": inputs - has_base} for n, c in TENSORWISE[i + 1 :] + TENSORWISE[:i] if n is m]
+        fitting = [c for c in others if oracle.case_parts(m, c)[2] == inputs and said(m, c) != said(m, case)]
+        found += [pytest.param(m, case, c, id=f"{m.name}-{m.cases.index(case)}") for c in fitting[:1]]
+    return found
+
+
+@pytest.mark.parametrize(("method", "case", "other"), mixtures())
+def test_parameters_of_one_batch_may_differ(method, case, other):
+    """Tensors of one call with other numbers and words: gradients and filters in a recipe make such batches."""
+    groups, inputs = batch(method, case, "fp32", ((8, 9), (70,), (40, 3)))
+    groups[1] = oracle.group_of(method, other, (70,), "fp32", name="t1.weight")
+    assert unlike_reference(method, groups, inputs, oracle.FAST) == []
+
+
+@every_method
+def test_declarations(method):
+    assert method.name in METHODS
+    assert get(method.name) is method
+    for text in (method.summary, method.formula, method.paper):
+        assert isinstance(text, str)
+        assert text
+    doc = method.__doc__ or ""
+    for word in (".. math::", "Shapes:", "Numerics:", "Paper:"):
+        assert word in doc
+    names = [p.name for p in method.params]
+    assert len(names) == len(set(names))
+    for preset in ("mergekit", *method.presets):
+        assert set(method.defaults(preset)) == set(names)
+    for p in method.params:
+        if p.default is not REQUIRED and p.default is not None and isinstance(p.type, tuple):
+            assert p.default in p.type
+    used = {case.get("preset", "mergekit") for case in method.cases}
+    assert set(method.presets) - {"mergekit", "paper", "fusionbench"} <= used
+
+
+def test_unknown_names():
+    with pytest.raises(RecipeError, match="did you mean 'linear'"):
+        get("linaer")
+    with pytest.raises(RecipeError, match="did you mean 'density'"):
+        make_group(get("ties"), "w", (2,), [F32] * 2, has_base=True, parameters={"weight": 1.0, "densty": 0.5})
+    with pytest.raises(RecipeError, match="unknown preset 'papr'"):
+        make_group(get("ties"), "w", (2,), [F32] * 2, has_base=True, preset="papr")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("ties", {}, "'weight' is required"),
+        ("ties", {"weight": 1.0, "density": 1.5}, r"expected 0.0 .. 1.0, got 1.5"),
+        ("ties", {"weight": "much"}, "expected a number"),
+        ("ties", {"weight": float("nan")}, "finite"),
+        ("ties", {"weight": 1.0, "ties": "some"}, "expected one of index, all, spread"),
+        ("ties", {"weight": 1.0, "normalize": 1}, "expected true or false"),
+        ("ties", {"weight": [1.0, 2.0, 3.0]}, "expected 2 values, got 3"),
+        ("ties", {"weight": 1.0, "density": None}, "expected a value, got null"),
+        ("linear", {"weight": [1.0, -1.0, 0.0]}, "sum to zero"),
+        ("slerp", {"t": 0.5}, "expected 1 .. 1 models"),
+    ],
+)
+def test_bad_parameters(name, parameters, message):
+    with pytest.raises(RecipeError, match=message):
+        make_group(get(name), "w", (2, 2), [F32] * 3, has_base=True, parameters=parameters)
+
+
+def test_all_problems_at_once():
+    with pytest.raises(RecipeError) as e:
+        make_group(get("ties"), "w", (2,), [F32] * 2, has_base=True, parameters={"x": 1, "density": 2.0})
+    assert len(e.value.problems) == 3
+
+
+# ---- algebra -------------------------------------------------------------------------------------------
+
+
+def merge(name, inputs, **parameters):
+    method = get(name)
+    preset = parameters.pop("preset", None)
+    dtypes = [{torch.bfloat16: BF16, torch.float32: F32, torch.float64: F64}[x.dtype] for x in inputs]
+    has_base = method.contract.base == "required"
+    group = make_group(method, "w", inputs[0].shape, dtypes, has_base=has_base, parameters=parameters, preset=preset)
+    (got,) = oracle.drive(method, [group], [inputs], oracle.FAST)
+    assert differences([got], method.reference_all([inputs], [group])) == [], "the program is not the reference"
+    return got
+
+
+def models(n, shape=(40, 50), dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=g, dtype=torch.float64) * 0.02
+    out = [base] + [base + torch.randn(shape, generator=g, dtype=torch.float64) * 1e-3 for _ in range(n)]
+    return [x.to(dtype) for x in out]
+
+
+DELTA_METHODS = {
+    "task_arithmetic": {"weight": 0.7},
+    "ties": {"weight": 0.7, "density": 0.3},
+    "dare_linear": {"weight": 0.7, "density": 0.3},
+    "dare_ties": {"weight": 0.7, "density": 0.3},
+    "model_stock": {},
+    "slerp": {"t": 0.37},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", DELTA_METHODS)
+def test_copies_of_the_base_are_the_base(name, dtype):
+    base = models(0, dtype=dtype)[0]
+    n = 1 if name == "slerp" else 3
+    out = merge(name, [base] + [base.clone() for _ in range(n)], **DELTA_METHODS[name])
+    if name == "slerp":
+        assert torch.allclose(out.float(), base.float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    else:
+        assert differences([out], [base]) == []
+
+
+def test_copies_of_one_model_are_that_model():
+    base, x = models(1)
+    three = [x, x.clone(), x.clone()]
+    for out in (
+        merge("linear", three, preset="soup"),
+        merge("task_arithmetic", [base, *three], weight=1.0, normalize=True),
+        merge("ties", [base, *three], weight=1.0),
+        merge("model_stock", [base, *three]),
+    ):
+        assert torch.allclose(out, x, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "dare_linear", "dare_ties"])
+def test_one_whole_model_of_weight_one_is_that_model(name):
+    base, x = models(1, dtype=torch.bfloat16)
+    assert differences([merge(name, [base, x], weight=1.0)], [x]) == []
+
+
+@pytest.mark.parametrize("name", ["linear", "task_arithmetic", "ties", "model_stock"])
+def test_the_order_of_models_hardly_matters(name):
+    base, *xs = models(3)
+    head = [] if name == "linear" else [base]
+    w = {} if name == "model_stock" else {"weight": [0.2, 0.5, 0.9]}
+    turned = {} if name == "model_stock" else {"weight": [0.9, 0.2, 0.5]}
+    a = merge(name, [*head, *xs], **w)
+    b = merge(name, [*head, xs[2], xs[0], xs[1]], **turned)
+    assert torch.allclose(a, b, rtol=1e-5, atol=1e-8)
+
+
+def test_task_vectors_add_negate_and_make_analogies():
+    base, a, b, c = models(3, dtype=torch.float64)
+    for weights, want in (
+        ([1.0, 1.0, 0.0], a + b - base),
+        ([-1.0, 0.0, 0.0], 2 * base - a),
+        ([1.0, 1.0, -1.0], a + b - c),
+        ([0.5, 0.0, 0.0], (a + base) / 2),
+    ):
+        assert torch.allclose(merge("task_arithmetic", [base, a, b, c], weight=weights), want, atol=1e-15)
+
+
+def test_slerp_keeps_the_norm_on_the_sphere():
+    g = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(64, 64, generator=g, dtype=torch.float64) for _ in range(2))
+    a, b = a / a.norm(), b / b.norm()
+    for t in (0.0, 0.25, 0.5, 1.0):
+        assert merge("slerp", [a, b], t=t).norm().item() == pytest.approx(1, abs=1e-14)
+    rows = merge("slerp", [a, b], t=0.5, scope="row", threshold=1.0)
+    single = [merge("slerp", [x, y], t=0.5, threshold=1.0) for x, y in zip(a, b, strict=True)]
+    assert torch.allclose(rows, torch.stack(single))
+
+
+def test_slerp_angle_of_nearly_parallel_vectors():
+    """The angle comes from the difference: products of fp32 sums would lose it."""
+    g = torch.Generator().manual_seed(2)
+    a = torch.randn(256, 300, generator=g, dtype=torch.float64)
+    b = a + 3e-4 * torch.randn(256, 300, generator=g, dtype=torch.float64)
+    exact = merge("slerp", [a, b], t=2000.5, threshold=1.0)
+    rough = merge("slerp", [a.float(), b.float()], t=2000.5, threshold=1.0)
+    assert (rough.double() - exact).norm() < 2e-3 * exact.norm()
+
+
+def test_model_stock_stays_between():
+    base, *xs = models(3, dtype=torch.float64)
+    same = merge("model_stock", [base, xs[0], xs[0].clone()], preset="paper")
+    assert torch.allclose(same, xs[0], atol=1e-12)
+    opposite = merge("model_stock", [base, xs[0], 2 * base - xs[0]], preset="paper")
+    assert torch.allclose(opposite, base, atol=1e-9)
+
+
+def test_dare_keeps_the_expected_share_and_the_sum_of_magnitudes():
+    base = torch.zeros(300, 700)
+    x = torch.randn(300, 700, generator=torch.Generator().manual_seed(0))
+    out = merge("dare_linear", [base, x], weight=1.0, density=0.25)
+    share = (out != 0).double().mean().item()
+    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / x.numel()) ** 0.5
+    assert out.abs().sum().item() == pytest.approx(x.abs().sum().item(), rel=1e-5)
+    unbiased = merge("dare_linear", [base, x], preset="paper", density=0.25)
+    kept = unbiased != 0
+    assert torch.equal(unbiased[kept], (x * 4)[kept])
+
+
+def test_dare_masks_depend_on_model_and_name_only():
+    base, x = torch.zeros(50, 60), torch.ones(50, 60)
+    inputs, drop = [base, x, x.clone()], {"weight": [1.0, 10.0], "density": 0.5, "rescale": False}
+    both = merge("dare_linear", inputs, **drop)
+    assert set(both.unique().tolist()) == {0.0, 1.0, 10.0, 11.0}
+    shared = merge("dare_linear", inputs, **drop, shared_mask=True)
+    assert set(shared.unique().tolist()) == {0.0, 11.0}
+
+
+def test_whole_model_threshold_ranks_across_tensors():
+    """Two layers whose deltas differ 10 times: a common threshold keeps nothing of the small one."""
+    method = get("ties")
+    parameters = {"weight": 1.0, "density": 0.3, "trim_scope": "model"}
+    groups = [make_group(method, n, (300, 400), [F32] * 2, has_base=True, parameters=parameters) for n in ("b", "a")]
+    g = torch.Generator().manual_seed(0)
+    xs = [torch.rand(300, 400, generator=g) + 1, (torch.rand(300, 400, generator=g) + 1) * 10]
+    inputs = [[torch.zeros_like(x), x] for x in xs]
+    outs = oracle.drive(method, groups, inputs, oracle.FAST, step=1 << 16, shuffle=1)
+    assert differences(outs, method.reference_all(inputs, groups)) == []
+    assert int((outs[0] != 0).sum()) == 0
+    assert int((outs[1] != 0).sum()) == int(0.3 * 240000)
+
+
+def test_whole_model_refuses_mixed_precision_and_parameters():
+    method = get("ties")
+    a = oracle.group_of(method, {"preset": "paper"}, (4,), "fp32", name="a")
+    b = oracle.group_of(method, {"preset": "paper"}, (4,), "fp64", name="b")
+    with pytest.raises(RecipeError, match="precision"):
+        method.program([a, b], oracle.FAST)
+    c = oracle.group_of(method, {"preset": "paper", "density": 0.3}, (4,), "fp32", name="c")
+    with pytest.raises(RecipeError, match="the same parameters; c differs"):
+        method.program([a, c], oracle.FAST)
+
+
+def test_whole_model_over_types_and_bundles():
+    method = get("ties")
+    case = {"weight": [1.0, 0.4], "density": [0.2, 0.6], "trim_scope": "model"}
+    tensors = (("z", (300, 301), "bf16"), ("m", (90,), "fp32"), ("a", (200, 777), "bf16"), ("é", (3, 0), "bf16"))
+    groups = [oracle.group_of(method, case, s, t, name=n) for n, s, t in tensors]
+    inputs = [oracle.inputs_of(g, seed=i) for i, g in enumerate(groups)]
+    assert unlike_reference(method, groups, inputs, oracle.FAST) == []
+    assert unlike_reference(method, groups, inputs, oracle.KERNELS["numpy"], step=1 << 16, shuffle=5) == []
+
+
+def test_warnings():
+    ties = get("ties")
+    assert ties.warn(oracle.group_of(ties, {"weight": [1.0, -1.0]}, (2,), "fp32"))
+    assert ties.warn(oracle.group_of(ties, {"preset": "seed"}, (2,), "fp32"))
+    assert not ties.warn(oracle.group_of(ties, {"weight": 1.0, "density": 0.2}, (2,), "fp32"))
+    slerp = get("slerp")
+    assert slerp.warn(oracle.group_of(slerp, {"t": 2.0}, (2,), "fp32"))
+    linear = get("linear")
+    assert linear.warn(oracle.group_of(linear, {"weight": [1.0, -0.999]}, (2,), "fp32"))
+    assert np.isfinite(linear.tables(oracle.group_of(linear, {"weight": 0.5}, (2,), "fp32"))[1])

@@ -1,0 +1,179 @@
+"""The CUDA kernels of expert replication without a GPU: their walk on the host, and gates on the machine code.
+
+tests/kernels/test_replicate_gpu.py runs them for real.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastmerge import _native
+from fastmerge.ops.replicate import first_tiles
+from fastmerge.philox import normal_lines
+from tests.compare import differences
+from tests.ops.test_replicate import PAIRS, run, stored, want
+
+ROOT = Path(__file__).resolve().parents[2]
+THREADS = 32
+
+# Instructions that a block of eight elements of a noisy bf16 expert takes on sm_90: 40 of Philox, 92 that make, add and
+# round the normals, the rest loads, addresses and branches. H200 has 15.6 per bf16 element written and as much again
+# for what is read, so 17.6 of them beside one read for eight experts.
+BLOCK_ON_90 = 158
+
+
+class Walk:
+    """The kernel's walk over a table, with the interface of the kernels."""
+
+    def __init__(self, library, blocks, programs):
+        self.library, self.blocks, self.programs = library, blocks, programs
+
+    def replicate(self, copies):
+        t = np.ascontiguousarray(copies.table)
+        first, lines = first_tiles(t, self.blocks), normal_lines()
+        experts = (t.shape[1] - 4) // 3
+        sigma = t[:, 5::3].copy().view(np.float64)
+        self.library.walk(
+            t.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(len(t)), experts, copies.in_dtype.code,
+            copies.out_dtype.code, lines.ctypes.data_as(ctypes.c_void_p), first.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_int64(self.blocks), self.programs, THREADS, int(sigma.any()),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    path = tmp_path_factory.mktemp("walk") / "walk.so"
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler, *flags, str(ROOT / "tests/ops/replicate_walk.cpp"), "-o", str(path)], check=True)
+    return ctypes.CDLL(str(path))
+
+
+@pytest.mark.parametrize(("code", "out_code"), PAIRS)
+def test_the_walk_equals_the_reference(library, code, out_code):
+    for n, e0, shift, blocks, programs in [
+        (0, 0, 0, 4, 1), (1, 7, 1, 4, 3), (7, 8, 0, 1, 1), (16, 2**35 - 3, 2, 1, 2), (1999, 5, 3, 64, 2),
+        (2048, 0, 0, 16, 5), (3000, 2**40, 1, 1024, 1),
+    ]:  # fmt: skip
+        x = stored(code, n + shift, seed=n)[shift:]
+        walk = Walk(library, blocks, programs)
+        got = run(walk, x, code, out_code, e0=e0, shift=shift)
+        assert differences(got, want(x, code, out_code, e0=e0)) == [], (n, e0, shift)
+        clean = {"numbers": [1, 2], "sigma": [0.0, 0.0]}
+        got = run(walk, x, code, out_code, e0=e0, **clean)
+        assert differences(got, want(x, code, out_code, e0=e0, **clean)) == [], (n, e0, clean)
+
+
+def test_the_walk_finds_its_segments(library):
+    """Many segments, some empty, at the ends too, of lengths that do not fill their tiles."""
+    x = stored(3, 5000)
+    cuts = np.sort(np.concatenate([[0, 0, 5000, 5000], np.random.default_rng(1).integers(0, 5000, 60), [64, 64, 64]]))
+    pieces = list(zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True))
+    expected = want(x, 3, 3, e0=3)
+    for blocks, programs in [(1, 1), (4, 7), (1024, 2)]:
+        got = run(Walk(library, blocks, programs), x, 3, 3, e0=3, pieces=pieces)
+        assert differences(got, expected) == [], (blocks, programs)
+
+
+# ---- machine code ------------------------------------------------------------------------------------------
+
+
+def cuobjdump(*arguments):
+    """Output of the toolkit's tool, or of the one that triton brings along, on the extension."""
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        triton = pytest.importorskip("triton", reason="needs cuobjdump")
+        tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    done = subprocess.run([tool, *arguments, _native.__file__], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+TYPES = {"d": 8, "f": 4, "Fp16": 2, "Bf16": 2}
+
+
+def types_of(name):
+    """Bytes of the input's and the output's elements, and whether there is noise, from a mangled name."""
+    words = re.search(r"replicate_kernelI(.*)Lb([01])E", name)
+    first, *rest = re.findall(r"NS_4(Fp16|Bf16)E|S\d_|([df])", words.group(1))
+    kinds = [a or b for a, b in (first, *rest)]
+    kinds = [k or kinds[0] for k in (*kinds, "")[:2]]  # S2_: the same type again
+    return TYPES[kinds[0]], TYPES[kinds[1]], words.group(2) == "1"
+
+
+def code_of(arch):
+    """Machine instructions of every kernel by its name."""
+    text = cuobjdump("-sass", "-arch", arch)
+    kernels = re.split(r"\n\s+Function : (\S+)\n", text)[1:]
+    lines = [re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(\S.*)", k, re.MULTILINE) for k in kernels[1::2]]
+    return dict(zip(kernels[::2], [[(int(a, 16), t) for a, t in some] for some in lines], strict=True))
+
+
+needs_cuda = pytest.mark.skipif(not _native.has_cuda(), reason="built without CUDA")
+
+
+def architectures():
+    if not _native.has_cuda():
+        return []
+    try:
+        return sorted(set(re.findall(r"\.(sm_\d+)\.cubin", cuobjdump("-lelf"))))
+    except (OSError, subprocess.SubprocessError, pytest.skip.Exception):
+        return []
+
+
+@needs_cuda
+@pytest.mark.parametrize("arch", architectures() or [pytest.param("none", marks=pytest.mark.skip("needs cuobjdump"))])
+def test_machine_code(arch):
+    usage = cuobjdump("-res-usage", "-arch", arch)
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert len(found) == 32
+    for name, registers, stack, local in found:
+        read, written, _ = types_of(name)
+        assert (stack, local) == ("0", "0"), f"{name}: spills"
+        assert int(registers) <= (128 if 8 in (read, written) else 80), name
+    code = code_of(arch)
+    assert len(code) == 32
+    for name, instructions in code.items():
+        read, written, noise = types_of(name)
+        text = "\n".join(t for _, t in instructions)
+        assert not re.search(r"\b(FFMA|DFMA|MUFU|LDL|STL|\w+\.FTZ)", text), name
+        assert len(re.findall(r"\bLDG\.E\S*\.128", text)) >= read // 2, name
+        assert len(re.findall(r"\bSTG\.E\S*\.128", text)) >= written // 2, name
+        assert len(re.findall(r"\bLDS\.64", text)) == (16 if noise else 0), name  # the fast loop and the masked one
+        if arch == "sm_90" and noise and "Bf16ES2_" in name:
+            assert fast_loop(instructions) <= BLOCK_ON_90 * 1.03
+
+
+def fast_loop(instructions):
+    """Instructions of the loop over experts that stores 128 bits at a time."""
+    sizes = []
+    for address, text in instructions:
+        jump = re.search(r"\bBRA\S* (?:!?U?P\w+, )?`?\(?0x([0-9a-f]+)", text)
+        if jump and int(jump.group(1), 16) < address:
+            body = [t for a, t in instructions if int(jump.group(1), 16) <= a <= address]
+            if sum("LDS.64" in t for t in body) == 8 and any(re.search(r"STG\S*\.128", t) for t in body):
+                sizes.append(len(body))
+    return min(sizes)
+
+
+@needs_cuda
+def test_intermediate_code():
+    if not architectures():
+        pytest.skip("needs cuobjdump")
+    text = cuobjdump("-ptx")
+    assert "replicate_kernel" in text
+    assert not re.findall(r"\S*(?:fma\.|\.approx|div\.full|\.ftz)\S*", text)
+
+
+@pytest.mark.skipif(_native.has_cuda() or shutil.which("nvcc") is None, reason="needs nvcc, and a build without it")
+def test_nvcc_compiles(tmp_path):
+    flags = ["-std=c++17", "--fmad=false", "-arch=sm_90", "-cubin", "--Werror", "all-warnings", "-DFASTMERGE_HAS_CUDA"]
+    command = ["nvcc", *flags, str(ROOT / "csrc/replicate.cu"), "-o", str(tmp_path / "out.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
