@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class FastMergeError(Exception):
@@ -70,3 +70,11 @@ class Interrupted(FastMergeError):
     """The merge was asked to stop; finished ranges are kept for ``--resume``."""
 
     exit_code = 130
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` where something known is close to ``word``; else empty."""
+    import difflib
+
+    close = difflib.get_close_matches(word.lower(), sorted(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""

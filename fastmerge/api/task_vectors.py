@@ -18,8 +18,9 @@ from fastmerge.api.tensors import run
 from fastmerge.dtypes import BF16, F16, F32
 from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.methods import METHODS
-from fastmerge.methods.resolve import make_group
-from fastmerge.planning import Output
+from fastmerge.methods.parameters import called
+from fastmerge.ops.spec import Op
+from fastmerge.planning.from_tensors import TensorPlanner
 from fastmerge.tensors import check
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     State = Mapping[str, "torch.Tensor"]
-    Job = tuple[str, Sequence["torch.Tensor"], Mapping[str, Any]]
+    Job = tuple[str, Sequence["torch.Tensor"], Mapping[str, Any], tuple[int, ...] | None]
 
 _KINDS = {"torch.bfloat16": BF16, "torch.float16": F16, "torch.float32": F32}
 
@@ -69,36 +70,34 @@ def _run(method: str, jobs: Sequence[Job], *, preset: str | None = None, seed: i
     import torch
 
     kind = METHODS[method]
+    has_base = kind.contract.base == "required"
     results: dict[str, torch.Tensor] = {}
-    by_device: dict[torch.device, tuple[list[Output], list[list[torch.Tensor]]]] = {}
-    for name, tensors, given in jobs:
+    by_device: dict[torch.device, list[Op]] = {}
+    planners: dict[tuple[object, ...], TensorPlanner] = {}
+    kept = []
+    for name, tensors, given, indices in jobs:
         _same_shape(name, tensors)
-        parameters = dict(given)
         inputs = [_plain(t) for t in tensors]
-        group = make_group(
-            kind,
-            name,
-            tuple(inputs[0].shape),
-            [_KINDS[str(t.dtype)] for t in inputs],
-            has_base=kind.contract.base == "required",
-            out_dtype=F32,
-            indices=parameters.pop("indices", None),
-            parameters=parameters,
-            preset=preset,
-            seed=seed,
-        )
-        results[name] = torch.empty(group.shape, dtype=torch.float32, device=inputs[0].device)
-        outputs, rows = by_device.setdefault(inputs[0].device, ([], []))
-        outputs.append(Output(name, F32, group.shape, models=(), inputs=(), method=kind, group=group))
-        rows.append(inputs)
-    for outputs, rows in by_device.values():
-        run(outputs, rows, [results[o.name] for o in outputs])
+        kept.append(inputs)
+        models = tuple(range(len(inputs) - has_base))
+        key = (len(models), *((k, tuple(v) if isinstance(v, list) else v) for k, v in given.items()))
+        if key not in planners:
+            if problem := kind.contract.problem(kind.name, len(models), has_base=has_base):
+                raise RecipeError(problem)
+            planners[key] = TensorPlanner(called(kind, given, models, preset), has_base=has_base, seed=seed)
+        dtypes = tuple([_KINDS[str(t.dtype)] for t in inputs])
+        spec = planners[key].spec(name, tuple(inputs[0].shape), dtypes, models, F32, indices=indices)
+        out = results[name] = torch.empty(spec.shape, dtype=torch.float32, device=inputs[0].device)
+        op = planners[key].op(name, spec, [t.data_ptr() for t in inputs], [out.data_ptr()])
+        by_device.setdefault(inputs[0].device, []).append(op)
+    for device, ops in by_device.items():
+        run(ops, device)
     return results
 
 
 def _sum(jobs: Sequence[tuple[str, Sequence[torch.Tensor], Sequence[float]]]) -> dict[str, torch.Tensor]:
     """``sum c_i x_i`` in order, per name."""
-    return _run("linear", [(n, x, {"weight": list(c), "normalize": False}) for n, x, c in jobs])
+    return _run("linear", [(n, x, {"weight": list(c), "normalize": False}, None) for n, x, c in jobs])
 
 
 def compute_task_vector(
@@ -148,7 +147,7 @@ def apply_task_vectors(
 
 
 def slerp_models(model_a: State, model_b: State, t: float = 0.5) -> dict[str, torch.Tensor]:
-    """Spherical interpolation of two models, row by row of the last dimension (preset ``seed`` of ``slerp``).
+    """Spherical interpolation of two models, row by row of the last dimension (preset ``task_vectors`` of ``slerp``).
 
     A tensor is blended linearly only where *all* its rows are nearly parallel (|cos| > 0.9995); a 1-D tensor is
     one row. Rows that are zero or exactly parallel, which give NaN in the usual program, are blended by the
@@ -171,8 +170,8 @@ def slerp_models(model_a: State, model_b: State, t: float = 0.5) -> dict[str, to
             raise ShapeError(f"{name}: model_b has no such tensor")
         check(name, a)
         if str(a.dtype) in _KINDS:
-            jobs.append((name, [a, model_b[name]], {"t": float(t)}))
-    blended = _run("slerp", jobs, preset="seed")
+            jobs.append((name, [a, model_b[name]], {"t": float(t)}, None))
+    blended = _run("slerp", jobs, preset="task_vectors")
     return {name: blended.get(name, a) for name, a in model_a.items()}
 
 
@@ -182,7 +181,7 @@ def ties_merge(
     density: float = 0.2,
     weights: Sequence[float] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """TIES: trim, elect a sign, merge what agrees (preset ``seed`` of ``ties``).
+    """TIES: trim, elect a sign, merge what agrees (preset ``task_vectors`` of ``ties``).
 
     Keeps all magnitudes from the ``int(n (1 - density))``-th smallest on (so one more than the density, and all
     ties); elects the sign of the weighted sum, where a sum of 0 leaves the base; divides the sum of weighted
@@ -229,8 +228,8 @@ def dare_sparsify(
     Raises:
         RecipeError: for a ``p`` out of range.
     """
-    parameters = {"density": 1.0 - p, "indices": [model_index]}
-    jobs = [(name, [_zeros(name, v), v], parameters) for name, v in task_vector.items()]
+    parameters = {"density": 1.0 - p}
+    jobs: list[Job] = [(name, [_zeros(name, v), v], parameters, (model_index,)) for name, v in task_vector.items()]
     return _run("dare_linear", jobs, preset="paper", seed=seed)
 
 
@@ -243,7 +242,9 @@ def dare_ties_merge(
     seed: int = 42,
     shared_mask: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """DARE, then TIES with its own trim (preset ``seed`` of ``dare_ties``); see :func:`ties_merge` for the shrinking.
+    """DARE, then TIES with its own trim (preset ``task_vectors`` of ``dare_ties``).
+
+    See :func:`ties_merge` for what the weights 1/N do.
 
     The trim has an effect only where ``density < 1 - drop_rate``: with the defaults the threshold is 0.
 
@@ -282,8 +283,8 @@ def _elect(
         here = [i for i, tau in enumerate(task_vectors) if name in tau]
         if here:
             tensors = [_zeros(name, base), *(task_vectors[i][name] for i in here)]
-            jobs.append((name, tensors, {**parameters, "weight": [weights[i] for i in here], "indices": here}))
-    mixed = _run(method, jobs, preset="seed", seed=seed)
+            jobs.append((name, tensors, {**parameters, "weight": [weights[i] for i in here]}, tuple(here)))
+    mixed = _run(method, jobs, preset="task_vectors", seed=seed)
     added = _sum([(name, [base_weights[name], mix], [1.0, 1.0]) for name, mix in mixed.items()])
     rest = _sum([(name, [base], [1.0]) for name, base in base_weights.items() if name not in mixed])
     return {name: added[name] if name in added else rest[name] for name in base_weights}

@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fastmerge.checkpoint import Checkpoint, Layout, Seen, layout, without_gc
+from fastmerge.checkpoint import Checkpoint, Layout, Seen, layout, of_fields, without_gc
 from fastmerge.dtypes import DType
 from fastmerge.errors import CheckpointError
+from fastmerge.ops.spec import Op
 from fastmerge.planning import carry as carrying
 from fastmerge.planning import config_json as configuring
 from fastmerge.planning.outputs import Outputs
-from fastmerge.planning.plan import Output, Plan
+from fastmerge.planning.plan import Plan
 from fastmerge.planning.rows import Models, sliced, whole
 from fastmerge.recipe import ModelRef, Recipe
 from fastmerge.version import __version__
@@ -90,13 +91,13 @@ def plan(
     identities = [c.identity for c in checkpoints]
     text = recipe.canonical(identities, seed=seed)
     metadata = {"format": "pt", "fastmerge": ENGINE, "fastmerge_recipe": text}
-    where = layout([(o.name, o.dtype, o.shape) for o in made], shard_size=shard_size, metadata=metadata)
+    where = layout([(o.name, o.spec.out_dtype, o.spec.shape) for o in made], shard_size=shard_size, metadata=metadata)
     named = {o.name: o for o in made}
     return Plan(
         recipe=recipe,
         seed=seed,
         checkpoints=checkpoints,
-        outputs=tuple([named[name] for name in where.places]),
+        ops=tuple([of_fields(Op, (*named[name][:4], (place,))) for name, place in where.places.items()]),
         layout=where,
         config=config,
         carry=files,
@@ -150,11 +151,11 @@ def _same_depth(recipe: Recipe, models: Models) -> None:
         raise CheckpointError(problems)
 
 
-def _main_type(outputs: Iterable[Output]) -> DType | None:
+def _main_type(ops: Iterable[Op]) -> DType | None:
     """The floating-point type of most elements."""
     counts: Counter[DType] = Counter()
-    for o in outputs:
-        counts[o.dtype] += o.inputs[0].nbytes // o.inputs[0].dtype.size
+    for op in ops:
+        counts[op.spec.out_dtype] += op.spec.numel
     return max((d for d in counts if d.mergeable), key=counts.__getitem__, default=None)
 
 
@@ -175,4 +176,4 @@ def _fingerprint(recipe: str, checkpoints: Iterable[Checkpoint], layout: Layout,
     return digest.hexdigest()
 
 
-__all__ = ["Output", "Plan", "plan"]
+__all__ = ["Plan", "plan"]

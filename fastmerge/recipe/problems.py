@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastmerge.errors import RecipeError
+from fastmerge.errors import RecipeError, hint
 from fastmerge.recipe.tree import Loc, line_at
-
-
-def hint(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` where something known is close to ``word``; else empty."""
-    import difflib
-
-    close = difflib.get_close_matches(word.lower(), sorted(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def dotted(loc: Loc) -> str:
@@ -66,3 +57,6 @@ class Problems:
         """
         if self._found:
             raise RecipeError([text for _, text in sorted(self._found, key=lambda f: f[0])])
+
+
+__all__ = ["Origin", "Problems", "dotted", "hint"]

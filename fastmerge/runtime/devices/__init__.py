@@ -8,9 +8,9 @@ few things, so that the scheduler cannot tell them apart.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from fastmerge.methods.base import Segments
+from fastmerge.ops.segments import Segments
 from fastmerge.runtime.devices.buffer import Buffer
 from fastmerge.runtime.devices.cpu import CpuDevice, cores
 
@@ -24,18 +24,10 @@ class Device(Protocol):
 
     Attributes:
         name: ``cpu``, ``cuda:0``, ``fake:1``.
-        kernels: the kernel backend that runs here, or None for the reference backend.
-        native: kernels for the host's memory, which settle small tensors there; None where there are none.
     """
 
     @property
     def name(self) -> str: ...  # noqa: D102  described above
-
-    @property
-    def kernels(self) -> Any: ...  # noqa: D102  described above
-
-    @property
-    def native(self) -> Any: ...  # noqa: D102  described above
 
     def allocate(self, nbytes: int) -> Buffer:
         """A host slot of ``nbytes``; called once, by the worker's own thread, before anything else here."""

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from fastmerge.errors import BudgetError, FastMergeError
-from fastmerge.methods.base import HEADER, I64, Segments
+from fastmerge.errors import FastMergeError
+from fastmerge.ops.segments import HEADER, I64, Segments
 from fastmerge.runtime.devices.buffer import Buffer
 from fastmerge.runtime.devices.streams import NoRoom, Streams
 from fastmerge.sizes import show_bytes
@@ -61,26 +61,12 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGN) * ALIGN
 
 
-class OutOfMemory(BudgetError):
-    """Kernels found no room beside the slots, on the device or in pinned memory: fewer or smaller ones may leave it.
-
-    Attributes:
-        nbytes: what slots took of that GPU's memory (and of the host's), by all logical devices that share it.
-    """
-
-    def __init__(self, text: str, nbytes: int) -> None:
-        super().__init__(text)
-        self.nbytes = nbytes
-
-
 class Gpu:
     """One logical GPU: its streams, and the one allocation that its workers' slots are carved from."""
 
-    def __init__(self, name: str, kernels: Any, streams: Streams, *, native: Any = None, share: int = 1) -> None:
-        """Takes the name for messages, the kernels, the streams, those for the host, and how many share the GPU."""
+    def __init__(self, name: str, streams: Streams, *, share: int = 1) -> None:
+        """Takes the name for messages, the streams, and how many logical devices share the GPU."""
         self.name = name
-        self.kernels = kernels
-        self.native = native
         self.streams = streams
         self.share = share
         self.nbytes = 0
@@ -114,8 +100,6 @@ class CudaDevice:
     def __init__(self, gpu: Gpu, slot: torch.Tensor) -> None:
         """Takes the GPU and the piece of its memory."""
         self.name = gpu.name
-        self.kernels = gpu.kernels
-        self.native = gpu.native
         self._gpu = gpu
         self._streams = gpu.streams
         self._slot: Any = slot
@@ -155,7 +139,7 @@ class CudaDevice:
         """Calls ``work``; where memory runs out, once more with an empty cache.
 
         Raises:
-            OutOfMemory: if it does not fit then.
+            NoRoom: if it does not fit then.
             FastMergeError: for a failing GPU.
         """
         device = True
@@ -171,7 +155,7 @@ class CudaDevice:
                 self._streams.settle()
         what, nbytes = "memory" if device else "pinned host memory", self._gpu.nbytes * self._gpu.share
         text = f"{self.name}: out of {what} for the kernels' temporaries beside slots of {show_bytes(nbytes)}"
-        raise OutOfMemory(text, nbytes)
+        raise NoRoom(text, self.name if device else None, nbytes)
 
     def upload(self, host: Segments) -> Segments:
         """Copies all inputs in one range, and moves the table to the device slot."""
@@ -204,15 +188,13 @@ class CudaDevice:
 class InPlace:
     """Tensors that are on a GPU already: one worker, on the stream that the caller was using."""
 
-    def __init__(self, kernels: Any, device: torch.device) -> None:
-        """Takes the kernels, and the device whose current stream of this thread is used."""
+    def __init__(self, device: torch.device) -> None:
+        """Takes the device whose current stream of this thread is used."""
         import torch
 
         self._torch = torch
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.name = str(device)
-        self.kernels = kernels
-        self.native = None
 
     def allocate(self, nbytes: int) -> Buffer:
         """No slot; makes the caller's stream the worker's own."""

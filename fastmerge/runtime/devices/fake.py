@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fastmerge.errors import FastMergeError
-from fastmerge.methods.base import HEADER, Segments
+from fastmerge.ops.segments import HEADER, Segments
 from fastmerge.runtime.devices.buffer import Buffer
 
 T = TypeVar("T")
@@ -23,14 +23,12 @@ class FakeDevice:
     """Copies every unit to memory of its own, as a GPU would, with random delays and injected faults.
 
     Attributes:
-        kernels: what computes in the private memory.
         name: shown in errors.
         latency: longest random delay of a copy, in seconds.
         fail_at: number of the upload that fails; -1 never.
         seed: of the delays.
     """
 
-    kernels: Any
     name: str = "fake:0"
     latency: float = 0.0
     fail_at: int = -1
@@ -40,11 +38,6 @@ class FakeDevice:
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)  # noqa: S311  delays, not secrets
-
-    @property
-    def native(self) -> Any:
-        """The kernels, if they can."""
-        return self.kernels if hasattr(self.kernels, "kth") else None
 
     def allocate(self, nbytes: int) -> Buffer:
         """A host slot full of a pattern that no test expects."""
