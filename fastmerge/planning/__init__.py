@@ -53,7 +53,7 @@ def plan(
     seed = seed if seed is not None else recipe.seed or 0
     opened = Models(_open(recipe.refs, models or {}))
     checkpoints = tuple(opened.checkpoints[ref] for ref in recipe.refs)
-    warnings = dict.fromkeys(text for c in checkpoints for text in c.warnings)
+    warnings = dict.fromkeys((*recipe.warnings, *(text for c in checkpoints for text in c.warnings)))
     outputs = Outputs(recipe, opened, seed)
     layers: list[tuple[ModelRef, int]] | None = None
     if recipe.slices:
