@@ -16,11 +16,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+SHOWN = 200
+"""Problems that an error prints; more are counted. All of them are in its ``problems``."""
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped: names from recipes and files must not steer a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
 
 class FastMergeError(Exception):
     """Base class: catch this to catch every deliberate error of fastmerge."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class _Problems(FastMergeError):
@@ -29,7 +42,10 @@ class _Problems(FastMergeError):
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         head = f"{len(self.problems)} problems:\n  " if len(self.problems) > 1 else ""
-        super().__init__(head + "\n  ".join(self.problems))
+        shown = self.problems
+        if len(shown) > SHOWN + 1:  # one more takes no more room than saying so
+            shown = [*shown[:SHOWN], f"... and {len(shown) - SHOWN:,} more"]
+        super().__init__(head + "\n  ".join(shown))
 
 
 class RecipeError(_Problems):

@@ -55,7 +55,7 @@ def plan(
     seed = seed if seed is not None else recipe.seed or 0
     opened = Models(*_open(recipe.refs, models or {}))
     checkpoints = tuple(opened.checkpoints[ref] for ref in recipe.refs)
-    warnings = dict.fromkeys(text for c in checkpoints for text in c.warnings)
+    warnings = dict.fromkeys((*recipe.warnings, *(text for c in checkpoints for text in c.warnings)))
     if problems := [text for ref in recipe.refs for text in opened.inputs[ref].problems()]:
         raise CheckpointError(problems)
     outputs = Outputs(recipe, opened, seed)
@@ -126,7 +126,7 @@ def _open(
     for ref in refs:
         try:
             out[ref] = given.get(str(ref)) or Checkpoint.open(ref.path, revision=ref.revision, seen=seen)
-            if getattr(ref, "lora", None) is not None:
+            if ref.lora is not None:
                 adapters[ref] = Adapter.open(ref.lora.path, revision=ref.lora.revision)
         except CheckpointError as e:
             problems += e.problems

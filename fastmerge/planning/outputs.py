@@ -120,10 +120,15 @@ class Outputs:
                     self.notes.other.insert(
                         0, f"{str(ref)!r} lacks {n} of {totals[i]} tensors: it does not look like the same architecture"
                     )
-        for part in self.parts:
-            for pattern in part.resolver.unmatched():
-                if not any(pattern in p.resolver.filters and pattern not in p.resolver.unmatched() for p in self.parts):
-                    self.notes.warnings[f"the filter {pattern!r} matches no tensor name"] = None
+        lost = [dict.fromkeys(part.resolver.unmatched()) for part in self.parts]
+        used = {
+            f for part, names in zip(self.parts, lost, strict=True) for f in part.resolver.filters if f not in names
+        }
+        idle = list(dict.fromkeys(f for names in lost for f in names if f not in used))
+        for pattern in idle[:SHOWN]:
+            self.notes.warnings[f"the filter {pattern!r} matches no tensor name"] = None
+        if len(idle) > SHOWN:
+            self.notes.warnings[f"{len(idle) - SHOWN:,} more filters match no tensor name"] = None
         self.notes.warn_missing()
         self.notes.check()
         return tuple(out)
