@@ -89,6 +89,7 @@ def check(recipe: Recipe, method: type[Method] | None, problems: Problems) -> Re
     if bool(recipe.models) != bool(recipe.slices):
         for part in parts(recipe, method):
             _contract(recipe, part, method, problems)
+            _of_the_base(part, method, problems)
             if recipe.preset is None or recipe.preset in presets:
                 _required(recipe, part, method, problems)
     return recipe
@@ -247,6 +248,17 @@ def _contract(recipe: Shape, part: Part, method: type[Method], problems: Problem
             joined = " (the base_model joins as an input: this method has no base)"
         expected = _count(contract.least, contract.most, what)
         problems.add(part.loc, f"{method.name!r} takes {expected}{beside}; got {count}{joined}")
+
+
+def _of_the_base(part: Part, method: type[Method], problems: Problems) -> None:
+    """Warns of parameters that the base states and only the other models have, as a weight beside a base."""
+    declared = {p.name for p in method.params if p.scope == "model"}
+    for i, source in enumerate(part.sources):
+        for name in source.parameters if source.model == part.base else ():
+            if name in declared:
+                loc = (*part.loc, "sources", i) if isinstance(source, Source) else (*part.loc, i)
+                what = f"ignored: the base {str(source.model)!r} has no {name!r}, the models beside it have"
+                problems.warn((*loc, "parameters", name), what)
 
 
 def _count(least: int, most: int | None, what: str) -> str:

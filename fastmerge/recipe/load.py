@@ -115,6 +115,9 @@ def build(
 def _extra(data: Any, loc: Loc, method: type[Method] | None, problems: Problems) -> None:
     """Says what a key that the grammar does not have is likely to be."""
     key = str(loc[-1])
+    if key in IGNORED:
+        problems.warn(loc, "ignored: it never changes a result (its place is under 'parameters:')")
+        return
     container = next((p for p in reversed(loc[:-1]) if isinstance(p, str)), "")
     if container != "tokenizer" and method and key in {p.name for p in method.params}:
         problems.add(loc, f"{key!r} is a parameter of {method.name!r}: put it under 'parameters:'")
@@ -167,7 +170,7 @@ class _Levels:
         self._methods = methods
         self._problems = problems
         self._declared = {p.name: p for p in method.params} if method else {}
-        self._lifted = {name for of, name in LIFTED if method and of == method.name}
+        self._free = IGNORED | {name for of, name in LIFTED if method and of == method.name}
         preset = tree.get("preset")
         known = method is not None and isinstance(preset, str) and preset in method.presets
         self._defaults = method.defaults(preset if known else None) if method else {}
@@ -214,7 +217,7 @@ class _Levels:
                 stray.parameter(self._problems, here, self._method, self._methods, raw)
                 continue
             setting = read(value, param, here, self._problems)
-            if param and param.scope == "shared" and common is not None and name not in self._lifted:
+            if param and param.scope == "shared" and common is not None and name not in self._free:
                 self._shared(setting, param, here, common)
             else:
                 items[name] = setting or Setting((Rule(0),))  # a wrong value is not a missing one

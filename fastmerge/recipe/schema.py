@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -142,6 +143,15 @@ def dtype_name(raw: Any) -> str:
     raise ValueError(f"{raw!r} {what}: expected one of {', '.join(names)}{near}")
 
 
+def _integer(value: Any) -> Any:
+    """Integers as mergekit takes them: ``12``, ``"12"`` and ``12.0``; anything else goes on as it is."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]{1,20}", value):
+        return int(value)
+    return value
+
+
 def _layer_range(value: tuple[int, int]) -> tuple[int, int]:
     first, end = value
     if not 0 <= first < end:
@@ -159,6 +169,7 @@ def _none_is_empty(value: Any) -> Any:
     return () if value is None else value
 
 
+Integer = Annotated[StrictInt, BeforeValidator(_integer)]
 Ref = Annotated[InstanceOf[ModelRef], BeforeValidator(model_ref)]
 DTypeName = Annotated[str, BeforeValidator(dtype_name)]
 Settings = InstanceOf[Parameters]
@@ -181,7 +192,7 @@ class Input(Value):
 class Source(Input):
     """One model of a slice: its layers ``[first, end)``."""
 
-    layer_range: Annotated[tuple[StrictInt, StrictInt], AfterValidator(_layer_range)]
+    layer_range: Annotated[tuple[Integer, Integer], AfterValidator(_layer_range)]
 
 
 class Slice(Value):
@@ -215,7 +226,7 @@ class Shape(Value):
     tokenizer_source: Ref | None = None
     tokenizer: Tokenizer | None = None
     chat_template: StrictStr | None = None
-    seed: Annotated[StrictInt, AfterValidator(_seed)] | None = None
+    seed: Annotated[Integer, AfterValidator(_seed)] | None = None
     missing: Literal["error", "merge"] | None = None
 
 

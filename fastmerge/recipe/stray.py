@@ -53,12 +53,10 @@ def parameter(
     name = str(loc[-1])
     known = {p.name for p in method.params}
     listed = f"known: {', '.join(p.name for p in method.params) or 'none'}"
-    of = [m.name for m in methods.values() if name in {p.name for p in m.params}]
+    of_another = any(name == p.name for m in methods.values() for p in m.params)
     meant, place = misspelt(name, known, given), _elsewhere(name)
-    if of:
-        problems.warn(
-            loc, f"{method.name!r} has no such parameter ({of[0]!r} has), ignored{hint(name, known)}; {listed}"
-        )
+    if of_another:
+        problems.warn(loc, f"{method.name!r} takes no {name!r}, ignored{hint(name, known)}; {listed}")
     elif meant:
         problems.add(loc, f"unknown parameter of {method.name!r} (did you mean {meant!r}?); {listed}")
     elif place:

@@ -28,9 +28,9 @@ STACK = "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: 
         (LINEAR + "description: >\n  some words\n", LINEAR, "recipe:6: description: unknown key, ignored"),
         (LINEAR + "select_topk: 0.1\n", LINEAR, "recipe:6: select_topk: unknown key, ignored"),
         (LINEAR.replace("model: b", "model: b, note: x"), LINEAR, "recipe:4: models[1].note: unknown key, ignored"),
-        (LINEAR.replace("weight: 2", "weight: 2, t: 1"), LINEAR, "t: 'linear' has no such parameter ('slerp' has)"),
+        (LINEAR.replace("weight: 2", "weight: 2, t: 1"), LINEAR, "t: 'linear' takes no 't', ignored; known: weight"),
         (TIES.replace("weight: 1", "weight: 1, scale: 1"), TIES, "ignored (did you mean 'rescale'?)"),
-        (STOCK + "parameters: {weight: 1}\n", STOCK, "'model_stock' has no such parameter ('dare_linear' has)"),
+        (STOCK + "parameters: {weight: 1}\n", STOCK, "'model_stock' takes no 'weight', ignored; known: f"),
         (STOCK + "parameters: {smooth: no}\n", STOCK, "unknown parameter of 'model_stock', ignored; known: filter"),
         (STACK.replace("}]}]", "}], residual_weight: 1}]"), STACK, "slices[0].residual_weight: unknown key, ignored"),
         (LINEAR + "modules: {}\nmodules: {}\n", LINEAR, "recipe:7: the key 'modules' (first"),
@@ -181,3 +181,29 @@ def test_parameters_that_do_not_apply_to_a_method(monkeypatch):
     recipe = Recipe.load(text + "allow_negative_weights: false}\n")
     assert recipe.models[0].parameters == {}
     assert len(recipe.warnings) == 8
+
+
+def test_a_parameter_of_the_base_is_for_the_other_models_only():
+    text = TIES.replace("[{model: b}", "[{model: a, parameters: {weight: 0.3, density: 0.5}}, {model: b}")
+    said = Recipe.load(text).warnings
+    assert said == (
+        "recipe:3: models[0].parameters.weight: ignored: the base 'a' has no 'weight', the models beside it have",
+        "recipe:3: models[0].parameters.density: ignored: the base 'a' has no 'density', the models beside it have",
+    )
+    assert Recipe.load(text.replace("weight: 0.3, density: 0.5", "")).warnings == ()
+    assert Recipe.load(LINEAR + "base_model: a\n").warnings == ()
+
+
+def test_int8_mask_is_harmless_everywhere():
+    assert Recipe.load(TIES.replace("{model: b}", "{model: b, parameters: {int8_mask: true}}")).warnings == ()
+    assert Recipe.load(STOCK.replace("{model: b}", "{model: b, parameters: {int8_mask: 1.0}}")).warnings == ()
+    (said,) = Recipe.load(TIES + "int8_mask: true\n").warnings
+    assert said.startswith("recipe:5: int8_mask: ignored: it never changes a result")
+
+
+@pytest.mark.parametrize("end", ["4", "4.0", "'4'", "'04'"])
+def test_integers_may_be_written_as_mergekit_takes_them(end):
+    recipe = Recipe.load(STACK.replace("[0, 4]", f"[0, {end}]") + f"seed: {end}\n")
+    assert recipe.slices[0].sources[0].layer_range == (0, 4)
+    assert recipe.seed == 4
+    assert recipe == Recipe.load(STACK + "seed: 4\n")
