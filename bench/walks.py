@@ -97,7 +97,9 @@ def main() -> None:
     for what, walks in (("a recipe of two tensors", disk), ("merge_tensors", walked(call))):
         for thread, walk in walks.items():
             if walk.files:
-                print(f"{what}, {thread}: {len(walk.files)} files, {walk.moves} moves, {walk.hops} hops to the extension")
+                print(
+                    f"{what}, {thread}: {len(walk.files)} files, {walk.moves} moves, {walk.hops} hops to the extension"
+                )
                 if what == "merge_tensors" and walk.hops:
                     print("  " + " -> ".join(walk.way))
 

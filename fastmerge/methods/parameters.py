@@ -22,7 +22,11 @@ Scalar = bool | int | float | str
 Value = Scalar | tuple[Scalar, ...]
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_BOOLEANS = {
+    **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False),
+}
+"""Words that mergekit takes for booleans."""
 _SCALARS = frozenset({float, int, bool, str})
 _KINDS = {float: "a number", int: "an integer", bool: "true or false"}
 

@@ -109,7 +109,7 @@ class Outputs:
                 if not who:
                     continue
             else:
-                who, single = part.order, False
+                who, single = part.order, part.alone
             infos = tuple([info for i in who if (info := found[i]) is not None])
             made = self._op(row, part, who, infos, single=single)
             if made is not None:
@@ -279,6 +279,7 @@ class _Part:
         self.inputs = [owner.models.inputs[ref] for ref in self.refs]
         self.plain = all(i.plain for i in self.inputs)
         self.base = self.refs.index(part.base) if part.base is not None else None
+        self.alone = self.base is not None and len(self.refs) == 1
         self.resolver = Resolver(
             method,
             [s.parameters for s in part.sources],

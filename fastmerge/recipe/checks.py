@@ -240,6 +240,9 @@ def _contract(recipe: Shape, part: Part, method: type[Method], problems: Problem
         problems.add((*part.loc, "sources"), f"the base {str(part.base)!r} must be one of the sources of each slice")
         return
     count = len(part.sources) - (part.base is not None)
+    if count == 0 and part.base is not None and contract.least == 1 and contract.most is None:
+        problems.warn(part.loc, f"no model beside the base {str(part.base)!r}: the result is that model")
+        return
     if count < contract.least or (contract.most is not None and count > contract.most):
         what = "input" if contract.base == "ignored" else "model"
         beside = "" if part.base is None else f" beside the base {str(part.base)!r}"
