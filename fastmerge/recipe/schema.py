@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -36,6 +37,8 @@ class ModelRef:
 def model_ref(raw: Any) -> ModelRef:
     """Reads ``path``, ``org/name@revision``, or mergekit's mapping form.
 
+    A text with ``@`` or ``+`` that exists as a path is that path.
+
     mergekit's ``override_architecture`` is accepted and has no effect: there is no architecture table.
 
     Raises:
@@ -45,15 +48,22 @@ def model_ref(raw: Any) -> ModelRef:
         return raw
     if isinstance(raw, Map):
         return _mapping_ref(raw)
-    if not isinstance(raw, str) or not raw.strip() or "\0" in raw:
+    if not isinstance(raw, str) or not _sound(raw):
         shown = repr(raw) if isinstance(raw, str) else kind(raw)
         raise ValueError(f"expected a model: a directory or org/name[@revision]; got {shown}")
+    if ("@" in raw or "+" in raw) and os.path.lexists(os.path.expanduser(raw)):  # noqa: PTH111  ~user may not exist
+        return ModelRef(raw)
     if "+" in raw:
         raise ValueError(f"{raw!r}: {NO_ADAPTERS} (a path with '+' is written {{model: {{path: ...}}}})")
     path, at, revision = raw.partition("@")
     if at and (not path or not revision or "@" in revision):
         raise ValueError(f"{raw!r}: expected one path[@revision]")
     return ModelRef(path, revision or None)
+
+
+def _sound(text: str) -> bool:
+    """Whether a text can be a path or a hub id: not blank, no zero byte, nothing that no file can hold."""
+    return bool(text.strip()) and "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _mapping_ref(raw: Map) -> ModelRef:
@@ -65,7 +75,7 @@ def _mapping_ref(raw: Map) -> ModelRef:
             return model_ref(inner)
         if isinstance(inner, Map) and set(inner) <= {"path", "revision"}:
             path, revision = inner.get("path"), inner.get("revision")
-            if isinstance(path, str) and path.strip() and "\0" not in path and isinstance(revision, str | None):
+            if isinstance(path, str) and _sound(path) and isinstance(revision, str | None):
                 return ModelRef(path, revision or None)
     raise ValueError(f"expected a model, or {{model: {{path, revision}}}}; got a mapping of {sorted(raw)}")
 
