@@ -26,16 +26,16 @@ EXIT_CODES = """Exit codes: 0 done, 1 other error, 2 recipe or usage, 3 checkpoi
 6 backend or device unavailable; 129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM."""
 
 
-class _Printable(logging.Formatter):
-    """Escapes control characters: names of files and models must not steer a terminal."""
+def _say(text: object, *, err: bool = False) -> None:
+    """Prints text for people: nothing in it, whoever wrote it, acts on the terminal."""
+    click.echo(printable(text, lines=True), err=err)
+
+
+class _Lines(logging.Formatter):
+    """Log lines, escaped likewise."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
-def _say(text: str, *, err: bool = False) -> None:
-    """Prints what holds names of files and models."""
-    click.echo(printable(text), err=err)
+        return printable(super().format(record), lines=True)
 
 
 class _Commands(click.Group):
@@ -63,8 +63,8 @@ def main() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # Nothing here calls BLAS, whose threads numpy would start at import and let spin, one per core.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Printable("fastmerge: %(message)s"))
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines("fastmerge: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
@@ -141,7 +141,7 @@ def merge(
     if log_format == "json":
         click.echo(json.dumps({"event": "done", **json.loads(report.to_json())}))
     elif not quiet:
-        _say(str(report))
+        _say(report)
 
 
 @contextlib.contextmanager
@@ -228,7 +228,7 @@ def verify(directory: str, as_json: bool) -> None:
     from fastmerge.commands.verify import verify as check
 
     found = check(directory)
-    _say(json.dumps(found.facts(), indent=2) if as_json else str(found))
+    _say(json.dumps(found.facts(), indent=2) if as_json else found)
     if not found.ok:
         raise SystemExit(3)
 

@@ -1,16 +1,38 @@
-"""What every deliberate error is: short enough to read, and no danger to a terminal."""
+"""What messages look like: nothing in them acts on a terminal, and none is endless."""
 
-from fastmerge.errors import SHOWN, BudgetError, RecipeError, printable
+import pytest
 
-
-def test_control_characters_are_escaped_in_every_error():
-    assert str(RecipeError(["a\x1b[2J", "b\x9b\ud800"])) == "2 problems:\n  a\\x1b[2J\n  b\\x9b\\ud800"
-    assert str(BudgetError("x\r\x07y")) == "x\\r\\x07y"
-    assert printable("wörter, 漢字 and 🦙") == "wörter, 漢字 and 🦙"
+from fastmerge.errors import SHOWN, CheckpointError, OutputError, RecipeError, printable
 
 
-def test_long_lists_are_cut_where_they_are_printed_only():
-    error = RecipeError([f"p{i}" for i in range(50_000)])
-    assert len(error.problems) == 50_000
-    assert len(str(error).splitlines()) == SHOWN + 2
-    assert str(error).endswith(f"\n  p{SHOWN - 1}\n  ... and 49,800 more")
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("models/a b", "models/a b"),
+        ("模型 é 🎉", "模型 é 🎉"),
+        ("\x1b]0;owned\x07", "\\x1b]0;owned\\x07"),
+        ("a\nfastmerge: done", "a\\nfastmerge: done"),
+        ("\x9b2J\x7f", "\\x9b2J\\x7f"),
+        ("safe\u202etxt.exe\u2066", "safe\\u202etxt.exe\\u2066"),
+        ("\udcff", "\\udcff"),
+    ],
+)
+def test_text_of_others_is_escaped(text, shown):
+    assert printable(text) == shown
+
+
+@pytest.mark.parametrize("error", [CheckpointError, RecipeError, OutputError])
+def test_errors_escape_what_they_quote(error):
+    assert str(error("/m/\x1b[2J: truncated")) == "/m/\\x1b[2J: truncated"
+
+
+def test_a_line_break_in_a_name_makes_no_line():
+    error = CheckpointError(["a\nb", "c"])
+    assert str(error).splitlines() == ["2 problems:", "  a\\nb", "  c"]
+    assert error.problems == ["a\nb", "c"]
+
+
+def test_a_message_is_short_whatever_is_wrong():
+    lines = str(CheckpointError([f"t{i}" for i in range(50_000)])).splitlines()
+    assert len(lines) == SHOWN + 2
+    assert lines[-1] == f"  and {50_000 - SHOWN} more"

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from fastmerge.checkpoint.system import read_regular
 from fastmerge.errors import RecipeError
 from fastmerge.methods.base import Method, Param
 from fastmerge.recipe import stray
@@ -54,8 +55,7 @@ def text_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Map, st
     if "\0" in str(path):
         raise RecipeError(f"{str(path)!r}: neither a path nor a recipe")
     try:
-        with path.open("rb") as file:
-            data = file.read(yamltree.MAX_BYTES + 1)
+        data = read_regular(path, yamltree.MAX_BYTES + 1)
         text = data.decode("utf-8-sig")
     except UnicodeEncodeError:
         raise RecipeError(f"{str(path)!r}: neither a path nor a recipe") from None

@@ -57,6 +57,8 @@ def exists(path: str) -> bool:
 def model_ref(raw: Any) -> ModelRef:
     """Reads ``path``, ``org/name@revision``, either with ``+adapter``, or mergekit's mapping form.
 
+    A text with ``@`` or ``+`` that exists as a path is that path.
+
     mergekit's ``override_architecture`` is accepted and has no effect: there is no architecture table.
 
     Raises:
@@ -94,7 +96,7 @@ def _path_ref(text: str) -> ModelRef:
 
 
 def _ref(path: str, revision: str | None) -> ModelRef:
-    if any(c < " " or "\x7f" <= c < "\xa0" for c in path + (revision or "")):
+    if any(c < " " or "\x7f" <= c < "\xa0" or "\ud800" <= c <= "\udfff" for c in path + (revision or "")):
         raise ValueError(f"expected a model: a directory or org/name[@revision]; got {path!r}: control characters")
     if path.startswith("~") and os.path.expanduser(path) == path:  # noqa: PTH111
         raise ValueError(f"{path!r}: no such user, whose directory it could be in")

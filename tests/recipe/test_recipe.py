@@ -1,11 +1,14 @@
 """The grammar: what is accepted, what is refused and how it is said."""
 
+import os
 import pickle
 
 import pytest
 
+from fastmerge.errors import RecipeError
 from fastmerge.methods import METHODS
 from fastmerge.recipe import ModelRef, Parameters, Recipe, Rule, Setting
+from fastmerge.recipe.schema import model_ref
 from tests.recipe.fakes import problems
 
 LINEAR = (
@@ -219,6 +222,27 @@ models:
     assert recipe.refs == (ModelRef("org/name", "abc"), ModelRef("a+b@c", "main"), ModelRef("../x"))
     assert str(recipe.refs[0]) == "org/name@abc"
     assert Recipe.load(recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize("name", ["ft@v2", "a@b@c", "a+b", "org/name@abc"])
+def test_a_reference_that_exists_as_a_path_is_that_path(tmp_path, monkeypatch, name):
+    (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    ref = model_ref(name)
+    assert ref == ModelRef(name)
+    assert ref.plain() == {"model": {"path": name}}
+
+
+@pytest.mark.parametrize("raw", ["", " ", "a\0b", "\udcff"])
+def test_what_no_path_and_no_id_can_be(raw):
+    with pytest.raises(ValueError, match="expected a model"):
+        model_ref(raw)
+
+
+def test_a_recipe_that_is_no_regular_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "r.yml")
+    with pytest.raises(RecipeError, match=r"r.yml: cannot read the recipe: expected a regular file, got a pipe"):
+        Recipe.load(tmp_path / "r.yml")
 
 
 def test_order_of_models_is_base_first_then_as_written():
