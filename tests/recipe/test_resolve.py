@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 import yaml
+from fastmerge.recipe.resolve import Resolver
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,6 @@ import fastmerge.recipe as package
 from fastmerge.errors import RecipeError
 from fastmerge.methods.base import REQUIRED, Contract, Method, Param
 from fastmerge.recipe import Recipe
-from fastmerge.recipe.resolve import Resolver
 
 PARAMS = (
     Param("need", "model", float, REQUIRED, ""),
