@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastmerge.dtypes import DType
+    from fastmerge.ops.kernels import Keep
     from fastmerge.ops.segments import Segments
 
 Work = Callable[[], object]
@@ -135,9 +136,7 @@ def draw(f: Family, groups: int) -> tuple[Any, Any]:
     return np.arange(models, dtype=np.int32), np.full((groups, models), 1 << 15, np.int32)
 
 
-def keep(
-    f: Family, groups: int, thr: Any = None, *, drop: bool = False, tie: tuple[int, int] = (KEEP_ALL, -1)
-) -> tuple[Any, ...]:
+def keep(f: Family, groups: int, thr: Any = None, *, drop: bool = False, tie: tuple[int, int] = (KEEP_ALL, -1)) -> Keep:
     """The keep arguments: Bernoulli one half where ``drop``, and thresholds where there are some.
 
     Args:
@@ -149,6 +148,8 @@ def keep(
     """
     import numpy as np
 
+    from fastmerge.ops.kernels import Deltas, Keep
+
     models = len(f.tuned)
     bounds = np.zeros((groups, models), np.uint64)
     cut = np.full((groups, models, 3), -1, np.int64)
@@ -157,16 +158,18 @@ def keep(
         bounds[:] = thr
         cut[:, :, :2] = tie
     index, half = draw(f, groups)
-    return -1, drop, thr is not None, index, half, bounds, cut
+    return Keep(Deltas(-1, drop, index, half), thr is not None, bounds, cut)
 
 
 def delta_keys(kernels: Any, f: Family, most: int) -> Work:
     """Magnitude keys of the first elements: those of a large tensor are never all written out."""
+    from fastmerge.ops.kernels import Deltas
+
     n = min(f.n, most)
     s = segments(f, [x[:n] for x in (f.base, *f.tuned)], None)
     out = f.zeros(n, len(f.tuned), dtype="uint32")
     index, half = draw(f, 1)
-    return lambda: kernels.delta_keys(s, -1, False, index, half, out)
+    return lambda: kernels.delta_keys(s, Deltas(-1, False, index, half), out)
 
 
 def count(kernels: Any, f: Family, low: Any, high: Any, *, drop: bool = False, listed: int = 8) -> Work:
@@ -180,6 +183,8 @@ def count(kernels: Any, f: Family, low: Any, high: Any, *, drop: bool = False, l
         drop: whether half of the deltas are dropped at random first.
         listed: room for one key in so many.
     """
+    from fastmerge.ops.kernels import Brackets, Deltas, Found
+
     models = len(f.tuned)
     s = segments(f, [f.base, *f.tuned], None)
     capacity = max(1024, f.n // listed)
@@ -189,7 +194,7 @@ def count(kernels: Any, f: Family, low: Any, high: Any, *, drop: bool = False, l
 
     def work() -> None:
         used[:] = 0
-        kernels.count(s, -1, drop, index, half, low, high, counts, keys, where, used)
+        kernels.count(s, Deltas(-1, drop, index, half), Brackets(low, high), Found(counts, keys, where, used))
 
     return work
 
@@ -198,16 +203,18 @@ def l1(kernels: Any, f: Family, thr: Any = None, *, drop: bool = False) -> Work:
     """Sums of magnitudes before and after the keep pipeline: ``N + 1`` values per element."""
     s, sums = segments(f, [f.base, *f.tuned], None), f.zeros(f.tiles, len(f.tuned), 2, dtype="float64")
     args = keep(f, 1, thr, drop=drop)
-    return lambda: kernels.l1(s, *args, sums)
+    return lambda: kernels.l1(s, args, sums)
 
 
 def votes(kernels: Any, f: Family, thr: Any) -> Work:
     """Positive and negative votes of the kept deltas: ``N + 1`` values per element."""
     import numpy as np
 
+    from fastmerge.ops.kernels import Votes
+
     s, tally = segments(f, [f.base, *f.tuned], None), f.zeros(f.tiles, 2, dtype="int64")
     args, factors = keep(f, 1, thr), np.ones((1, len(f.tuned), 3))
-    return lambda: kernels.votes(s, *args, 1, False, factors, tally)
+    return lambda: kernels.votes(s, args, Votes(1, False, factors), tally)
 
 
 def consensus(
@@ -223,8 +230,10 @@ def consensus(
     """The merge pass of TIES (trimmed, ``elect``) and DARE (``drop``): ``N + 2`` values per element."""
     import numpy as np
 
+    from fastmerge.ops.kernels import Rules, Votes
+
     s = segments(f, [f.base, *f.tuned], f.out, cuts)
     args = keep(f, len(s), thr, drop=drop, tie=tie)
     factors, scale = np.ones((len(s), len(f.tuned), 3)), np.ones((len(s), 3))
     factors[:, :, 0] = 1 / len(f.tuned)
-    return lambda: kernels.consensus(s, *args, int(elect), False, 0, 0, factors, scale)
+    return lambda: kernels.consensus(s, args, Rules(Votes(int(elect), False, factors), 0, 0, scale))

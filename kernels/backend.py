@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from . import combine, consensus, count, delta_keys, gram, l1, votes
+from . import combine, consensus, count, delta_keys, gram, kth, l1, votes
 from ._keep import cuts
 from ._launch import (
     CONFIGS,
@@ -42,9 +42,9 @@ class TritonKernels:
     """Kernel backend on a CUDA device; on CPU addresses in Triton's interpreter (``TRITON_INTERPRET=1``).
 
     ``cuda`` without a number is the current device of the thread that calls, so one object serves the workers of
-    several GPUs. Segment tables carry addresses of the device's memory. ``keep`` stands for seven arguments, as in
-    the native backend: round_code, drop, trim, model_index ``[N]``, bern ``[P, N]``, thr ``[P, N]``,
-    cut ``[P, N, 3]``. Every row of an output array belongs to a piece of the call.
+    several GPUs. Segment tables carry addresses of the device's memory. Arguments are the records of
+    ``fastmerge/ops/kernels.py``, known here by their fields alone. Every row of an output array belongs to a piece of
+    the call.
     """
 
     # Triton compiles and loads at the first launch and sets up a loaded kernel in steps that another thread can see;
@@ -125,11 +125,11 @@ class TritonKernels:
             known[index] = torch.cuda.Stream()
         return known[index]
 
-    def _keep(self, s: Any, wide: bool, keep: tuple[Any, ...]) -> tuple[Keep, Callable[..., Any]]:
+    def _keep(self, s: Any, wide: bool, keep: Any) -> tuple[Keep, Callable[..., Any]]:
         """Tables of the keep pipeline on the device, and how work items split by the tie rule."""
-        round_code, drop, trim, index, bern, thr, cut = keep
+        round_code, drop, trim, thr, cut = keep.deltas.round_code, keep.deltas.drop, keep.trim, keep.thr, keep.cut
         codes = pack([d.code for d in s.dtypes])
-        index, bern = self._put(index), self._put(bern)
+        index, bern = self._put(keep.deltas.models), self._put(keep.deltas.bernoulli)
         table = self._put(s.table)
         below = self._put(bounds(thr, wide=wide))
         tie = self._put(cut[:, :, 2].astype(np.int32))
@@ -204,7 +204,7 @@ class TritonKernels:
         """
         return fold_here(partials, first)
 
-    def delta_keys(self, segments: Any, round_code: int, drop: bool, model_index: Any, bern: Any, out: Any) -> None:
+    def delta_keys(self, segments: Any, deltas: Any, out: Any) -> None:
         """Magnitude keys of all elements, ``uint32 [L, N]`` (``uint64`` where the work type is fp64)."""
         codes, _, about = self._types(segments)
         table = segments.table.copy()
@@ -212,84 +212,82 @@ class TritonKernels:
         items = element_items(table, codes, -1, block=config("delta_keys")["BLOCK"], lanes=True, rows=True)
         with self._running():
             keys = self._room(out)
-            args = (self._put(table), self._put(model_index), self._put(bern))
+            args = (self._put(table), self._put(deltas.models), self._put(deltas.bernoulli))
+            about |= {"round_code": int(deltas.round_code), "drop": bool(deltas.drop)}
             for plain, some in items.variants():
-                delta_keys.delta_keys(
-                    keys, args[0], some, *args[1:], round_code=int(round_code), drop=bool(drop), plain=plain, **about
-                )  # fmt: skip
+                delta_keys.delta_keys(keys, args[0], some, *args[1:], plain=plain, **about)
         self._bring((keys, out))
 
-    def count(
-        self,
-        segments: Any,
-        round_code: int,
-        drop: bool,
-        model_index: Any,
-        bern: Any,
-        lo: Array,
-        hi: Array,
-        counts: Any,
-        keys: Any,
-        where: Any,
-        used: Any,
-    ) -> None:
+    def count(self, segments: Any, deltas: Any, brackets: Any, found: Any) -> None:
         """Keys above, at and inside brackets, per tile; those strictly inside are listed up to the capacity.
 
         Of the lists, only what is used comes back: a second, short wait, where anything was listed at all.
         """
         codes, wide, about = self._types(segments)
         items = tile_items(segments.table, codes, block=CONFIGS["count"]["BLOCK"], lanes=True)
+        about |= {"round_code": int(deltas.round_code), "drop": bool(deltas.drop)}
+        bounded = [bounds(a, wide=wide) for a in (brackets.low, brackets.high)]
         with self._running():
-            outs = [self._room(counts), self._room(keys), self._room(where), self._put(used)]
-            ins = [self._put(a) for a in (model_index, bern, bounds(lo, wide=wide), bounds(hi, wide=wide))]
+            outs = [self._room(found.counts), self._room(found.keys), self._room(found.where), self._put(found.used)]
+            ins = [self._put(a) for a in (deltas.models, deltas.bernoulli, *bounded)]
             table = self._put(segments.table)
             for plain, some in items.variants():
-                count.count(
-                    *outs, table, some, *ins, round_code=int(round_code), drop=bool(drop), plain=plain, **about
-                )  # fmt: skip
-        self._bring((outs[0], counts), (outs[3], used))
-        if not isinstance(used, torch.Tensor):
-            full = np.minimum(used, keys.shape[1]).tolist()
-            pairs = ((outs[1], keys), (outs[2], where))
+                count.count(*outs, table, some, *ins, plain=plain, **about)
+        self._bring((outs[0], found.counts), (outs[3], found.used))
+        if not isinstance(found.used, torch.Tensor):
+            full = np.minimum(found.used, found.keys.shape[1]).tolist()
+            pairs = ((outs[1], found.keys), (outs[2], found.where))
             self._bring(*((there[i, :n], array[i, :n]) for there, array in pairs for i, n in enumerate(full)))
 
-    def l1(self, segments: Any, *keep_and_sums: Any) -> None:
-        """``keep``, then ``sums [R, N, 2]``: |d| and |kept d| of every tile."""
-        *keep, sums = keep_and_sums
+    def kth(self, segments: Any, deltas: Any, ranks: Any, thr: Any, found: Any) -> None:
+        """Thresholds of whole tensors that fit the registers of one program; larger ones stay open."""
+        _, _, about = self._types(segments)
+        table = segments.table
+        small = np.ascontiguousarray(table[table[:, 1] <= kth.MOST])
+        if not len(small) or not ranks[small[:, 5]].any():
+            return
+        about |= {"round_code": int(deltas.round_code), "drop": bool(deltas.drop)}
+        with self._running():
+            outs = self._put(thr), self._put(found)
+            tables = [self._put(a) for a in (small, deltas.models, deltas.bernoulli, np.ascontiguousarray(ranks))]
+            kth.kth(*outs, *tables, most=int(small[:, 1].max()), **about)
+        self._bring((outs[0], thr), (outs[1], found))
+
+    def l1(self, segments: Any, keep: Any, sums: Any) -> None:
+        """``sums [R, N, 2]``: |d| and |kept d| of every tile."""
         codes, wide, about = self._types(segments)
         items = tile_items(segments.table, codes, block=CONFIGS["l1"]["BLOCK"], lanes=True)
         with self._running():
             out = self._room(sums)
-            tables, split = self._keep(segments, wide, tuple(keep))
+            tables, split = self._keep(segments, wide, keep)
             for plain, cut, some in split(items):
                 l1.l1(out, self._put(segments.table), some, tables, plain=plain, cut=cut, **about)
         self._bring((out, sums))
 
-    def votes(self, segments: Any, *keep_and_votes: Any) -> None:
-        """``keep``, elect, split, ``f [P, N, 3]``, then ``counts [R, 2]``: positive and negative votes."""
-        *keep, elect, split_vote, f, counts = keep_and_votes
+    def votes(self, segments: Any, keep: Any, election: Any, counts: Any) -> None:
+        """``counts [R, 2]``: positive and negative votes of every tile."""
         codes, wide, about = self._types(segments)
         items = tile_items(segments.table, codes, block=CONFIGS["votes"]["BLOCK"], lanes=True)
-        about |= {"elect": int(elect), "split": bool(split_vote)}
+        about |= {"elect": int(election.elect), "split": bool(election.split)}
         with self._running():
             out = self._room(counts)
-            tables, split = self._keep(segments, wide, tuple(keep))
-            f = self._work(f, wide)
+            tables, split = self._keep(segments, wide, keep)
+            f = self._work(election.factors, wide)
             for plain, cut, some in split(items):
                 votes.votes(out, self._put(segments.table), some, tables, f, plain=plain, cut=cut, **about)
         self._bring((out, counts))
 
-    def consensus(self, segments: Any, *keep_and_rules: Any) -> None:
-        """``keep``, elect, split, zero, merge, ``f [P, N, 3]``, ``scale [P, 3]``: the merge of deltas."""
-        *keep, elect, split_vote, zero, merge, f, scale = keep_and_rules
+    def consensus(self, segments: Any, keep: Any, rules: Any) -> None:
+        """The merge of task vectors: ``factors [P, N, 3]``, ``scale [P, 3]``."""
         s, (codes, wide, about) = segments, self._types(segments)
+        elect, merge, f, scale = int(rules.votes.elect), int(rules.merge), rules.votes.factors, rules.scale
         out = int(s.out_dtype.code)
         items = element_items(s.table, codes, out, block=config("consensus")["BLOCK"], lanes=True)
-        about |= {"out": out, "elect": int(elect), "split": bool(split_vote), "zero": int(zero), "merge": int(merge)}
+        about |= {"out": out, "elect": elect, "split": bool(rules.votes.split), "zero": int(rules.zero), "merge": merge}
         about["div"] = elect == consensus.NONE and bool((scale[:, 1] != 1).any())
         with self._running():
             bad, given = self._bad(s)
-            tables, split = self._keep(s, wide, tuple(keep))
+            tables, split = self._keep(s, wide, keep)
             kind = np.float64 if wide else np.float32
             few = elect != consensus.NONE and merge == consensus.MEAN and f.shape[1] <= consensus.SETS.value
             share = self._put(consensus.shares(f, scale, kind) if few else np.zeros((1, 1), kind))

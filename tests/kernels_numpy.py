@@ -126,7 +126,15 @@ def pieces(segments):
     return [Piece(segments, row) for row in segments.table]
 
 
+def flat(keep):
+    (round_code, drop, index, bern), trim, thr, cut = keep
+    return round_code, drop, trim, index, bern, thr, cut
+
+
 class NumpyKernels:
+    def supports(self, spec):
+        return None
+
     @quiet
     def combine(self, segments, coef, scale, *, delta, per_row):
         for n, p in enumerate(pieces(segments)):
@@ -165,35 +173,49 @@ class NumpyKernels:
         return out
 
     @quiet
-    def delta_keys(self, segments, round_code, drop, index, bern, out):
+    def delta_keys(self, segments, deltas, out):
         at = 0
         for p in pieces(segments):
-            for i, d in enumerate(p.dropped(round_code, drop, index, bern)):
+            for i, d in enumerate(p.dropped(*deltas)):
                 out[at : at + p.n, i] = key(d)
             at += p.n
 
     @quiet
-    def count(self, segments, round_code, drop, index, bern, lo, hi, counts, keys, where, used):
+    def count(self, segments, deltas, brackets, found):
+        (lo, hi), (counts, keys, where, used) = brackets, found
         for p in pieces(segments):
-            for i, d in enumerate(p.dropped(round_code, drop, index, bern)):
+            for i, d in enumerate(p.dropped(*deltas)):
                 k, a, b = key(d).astype(np.uint64), lo[p.group, i], hi[p.group, i]
                 for number, start in enumerate(range(0, p.n, TILE)):
                     part = k[start : start + TILE]
                     inside = (part > a) & (part < b)
                     at_lo = 0 if a == b else int((part == a).sum())
                     counts[p.stats + number, i] = ((part > b).sum(), (part == b).sum(), at_lo, inside.sum())
-                    found = np.flatnonzero(inside)
-                    room = max(0, min(len(found), keys.shape[1] - int(used[i])))
-                    keys[i, used[i] : used[i] + room] = part[found[:room]]
+                    listed = np.flatnonzero(inside)
+                    room = max(0, min(len(listed), keys.shape[1] - int(used[i])))
+                    keys[i, used[i] : used[i] + room] = part[listed[:room]]
                     where[i, used[i] : used[i] + room, 0] = p.group
-                    where[i, used[i] : used[i] + room, 1] = p.e0 + start + found[:room]
-                    used[i] += len(found)
+                    where[i, used[i] : used[i] + room, 1] = p.e0 + start + listed[:room]
+                    used[i] += len(listed)
 
     @quiet
-    def l1(self, segments, round_code, drop, trim, index, bern, thr, cut, sums):
+    def kth(self, segments, deltas, ranks, thr, found):
         for p in pieces(segments):
-            raw = p.deltas(round_code)
-            kept = p.kept(round_code, drop, trim, index, bern, thr, cut)
+            for i, d in enumerate(p.dropped(*deltas)):
+                k, rank = key(d).astype(np.uint64), int(ranks[p.group, i])
+                if not 0 < rank < p.n:
+                    continue
+                at = np.sort(k)[p.n - rank]
+                keep, ties = rank - int((k > at).sum()), np.flatnonzero(k == at)
+                tile = int(ties[min(keep, len(ties) - 1)]) // TILE
+                thr[p.group, i] = at
+                found[p.group, i] = (keep, len(ties), tile, int((ties[:keep] // TILE == tile).sum()))
+
+    @quiet
+    def l1(self, segments, keep, sums):
+        for p in pieces(segments):
+            raw = p.deltas(keep.deltas.round_code)
+            kept = p.kept(*flat(keep))
             for i, (d, k) in enumerate(zip(raw, kept, strict=True)):
                 for number, start in enumerate(range(0, p.n, TILE)):
                     sums[p.stats + number, i, 0] = tile_sum(np.abs(d[start : start + TILE]))
@@ -211,17 +233,18 @@ class NumpyKernels:
         return v, total
 
     @quiet
-    def votes(self, segments, round_code, drop, trim, index, bern, thr, cut, elect, split, f, counts):
+    def votes(self, segments, keep, votes, counts):
         for p in pieces(segments):
-            _, vote = self._vote(p, p.kept(round_code, drop, trim, index, bern, thr, cut), elect, split, f)
+            _, vote = self._vote(p, p.kept(*flat(keep)), *votes)
             for number, start in enumerate(range(0, p.n, TILE)):
                 part = vote[start : start + TILE]
                 counts[p.stats + number] = ((part > 0).sum(), (part < 0).sum())
 
     @quiet
-    def consensus(self, segments, round_code, drop, trim, index, bern, thr, cut, elect, split, zero, merge, f, scale):
+    def consensus(self, segments, keep, rules):
+        (elect, split, f), zero, merge, scale = rules
         for n, p in enumerate(pieces(segments)):
-            d = p.kept(round_code, drop, trim, index, bern, thr, cut)
+            d = p.kept(*flat(keep))
             v, vote = self._vote(p, d, elect, split, f)
             base, gate = p.x[0], f[p.group, :, 1].astype(p.work)
             lam, div, majority = scale[p.group].astype(p.work)

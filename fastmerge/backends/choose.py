@@ -29,6 +29,7 @@ from fastmerge.backends.probe import (
 )
 from fastmerge.errors import BackendUnavailable
 from fastmerge.methods.base import Method
+from fastmerge.ops.kernels import Kernels
 from fastmerge.ops.program import Program
 from fastmerge.ops.spec import Op, Spec
 
@@ -51,7 +52,7 @@ class Backend:
     """
 
     name: str
-    kernels: Any
+    kernels: Kernels | None
     gpus: tuple[int, ...] = ()
     otherwise: str | None = None
     home: str = "cpu"
@@ -62,8 +63,7 @@ class Backend:
             return "the reference backend was chosen"
         if spec.method.program.__func__ is Method.program.__func__:  # type: ignore[attr-defined]
             return f"{spec.method.name} has no kernels yet"
-        found: str | None = self.kernels.supports(spec)
-        return found
+        return self.kernels.supports(spec)
 
     def whole(self, spec: Spec) -> bool:
         """Whether tensors of a spec are never cut: definitions work on whole ones."""
@@ -73,6 +73,7 @@ class Backend:
         """The program of the ops of one job: of kernels where there are some, else of the definition."""
         first = ops[0].spec
         if not self.whole(first):
+            assert self.kernels is not None
             made = type(first.method).program(ops, self.kernels)
             if made is not None:
                 return made
@@ -138,7 +139,7 @@ def cpu_backend(name: str | None = None) -> Backend:
 
 
 @functools.cache
-def _native_kernels() -> Any:
+def _native_kernels() -> Kernels:
     from fastmerge.backends.native import NativeKernels
 
     return NativeKernels()

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastmerge.dtypes import DType
 from fastmerge.ops.program import Program
-from fastmerge.ops.segments import HEADER, I64, Segments
+from fastmerge.ops.segments import E0, GROUP, HEADER, I64, LENGTH, OUT, Segments
 from fastmerge.ops.spec import Op
 
 if TYPE_CHECKING:
@@ -63,12 +63,12 @@ class ReferenceProgram(Program):
     def _inputs(self, segments: Segments) -> Whole:
         out: Whole = []
         for row in segments.table.tolist():
-            op = self._ops[row[5]]
-            if row[2] != 0 or row[1] != op.spec.numel:
-                raise ValueError(f"{op.name}: the reference needs whole tensors, got {row[1]} of {op.spec.numel}")
+            op = self._ops[row[GROUP]]
+            if row[E0] != 0 or row[LENGTH] != op.spec.numel:
+                raise ValueError(f"{op.name}: the reference needs whole tensors, got {row[LENGTH]} of {op.spec.numel}")
             pairs = zip(row[HEADER : HEADER + len(segments.dtypes)], segments.dtypes, strict=True)
-            tensors = [borrow(a, row[1], d, self._home).cpu().reshape(op.spec.shape) for a, d in pairs]
-            out.append((row[5], tensors))
+            tensors = [borrow(a, row[LENGTH], d, self._home).cpu().reshape(op.spec.shape) for a, d in pairs]
+            out.append((row[GROUP], tensors))
         return out
 
     def statistics(self, segments: Segments) -> Whole:
@@ -93,7 +93,7 @@ class ReferenceProgram(Program):
             op = self._ops[g]
             outs = op.spec.method.references(tensors, op) if self._outputs is None else self._outputs[g]
             row = segments.table[n].tolist()
-            for address, out in zip((row[0], *row[more:]), outs, strict=True):
+            for address, out in zip((row[OUT], *row[more:]), outs, strict=True):
                 if out.numel():
                     borrow(address, out.numel(), segments.out_dtype, self._home).copy_(out.reshape(-1))
                 bad[n] += out.numel() - int(torch.isfinite(out).sum())

@@ -23,9 +23,9 @@ from fastmerge.dtypes import BF16
 from fastmerge.methods import METHODS
 from fastmerge.methods.base import REQUIRED, Method
 from fastmerge.methods.parameters import called
-from fastmerge.ops.segments import Segments
+from fastmerge.ops.segments import Segments, segment_row
 from fastmerge.ops.spec import Op, Spec
-from fastmerge.runtime.stream import compute, segment_row
+from fastmerge.runtime.stream import compute
 
 ELEMENTS = 1 << 20
 """Elements of the tensors of the kernel benchmarks: one unit of the stream, in the cache."""

@@ -22,6 +22,7 @@ from fastmerge.errors import RecipeError
 if TYPE_CHECKING:
     import torch
 
+    from fastmerge.ops.kernels import Kernels
     from fastmerge.ops.program import Program
     from fastmerge.ops.spec import Grain, Op, Spec
 
@@ -172,7 +173,7 @@ class Method(ABC):
         return [op.spec.method.reference(i, op) for i, op in zip(inputs, ops, strict=True)]
 
     @classmethod
-    def program(cls, ops: Sequence[Op], kernels: Any) -> Program | None:  # noqa: ARG003  for subclasses
+    def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program | None:  # noqa: ARG003  for subclasses
         """The same mathematics as passes over pieces of many tensors, on one kernel backend; None without one."""
         return None
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
+from fastmerge.ops.kernels import Kernels
 from fastmerge.ops.program import Program
-from fastmerge.ops.segments import F64, I64, TILE, Segments
+from fastmerge.ops.segments import F64, GROUP, I64, TILE, Segments
 from fastmerge.ops.spec import Op
 from fastmerge.ops.tiles import Partial, gather, number
 
 Solve = Callable[[Sequence[Op], F64, Sequence[int]], tuple[F64, F64]]
-"""From groups, inner products ``[P, C]`` and vectors per group to coefficients ``[P, M]`` and scales ``[P, 2]``."""
+"""From ops, inner products ``[P, C]`` and vectors per op to coefficients ``[P, M]`` and scales ``[P, 2]``."""
 
 
 class GramProgram(Program):
@@ -21,8 +21,8 @@ class GramProgram(Program):
 
     def __init__(
         self,
-        kernels: Any,
-        groups: Sequence[Op],
+        kernels: Kernels,
+        ops: Sequence[Op],
         solve: Solve,
         *,
         per_row: bool,
@@ -33,28 +33,28 @@ class GramProgram(Program):
 
         Args:
             kernels: the backend.
-            groups: tensors with the same number of inputs.
+            ops: tensors with the same number of inputs.
             solve: the method's mathematics; runs once, in fp64.
             per_row: a vector is a row of the last dimension, not the whole tensor.
             delta: work on differences from input 0, in the statistics and in the result.
             diff: also sum the squared difference of the first two vectors.
         """
         self._kernels = kernels
-        self._groups = groups
+        self._ops = ops
         self._solve = solve
         self._per_row = per_row
         self._delta = delta
         self._diff = diff
-        numel = np.array([g.spec.numel for g in groups], np.int64)
+        numel = np.array([op.spec.numel for op in ops], np.int64)
         if per_row:
-            row = np.array([max(g.spec.row, 1) for g in groups], np.int64)
+            row = np.array([max(op.spec.row, 1) for op in ops], np.int64)
             self._vectors = numel // row
             self._tiles_each = -(-row // TILE)
         else:
-            self._vectors = np.ones(len(groups), np.int64)
+            self._vectors = np.ones(len(ops), np.int64)
             self._tiles_each = -(-numel // TILE)
         self._first = np.cumsum(self._vectors) - self._vectors
-        vectors = len(groups[0].spec.dtypes) - delta
+        vectors = len(ops[0].spec.dtypes) - delta
         self._columns = vectors * (vectors + 1) // 2 + diff
         self._tables: tuple[F64, F64] | None = None
 
@@ -79,14 +79,14 @@ class GramProgram(Program):
         ordered = gather(partials, self._vectors * self._tiles_each)
         tiles = np.repeat(self._tiles_each, self._vectors)
         stats = self._kernels.fold(ordered, np.concatenate([[0], np.cumsum(tiles)]))
-        coef, scale = self._solve(self._groups, stats, self._vectors.tolist())
+        coef, scale = self._solve(self._ops, stats, self._vectors.tolist())
         self._tables = np.ascontiguousarray(coef), np.ascontiguousarray(scale)
 
     def apply(self, segments: Segments) -> None:
-        """The weighted sum; parameter rows are those of the first vector of each group."""
+        """The weighted sum; parameter rows are those of the first vector of each tensor."""
         if self._tables is None:
             raise AssertionError("apply before the statistics are complete")
         table = segments.table.copy()
-        table[:, 5] = self._first[table[:, 5]]
+        table[:, GROUP] = self._first[table[:, GROUP]]
         moved = Segments(table, segments.dtypes, segments.out_dtype, segments.nonfinite)
         self._kernels.combine(moved, *self._tables, delta=self._delta, per_row=self._per_row)

@@ -9,11 +9,11 @@ from fastmerge.ops.segments import I64, Segments
 
 
 class Program(Protocol):
-    """The passes that compute a set of groups: any statistics first, then apply.
+    """The passes that compute a set of tensors: any statistics first, then apply.
 
     The stream reads data and calls these; it does not know what they compute. ``statistics`` and ``apply``
-    run on any worker thread, on any pieces that together cover the groups; ``advance`` runs once per pass,
-    on the host, after every piece of the pass has been seen.
+    run on any worker thread, on any pieces that together cover the tensors; ``advance`` runs once per pass,
+    on the host, after every piece of the pass has been seen. Programs without statistics are :class:`OnePass`.
     """
 
     @property
@@ -25,11 +25,8 @@ class Program(Protocol):
     def ready(self) -> bool:
         """True once :meth:`apply` may be called; False while a statistics pass is due."""
 
-    def settle(self, segments: Segments, native: Any) -> None:
-        """Takes whole tensors in host memory, before the first pass, to spare passes; does nothing by default.
-
-        ``native`` are kernels for host memory, whatever those of the program are.
-        """
+    def resident(self, segments: Segments) -> None:
+        """Takes tensors that the segments hold whole, before the first pass, to spare passes; nothing by default."""
         return
 
     def pieces(self) -> I64 | None:
@@ -48,3 +45,21 @@ class Program(Protocol):
 
     def apply(self, segments: Segments) -> None:
         """Computes the output of the pieces into their output addresses."""
+
+
+class OnePass(Program):
+    """A program that is ready at once: it has an ``apply`` and nothing else."""
+
+    ready = True
+
+    def pieces(self) -> I64 | None:
+        """Nothing: no pass is ever due."""
+        return None
+
+    def statistics(self, segments: Segments) -> Any:
+        """No pass is ever due."""
+        raise AssertionError("a program of one pass has no statistics")
+
+    def advance(self, partials: Sequence[Any]) -> None:
+        """No pass is ever due."""
+        raise AssertionError("a program of one pass has no statistics")

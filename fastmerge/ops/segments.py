@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from fastmerge.dtypes import DType
+
+if TYPE_CHECKING:
+    from fastmerge.ops.spec import Op
 
 TILE = 65_536
 """Elements per tile of every ordered sum (design law L2)."""
@@ -15,8 +20,9 @@ TILE = 65_536
 LANES = 2_048
 """Running sums inside a tile; lane ``j`` adds elements ``j, j + 2048, ...``."""
 
-HEADER = 7
-"""Columns of a segment row before its input addresses: out, length, e0, row, key, group, stats."""
+OUT, LENGTH, E0, ROW, KEY, GROUP, STATS, HEADER = range(8)
+"""Columns of a segment row: address of the result (0: none), elements, logical index of the first element in the whole
+tensor, row length, Philox key (bits), index of the tensor in its job, first row of partial results, first input."""
 
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
@@ -26,9 +32,8 @@ F64 = npt.NDArray[np.float64]
 class Segments:
     """A table of pieces of tensors, the argument of every kernel call.
 
-    ``table`` is int64 ``[S, 7 + M]``, one row per piece; columns: 0 output address (0: none), 1 length in
-    elements, 2 e0 (logical index of the first element in the whole tensor), 3 row length, 4 Philox key
-    (bits), 5 index of the group, 6 scratch for the family, 7.. one input address per model, base first.
+    ``table`` is int64 ``[S, 7 + M]``, one row per piece: the columns above, then one input address per model, base
+    first.
     All rows share the input types, the output type and the number of inputs. A piece starts at a multiple
     of the tile, or of the row for methods that work by row, unless a program asked for it otherwise.
     Kernels add their non-finite outputs to ``nonfinite`` ``[S]``, which is empty where nobody asks; on a GPU it is a
@@ -42,3 +47,9 @@ class Segments:
 
     def __len__(self) -> int:
         return len(self.table)
+
+
+def segment_row(op: Op, group: int, e0: int, length: int, out: int, inputs: Sequence[int]) -> list[int]:
+    """One row of a segment table; the key is stored as the bits of a signed integer."""
+    key = op.key
+    return [out, length, e0, op.spec.row, key - ((key >> 63) << 64), group, 0, *inputs]

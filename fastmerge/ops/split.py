@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge.ops.program import Program
-from fastmerge.ops.segments import I64, Segments
+from fastmerge.ops.segments import GROUP, I64, Segments
 
 
 def by_kind(kinds: Sequence[Hashable], build: Callable[[list[int]], Program]) -> Program:
@@ -56,19 +56,19 @@ class SplitProgram(Program):
         return np.concatenate(wanted)
 
     def _cut(self, segments: Segments) -> list[tuple[int, I64, Segments]]:
-        owner = self._part[segments.table[:, 5]]
+        owner = self._part[segments.table[:, GROUP]]
         out = []
         for n in np.flatnonzero(np.bincount(owner)).tolist():
             rows = np.flatnonzero(owner == n)
             table = segments.table[rows]
-            table[:, 5] = self._local[table[:, 5]]
+            table[:, GROUP] = self._local[table[:, GROUP]]
             out.append((n, rows, Segments(table, segments.dtypes, segments.out_dtype, np.zeros(len(rows), np.int64))))
         return out
 
-    def settle(self, segments: Segments, native: Any) -> None:
+    def resident(self, segments: Segments) -> None:
         """Each part with its own tensors."""
         for n, _, some in self._cut(segments):
-            self._parts[n][1].settle(some, native)
+            self._parts[n][1].resident(some)
 
     def statistics(self, segments: Segments) -> list[tuple[int, Any]]:
         """Partial results of the parts that are due.

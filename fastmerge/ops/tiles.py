@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastmerge.ops.segments import I64, TILE, Segments
+from fastmerge.ops.segments import E0, GROUP, I64, LENGTH, ROW, STATS, TILE, Segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +38,16 @@ def number(segments: Segments, *, per_row: bool = False) -> tuple[Segments, I64,
         The same pieces with the ``stats`` column set, their spans, and the number of tiles.
     """
     table = segments.table.copy()
-    length, e0 = table[:, 1], table[:, 2]
+    length, e0 = table[:, LENGTH], table[:, E0]
     if per_row:
-        row = np.maximum(table[:, 3], 1)
+        row = np.maximum(table[:, ROW], 1)
         each = -(-row // TILE)
         tiles, first = length // row * each, e0 // row * each
     else:
         tiles, first = -(-length // TILE), e0 // TILE
     ends = np.cumsum(tiles)
-    table[:, 6] = ends - tiles
-    spans = np.stack([table[:, 5], first, tiles], axis=1)
+    table[:, STATS] = ends - tiles
+    spans = np.stack([table[:, GROUP], first, tiles], axis=1)
     return Segments(table, segments.dtypes, segments.out_dtype, segments.nonfinite), spans, int(tiles.sum())
 
 

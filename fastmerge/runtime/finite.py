@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fastmerge.dtypes import DType
 from fastmerge.errors import OutputError
-from fastmerge.ops.segments import HEADER, Segments
+from fastmerge.ops.segments import HEADER, LENGTH, OUT, Segments
 from fastmerge.ops.spec import Op
 from fastmerge.runtime.schedule import Unit
 
@@ -45,10 +45,10 @@ class Finite:
         for s in np.flatnonzero(segments.nonfinite).tolist():
             op = ops[unit.pieces[s][0]]
             row = segments.table[s].tolist()
-            bad = _nonfinite(row[0], row[1], segments.out_dtype)
+            bad = _nonfinite(row[OUT], row[LENGTH], segments.out_dtype)
             given = np.zeros_like(bad)
             for address, dtype in zip(row[HEADER:], segments.dtypes, strict=True):
-                given |= _nonfinite(address, row[1], dtype)
+                given |= _nonfinite(address, row[LENGTH], dtype)
             made = int((bad & ~given).sum())
             if made:
                 raise OutputError(
@@ -58,7 +58,7 @@ class Finite:
             if self.policy == "error":
                 raise OutputError(f"{op.name}: {int(bad.sum())} NaN or Inf values from its inputs (--nan error)")
             if self.policy == "zero":
-                _bits(row[0], row[1], segments.out_dtype)[0][bad] = 0
+                _bits(row[OUT], row[LENGTH], segments.out_dtype)[0][bad] = 0
             with self._lock:
                 self.found[op.name] += int(bad.sum())
 

@@ -11,13 +11,12 @@ import numpy.typing as npt
 
 from fastmerge.checkpoint import Files, Place, Writer
 from fastmerge.errors import CheckpointError
-from fastmerge.ops.segments import HEADER, I64, Segments
+from fastmerge.ops.segments import HEADER, I64, OUT, Segments, segment_row
 from fastmerge.ops.sources import FileRange, Made, Memory
 from fastmerge.ops.spec import Op, Source
 from fastmerge.runtime.devices import Buffer
 from fastmerge.runtime.finite import Finite
 from fastmerge.runtime.schedule import ALIGN, BLOCK, Job, Unit
-from fastmerge.runtime.stream import segment_row
 
 COMPARE_BYTES = 1 << 20
 """Bytes of integer tensors that are compared at a time."""
@@ -163,7 +162,7 @@ class OpStore:
         rows: list[list[int]] = []
         more = HEADER + len(segments.dtypes)
         for (o, e0, length), row in zip(unit.pieces, segments.table.tolist(), strict=True):
-            for target, address in zip(self._ops[o].targets, (row[0], *row[more:]), strict=True):
+            for target, address in zip(self._ops[o].targets, (row[OUT], *row[more:]), strict=True):
                 if isinstance(target, Memory):
                     continue
                 place = cast("Place", target)

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from fastmerge.ops.program import Program
-from fastmerge.ops.segments import HEADER, I64, Segments
+from fastmerge.ops.segments import E0, GROUP, HEADER, I64, LENGTH, OUT, Segments
 from fastmerge.ops.spec import Op
 from fastmerge.runtime.devices import Buffer
 from fastmerge.runtime.schedule import Job, Unit, sample_units
@@ -178,26 +178,22 @@ class Queue:
 def cut(segments: Segments, pieces: I64) -> Segments:
     """The given (group, e0, length) pieces of whole tensors that are already in memory."""
     table = segments.table
-    row_of = np.zeros(int(table[:, 5].max(initial=-1)) + 1, np.int64)
-    row_of[table[:, 5]] = np.arange(len(table))
+    row_of = np.zeros(int(table[:, GROUP].max(initial=-1)) + 1, np.int64)
+    row_of[table[:, GROUP]] = np.arange(len(table))
     out = table[row_of[pieces[:, 0]]].copy()
-    shift = pieces[:, 1] - out[:, 2]
-    out[:, 0] = 0
-    out[:, 1] = pieces[:, 2]
-    out[:, 2] = pieces[:, 1]
+    shift = pieces[:, 1] - out[:, E0]
+    out[:, OUT] = 0
+    out[:, LENGTH] = pieces[:, 2]
+    out[:, E0] = pieces[:, 1]
     out[:, HEADER:] += shift[:, None] * np.array([d.size for d in segments.dtypes], np.int64)
     return Segments(out, segments.dtypes, segments.out_dtype, np.zeros(len(out), np.int64))
 
 
 def compute(program: Program, segments: Segments) -> None:
     """All passes over tensors that are in memory whole."""
+    if not program.ready:
+        program.resident(segments)
     while not program.ready:
         pieces = program.pieces()
         program.advance([program.statistics(segments if pieces is None else cut(segments, pieces))])
     program.apply(segments)
-
-
-def segment_row(op: Op, group: int, e0: int, length: int, out: int, inputs: Sequence[int]) -> list[int]:
-    """One row of a segment table; the key is stored as the bits of a signed integer."""
-    key = op.key
-    return [out, length, e0, op.spec.row, key - ((key >> 63) << 64), group, 0, *inputs]

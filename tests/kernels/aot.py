@@ -169,6 +169,7 @@ def launches(only: str):
     """Calls every launcher of interest on the kernels of one (fake) device."""
     import numpy as np
 
+    from fastmerge.ops.kernels import Brackets, Found
     from tests.kernels.cases import Case
 
     def run(kernels, name, codes, call, sizes=(65_536,)):
@@ -192,30 +193,39 @@ def launches(only: str):
         return call
 
     def keep(c, words):
-        args = list(c.keep_args(words))
+        args = c.keep_args(words)
         if "spread" not in words:
-            args[6][:] = (0, 5, -1) if "cut" in words else (2**62, 0, -1)
+            args.cut[:] = (0, 5, -1) if "cut" in words else (2**62, 0, -1)
         return args
 
     def consensus(words, mode):
-        return lambda k, c: k.consensus(c.segments, *keep(c, words), *mode, *c.rules())
+        return lambda k, c: k.consensus(c.segments, keep(c, words), c.rules(*mode))
 
     def l1(words):
-        return lambda k, c: k.l1(c.segments, *keep(c, words), np.zeros((9, c.n, 2)))
+        return lambda k, c: k.l1(c.segments, keep(c, words), np.zeros((9, c.n, 2)))
 
     def votes(k, c):
-        k.votes(c.segments, *keep(c, "all"), 1, False, c.rules()[0], np.zeros((9, 2), np.int64))
+        k.votes(c.segments, keep(c, "all"), c.rules(1, False).votes, np.zeros((9, 2), np.int64))
 
     def count(drop=False):
         def call(k, c):
             lo = np.zeros((c.groups, c.n), np.uint64)
             lists = np.zeros((c.n, 64), np.uint32), np.zeros((c.n, 64, 2), np.int64), np.zeros(c.n, np.int64)
-            k.count(c.segments, *c.delta_args(drop=drop), lo, lo + 9, np.zeros((9, c.n, 4), np.int64), *lists)
+            found = Found(np.zeros((9, c.n, 4), np.int64), *lists)
+            k.count(c.segments, c.delta_args(drop=drop), Brackets(lo, lo + 9), found)
+
+        return call
+
+    def kth(drop=False):
+        def call(k, c):
+            ranks = np.full((c.groups, c.n), 1000, np.int64)
+            found = np.zeros((c.groups, c.n, 4), np.int64)
+            k.kth(c.segments, c.delta_args(drop=drop), ranks, np.zeros((c.groups, c.n), np.uint64), found)
 
         return call
 
     def delta_keys(k, c):
-        k.delta_keys(c.segments, *c.delta_args(), np.zeros((int(c.segments.table[:, 1].sum()), c.n), np.uint32))
+        k.delta_keys(c.segments, c.delta_args(), np.zeros((int(c.segments.table[:, 1].sum()), c.n), np.uint32))
 
     ties, dare, odd = (1, False, 0, 0), (0, False, 0, 0), (2048 + 5,)
     plan = []
@@ -242,6 +252,9 @@ def launches(only: str):
     def everything(kernels):
         for name, codes, call in plan:
             run(kernels, name, codes, call)
+        run(kernels, "kth", d, kth(), (16_384,))
+        run(kernels, "kth", d, kth(drop=True), (16_384,))
+        run(kernels, "kth", (0, 3), kth(), (16_384,))
         for name, codes, call in tails:
             run(kernels, name, codes, call, odd)
 

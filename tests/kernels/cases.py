@@ -5,7 +5,8 @@ import ctypes
 import numpy as np
 
 from fastmerge.dtypes import BY_CODE
-from fastmerge.methods.base import Segments
+from fastmerge.ops.kernels import Deltas, Keep, Rules, Votes
+from fastmerge.ops.segments import Segments
 from tests import keep_oracle as oracle
 
 KINDS = ["normal", "special", "two", "zeros", "equal"]
@@ -58,11 +59,11 @@ class Case:
         return [x.copy() for x in self.outs], self.segments.nonfinite.copy()
 
     def delta_args(self, *, round_code=-1, drop=False):
-        """round_code, drop, model_index, bern."""
+        """How task vectors are formed."""
         self.index = self.rng.permutation(self.n).astype(np.int32) + 2
         choice = [0, 1, 20_000, 60_000, 65_536]
         bern = self.rng.choice(choice, (self.groups, self.n), p=[0.05, 0.05, 0.4, 0.4, 0.1]).astype(np.int32)
-        return round_code, drop, self.index, bern
+        return Deltas(round_code, drop, self.index, bern)
 
     def sorted_keys(self, delta_args):
         """Keys of each (tensor, model) after the drop, ascending."""
@@ -78,7 +79,7 @@ class Case:
 
     def keep_args(self, keep, *, round_code=-1):
         """The arguments of the keep pipeline; ``keep`` names what is on: drop, index, all, above, spread, never."""
-        round_code, drop, index, bern = args = self.delta_args(round_code=round_code, drop="drop" in keep)
+        args = self.delta_args(round_code=round_code, drop="drop" in keep)
         thr = np.zeros((self.groups, self.n), np.uint64)
         cut = np.full((self.groups, self.n, 3), -1, np.int64)
         for g, keys in enumerate(self.sorted_keys(args)):
@@ -94,15 +95,15 @@ class Case:
                 if "never" in keep and i == 0:
                     thr[g, i], cut[g, i] = 2**64 - 1, (0, 0, -1)
         trim = any(word in keep for word in ("index", "all", "above", "spread", "never"))
-        return round_code, drop, trim, index, bern, thr, cut
+        return Keep(args, trim, thr, cut)
 
-    def rules(self):
-        """f and scale of the consensus."""
+    def rules(self, elect, split, zero=0, merge=0):
+        """The rules of a consensus with random numbers."""
         f = self.rng.normal(0.4, 0.5, (self.groups, self.n, 3))
         f[self.rng.random(f.shape) < 0.15] = 0.0
         draw = self.rng.choice
         scale = [self.rng.normal(1, 0.3, self.groups), draw([1.0, 3.0], self.groups), draw([-1.0, 1.0], self.groups)]
-        return f, np.stack(scale, axis=1)
+        return Rules(Votes(int(elect), split, f), zero, merge, np.stack(scale, axis=1))
 
 
 class Elsewhere:

@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
+from fastmerge.ops.kernels import Brackets, Found
 from fastmerge.philox import philox4x32, u16
 from tests import keep_oracle as oracle
 from tests.compare import differences
@@ -173,8 +174,8 @@ def test_l1(codes, keep, sizes):
     case = Case(codes, sizes=sizes)
     args = case.keep_args(keep)
     got, want = np.full((2, case.tiles, case.n, 2), 7.0)
-    TRITON.l1(case.segments, *args, got)
-    NUMPY.l1(case.segments, *args, want)
+    TRITON.l1(case.segments, args, got)
+    NUMPY.l1(case.segments, args, want)
     assert apart(got, want) == []
 
 
@@ -186,13 +187,13 @@ def test_random_lanes_follow_the_element(e0):
     """The drop of DARE at far away elements, in the aligned and in the odd kernel."""
     case = Case((1, 1), out=1, sizes=(2048 + 7,), e0=e0, kinds=["normal"])
     args = case.delta_args(drop=True)
-    args[3][:] = 30_000
+    args.bernoulli[:] = 30_000
     got, want = np.zeros((2, 2055, 1), np.uint32)
-    TRITON.delta_keys(case.segments, *args, got)
-    NUMPY.delta_keys(case.segments, *args, want)
+    TRITON.delta_keys(case.segments, args, got)
+    NUMPY.delta_keys(case.segments, args, want)
     assert np.array_equal(got, want)
     key = int(case.segments.table[0, 4]) % 2**64
-    kept = u16(key, int(args[2][0]), 0, e0, 2055) < 30_000
+    kept = u16(key, int(args.models[0]), 0, e0, 2055) < 30_000
     assert np.array_equal(got[:, 0] != 0, kept)
 
 
@@ -230,8 +231,8 @@ def test_delta_keys(codes, drop, round_code):
     args = case.delta_args(round_code=round_code, drop=drop)
     kind = np.uint64 if 0 in codes else np.uint32
     got, want = np.zeros((2, 2070, case.n), kind)
-    TRITON.delta_keys(case.segments, *args, got)
-    NUMPY.delta_keys(case.segments, *args, want)
+    TRITON.delta_keys(case.segments, args, got)
+    NUMPY.delta_keys(case.segments, args, want)
     assert np.array_equal(got, np.minimum(want, kind(0x7FF8000000000000 if 0 in codes else 0x7FC00000)))
 
 
@@ -259,7 +260,7 @@ def test_count(codes, drop, sizes, cap, kinds):
         counts = np.full((case.tiles, case.n, 4), -1, np.int64)
         keys = np.zeros((case.n, cap), np.uint64 if 0 in codes else np.uint32)
         where, used = np.zeros((case.n, cap, 2), np.int64), np.zeros(case.n, np.int64)
-        kernels.count(case.segments, *args, lo, hi, counts, keys, where, used)
+        kernels.count(case.segments, args, Brackets(lo, hi), Found(counts, keys, where, used))
         found.append((counts, used, keys, where))
     (counts, used, keys, where), (want_counts, want_used, want_keys, want_where) = found
     assert np.array_equal(counts, want_counts)
@@ -270,6 +271,36 @@ def test_count(codes, drop, sizes, cap, kinds):
             assert got == sorted(zip(want_keys[i, :n].tolist(), want_where[i, :n].tolist(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("codes", "drop", "round_code", "sizes", "kinds"),
+    [
+        ((3, 3, 3), False, -1, (2048, 300, 7), ["normal", "zeros", "two"]),
+        ((1, 2), True, 3, (5000, 1), ["normal"]),
+        ((0, 3), False, -1, (2048,), ["special"]),
+        ((3, 3, 1), False, -1, (1500, 9), ["nans", "special"]),
+        ((3, 3), False, -1, (16_384, 16_385), ["two", "normal"]),
+    ],
+)
+def test_kth(codes, drop, round_code, sizes, kinds):
+    """Thresholds and ties of whole small tensors; what is too large for one program stays open."""
+    case = Case(codes, sizes=sizes, kinds=kinds)
+    args = case.delta_args(round_code=round_code, drop=drop)
+    ranks = np.array([[max(0, n * (i + 1) // 5) for i in range(case.n)] for n in sizes], np.int64)
+    ranks[0, 0] = sizes[0]  # keeps everything: nothing is asked
+    got, want = (
+        (np.zeros((case.groups, case.n), np.uint64), np.zeros((case.groups, case.n, 4), np.int64)) for _ in range(2)
+    )
+    TRITON.kth(case.segments, args, ranks, *got)
+    NUMPY.kth(case.segments, args, ranks, *want)
+    some = np.array(sizes) <= 16_384
+    nan = 0x7FF8000000000000 if 0 in codes else 0x7FC00000
+    assert np.array_equal(got[0][some], np.minimum(want[0][some], np.uint64(nan)))
+    assert np.array_equal(got[1][some][:, :, :2], want[1][some][:, :, :2])
+    cut = some[:, None] & (want[1][:, :, 0] < want[1][:, :, 1])  # where the cut is inside the ties
+    assert np.array_equal(got[1][cut], want[1][cut])
+    assert not got[1][~some].any()
+
+
 # ---- consensus -------------------------------------------------------------------------------------------
 
 
@@ -278,14 +309,14 @@ def test_every_mode(mode):
     i = MODES.index(mode)
     codes, keep = MIXES[i % len(MIXES)], KEEPS[(i + i // len(KEEPS)) % len(KEEPS)]
     case = Case(codes, out=[3, 2, 1, 0][i % 4], sizes=(9, 2048 + 8), seed=i)
-    args = (*case.keep_args(keep, round_code=[-1, 3, 2][i % 3]), *mode, *case.rules())
+    args = case.keep_args(keep, round_code=[-1, 3, 2][i % 3]), case.rules(*mode)
     assert unlike_numpy(case, lambda k, s: k.consensus(s, *args)) == []
 
 
 @pytest.mark.parametrize("keep", KEEPS)
 def test_every_keep(keep):
     case = Case((3, 3, 3), sizes=(1000, 2056), kinds=["two", "special"])
-    args = (*case.keep_args(keep), 1, False, 0, 0, *case.rules())
+    args = case.keep_args(keep), case.rules(1, False)
     assert unlike_numpy(case, lambda k, s: k.consensus(s, *args)) == []
 
 
@@ -294,12 +325,13 @@ def test_every_keep(keep):
 def test_gates_that_vanish_cancel_or_overflow(models, code):
     """Sums of gates that are 0, subnormal or infinite; with nine models they are no longer read from a table."""
     case = Case((3, *(code,) * models), out=1, sizes=(2056, 2056), kinds=["normal", "special"])
-    args, (f, scale) = case.keep_args("all"), case.rules()
+    args = case.keep_args("all"), case.rules(1, False)
+    f, scale = args[1].votes.factors, args[1].scale
     f[0, :, 1] = np.resize([1e-45, -1e-45, 1e-42], models)
     f[1, :, 1] = np.resize([3e38, 3e38, -3e38, 1.0], models)
-    assert unlike_numpy(case, lambda k, s: k.consensus(s, *args, 1, False, 0, 0, f, scale)) == []
+    assert unlike_numpy(case, lambda k, s: k.consensus(s, *args)) == []
     f[:, :, 1], scale[:] = f[0, 0, 1], scale[0]  # equal rows share one
-    assert unlike_numpy(case, lambda k, s: k.consensus(s, *args, 1, False, 0, 0, f, scale)) == []
+    assert unlike_numpy(case, lambda k, s: k.consensus(s, *args)) == []
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
@@ -307,20 +339,20 @@ def test_gates_that_vanish_cancel_or_overflow(models, code):
 def test_votes_that_cancel(split, zero):
     """Two models apart by few values and of opposite weights: many sums of votes are zero, of values that are not."""
     case = Case((3, 3, 3), sizes=(1000, 2056), kinds=["two"])
-    args, (f, scale) = case.keep_args("nothing"), case.rules()
+    args = case.keep_args("nothing"), case.rules(1, split, zero)
+    f, scale = args[1].votes.factors, args[1].scale
     f[:, :, 2 if split else 0] = [1.0, -1.0]
     scale[:, 2] = [-1.0, 1.0]
-    assert unlike_numpy(case, lambda k, s: k.consensus(s, *args, 1, split, zero, 0, f, scale)) == []
+    assert unlike_numpy(case, lambda k, s: k.consensus(s, *args)) == []
 
 
 def test_tie_cuts_across_tiles(monkeypatch):
     """Data that is nearly all ties, cut in the second of three tiles, with the pieces given out of order."""
     monkeypatch.setattr(_launch, "INTERPRETER_BLOCK", 16_384)
     case = Case((3, 3, 3), sizes=(2 * 65_536 + 5000,), kinds=["two"])
-    args = list(case.keep_args("index"))
-    args[6][0, :, :] = [(1, 20_000, -1), (1, 3, -1)]
-    rest = (1, False, 0, 0, *case.rules())
-    assert unlike_numpy(case, lambda k, s: k.consensus(s, *args, *rest)) == []
+    args = case.keep_args("index"), case.rules(1, False)
+    args[0].cut[0, :, :] = [(1, 20_000, -1), (1, 3, -1)]
+    assert unlike_numpy(case, lambda k, s: k.consensus(s, *args)) == []
     want = case.outs[0].copy()
     s = case.segments
     whole = s.table[0].copy()
@@ -332,7 +364,7 @@ def test_tie_cuts_across_tiles(monkeypatch):
         pieces.append(row)
     s.table, s.nonfinite = np.stack(pieces), np.zeros(3, np.int64)
     case.outs[0][:] = 0
-    TRITON.consensus(s, *args, *rest)
+    TRITON.consensus(s, *args)
     assert differences(case.outs, [want]) == []
 
 
@@ -340,14 +372,14 @@ def test_tie_cuts_across_tiles(monkeypatch):
 def test_ties_that_are_all_kept_or_all_lost(keep):
     """Cuts at tile 2**62, and at tile 0 and rank 0, as tensors behind the cut of a whole model have them."""
     case = Case((3, 3, 3), sizes=(1000, 2056, 4096), kinds=["two"])
-    args = (*case.keep_args(keep), 1, False, 0, 0, *case.rules())
+    args = case.keep_args(keep), case.rules(1, False)
     assert unlike_numpy(case, lambda k, s: k.consensus(s, *args)) == []
 
 
 @pytest.mark.parametrize(("elect", "split"), [(1, False), (1, True), (2, False)])
 def test_votes(elect, split):
     case = Case((3, 1, 3), sizes=(2048, 77))
-    args = (*case.keep_args("drop+index"), elect, split, case.rules()[0])
+    args = case.keep_args("drop+index"), case.rules(elect, split).votes
     got, want = np.full((2, case.tiles, 2), -1, np.int64)
     TRITON.votes(case.segments, *args, got)
     NUMPY.votes(case.segments, *args, want)

@@ -5,15 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmerge.methods.base import TILE, Group, Segments
+from fastmerge.methods.linear import Linear
 from fastmerge.ops.blocks import top
 from fastmerge.ops.consensus.rules import kept
+from fastmerge.ops.kernels import Deltas
+from fastmerge.ops.segments import TILE, Segments, segment_row
 from fastmerge.ops.selection import brackets, select
 from fastmerge.ops.selection.brackets import Span, blocks, bracket
 from fastmerge.ops.selection.select import ALL_TILES, Select
+from fastmerge.ops.spec import Op, Spec
 from fastmerge.ops.tiles import Partial, gather, number
-from fastmerge.philox import TIES, u16
-from fastmerge.runtime.stream import segment_row
+from fastmerge.philox import TIES, tensor_key, u16
 from tests import oracle
 
 
@@ -29,13 +31,14 @@ class ArrayKernels:
             self.read += s[1]
             yield s, self.keys[s[5]][s[2] : s[2] + s[1]]
 
-    def delta_keys(self, segments, code, drop, index, bern, out):
+    def delta_keys(self, segments, deltas, out):
         at = 0
         for s, k in self._rows(segments):
             out[at : at + s[1]] = k
             at += s[1]
 
-    def count(self, segments, code, drop, index, bern, lo, hi, counts, keys, where, used):
+    def count(self, segments, deltas, brackets, found):
+        (lo, hi), (counts, keys, where, used) = brackets, found
         for s, data in self._rows(segments):
             for i in range(data.shape[1]):
                 a, b = lo[s[5], i], hi[s[5], i]
@@ -57,8 +60,9 @@ def groups_of(keys):
     names = [chr(97 + len(keys) - i) for i in range(len(keys))]
     models = keys[0].shape[1]
     kinds = tuple(types(models + 1))
+    method = Linear(weight=(1.0,) * models, normalize=True)
     return [
-        Group(name, (len(k),), kinds, kinds[0], {}, (), True, tuple(range(models)), 99)
+        Op(name, Spec(method, (len(k),), kinds, kinds[0], has_base=True), tensor_key(99, name))
         for name, k in zip(names, keys, strict=True)
     ]
 
@@ -80,9 +84,11 @@ def solve(keys, ranks, ties="index", *, whole_model=False, step=1 << 16, most=14
         due = np.array([(g, 0, len(k)) for g, k in enumerate(keys)]) if due is None else due
         partials = []
         for g, e0, n in reversed(oracle.smaller(due, step).tolist()):
-            table = np.array([segment_row(0, n, e0, groups[g], g, [0] * (models + 1))])
-            args = (-1, False, True, None, None)
-            partials.append(chosen.statistics(Segments(table, groups[g].dtypes, groups[g].out_dtype), kernels, args))
+            table = np.array([segment_row(groups[g], g, e0, n, 0, [0] * (models + 1))])
+            args = Deltas(-1, False, None, None)
+            partials.append(
+                chosen.statistics(Segments(table, groups[g].spec.dtypes, groups[g].spec.out_dtype), kernels, args)
+            )
         chosen.advance(partials)
     return groups, thr, cut, passes, kernels.read
 

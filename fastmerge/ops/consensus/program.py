@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.errors import RecipeError
 from fastmerge.ops.consensus.rules import Consensus, kept, l1_factor
+from fastmerge.ops.kernels import ELECT, MERGE, ZERO, Deltas, Keep, Kernels, Rules, Votes
 from fastmerge.ops.program import Program
 from fastmerge.ops.segments import F64, I64, TILE, Segments
 from fastmerge.ops.selection.select import ALL_TILES, Select
@@ -18,79 +17,56 @@ from fastmerge.ops.spec import Op
 from fastmerge.ops.split import by_kind
 from fastmerge.ops.tiles import Partial, gather, number
 
-I32 = npt.NDArray[np.int32]
 
-ELECT = {"none": 0, "mass": 1, "count": 2}
-ZERO = {"plus": 0, "majority": 1, "base": 2}
-MERGE = {"mean": 0, "sum": 1, "max": 2}
-
-
-@dataclass(frozen=True)
-class Keep:
-    """What the kernels need to know to recompute the kept deltas: tables ``[P, N]``, see the native module."""
-
-    round_base: bool
-    drop: bool
-    trim: bool
-    models: I32
-    bern: I32
-    thr: npt.NDArray[np.uint64]
-    cut: I64
-
-    def arguments(self, segments: Segments, *, trim: bool = True) -> tuple[Any, ...]:
-        """The seven keep arguments of a kernel call; ``trim`` False stops before the trim."""
-        code = segments.dtypes[0].code if self.round_base else -1
-        return code, self.drop, self.trim and trim, self.models, self.bern, self.thr, self.cut
-
-
-def program(groups: Sequence[Op], specs: Sequence[Consensus], kernels: Any) -> Program:
+def program(ops: Sequence[Op], rules: Sequence[Consensus], kernels: Kernels) -> Program:
     """The program of tensors of one method.
 
     Raises:
         RecipeError: where one threshold for the whole model is asked for, and the tensors' parameters differ.
     """
-    if specs[0].whole_model and (specs[0].trim or specs[0].zero == "majority"):
-        _same([(s.words, s.density, s.keep_count) for s in specs], groups, "parameters")
-        _same([g.spec.double for g in groups], groups, "precision (fp64 or not)")
-        return ConsensusProgram(groups, specs, kernels)
+    if rules[0].whole_model and (rules[0].trim or rules[0].zero == "majority"):
+        _same([(r.words, r.density, r.keep_count) for r in rules], ops, "parameters")
+        _same([op.spec.double for op in ops], ops, "precision (fp64 or not)")
+        return ConsensusProgram(ops, rules, kernels)
     return by_kind(
-        [s.words for s in specs],
-        lambda some: ConsensusProgram([groups[i] for i in some], [specs[i] for i in some], kernels),
+        [r.words for r in rules],
+        lambda some: ConsensusProgram([ops[i] for i in some], [rules[i] for i in some], kernels),
     )
 
 
-def _same(what: Sequence[object], groups: Sequence[Op], noun: str) -> None:
-    for value, group in zip(what, groups, strict=True):
+def _same(what: Sequence[object], ops: Sequence[Op], noun: str) -> None:
+    for value, op in zip(what, ops, strict=True):
         if value != what[0]:
             raise RecipeError(
                 f"trim_scope: model ranks all tensors together, so they must have the same {noun}; "
-                f"{group.name} differs from {groups[0].name}"
+                f"{op.name} differs from {ops[0].name}"
             )
 
 
 class ConsensusProgram(Program):
     """Passes: selection (as often as it takes), sums of magnitudes, votes; each only where needed."""
 
-    def __init__(self, groups: Sequence[Op], specs: Sequence[Consensus], kernels: Any) -> None:
+    def __init__(self, ops: Sequence[Op], rules: Sequence[Consensus], kernels: Kernels) -> None:
         """Sets up the passes of tensors whose ``words`` agree."""
-        first = specs[0]
+        first = rules[0]
         self._kernels = kernels
-        self._groups = groups
-        self._specs = specs
+        self._ops = ops
+        self._rules = rules
         self._words = first
-        count, models = len(groups), len(first.weight)
-        self._tiles = np.array([-(-g.spec.numel // TILE) for g in groups], np.int64)
-        self._factor = np.array([s.rescale for s in specs], np.float64)
+        count, models = len(ops), len(first.weight)
+        self._tiles = np.array([-(-op.spec.numel // TILE) for op in ops], np.int64)
+        self._factor = np.array([r.rescale for r in rules], np.float64)
         self._majority = np.ones(count)
-        bern = np.array([s.bernoulli for s in specs], np.int32)
-        thr = np.zeros((count, models), np.uint64)
-        cut = np.empty((count, models, 3), np.int64)
-        cut[:] = (ALL_TILES, 0, -1)
-        indices = np.array(first.models, np.int32)
-        self._keep = Keep(first.round_base, first.drop, first.trim, indices, bern, thr, cut)
+        self._models = np.array(first.models, np.int32)
+        self._bernoulli = np.array([r.bernoulli for r in rules], np.int32)
+        self._thr = np.zeros((count, models), np.uint64)
+        self._cut = np.empty((count, models, 3), np.int64)
+        self._cut[:] = (ALL_TILES, 0, -1)
         self._select: Select | None = None
         if first.trim:
-            self._select = Select(groups, self._ranks(), first.ties, whole_model=first.whole_model, thr=thr, cut=cut)
+            self._select = Select(
+                ops, self._ranks(), first.ties, whole_model=first.whole_model, thr=self._thr, cut=self._cut
+            )
         self._due: list[Literal["select", "l1", "votes"]] = []
         if self._select is not None and not self._select.done:
             self._due.append("select")
@@ -98,23 +74,32 @@ class ConsensusProgram(Program):
             self._due.append("l1")
         if first.elect != "none" and first.zero == "majority":
             self._due.append("votes")
-        self._tables: tuple[F64, F64] | None = None if self._due else self._make_tables()
+        self._tables: Rules | None = None if self._due else self._make_tables()
+
+    def _deltas(self, segments: Segments) -> Deltas:
+        code = segments.dtypes[0].code if self._words.round_base else -1
+        return Deltas(code, self._words.drop, self._models, self._bernoulli)
+
+    def _keep(self, segments: Segments, *, trim: bool = True) -> Keep:
+        return Keep(self._deltas(segments), self._words.trim and trim, self._thr, self._cut)
 
     def _ranks(self) -> I64:
         """How many elements each (group, model) keeps; with one threshold for all, of the model's total."""
-        sizes = [g.spec.numel for g in self._groups]
+        sizes = [op.spec.numel for op in self._ops]
         if self._words.whole_model:
             sizes = [sum(sizes)] * len(sizes)
-        pairs = zip(sizes, self._specs, strict=True)
-        return np.array([[kept(n, d, s.keep_count) for d in s.density] for n, s in pairs], np.int64)
+        pairs = zip(sizes, self._rules, strict=True)
+        return np.array([[kept(n, d, r.keep_count) for d in r.density] for n, r in pairs], np.int64)
 
-    def _make_tables(self) -> tuple[F64, F64]:
-        """``f`` [P, N, 3] (coefficient, gate, vote) and ``scale`` [P, 3] (lambda, divisor, majority sign)."""
-        weight = np.array([s.weight for s in self._specs], np.float64)
-        gate = np.array([s.gate for s in self._specs], np.float64)
-        f = np.stack([weight * self._factor, gate, self._factor], axis=2)
-        scale = np.array([(s.lam, s.div, m) for s, m in zip(self._specs, self._majority.tolist(), strict=True)])
-        return np.ascontiguousarray(f), scale
+    def _votes(self) -> Votes:
+        weight = np.array([r.weight for r in self._rules], np.float64)
+        gate = np.array([r.gate for r in self._rules], np.float64)
+        factors = np.stack([weight * self._factor, gate, self._factor], axis=2)
+        return Votes(ELECT[self._words.elect], self._words.split, np.ascontiguousarray(factors))
+
+    def _make_tables(self) -> Rules:
+        scale = np.array([(r.lam, r.div, m) for r, m in zip(self._rules, self._majority.tolist(), strict=True)])
+        return Rules(self._votes(), ZERO[self._words.zero], MERGE[self._words.merge], scale)
 
     @property
     def ready(self) -> bool:
@@ -125,10 +110,10 @@ class ConsensusProgram(Program):
         """Selection may ask for samples and for some tensors only; the other passes read everything."""
         return self._select.pieces() if self._select is not None and self._due[0] == "select" else None
 
-    def settle(self, segments: Segments, native: Any) -> None:
+    def resident(self, segments: Segments) -> None:
         """Thresholds of small tensors in one call."""
         if self._due[:1] == ["select"] and self._select is not None:
-            self._select.settle(segments, native, self._keep.arguments(segments)[:5])
+            self._select.resident(segments, self._kernels, self._deltas(segments))
             if self._select.done:
                 self._next()
 
@@ -136,17 +121,14 @@ class ConsensusProgram(Program):
         """One call of the pass that is due."""
         due = self._due[0]
         if due == "select" and self._select is not None:
-            return self._select.statistics(segments, self._kernels, self._keep.arguments(segments)[:5])
+            return self._select.statistics(segments, self._kernels, self._deltas(segments))
         numbered, spans, tiles = number(segments)
         if due == "l1":
             sums = np.empty((tiles, len(self._words.weight), 2))
-            keep = self._keep.arguments(segments, trim=self._words.l1 == "trim")
-            self._kernels.l1(numbered, *keep, sums)
+            self._kernels.l1(numbered, self._keep(segments, trim=self._words.l1 == "trim"), sums)
             return Partial(spans, sums)
         counts = np.empty((tiles, 2), np.int64)
-        f, _ = self._make_tables()
-        keep = self._keep.arguments(segments)
-        self._kernels.votes(numbered, *keep, ELECT[self._words.elect], self._words.split, f, counts)
+        self._kernels.votes(numbered, self._keep(segments), self._votes(), counts)
         return Partial(spans, counts)
 
     def advance(self, partials: Sequence[Any]) -> None:
@@ -176,8 +158,8 @@ class ConsensusProgram(Program):
                 self._factor[g, i] = l1_factor(before, after)
 
     def _end_votes(self, counts: I64) -> None:
-        owner = np.repeat(np.arange(len(self._groups)), self._tiles)
-        more = np.zeros(len(self._groups), np.int64)
+        owner = np.repeat(np.arange(len(self._ops)), self._tiles)
+        more = np.zeros(len(self._ops), np.int64)
         np.add.at(more, owner, counts[:, 0] - counts[:, 1])
         if self._words.whole_model:
             more[:] = more.sum()
@@ -187,13 +169,4 @@ class ConsensusProgram(Program):
         """The merge itself."""
         if self._tables is None:
             raise AssertionError("apply before the statistics are complete")
-        w = self._words
-        self._kernels.consensus(
-            segments,
-            *self._keep.arguments(segments),
-            ELECT[w.elect],
-            w.split,
-            ZERO[w.zero],
-            MERGE[w.merge],
-            *self._tables,
-        )
+        self._kernels.consensus(segments, self._keep(segments), self._tables)

@@ -2,7 +2,7 @@
 
 For every tensor (or the whole model) and every model the k-th largest key ``bits(|d|)`` is wanted.
 
-0. Tensors that lie in memory whole are settled by one native call, almost always; what follows is for the rest.
+0. Small tensors that lie in memory whole take one call of ``kth``, almost always; what follows is for the rest.
 1. Small ones are read whole and partitioned.
 2. For the others a sample of scattered blocks gives a bracket of keys ``[lo, hi]`` that holds the k-th with
    near certainty, and little else.
@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastmerge.ops.segments import I64, TILE, Segments
+from fastmerge.ops.kernels import Brackets, Deltas, Found, Kernels
+from fastmerge.ops.segments import E0, GROUP, I64, LENGTH, TILE, Segments
 from fastmerge.ops.selection.brackets import Span, blocks, bracket, narrow, within
 from fastmerge.ops.spec import Op
 from fastmerge.ops.tiles import Partial, gather, number
@@ -41,9 +42,8 @@ ALL_TILES = 1 << 62
 EXHAUSTIVE = TILE
 """Elements up to which everything is read in place of a sample."""
 
-SETTLED = 1 << 21
-"""Elements up to which a tensor is settled in host memory: an estimate of where that costs as much of a core as the
-passes of a GPU cost in Python, per tensor, model and pass. Not measured beside a GPU."""
+SMALL = 1 << 21
+"""Elements up to which a backend is asked for the threshold of a whole tensor in one call."""
 
 LISTED = 1 << 20
 """Keys per model that a pass may list in all; where more lie inside, every n-th is kept to narrow by."""
@@ -69,7 +69,7 @@ class Select:
     """Finds thresholds and tie cuts; the consensus program runs its passes."""
 
     def __init__(self, groups: Sequence[Op], ranks: I64, ties: str, *, whole_model: bool, thr: U64, cut: I64) -> None:
-        """Settles what needs no data.
+        """Decides what needs no data.
 
         Args:
             groups: tensors of one work type.
@@ -105,16 +105,15 @@ class Select:
         """True once every threshold is known."""
         return not (self._queries if self._begun else self._open.any())
 
-    def settle(self, segments: Segments, native: Any, delta_args: tuple[Any, ...]) -> None:
-        """Finds thresholds of small tensors that the segments hold whole in host memory; before the first pass."""
-        small = segments.table[:, 1] <= SETTLED
+    def resident(self, segments: Segments, kernels: Kernels, deltas: Deltas) -> None:
+        """Finds thresholds of small tensors that the segments hold whole, before the first pass."""
+        small = segments.table[:, LENGTH] <= SMALL
         if self._whole_model or not small.any():
             return
         segments = Segments(segments.table[small], segments.dtypes, segments.out_dtype)
         found = np.zeros((*self._open.shape, 4), np.int64)
         thr = np.zeros(self._open.shape, np.uint64)
-        round_code, drop, _, index, bern = delta_args
-        native.kth(segments, round_code, drop, index, bern, np.where(self._open, self._ranks, 0), thr, found)
+        kernels.kth(segments, deltas, np.where(self._open, self._ranks, 0), thr, found)
         known = found[:, :, 1] > 0
         self._thr[known] = thr[known]
         self._open &= ~known
@@ -149,18 +148,17 @@ class Select:
         whole = len(self._wanted) == len(self._groups) and np.array_equal(self._wanted[:, 2], self._numel)
         return None if whole else self._wanted
 
-    def statistics(self, segments: Segments, kernels: Any, delta_args: tuple[Any, ...]) -> Partial:
-        """Keys of a sample, or counts and lists of a bracket pass; ``delta_args`` are round_code .. bern."""
-        round_code, drop, _, index, bern = delta_args
-        asked = self._asked[segments.table[:, 5]]
+    def statistics(self, segments: Segments, kernels: Kernels, deltas: Deltas) -> Partial:
+        """Keys of a sample, or counts and lists of a bracket pass."""
+        asked = self._asked[segments.table[:, GROUP]]
         if not asked.all():
             segments = Segments(segments.table[asked], segments.dtypes, segments.out_dtype)
         if self._sampling:
-            keys = np.empty((int(segments.table[:, 1].sum()), self._models), self._key)
-            kernels.delta_keys(segments, round_code, drop, index, bern, keys)
-            return Partial(segments.table[:, [5, 2, 1]].copy(), keys)
+            keys = np.empty((int(segments.table[:, LENGTH].sum()), self._models), self._key)
+            kernels.delta_keys(segments, deltas, keys)
+            return Partial(segments.table[:, [GROUP, E0, LENGTH]].copy(), keys)
         numbered, spans, tiles = number(segments)
-        total = int(segments.table[:, 1].sum())
+        total = int(segments.table[:, LENGTH].sum())
         share = total / max(1, int(self._wanted[:, 2].sum()))
         rooms = [step * max(1024, int(2 * self._listed * share)) for step in self._steps]
         cap = max(1024, min(total // 16, max(rooms)))
@@ -168,7 +166,7 @@ class Select:
         keys = np.empty((self._models, cap), self._key)
         where = np.empty((self._models, cap, 2), np.int64)
         used = np.zeros(self._models, np.int64)
-        kernels.count(numbered, round_code, drop, index, bern, self._lo, self._hi, counts, keys, where, used)
+        kernels.count(numbered, deltas, Brackets(self._lo, self._hi), Found(counts, keys, where, used))
         offset = int(spans[:, 1].sum())  # a different first one in each call, so that thinning has no bias
         lists = []
         for i in range(self._models):
@@ -178,7 +176,7 @@ class Select:
         return Partial(spans, counts, lists)
 
     def advance(self, partials: Sequence[Partial]) -> None:
-        """Ends a pass: settles what is known and plans the next one."""
+        """Ends a pass: writes what is known and plans the next one."""
         if self._sampling:
             self._end_sample(partials)
             self._sampling = False
@@ -244,7 +242,7 @@ class Select:
         tile = np.arange(len(member)) - (np.cumsum(tiles) - tiles)[member]
         starts = (np.cumsum(sizes) - sizes)[member] + tile * TILE
         counts = np.add.reduceat(keys == at, starts, dtype=np.int64)
-        self._settle(q, at, missing, int(counts.sum()), member, tile, counts)
+        self._known(q, at, missing, int(counts.sum()), member, tile, counts)
 
     # ---- counting --------------------------------------------------------------------------------------
 
@@ -285,13 +283,13 @@ class Select:
             self._decide(q, mine, member, keys[own], where[own])
 
     def _decide(self, q: _Query, counts: I64, member: I64, keys: npt.NDArray[Any], where: I64) -> None:
-        """Settles a query if its counts allow, else moves or narrows the range of its key."""
+        """Ends a query if its counts allow, else moves or narrows the range of its key."""
         above, at_hi, at_lo, inside = (int(c) for c in counts.sum(axis=0))
         lo, hi = q.ends
         k = q.span.k
         tile = np.concatenate([np.arange(n) for n in np.bincount(member, minlength=len(q.groups))])
         if above < k <= above + at_hi:
-            self._settle(q, hi, k - above, at_hi, member, tile, counts[:, 1])
+            self._known(q, hi, k - above, at_hi, member, tile, counts[:, 1])
         elif above + at_hi < k <= above + at_hi + inside and len(keys) == inside:
             rank = k - above - at_hi
             at = int(np.partition(keys, inside - rank)[inside - rank])
@@ -300,9 +298,9 @@ class Select:
             order = np.empty(len(self._groups), np.int64)
             order[q.groups] = np.arange(len(q.groups))
             ones = np.ones(len(tied), np.int64)
-            self._settle(q, at, missing, len(tied), order[tied[:, 0]], tied[:, 1] // TILE, ones)
+            self._known(q, at, missing, len(tied), order[tied[:, 0]], tied[:, 1] // TILE, ones)
         elif above + at_hi + inside < k <= above + at_hi + inside + at_lo:
-            self._settle(q, lo, k - above - at_hi - inside, at_lo, member, tile, counts[:, 2])
+            self._known(q, lo, k - above - at_hi - inside, at_lo, member, tile, counts[:, 2])
         else:
             q.span = narrow(q.span, q.ends, above, at_hi, inside, at_lo)
             if above + at_hi < k <= above + at_hi + inside and len(keys) > len(within(q.sample, q.span)):
@@ -312,7 +310,7 @@ class Select:
 
     # ---- results ---------------------------------------------------------------------------------------
 
-    def _settle(self, q: _Query, at: int, keep: int, tied: int, member: I64, tile: I64, count: I64) -> None:
+    def _known(self, q: _Query, at: int, keep: int, tied: int, member: I64, tile: I64, count: I64) -> None:
         """Writes a threshold, and where among its ties the kept ones end.
 
         Args:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 import numpy as np
 
 from fastmerge.errors import FastMergeError
-from fastmerge.ops.segments import HEADER, I64, Segments
+from fastmerge.ops.segments import HEADER, I64, LENGTH, OUT, Segments
 from fastmerge.runtime.devices.buffer import Buffer
 from fastmerge.runtime.devices.streams import NoRoom, Streams
 from fastmerge.sizes import show_bytes
@@ -163,17 +163,18 @@ class CudaDevice:
         assert self._buffer is not None
         table = host.table.copy()
         sizes = np.array([d.size for d in host.dtypes], np.int64)
-        there, here = self._range(table[:, HEADER:], table[:, 1:2] * sizes)
+        there, here = self._range(table[:, HEADER:], table[:, LENGTH : LENGTH + 1] * sizes)
         if len(here):
             self._streams.arrive(there, here)
         shift = int(self._slot.data_ptr()) - self._buffer.address
         table[:, HEADER:] += shift
-        table[:, 0] += np.where(table[:, 0] != 0, shift, 0)
+        table[:, OUT] += np.where(table[:, OUT] != 0, shift, 0)
         return replace(host, table=table, nonfinite=self._streams.zeros(len(table)))
 
     def download(self, device: Segments, host: Segments) -> None:
         """Copies all outputs in one range, and the counters of non-finite ones; waits for this unit only."""
-        there, here = self._range(host.table[:, :1], host.table[:, 1:2] * host.out_dtype.size)
+        nbytes = host.table[:, LENGTH : LENGTH + 1] * host.out_dtype.size
+        there, here = self._range(host.table[:, OUT : OUT + 1], nbytes)
         host.nonfinite[:] = self._streams.leave(here, there, cast("torch.Tensor", device.nonfinite))
 
     def _range(self, addresses: I64, nbytes: I64) -> tuple[torch.Tensor, torch.Tensor]:

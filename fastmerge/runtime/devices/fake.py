@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 
 from fastmerge.errors import FastMergeError
-from fastmerge.ops.segments import HEADER, Segments
+from fastmerge.ops.segments import HEADER, LENGTH, OUT, Segments
 from fastmerge.runtime.devices.buffer import Buffer
 
 P = ParamSpec("P")
@@ -63,11 +63,11 @@ class FakeDevice:
         table = host.table.copy()
         self._memory = []
         for row in table:
-            length = int(row[1])
+            length = int(row[LENGTH])
             for column, dtype in enumerate(host.dtypes, HEADER):
                 row[column] = self._keep(ctypes.string_at(int(row[column]), length * dtype.size))
-            if row[0]:
-                row[0] = self._keep(b"\xdd" * (length * host.out_dtype.size))
+            if row[OUT]:
+                row[OUT] = self._keep(b"\xdd" * (length * host.out_dtype.size))
         return Segments(table, host.dtypes, host.out_dtype, np.zeros(len(table), np.int64))
 
     def _keep(self, data: bytes) -> int:
@@ -79,7 +79,7 @@ class FakeDevice:
         """Copies the outputs back and forgets the private memory."""
         self._pause()
         for there, here in zip(device.table, host.table, strict=True):
-            if there[0]:
-                ctypes.memmove(int(here[0]), int(there[0]), int(there[1]) * host.out_dtype.size)
+            if there[OUT]:
+                ctypes.memmove(int(here[OUT]), int(there[OUT]), int(there[LENGTH]) * host.out_dtype.size)
         host.nonfinite[:] = device.nonfinite
         self._memory = []
