@@ -241,9 +241,9 @@ class TritonKernels:
 
     def kth(self, segments: Any, deltas: Any, ranks: Any, thr: Any, found: Any) -> None:
         """Thresholds of whole tensors that fit the registers of one program; larger ones stay open."""
-        _, _, about = self._types(segments)
+        _, wide, about = self._types(segments)
         table = segments.table
-        small = np.ascontiguousarray(table[table[:, 1] <= kth.MOST])
+        small = np.ascontiguousarray(table[table[:, 1] <= kth.MOST >> wide])
         if not len(small) or not ranks[small[:, 5]].any():
             return
         about |= {"round_code": int(deltas.round_code), "drop": bool(deltas.drop)}

@@ -17,7 +17,7 @@ from ._launch import OPTIONS
 
 LEAST, MOST = 1024, 16_384
 """Elements of the smallest and the largest program, one kernel for each power of two: 32 keys in the registers of each
-of 512 threads. (A whole tile would fill the register file; twice as many spill.)"""
+of 512 threads. (A whole tile would fill the register file; twice as many spill.) In fp64 half of that."""
 
 
 @triton.jit

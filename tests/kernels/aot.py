@@ -254,7 +254,7 @@ def launches(only: str):
             run(kernels, name, codes, call)
         run(kernels, "kth", d, kth(), (16_384,))
         run(kernels, "kth", d, kth(drop=True), (16_384,))
-        run(kernels, "kth", (0, 3), kth(), (16_384,))
+        run(kernels, "kth", (0, 3), kth(), (8192,))
         for name, codes, call in tails:
             run(kernels, name, codes, call, odd)
 
