@@ -54,6 +54,7 @@ def plan(
     opened = Models(_open(recipe.refs, models or {}))
     checkpoints = tuple(opened.checkpoints[ref] for ref in recipe.refs)
     warnings = dict.fromkeys(text for c in checkpoints for text in c.warnings)
+    warnings |= dict.fromkeys(opened.align(recipe))
     outputs = Outputs(recipe, opened, seed)
     layers: list[tuple[ModelRef, int]] | None = None
     if recipe.slices:
@@ -102,6 +103,8 @@ def plan(
         carry=files,
         warnings=tuple(warnings),
         fingerprint=_fingerprint(text, checkpoints, where, config),
+        ties=outputs.inputs.ties,
+        dropped=outputs.inputs.dropped,
     )
 
 

@@ -107,6 +107,7 @@ def test_slices_that_do_not_fit():
     ):
         make(stack(("a", 0, 1)), a=flat)
     gpt = checkpoint({f"h.{i}.w": (1,) for i in range(4)}, config={"n_layer": 4})
+    gpt = checkpoint({**{n: i.shape for n, i in gpt.tensors.items()}, "lm_head.weight": (32, 8)}, config=gpt.config)
     with pytest.raises(RecipeError, match=r"'b': its layers are called 'h', elsewhere 'model\.layers'"):
         make(stack(("a", 0, 2), ("b", 0, 2)), a=llama(), b=gpt)
 
