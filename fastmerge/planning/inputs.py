@@ -6,7 +6,7 @@ are looked up and no more; everything else is decided by sets and by kinds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastmerge.checkpoint import of_fields
@@ -207,17 +207,25 @@ class Inputs:
             whole, part = sources.tensors[sources.first], sources.tensors[i]
             frame, own = (self.models.structure(ref) for ref in key)
             configs = [self.models.config(ref) for ref in key]
-            there = set(part)
-            for n in whole.keys() - there:
-                family = self._tying.families.get(n)
-                if optional(n, whole[n], frame) or (family and tied.original(family, n, part, configs[1])):
-                    there.add(n)
-            more = [
-                n for n in part.keys() - whole.keys() if not optional(n, part[n], own) and n not in self._tying.families
-            ]
-            like = not more and configs[1].get("model_type") in (None, configs[0].get("model_type"))
-            self._may_lack[key] = frozenset(whole.keys() - there - lost(whole, frame, there, like=like))
+            there = {n for n in whole.keys() - part.keys() if optional(n, whole[n], frame)} | set(part)
+            there |= {n for n in whole.keys() - there if self._tied(n, part, configs[1])}
+            more = [n for n in part.keys() - whole.keys() if not self._tied(n, part, {})]
+            like = all(optional(n, part[n], own) for n in more)
+            like = like and configs[1].get("model_type") in (None, configs[0].get("model_type"))
+            gone = lost(whole, frame, there, like=like)
+            gone |= {n for n in whole.keys() - there if self._headless(n, part)}
+            self._may_lack[key] = frozenset(whole.keys() - there - gone)
         return self._may_lack[key]
+
+    def _tied(self, name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, object]) -> bool:
+        """Whether a model has a tensor that is tied to one of this name."""
+        family = self._tying.families.get(name)
+        return family is not None and tied.original(family, name, tensors, config) is not None
+
+    def _headless(self, name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Whether a model has the embedding and not the head of this name, which is not tied."""
+        family = self._tying.families.get(name)
+        return family is not None and name in family.heads and any(n in tensors for n in family.names)
 
     def _opted_in(
         self, row: Row, sources: Sources, found: Sequence[TensorInfo | None], refs: Sequence[str]

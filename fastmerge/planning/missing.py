@@ -105,9 +105,9 @@ def optional(name: str, info: TensorInfo, structure: Structure) -> str | None:
 def lost(whole: Iterable[str], structure: Structure, part: AbstractSet[str], *, like: bool) -> set[str]:
     """Tensors that a model should have besides those that it has; without them it is a part of the whole.
 
-    The whole falls into groups: its towers (what lies under the same module as a stack of layers and no other
-    stack), and every other module. A part has all or nothing of a group. Of one group it may hold a smaller share,
-    the tensors that were trained: at most half of the kinds of tensors, whole modules, and those of every layer.
+    Where the part lacks a tower (all that lies under the same module as a stack of layers and no other stack), it
+    has all or nothing of every other tower and module. Otherwise, and instead, it may hold the smaller share that
+    was trained: at most half of the kinds of tensors, whole modules, and those of every layer.
 
     Args:
         whole: names of the reference's tensors.
@@ -122,6 +122,8 @@ def lost(whole: Iterable[str], structure: Structure, part: AbstractSet[str], *, 
     groups: dict[str, list[str]] = {}
     for name in whole:
         groups.setdefault(_group(name, towers), []).append(name)
+    if not any(part.isdisjoint(groups.get(tower, ())) for tower in towers):
+        groups = {"": [n for names in groups.values() for n in names]}
     out: set[str] = set()
     for names in groups.values():
         absent = [n for n in names if n not in part]

@@ -81,7 +81,7 @@ def families(names: Iterable[str]) -> list[Family]:
     if len(shared) == 1:
         prefix = shared[0].removesuffix("shared.weight")
         own = [n for n in embeddings if n.removeprefix(prefix).startswith(("encoder.embed_", "decoder.embed_"))]
-        originals = [shared[0], *sorted(own, reverse=True)]  # the decoder's before the encoder's
+        originals = [shared[0], *sorted(own)]  # the decoder's before the encoder's
     elif len(embeddings) == 2 and len(sides) == 2:
         originals = [n for n in embeddings if n.endswith("decoder.embed_tokens.weight")]
     else:

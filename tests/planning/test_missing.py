@@ -158,6 +158,22 @@ class TestParts:
     def test_a_tower_that_lost_something(self, lost):
         assert lost in lacking(TIES, base=self.whole, a=self.tower(lost=lost), b=self.whole).replace("*", "1")
 
+    def test_a_whole_model_that_lost_a_module_is_no_part(self):
+        kept = {n: s for n, s in self.clip().items() if n != "logit_scale"}
+        b = checkpoint(kept, config={"model_type": "clip"})
+        assert "logit_scale (missing from 'b')" in lacking(TIES, base=self.whole, a=self.whole, b=b)
+
+    @pytest.mark.parametrize("head", [True, False])
+    def test_a_text_model_with_and_without_its_head(self, head):
+        untied = {"tie_word_embeddings": False, "num_hidden_layers": 4}
+        vision = {f"visual.blocks.{i}.mlp.w": (8, 8) for i in range(3)}
+        vlm, text = llama(extra=vision, config=untied), llama(config=untied, head=head)
+        if head:
+            out = by_name(make(TIES, base=vlm, a=text, b=text))
+            assert (len(out["lm_head.weight"].inputs), len(out["visual.blocks.1.mlp.w"].inputs)) == (3, 1)
+        else:
+            assert "'b' says that its head is not tied" in lacking(TIES, base=vlm, a=vlm, b=text)
+
     def test_methods_without_a_base_take_what_one_model_alone_has(self):
         made = make(LINEAR, a=self.whole, b=self.tower())
         assert by_name(made)["logit_scale"].method is None
