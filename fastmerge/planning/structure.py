@@ -21,7 +21,7 @@ TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config"
 EXTRA_LAYERS = 4
 """At most so many layers beyond the configured count (multi-token prediction) are not part of the stack."""
 
-_OTHER_TOWER = re.compile(r"vision|visual|image|video|audio|speech|vit\b|whisper|siglip|clip")
+_OTHER_TOWER = re.compile(r"(^|\.)mtp\.|vision|visual|image|video|audio|speech|vit\b|whisper|siglip|clip")
 _EXPERTS = re.compile(r"(^|[._])experts?$")
 _INDEX = re.compile(r"\.(0|[1-9][0-9]{0,5})(?=\.)")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|mtp)(\.|$)")
@@ -119,7 +119,7 @@ def structure(names: Iterable[str], config: Mapping[str, Any]) -> Structure:
             chosen[prefix] = count
     stacks = tuple(sorted((Stack(p, n, tensors[p]) for p, n in chosen.items()), key=lambda s: -s.tensors))
     fitting = stacks[:1] if primary is None else tuple(s for s in stacks if s.count == primary)
-    if len(fitting) > 1:  # a vision tower of as many layers
+    if len(fitting) > 1:  # a vision tower, or layers that predict further tokens, of the same number
         fitting = tuple(s for s in fitting if not _OTHER_TOWER.search(s.prefix.lower()))
     if config.get("is_encoder_decoder"):
         fitting = ()
