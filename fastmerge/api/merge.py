@@ -228,6 +228,8 @@ def _report(planned: Plan, out: str, started: float, stats: Stats, placed: Place
             "machine": platform.machine(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seed": planned.seed,
+            "account": planned.account.counts(),
+            "dropped": planned.account.names(),
             "recipe": planned.recipe.to_yaml(),
             "inputs": [{"ref": c.ref, "path": str(c.path), "identity": c.identity} for c in planned.checkpoints],
         },

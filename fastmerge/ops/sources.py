@@ -81,6 +81,8 @@ class Made(Protocol):
 
 def inputs_of(source: Source) -> tuple[Source, ...]:
     """The sources that a source is made from; itself where it is simply there."""
+    if type(source) is FileRange:
+        return (source,)
     if isinstance(source, (Rows, Wide)):
         return inputs_of(source.source)
     if isinstance(source, LowRank):

@@ -56,8 +56,9 @@ def plan(
     opened = Models(*_open(recipe.refs, models or {}))
     checkpoints = tuple(opened.checkpoints[ref] for ref in recipe.refs)
     warnings = dict.fromkeys((*recipe.warnings, *(text for c in checkpoints for text in c.warnings)))
-    if problems := [text for ref in recipe.refs for text in opened.inputs[ref].problems()]:
+    if problems := [text for ref in recipe.refs for text in opened.sources[ref].problems()]:
         raise CheckpointError(problems)
+    warnings |= dict.fromkeys(opened.align(recipe))
     outputs = Outputs(recipe, opened, seed)
     layers: list[tuple[ModelRef, int]] | None = None
     if recipe.slices:
@@ -108,6 +109,8 @@ def plan(
         carry=files,
         warnings=tuple(warnings),
         fingerprint=_fingerprint(text, checkpoints, where, config),
+        ties=outputs.inputs.ties,
+        dropped=outputs.inputs.dropped,
     )
 
 

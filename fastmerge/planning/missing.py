@@ -1,11 +1,24 @@
-"""What becomes of a tensor that some models lack: mergekit's rules, said aloud."""
+"""What becomes of a tensor that some models lack.
+
+It is an error, unless the tensor is known to be optional, or the model that lacks it is a *part* of the reference:
+all of one tower of it, or the few tensors that were trained. ``missing: merge`` in a recipe asks for mergekit's
+rules instead (:func:`fate`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING, Literal
 
 from fastmerge.methods.base import Method
+from fastmerge.planning.names import kind
+from fastmerge.planning.structure import Stack, Structure, roots
+
+if TYPE_CHECKING:
+    from fastmerge.checkpoint import TensorInfo
 
 Fate = Literal["merge", "single", "drop", "error"]
 
@@ -50,3 +63,117 @@ def fate(method: type[Method], present: Sequence[bool], base: int | None) -> Fat
     if pair and count == 1:
         return "single"
     return "drop" if base is not None and not pair else "error"
+
+
+_BUFFER = re.compile(
+    r"(^|\.)(inv_freq|position_ids|(cos|sin)_cached|num_batches_tracked|final_logits_bias)$|(attn|attention)\.masked_bias$"
+)
+_MASK = re.compile(r"(attn|attention)\.bias$")
+_VALUE_HEAD = re.compile(r"(^|\.)(v_head|value_head)\.")
+_PREDICTION = re.compile(r"(^|\.)mtp\.")
+
+
+def buffer(name: str, info: TensorInfo) -> bool:
+    """Whether a tensor is one that models make for themselves: rotary tables, masks, position numbers, counters."""
+    return bool(_BUFFER.search(name) or (len(info.shape) == 4 and _MASK.search(name)))
+
+
+def value_head(name: str) -> bool:
+    """Whether a tensor belongs to the value head that trainers put beside a model (TRL's ``v_head``)."""
+    return bool(_VALUE_HEAD.search(name))
+
+
+def optional(name: str, info: TensorInfo, structure: Structure) -> str | None:
+    """Why a model may do without a tensor; None where it may not.
+
+    Args:
+        name: of the tensor.
+        info: the tensor in one of the models that have it.
+        structure: of that model.
+    """
+    if buffer(name, info):
+        return "a buffer that models make for themselves"
+    if value_head(name):
+        return "a value head, which is no part of the model"
+    main = structure.main
+    split = main.split(name) if main is not None else None
+    if _PREDICTION.search(name) or (main is not None and split is not None and split[0] >= main.count):
+        return "a layer beyond the configured ones (multi-token prediction)"
+    return None
+
+
+def lost(whole: Iterable[str], structure: Structure, part: AbstractSet[str], *, like: bool) -> set[str]:
+    """Tensors that a model should have besides those that it has; without them it is a part of the whole.
+
+    Where the part lacks a tower (all that lies under the same module as a stack of layers and no other stack), it
+    has all or nothing of every other tower and module. Otherwise, and instead, it may hold the smaller share that
+    was trained: at most half of the kinds of tensors, whole modules, and those of every layer.
+
+    Args:
+        whole: names of the reference's tensors.
+        structure: of the reference.
+        part: names of the model's tensors, as the reference writes them.
+        like: whether the model may be a fine-tune of the reference that holds only what was trained.
+
+    Returns:
+        Names of the reference that the model lost; empty for a part.
+    """
+    towers = list(roots(structure).values())
+    groups: dict[str, list[str]] = {}
+    for name in whole:
+        groups.setdefault(_group(name, towers), []).append(name)
+    if not any(part.isdisjoint(groups.get(tower, ())) for tower in towers):
+        groups = {"": [n for names in groups.values() for n in names]}
+    out: set[str] = set()
+    for names in groups.values():
+        absent = [n for n in names if n not in part]
+        if len(absent) in (0, len(names)):
+            continue
+        kinds, present = {kind(n) for n in names}, {kind(n) for n in names if n in part}
+        gone = {kind(n) for n in absent}
+        modules = {k.rpartition(".")[0] for k in present}
+        partly = any(k.rpartition(".")[0] in modules for k in gone if "." in k)
+        if not like or partly or gone & present or 2 * len(present) > len(kinds):
+            out.update(absent)
+    return out
+
+
+def _group(name: str, towers: Sequence[str]) -> str:
+    """The tower that a tensor belongs to, or else the module that no tower shares with it."""
+    if not towers:
+        return ""
+    found = next((r for r in towers if name.startswith(r + ".")), None)
+    if found is not None:
+        return found
+    parts = name.split(".")
+    for n in range(1, len(parts)):
+        prefix = ".".join(parts[:n])
+        if not any(r == prefix or r.startswith(prefix + ".") for r in towers):
+            return prefix
+    return name
+
+
+def gaps(stack: Stack, names: Iterable[str], config: Mapping[str, object]) -> list[str]:
+    """Tensors that one layer of a model lost: all other layers are alike and have them, and it has the rest.
+
+    Whole modules that one layer lacks are no loss (models are built so), unless they are norms.
+    """
+    layers: list[set[str]] = [set() for _ in range(stack.count)]
+    for name in names:
+        split = stack.split(name)
+        if split is not None and split[0] < stack.count:
+            layers[split[0]].add(split[1])
+    alike = Counter(map(frozenset, layers))
+    full = max(alike, key=lambda s: (alike[s], len(s)), default=frozenset())
+    if len(alike) != 2 or alike[full] != stack.count - 1 or config.get("num_kv_shared_layers"):
+        return []
+    i, odd = next((i, s) for i, s in enumerate(layers) if s != full)
+    if not odd < full:
+        return []
+    modules = {suffix.partition(".")[0] for suffix in odd}
+    return [
+        f"{stack.prefix}.{i}.{suffix}"
+        for suffix in sorted(full - odd)
+        if "relative_attention_bias" not in suffix
+        and (suffix.partition(".")[0] in modules or (stack.count > 2 and "norm" in suffix))
+    ]

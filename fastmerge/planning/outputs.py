@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,8 +16,9 @@ from fastmerge.methods.passthrough import COPY, Passthrough
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op, Source, Spec
 from fastmerge.philox import checked_seed, tensor_key
-from fastmerge.planning.missing import fate
+from fastmerge.planning.inputs import Inputs
 from fastmerge.planning.rows import Models, Row
+from fastmerge.planning.shapes import Shapes
 from fastmerge.recipe import ModelRef, Part, Recipe
 from fastmerge.recipe.problems import dotted
 
@@ -30,20 +30,15 @@ SHOWN = 200
 
 _COPIER = Passthrough(scale=(None,))
 
-_EMBEDDINGS = tuple(
-    f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
-)
-
 
 @dataclass
 class Notes:
     """What was found on the way."""
 
     recipe: dict[str, None] = field(default_factory=dict)
-    shapes: list[str] = field(default_factory=list)
+    shapes: Shapes = field(default_factory=Shapes)
     other: list[str] = field(default_factory=list)
     warnings: dict[str, None] = field(default_factory=dict)
-    missing: dict[tuple[str, tuple[str, ...]], list[str]] = field(default_factory=dict)
     untied: bool = False
 
     def check(self) -> None:
@@ -55,17 +50,12 @@ class Notes:
             CheckpointError: otherwise.
         """
         if self.recipe:
-            raise RecipeError(_cut(list(self.recipe)))
+            raise RecipeError(list(self.recipe))
+        shapes = self.shapes.lines()
         if self.other:
-            raise CheckpointError(_cut(self.other + self.shapes))
-        if self.shapes:
-            raise ShapeError(_cut(self.shapes))
-
-    def warn_missing(self) -> None:
-        """One warning for each kind of tensor that some models lack."""
-        for (what, refs), names in self.missing.items():
-            more = f", ... ({len(names)} tensors)" if len(names) > 3 else ""
-            self.warnings[f"missing from {', '.join(map(repr, refs))}: {', '.join(names[:3])}{more}: {what}"] = None
+            raise CheckpointError(self.other + shapes)
+        if shapes:
+            raise ShapeError(shapes)
 
 
 class Outputs:
@@ -83,6 +73,7 @@ class Outputs:
         self.seed = checked_seed(seed)
         self.method = recipe.method
         self.notes = Notes()
+        self.inputs = Inputs(recipe, models)
         self.position = {ref: i for i, ref in enumerate(recipe.refs)}
         wanted = recipe.out_dtype or recipe.dtype
         self.wanted = BY_NAME[wanted] if wanted else None
@@ -96,30 +87,15 @@ class Outputs:
             RecipeError, CheckpointError, ShapeError: with everything that stands in the way.
         """
         out: list[Op] = []
-        lacking = [[0] * len(part.refs) for part in self.parts]
-        totals = Counter([row.part for row in rows])
-        for row in rows:
+        for row, who, infos, single, copies in self.inputs.find(rows):
             part = self.parts[row.part]
-            found = part.find(row)
-            if not all(found):
-                for i, info in enumerate(found):
-                    lacking[row.part][i] += info is None
-                found, single = self._incomplete(row, part, found)
-                who = tuple([i for i in part.order if found[i] is not None])
-                if not who:
-                    continue
-            else:
-                who, single = part.order, part.alone
-            infos = tuple([info for i in who if (info := found[i]) is not None])
-            made = self._op(row, part, who, infos, single=single)
+            made = self._op(row, part, who, infos, single=single or part.alone)
             if made is not None:
                 out.append(made)
-        for i, (part, lacks) in enumerate(zip(self.parts, lacking, strict=True)):
-            for ref, n in zip(part.refs, lacks, strict=True):
-                if 2 * n > totals[i]:
-                    self.notes.other.insert(
-                        0, f"{str(ref)!r} lacks {n} of {totals[i]} tensors: it does not look like the same architecture"
-                    )
+                out += [made._replace(name=name) for name in copies]
+        self.notes.other += self.inputs.problems
+        self.notes.warnings |= self.inputs.warnings
+        self.notes.untied = self.inputs.ties.untied
         lost = [dict.fromkeys(part.resolver.unmatched()) for part in self.parts]
         used = {
             f for part, names in zip(self.parts, lost, strict=True) for f in part.resolver.filters if f not in names
@@ -129,49 +105,8 @@ class Outputs:
             self.notes.warnings[f"the filter {pattern!r} matches no tensor name"] = None
         if len(idle) > SHOWN:
             self.notes.warnings[f"{len(idle) - SHOWN:,} more filters match no tensor name"] = None
-        self.notes.warn_missing()
         self.notes.check()
         return tuple(out)
-
-    def _incomplete(
-        self, row: Row, part: _Part, found: list[TensorInfo | None]
-    ) -> tuple[list[TensorInfo | None], bool]:
-        """What there is of a tensor that some models lack (none: no output), and whether one alone passes through."""
-        refs = [str(ref) for ref, info in zip(part.refs, found, strict=True) if info is None]
-        tied = [self._tied(ref, row, info, found) for ref, info in zip(part.refs, found, strict=True)]
-        if any(t is not i for t, i in zip(tied, found, strict=True)):
-            self.notes.untied = True
-            what = "the tied embedding takes its place"
-            self.notes.missing.setdefault((what, tuple(refs)), []).append(row.name)
-            found = tied
-            refs = [str(ref) for ref, info in zip(part.refs, found, strict=True) if info is None]
-        decision = fate(self.method, [info is not None for info in found], part.base)
-        nothing: list[TensorInfo | None] = [None] * len(found)
-        if decision == "merge" and not refs:
-            return found, False
-        if decision == "error":
-            base = part.base is not None and found[part.base] is None
-            why = "the base must have it" if base else f"{self.method.name!r} needs more of its inputs"
-            self.notes.other.append(f"{row.name}: missing from {', '.join(map(repr, refs))}: {why}")
-            return nothing, False
-        what = {
-            "merge": "the others are merged",
-            "single": "taken over from the one model that has it",
-            "drop": "too few models have it; it is not in the output",
-        }[decision]
-        self.notes.missing.setdefault((what, tuple(refs)), []).append(row.name)
-        return nothing if decision == "drop" else found, decision == "single"
-
-    def _tied(
-        self, ref: ModelRef, row: Row, info: TensorInfo | None, found: Sequence[TensorInfo | None]
-    ) -> TensorInfo | None:
-        """The embedding of a model that has no head of its own, where it fits in its place."""
-        if info is not None or not row.name.endswith("lm_head.weight"):
-            return info
-        tensors = self.models.tensors(ref)
-        shape = next(i.shape for i in found if i is not None)
-        embeddings = [i for name, i in tensors.items() if name.endswith(_EMBEDDINGS)]
-        return embeddings[0] if len(embeddings) == 1 and embeddings[0].shape == shape else None
 
     def _op(
         self, row: Row, part: _Part, who: tuple[int, ...], infos: tuple[TensorInfo, ...], *, single: bool
@@ -189,7 +124,7 @@ class Outputs:
             made = False
         else:
             copied = len(infos) == 1 and self.wanted is None
-            pairs = [part.inputs[i].source(info, copied=copied) for i, info in zip(who, infos, strict=True)]
+            pairs = [part.sources[i].source(info, copied=copied) for i, info in zip(who, infos, strict=True)]
             inputs, wanted = tuple([s for s, _ in pairs]), tuple([d for _, d in pairs])
             types = tuple([s.dtype for s in inputs])
             made = any(type(s) is not FileRange for s in inputs)
@@ -256,17 +191,7 @@ class Outputs:
         self.notes.other.append(f"{row.name}: types that cannot be merged: {shown}")
 
     def _shapes(self, row: Row, part: _Part, who: Sequence[int], infos: Sequence[TensorInfo]) -> None:
-        shown = ", ".join(f"{str(part.refs[i])!r} {list(f.shape)}" for i, f in zip(who, infos, strict=True))
-        shapes = {info.shape for info in infos}
-        vocabulary = len({s[1:] for s in shapes}) == 1 and all(s and s[0] > 1000 for s in shapes)
-        lower = row.name.lower()
-        hint = ""
-        if vocabulary or any(word in lower for word in ("embed", "wte", "lm_head")):
-            hint = (
-                "; vocabularies of different size (padding or added tokens) need 'tokenizer' work that is not "
-                "supported yet: resize the models to one vocabulary first"
-            )
-        self.notes.shapes.append(f"{row.name}: shapes differ: {shown}{hint}")
+        self.notes.shapes.add(row.name, [(str(part.refs[i]), f.shape) for i, f in zip(who, infos, strict=True)])
 
 
 class _Part:
@@ -276,8 +201,8 @@ class _Part:
         method: type[Method] = owner.method
         self.refs = [s.model for s in part.sources]
         self.positions = [owner.position[ref] for ref in self.refs]
-        self.inputs = [owner.models.inputs[ref] for ref in self.refs]
-        self.plain = all(i.plain for i in self.inputs)
+        self.sources = [owner.models.sources[ref] for ref in self.refs]
+        self.plain = all(i.plain for i in self.sources)
         self.base = self.refs.index(part.base) if part.base is not None else None
         self.alone = self.base is not None and len(self.refs) == 1
         self.resolver = Resolver(
@@ -288,20 +213,12 @@ class _Part:
             place=f"{dotted(part.loc)}: ",
             models=[str(ref) for ref in self.refs],
         )
-        self.tensors = [owner.models.tensors(ref) for ref in self.refs]
         order = list(range(len(self.refs)))
         if self.base is not None:
             order.remove(self.base)
             order.insert(0, self.base)
         self.order = tuple(order)
         self.index = dict(enumerate(model_indices(recipe, part)))
-
-    def find(self, row: Row) -> list[TensorInfo | None]:
-        """The tensor in each source."""
-        if isinstance(row.inputs, str):
-            name = row.inputs
-            return [t.get(name) for t in self.tensors]
-        return [t.get(n) for t, n in zip(self.tensors, row.inputs, strict=True)]
 
     def outcome(self, row: Row) -> tuple[object, ...]:
         """All that a tensor's names and place say about its parameters: equal for equal ones."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastmerge.ops.sources import FileRange, inputs_of
+from fastmerge.planning.account import Account, Dropped
+from fastmerge.planning.tied import Ties
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint, Layout
@@ -27,6 +32,8 @@ class Plan:
         carry: further files of the output: name, and the file to copy or the bytes.
         warnings: what deserves a look, each once.
         fingerprint: equal exactly where the same merge of the same files would give the same directory.
+        ties: what became of tied tensors.
+        dropped: for each model and rule the tensors that are left out; see :attr:`account`.
     """
 
     recipe: Recipe
@@ -38,6 +45,22 @@ class Plan:
     carry: tuple[tuple[str, Path | bytes], ...]
     warnings: tuple[str, ...]
     fingerprint: str
+    ties: Ties = field(default_factory=Ties)
+    dropped: Dropped = field(default_factory=dict)
+
+    @functools.cached_property
+    def account(self) -> Account:
+        """Every tensor of every model: merged, copied, or dropped by which rule."""
+        refs = [str(ref) for ref in self.recipe.refs]
+        refs += [c.ref for c in self.checkpoints[len(refs) :]]
+        uses = (
+            (source.model, source.info.name, op.spec.grain != "copy")
+            for op in self.ops
+            for made in op.inputs
+            for source in inputs_of(made)
+            if isinstance(source, FileRange)
+        )
+        return Account.of(list(zip(refs, self.checkpoints, strict=True)), uses, self.dropped)
 
     def summary(self) -> dict[str, Any]:
         """Counts and bytes, as plain values for people and JSON.
@@ -46,7 +69,8 @@ class Plan:
             ``method``, ``models``, ``tensors`` (``merged``, ``converted``, ``copied``, ``compared``: numbers
             of outputs by what happens to them), ``elements``, ``bytes_in`` (read once), ``bytes_out``,
             ``bytes_copied`` (of both, without computing), ``shards``, ``dtypes`` (bytes of the output by
-            type), ``seed``, ``fingerprint``, ``warnings``.
+            type), ``account`` (for each model how many of its tensors became what), ``seed``, ``fingerprint``,
+            ``warnings``.
         """
         actions: Counter[str] = Counter(merged=0, converted=0, copied=0, compared=0)
         dtypes: Counter[str] = Counter()
@@ -74,6 +98,7 @@ class Plan:
             "bytes_copied": copied,
             "shards": len(self.layout.shards),
             "dtypes": dict(dtypes),
+            "account": self.account.counts(),
             "seed": self.seed,
             "fingerprint": self.fingerprint,
             "warnings": list(self.warnings),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastmerge.errors import RecipeError
-from fastmerge.planning.inputs import Inputs
-from fastmerge.planning.structure import Stack, Structure, is_pre, structure
+from fastmerge.errors import CheckpointError, RecipeError, ShapeError
+from fastmerge.planning.names import align, kind, unwrapped
+from fastmerge.planning.restack import Layers, incomplete, sizes
+from fastmerge.planning.sources import ModelSources
+from fastmerge.planning.structure import Stack, Structure, is_last_norm, is_post, is_pre, roots, structure
 from fastmerge.recipe import ModelRef, Part, Recipe
 
 if TYPE_CHECKING:
@@ -38,24 +40,65 @@ class Models:
     def __init__(self, checkpoints: Mapping[ModelRef, Checkpoint], adapters: Mapping[ModelRef, Adapter]) -> None:
         self.checkpoints = checkpoints
         self.adapters = adapters
-        self.inputs = {
-            ref: Inputs(
-                c, i, adapters.get(ref), len(checkpoints) + list(adapters).index(ref) if ref in adapters else -1
-            )
+        at = {ref: len(checkpoints) + i for i, ref in enumerate(adapters)}
+        self.sources = {
+            ref: ModelSources(c, i, adapters.get(ref), at.get(ref, -1))
             for i, (ref, c) in enumerate(checkpoints.items())
         }
+        self._tensors: dict[ModelRef, Mapping[str, TensorInfo]] = {r: c.tensors for r, c in checkpoints.items()}
         self._structures: dict[ModelRef, Structure] = {}
         self._orders: dict[ModelRef, list[str]] = {}
 
+    def align(self, recipe: Recipe) -> list[str]:
+        """Gives all models that are merged the names of one of them: the base, else the first.
+
+        Returns:
+            A line for each model whose names were changed.
+
+        Raises:
+            CheckpointError: where a model has no name in common with that one.
+        """
+        refs = list(dict.fromkeys(s.model for part in recipe.parts for s in part.sources))
+        first = recipe.base_model if recipe.base_model in refs else refs[0]
+        if all(self._tensors[ref].keys() == self._tensors[first].keys() for ref in refs):
+            return []
+        out, problems = [], []
+        for ref in refs:
+            names = unwrapped(self._tensors[ref])
+            if names is not None:
+                self._tensors[ref] = {names[n]: info for n, info in self._tensors[ref].items()}
+                out.append(f"{str(ref)!r}: names are read without what wrappers left ('module.', '_orig_mod.')")
+        whole = self._tensors[first]
+        for ref in refs:
+            own = self._tensors[ref]
+            if own.keys() == whole.keys() or not whole or not own:
+                continue
+            found = align(whole, own)
+            if found.rules:
+                self._tensors[ref] = {found.names[n]: info for n, info in own.items()}
+                out.append(f"{str(ref)!r}: names are read as {str(first)!r} writes them: {'; '.join(found.rules)}")
+            if self._tensors[ref].keys().isdisjoint(whole.keys()):
+                problems.append(
+                    f"{str(ref)!r} has no tensor name in common with {str(first)!r} ({_example(own)} here, "
+                    f"{_example(whole)} there): not the same architecture, or names that no prefix explains"
+                )
+        if problems:
+            raise CheckpointError(problems)
+        return out
+
     def tensors(self, ref: ModelRef) -> Mapping[str, TensorInfo]:
-        """Tensors of a model by name."""
-        return self.checkpoints[ref].tensors
+        """Tensors of a model, by the names that the reference uses once :meth:`align` has matched them."""
+        return self._tensors[ref]
+
+    def config(self, ref: ModelRef) -> Mapping[str, Any]:
+        """Its config.json."""
+        return self.checkpoints[ref].config
 
     def structure(self, ref: ModelRef) -> Structure:
         """Its stacks of layers."""
         if ref not in self._structures:
             found = self.checkpoints[ref]
-            self._structures[ref] = structure(found.tensors, found.config)
+            self._structures[ref] = structure(self.tensors(ref), found.config)
         return self._structures[ref]
 
     def order(self, ref: ModelRef) -> list[str]:
@@ -63,6 +106,37 @@ class Models:
         if ref not in self._orders:
             self._orders[ref] = list(self.tensors(ref))
         return self._orders[ref]
+
+
+class Sources:
+    """The sources of one part of the recipe, prepared for the loop."""
+
+    def __init__(self, recipe: Recipe, part: Part, models: Models) -> None:
+        self.refs = [s.model for s in part.sources]
+        self.base = self.refs.index(part.base) if part.base is not None else None
+        self.first = self.refs.index(reference(recipe, part))
+        self.tensors = [models.tensors(ref) for ref in self.refs]
+        order = list(range(len(self.refs)))
+        if self.base is not None:
+            order.insert(0, order.pop(self.base))
+        self.order = tuple(order)
+
+    def find(self, row: Row) -> list[TensorInfo | None]:
+        """The tensor in each source."""
+        name = row.inputs
+        if isinstance(name, str):
+            return [t.get(name) for t in self.tensors]
+        return [t.get(n) for t, n in zip(self.tensors, name, strict=True)]
+
+    def name(self, row: Row, i: int) -> str:
+        """Its name in one source."""
+        return row.inputs if isinstance(row.inputs, str) else row.inputs[i]
+
+
+def _example(names: Iterable[str]) -> str:
+    """A name that tells how a model writes its names: one of a layer, where there is one."""
+    names = list(names)
+    return next((n for n in names if kind(n) != n), names[0])
 
 
 def reference(recipe: Recipe, part: Part) -> ModelRef:
@@ -123,6 +197,7 @@ class _Slicer:
     def __init__(self, recipe: Recipe, parts: Sequence[Part], models: Models) -> None:
         self.parts = parts
         self.models = models
+        self.strict = getattr(recipe, "missing", None) != "merge"
         self.sources = [_reference_first(recipe, part) for part in parts]
         self.stacks = _stacks(recipe, parts, models)
         self.before: dict[str, bool] = {}
@@ -138,6 +213,7 @@ class _Slicer:
             ref = self.sources[i][0]
             at = [s.model for s in part.sources].index(ref)
             layers += [(ref, layer) for layer in range(*part.ranges[at])]
+        self.check(rows, layers)
         last = len(self.parts) - 1
         main = self.stacks[self.sources[last][0]]
         for n in self.names(last):
@@ -148,22 +224,52 @@ class _Slicer:
                 rows.append(Row(out, last, n))
         return Stacked(self.as_in_file(rows) if len(self.parts) == 1 else rows, layers)
 
+    def check(self, rows: Sequence[Row], layers: Sequence[tuple[ModelRef, int]]) -> None:
+        """Refuses layers that fit no one model.
+
+        Raises:
+            CheckpointError: where a layer lacks what all layers of one of the models have.
+            ShapeError: where the layers of two models have different sizes.
+        """
+        models = {str(ref): Layers(stack, self.models.tensors(ref)) for ref, stack in self.stacks.items()}
+        made: list[set[str]] = [set() for _ in layers]
+        stack = Stack(next(iter(self.stacks.values())).prefix, len(layers), 0)
+        for row in rows:
+            split = stack.split(row.name)
+            if split is not None:
+                made[split[0]].add(split[1])
+        found = [(str(ref), layer, suffixes) for (ref, layer), suffixes in zip(layers, made, strict=True)]
+        problems = incomplete(models, found) if self.strict else []
+        if problems:
+            raise CheckpointError(problems)
+        problems = sizes(models, {str(ref): self.models.checkpoints[ref].config for ref in self.stacks})
+        if problems:
+            raise ShapeError(problems)
+
     def names(self, i: int) -> Iterable[str]:
         """All names of the sources of a part, the reference's first."""
         return dict.fromkeys(n for ref in self.sources[i] for n in self.models.order(ref))
 
     def outside(self, ref: ModelRef) -> Iterator[tuple[str, bool]]:
         """Names outside the main stack, and whether they come before it."""
-        found, main = self.models.structure(ref), self.stacks[ref]
+        main = self.stacks[ref]
+        towers = roots(self.models.structure(ref))
+        own = towers.get(main.prefix, "")
+        others = tuple(f"{root}." for prefix, root in towers.items() if prefix != main.prefix)
+        names = self.models.order(ref)
+        ends = [is_last_norm(n) for n in names if main.split(n) is None and (not own or n.startswith(own + "."))]
+        last_norm = True not in ends
         before = True
-        for name in self.models.order(ref):
+        for name in names:
             split = main.split(name)
             if split is not None and split[0] < main.count:
                 before = False
             elif split is not None:
                 yield name, False
             else:
-                yield name, is_pre(name, before_layers=before, other_stack=found.place(name) is not None)
+                apart = bool(own) and not name.startswith(own + ".") and not is_post(name.split(".")[0])
+                tower = name.startswith(others) if others else False
+                yield name, is_pre(name, before_layers=before, other_tower=apart or tower, last_norm=last_norm)
 
     def slice(self, i: int, offset: int) -> Iterator[Row]:
         """Rows of one slice, as they lie in the reference model's files."""

@@ -21,8 +21,11 @@ TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config"
 EXTRA_LAYERS = 4
 """At most so many layers beyond the configured count (multi-token prediction) are not part of the stack."""
 
+_OTHER_TOWER = re.compile(r"(^|\.)mtp\.|vision|visual|image|video|audio|speech|vit\b|whisper|siglip|clip")
+_EXPERTS = re.compile(r"(^|[._])experts?$")
 _INDEX = re.compile(r"\.(0|[1-9][0-9]{0,5})(?=\.)")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)(\.|$)")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|mtp)(\.|$)")
+_NORM = re.compile(r"(^|\.)embed\w*_?norm(\.|$)")
 _PRE = re.compile(r"embed|wte|wpe|word_emb|tok_emb|position|pos_emb")
 _POST = re.compile(
     r"(^|\.)(output|output_layer|head|score|classifier|pooler|cls|norm|norm_f|ln_f|ln_out)(\.|$)|final|logit"
@@ -100,6 +103,7 @@ def structure(names: Iterable[str], config: Mapping[str, Any]) -> Structure:
     def free(prefix: str) -> bool:
         return not any(prefix == p or prefix.startswith(p + ".") or p.startswith(prefix + ".") for p in chosen)
 
+    by_depth = [p for p in by_depth if not _EXPERTS.search(p)]
     for prefix in by_depth:
         if max(indices[prefix]) + 1 in counts and free(prefix):
             chosen[prefix] = max(indices[prefix]) + 1
@@ -115,6 +119,8 @@ def structure(names: Iterable[str], config: Mapping[str, Any]) -> Structure:
             chosen[prefix] = count
     stacks = tuple(sorted((Stack(p, n, tensors[p]) for p, n in chosen.items()), key=lambda s: -s.tensors))
     fitting = stacks[:1] if primary is None else tuple(s for s in stacks if s.count == primary)
+    if len(fitting) > 1:  # a vision tower, or layers that predict further tokens, of the same number
+        fitting = tuple(s for s in fitting if not _OTHER_TOWER.search(s.prefix.lower()))
     if config.get("is_encoder_decoder"):
         fitting = ()
     main = fitting[0] if len(fitting) == 1 else None
@@ -122,19 +128,53 @@ def structure(names: Iterable[str], config: Mapping[str, Any]) -> Structure:
     return Structure(stacks, main, keys)
 
 
-def is_pre(name: str, *, before_layers: bool, other_stack: bool) -> bool:
+def is_pre(name: str, *, before_layers: bool, other_tower: bool, last_norm: bool = False) -> bool:
     """Whether a tensor outside the main stack belongs before the layers (first slice) or after (last slice).
 
-    A head (``lm_head``, ``embed_out``) comes after; names with ``embed``, ``wte``, ``wpe``, ``position``
-    before; norms, heads, ``final...``, classifiers after; other stacks (vision towers) before; anything
-    else as it lies in the file, before or after the first layer.
+    A head (``lm_head``, ``embed_out``) and what predicts further tokens come after; other towers (vision) before,
+    whole; names with ``embed``, ``wte``, ``wpe``, ``position`` before; norms, heads, ``final...``, classifiers after;
+    anything else as it lies in the file, before or after the first layer.
+
+    Args:
+        name: of the tensor.
+        before_layers: whether it lies before the first layer in the file.
+        other_tower: whether it is no part of the tower that holds the main stack.
+        last_norm: whether a norm that is named after embeddings is the last one, for want of another.
     """
     lower = name.lower()
     if _HEAD.search(lower):
         return False
-    if other_stack or _PRE.search(lower):
+    if other_tower:
         return True
-    return not _POST.search(lower) and before_layers
+    if last_norm and _NORM.search(lower):
+        return False
+    if _PRE.search(lower):
+        return True
+    return not is_post(name) and before_layers
+
+
+def is_post(name: str) -> bool:
+    """Whether a name is one of a norm, a head or a classifier."""
+    return bool(_POST.search(name.lower()))
+
+
+def is_last_norm(name: str) -> bool | None:
+    """Whether a tensor outside the layers is surely the last norm; None for a norm that is named after embeddings."""
+    lower = name.lower()
+    if _NORM.search(lower):
+        return None
+    return bool(re.search(r"(^|\.)(\w*norm\w*|ln_f|ln_out)(\.|$)", lower)) and not _PRE.search(lower)
+
+
+def roots(structure: Structure) -> dict[str, str]:
+    """For each stack the outermost module that holds it and no other stack; empty for a single stack."""
+    prefixes = [s.prefix.split(".") for s in structure.stacks]
+    out: dict[str, str] = {}
+    for parts in prefixes if len(prefixes) > 1 else ():
+        others = [p for p in prefixes if p is not parts]
+        n = next((n for n in range(1, len(parts)) if all(p[:n] != parts[:n] for p in others)), len(parts))
+        out[".".join(parts)] = ".".join(parts[:n])
+    return out
 
 
 def _counts(

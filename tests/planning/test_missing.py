@@ -4,6 +4,7 @@ import pytest
 
 from fastmerge.errors import CheckpointError, RecipeError
 from fastmerge.methods import METHODS
+from fastmerge.recipe import Recipe
 from tests.planning.plans import LINEAR, SLERP, STOCK, TIES, by_name, make, names
 from tests.recipe.fakes import checkpoint, llama
 
@@ -13,70 +14,251 @@ def without(model, *parts):
     return checkpoint(kept, config=dict(model.config))
 
 
-def test_methods_without_a_base_merge_what_is_there():
-    extra = {"bias": (8,)}
-    made = make(LINEAR, a=llama(extra=extra), b=llama())
-    out = by_name(made)["bias"]
-    assert (out.method, len(out.inputs), len(out.group.models)) == (METHODS["linear"], 1, 1)
-    assert made.warnings == ("missing from 'b': bias: the others are merged",)
-    text = LINEAR.replace("{model: b}", "{model: b}, {model: c}")
-    made = make(text, a=llama(extra=extra), b=llama(), c=llama(extra=extra))
-    out = by_name(made)["bias"]
-    assert out.models == (0, 2)
-    assert out.group.indices == (0, 2)
-    assert len(out.group.models) == 2
-    assert made.warnings == ("missing from 'b': bias: the others are merged",)
+def lacking(text, **models):
+    """The only problem of a merge that lacks tensors."""
+    with pytest.raises(CheckpointError) as e:
+        make(text, **models)
+    (only,) = e.value.problems
+    return only
 
 
-def test_tensors_that_the_first_model_lacks_come_last():
-    made = make(LINEAR, a=llama(), b=llama(extra={"bias": (8,)}))
-    assert names(made)[-1] == "bias"
+class TestRequired:
+    """What every model must have, whatever the method is."""
+
+    COPY = "merge_method: passthrough\nslices:\n" + "".join(
+        f"  - sources: [{{model: {m}, layer_range: [0, 4]}}]\n" for m in "ab"
+    )
+
+    @pytest.mark.parametrize("text", [LINEAR, TIES, SLERP, STOCK], ids=["linear", "ties", "slerp", "model_stock"])
+    @pytest.mark.parametrize("name", ["layers.1.self_attn.q_proj", "model.norm", "embed_tokens", "q_proj"])
+    def test_a_lost_tensor_is_an_error(self, text, name):
+        models = {"base": llama(), "a": llama(), "b": without(llama(), name)}
+        said = lacking(text, **models)
+        assert name in said.replace("layers.*", "layers.1")
+        assert "missing from 'b'" in said
+
+    @pytest.mark.parametrize("lost", [("a", "b"), ("b", "a")])
+    def test_a_layer_of_a_slice_that_lost_one(self, lost):
+        broken, fine = lost
+        models = {broken: without(llama(), "layers.2.self_attn.q_proj"), fine: llama()}
+        said = lacking(self.COPY, **models)
+        assert f"'{broken}' lacks model.layers.2.self_attn.q_proj.weight" in said
+
+    def test_a_layer_of_a_lone_model_that_lost_one(self):
+        copy = "merge_method: passthrough\nmodels: [{model: a}]\n"
+        rest = {f"model.layers.{i}.self_attn.k_proj.weight": (8, 8) for i in range(2)}
+        said = lacking(copy, a=without(llama(2, extra=rest), "layers.1.self_attn.q_proj"))
+        assert "'a' lost model.layers.1.self_attn.q_proj.weight" in said
+        said = lacking(copy, a=without(llama(4), "layers.1.input_layernorm"))
+        assert "'a' lost model.layers.1.input_layernorm.weight" in said
+
+    def test_layers_that_are_built_apart_lost_nothing(self):
+        copy = "merge_method: passthrough\nmodels: [{model: a}]\n"
+        dense = without(llama(4), "layers.0.mlp")
+        assert make(copy, a=dense), "a layer without a module that others have"
+
+    def test_the_base_must_have_it(self):
+        said = lacking(TIES, base=llama(), a=llama(extra={"bias": (8,)}), b=llama())
+        assert "bias (missing from 'base', 'b')" in said.replace("'b', 'base'", "'base', 'b'")
+        assert "the base must have them" in said
+
+    def test_two_layouts_of_experts(self):
+        single = {f"model.layers.{i}.moe.experts.{e}.w1.weight": (2, 8) for i in range(4) for e in range(3)}
+        fused = {f"model.layers.{i}.mlp.experts.gate_up_proj": (3, 2, 8) for i in range(4)}
+        said = lacking(LINEAR, a=llama(extra=single), b=llama(extra=fused))
+        assert "model.layers.*.moe.experts.*.w1.weight (12 tensors) (missing from 'b')" in said
+        assert "the experts are fused in one model and single in another" in said
+
+    def test_many_are_one_line(self):
+        said = lacking(LINEAR, a=llama(9), b=without(llama(9), "q_proj"))
+        assert "model.layers.*.self_attn.q_proj.weight (9 tensors)" in said
+
+    def test_other_architectures(self):
+        b = checkpoint({"lm_head.weight": (32, 8), "x": (1,)})
+        assert "missing from 'b'" in lacking(LINEAR, a=llama(), b=b)
+        said = lacking(LINEAR, a=llama(), b=checkpoint({"y": (1,), "h.0.x": (1,)}))
+        assert "'b' has no tensor name in common with 'a' (h.0.x here, model.layers.0.input_layernorm" in said
+
+    def test_a_lost_head_is_not_replaced(self):
+        untied = {"tie_word_embeddings": False}
+        said = lacking(TIES, base=llama(), a=llama(), b=llama(head=False, config=untied))
+        assert "lm_head.weight" in said
+        assert "config.json of 'b' says that its head is not tied" in said
 
 
-def test_the_base_must_have_it():
-    with pytest.raises(CheckpointError, match="bias: missing from 'b', 'base': the base must have it"):
-        make(TIES, base=llama(), a=llama(extra={"bias": (8,)}), b=llama())
+class TestOptional:
+    """What a model may do without."""
+
+    @pytest.mark.parametrize("name", ["rotary_emb.inv_freq", "h.0.attn.masked_bias", "position_ids"])
+    @pytest.mark.parametrize("text", [LINEAR, TIES, SLERP, STOCK], ids=["linear", "ties", "slerp", "model_stock"])
+    def test_buffers(self, text, name):
+        have, lack = llama(extra={name: (4,)}), llama()
+        first = make(text, base=have, a=have, b=lack)
+        assert name in names(first)
+        second = make(text, base=lack, a=lack, b=have)
+        assert name not in names(second)
+        assert any("a buffer that models make for themselves" in w for w in second.warnings)
+
+    def test_masks_have_four_dimensions(self):
+        mask, bias = {"h.0.attn.bias": (1, 1, 4, 4)}, {"h.0.attn.bias": (4,)}
+        assert "h.0.attn.bias" in names(make(LINEAR, a=llama(extra=mask), b=llama()))
+        assert "h.0.attn.bias" in lacking(LINEAR, a=llama(extra=bias), b=llama())
+
+    def test_value_heads_are_left_out_unless_every_model_has_one(self):
+        head = llama(extra={"v_head.summary.weight": (1, 8)})
+        for a, b in ((head, llama()), (llama(), head)):
+            made = make(LINEAR, a=a, b=b)
+            assert "v_head.summary.weight" not in names(made)
+            assert any("a value head" in w for w in made.warnings)
+        assert "v_head.summary.weight" in names(make(LINEAR, a=head, b=head))
+
+    def test_prediction_layers(self):
+        extra = {"model.layers.4.eh_proj.weight": (8, 8), "mtp.fc.weight": (8, 8)}
+        made = by_name(make(TIES, base=llama(extra=extra), a=llama(extra=extra), b=llama()))
+        assert made["model.layers.4.eh_proj.weight"].models == (0, 1)
+        assert "mtp.fc.weight" not in names(make(TIES, base=llama(), a=llama(extra=extra), b=llama()))
+        alone = by_name(make(LINEAR, a=llama(extra=extra), b=llama()))
+        assert alone["mtp.fc.weight"].method is None
 
 
-def test_the_base_alone_passes_through_and_others_are_skipped():
-    extra = {"bias": (8,)}
-    made = make(TIES + "dtype: float32\n", base=llama(extra=extra), a=llama(), b=llama())
-    out = by_name(made)["bias"]
-    assert (out.method, len(out.inputs), out.dtype.name) == (METHODS["passthrough"], 1, "float32")
-    made = make(TIES, base=llama(extra=extra), a=llama(), b=llama(extra=extra))
-    out = by_name(made)["bias"]
-    assert out.models == (0, 2)
-    assert out.group.indices == (1,)
+class TestParts:
+    """Models that are a part of the reference."""
+
+    @staticmethod
+    def clip():
+        out = {"logit_scale": (), "visual_projection.weight": (4, 8), "text_projection.weight": (4, 8)}
+        for side in ("text", "vision"):
+            for i in range(2):
+                out[f"{side}_model.encoder.layers.{i}.mlp.fc1.weight"] = (8, 8)
+                out[f"{side}_model.encoder.layers.{i}.mlp.fc2.weight"] = (8, 8)
+            out[f"{side}_model.norm.weight"] = (8,)
+        return out
+
+    def tower(self, side="vision_model", lost="?"):
+        kept = {n: s for n, s in self.clip().items() if n.startswith(side) and lost not in n}
+        return checkpoint(kept, config={"model_type": "clip_vision_model", "num_hidden_layers": 2})
+
+    @property
+    def whole(self):
+        return checkpoint(self.clip(), config={"model_type": "clip", "vision_config": {"num_hidden_layers": 2}})
+
+    def test_a_tower_of_the_base(self):
+        made = make(TIES, base=self.whole, a=self.tower(), b=self.tower())
+        out = by_name(made)
+        assert set(out) == set(self.clip())
+        assert all(len(o.inputs) == (3 if n.startswith("vision_model") else 1) for n, o in out.items())
+        (only,) = made.warnings
+        assert "(8 tensors): a part of 'base': taken from 'base' alone" in only
+
+    def test_a_tower_beside_a_whole_model(self):
+        out = by_name(make(TIES, base=self.whole, a=self.tower(), b=self.whole))
+        assert out["text_model.norm.weight"].models == (0, 2)
+
+    @pytest.mark.parametrize("lost", ["layers.1.mlp.fc1", "fc1", "norm"])
+    def test_a_tower_that_lost_something(self, lost):
+        assert lost in lacking(TIES, base=self.whole, a=self.tower(lost=lost), b=self.whole).replace("*", "1")
+
+    def test_a_whole_model_that_lost_a_module_is_no_part(self):
+        kept = {n: s for n, s in self.clip().items() if n != "logit_scale"}
+        b = checkpoint(kept, config={"model_type": "clip"})
+        assert "logit_scale (missing from 'b')" in lacking(TIES, base=self.whole, a=self.whole, b=b)
+
+    @pytest.mark.parametrize("head", [True, False])
+    def test_a_text_model_with_and_without_its_head(self, head):
+        untied = {"tie_word_embeddings": False, "num_hidden_layers": 4}
+        vision = {f"visual.blocks.{i}.mlp.w": (8, 8) for i in range(3)}
+        vlm, text = llama(extra=vision, config=untied), llama(config=untied, head=head)
+        if head:
+            out = by_name(make(TIES, base=vlm, a=text, b=text))
+            assert (len(out["lm_head.weight"].inputs), len(out["visual.blocks.1.mlp.w"].inputs)) == (3, 1)
+        else:
+            assert "'b' says that its head is not tied" in lacking(TIES, base=vlm, a=vlm, b=text)
+
+    def test_methods_without_a_base_take_what_one_model_alone_has(self):
+        made = make(LINEAR, a=self.whole, b=self.tower())
+        assert by_name(made)["logit_scale"].method is None
+        three = LINEAR.replace("{model: b}", "{model: b}, {model: c}")
+        assert "logit_scale" in lacking(three, a=self.whole, b=self.tower(), c=self.whole)
+
+    def test_model_stock_needs_two(self):
+        assert "logit_scale" in lacking(STOCK, base=self.whole, a=self.whole, b=self.tower())
+
+    def test_the_reference_is_no_part(self):
+        assert "missing from 'a'" in lacking(LINEAR, a=self.tower(), b=self.whole)
+
+    def test_only_what_was_trained(self):
+        kept = {n: i.shape for n, i in llama().tensors.items() if "q_proj" in n}
+        for config in ({"model_type": "llama"}, {}):
+            made = make(TIES, base=llama(), a=checkpoint(kept, config=config), b=llama())
+            assert by_name(made)["model.norm.weight"].models == (0, 2)
+        other = checkpoint(kept, config={"model_type": "gpt2"})
+        assert "missing from 'a'" in lacking(TIES, base=llama(), a=other, b=llama())
+
+    def test_biases_are_no_part(self):
+        biases = {f"model.layers.{i}.self_attn.q_proj.bias": (8,) for i in range(4)}
+        assert "q_proj.bias" in lacking(TIES, base=llama(extra=biases), a=llama(), b=llama())
 
 
-def test_pairs_pass_a_survivor_through():
-    for a, b in ((llama(extra={"bias": (8,)}), llama()), (llama(), llama(extra={"bias": (8,)}))):
-        made = make(SLERP, a=a, b=b)
-        assert by_name(made)["bias"].method is None
+class TestOptingIn:
+    """``missing: merge``: mergekit's rules."""
 
+    @pytest.fixture(autouse=True)
+    def opted_in(self, monkeypatch):
+        monkeypatch.setattr(Recipe, "missing", "merge", raising=False)
 
-def test_model_stock_drops_what_too_few_have():
-    extra = {"bias": (8,)}
-    made = make(STOCK, base=llama(extra=extra), a=llama(extra=extra), b=llama())
-    assert "bias" not in names(made)
-    assert "too few models have it; it is not in the output" in made.warnings[0]
-    made = make(STOCK, base=llama(extra=extra), a=llama(), b=llama())
-    assert by_name(made)["bias"].method is None
-    assert "bias" not in names(make(STOCK, base=llama(), a=llama(extra=extra), b=llama(extra=extra)))
+    def test_methods_without_a_base_merge_what_is_there(self):
+        extra = {"bias": (8,)}
+        made = make(LINEAR, a=llama(extra=extra), b=llama())
+        out = by_name(made)["bias"]
+        assert (out.method, len(out.inputs), len(out.group.models)) == (METHODS["linear"], 1, 1)
+        assert made.warnings == ("missing from 'b': bias: the others are merged",)
+        text = LINEAR.replace("{model: b}", "{model: b}, {model: c}")
+        made = make(text, a=llama(extra=extra), b=llama(), c=llama(extra=extra))
+        out = by_name(made)["bias"]
+        assert out.models == (0, 2)
+        assert out.group.indices == (0, 2)
+        assert len(out.group.models) == 2
+        assert made.warnings == ("missing from 'b': bias: the others are merged",)
 
+    def test_tensors_that_the_first_model_lacks_come_last(self):
+        made = make(LINEAR, a=llama(), b=llama(extra={"bias": (8,)}))
+        assert names(made)[-1] == "bias"
 
-def test_many_missing_tensors_are_one_warning():
-    made = make(LINEAR, a=llama(9), b=without(llama(9), "q_proj"))
-    (only,) = made.warnings
-    assert "q_proj" in only
-    assert "(9 tensors)" in only
+    def test_the_base_must_have_it(self):
+        assert "the base must have them" in lacking(TIES, base=llama(), a=llama(extra={"bias": (8,)}), b=llama())
 
+    def test_the_base_alone_passes_through_and_others_are_skipped(self):
+        extra = {"bias": (8,)}
+        made = make(TIES + "dtype: float32\n", base=llama(extra=extra), a=llama(), b=llama())
+        out = by_name(made)["bias"]
+        assert (out.method, len(out.inputs), out.dtype.name) == (METHODS["passthrough"], 1, "float32")
+        made = make(TIES, base=llama(extra=extra), a=llama(), b=llama(extra=extra))
+        out = by_name(made)["bias"]
+        assert out.models == (0, 2)
+        assert out.group.indices == (1,)
 
-def test_other_architectures_are_refused():
-    with pytest.raises(
-        CheckpointError, match=r"'b' lacks 14 of 16 tensors: it does not look like the same architecture"
-    ):
-        make(LINEAR, a=llama(), b=checkpoint({"lm_head.weight": (32, 8), "x": (1,)}))
+    def test_pairs_pass_a_survivor_through(self):
+        for a, b in ((llama(extra={"bias": (8,)}), llama()), (llama(), llama(extra={"bias": (8,)}))):
+            made = make(SLERP, a=a, b=b)
+            assert by_name(made)["bias"].method is None
+
+    def test_model_stock_takes_the_base_where_too_few_have_it(self):
+        extra = {"bias": (8,)}
+        for a in (llama(extra=extra), llama()):
+            made = make(STOCK, base=llama(extra=extra), a=a, b=llama())
+            assert (by_name(made)["bias"].method, by_name(made)["bias"].models) == (None, (0,))
+        made = make(STOCK, base=llama(), a=llama(extra=extra), b=llama(extra=extra))
+        assert "bias" not in names(made)
+        assert "too few models have it; it is not in the output" in made.warnings[0]
+
+    def test_many_missing_tensors_are_one_warning(self):
+        made = make(LINEAR, a=llama(9), b=without(llama(9), "q_proj"))
+        (only,) = made.warnings
+        assert "model.layers.*.self_attn.q_proj.weight (9 tensors)" in only
+
+    def test_strangers_are_refused(self):
+        b = checkpoint({"lm_head.weight": (32, 8), "x": (1,)})
+        assert "'b' shares 1 of 2 tensors with 'a': it does not look like the same" in lacking(LINEAR, a=llama(), b=b)
 
 
 def test_different_depths_are_refused():

@@ -153,10 +153,10 @@ def test_passthrough_copies_converts_or_scales():
 def test_shapes_that_differ_are_all_listed():
     with pytest.raises(ShapeError) as e:
         make(TIES, base=llama(), a=llama(vocab=33), b=llama())
-    assert len(e.value.problems) == 2
-    assert (
-        "lm_head.weight: shapes differ: 'base' [32, 8], 'a' [33, 8], 'b' [32, 8]; vocabularies of different size"
-        in str(e.value)
+    (only,) = e.value.problems
+    assert only.startswith(
+        "lm_head.weight, model.embed_tokens.weight (2 tensors): shapes differ: 'base' [32, 8], 'a' [33, 8], "
+        "'b' [32, 8]; vocabularies of different size"
     )
     with pytest.raises(ShapeError, match=r"input_layernorm.weight: shapes differ: 'a' \[8\], 'b' \[9\]$") as e:
         make(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastmerge.errors import RecipeError
+from fastmerge.errors import CheckpointError, RecipeError, ShapeError
 from tests.planning.plans import by_name, make, names
 from tests.recipe.fakes import checkpoint, llama
 
@@ -107,6 +107,7 @@ def test_slices_that_do_not_fit():
     ):
         make(stack(("a", 0, 1)), a=flat)
     gpt = checkpoint({f"h.{i}.w": (1,) for i in range(4)}, config={"n_layer": 4})
+    gpt = checkpoint({**{n: i.shape for n, i in gpt.tensors.items()}, "lm_head.weight": (32, 8)}, config=gpt.config)
     with pytest.raises(RecipeError, match=r"'b': its layers are called 'h', elsewhere 'model\.layers'"):
         make(stack(("a", 0, 2), ("b", 0, 2)), a=llama(), b=gpt)
 
@@ -140,3 +141,84 @@ def test_prediction_layers_move_with_the_end():
     made = make(stack(("a", 0, 4), ("a", 2, 4)), a=llama(4, extra=extra))
     assert "model.layers.6.eh_proj.weight" in names(made)
     assert "model.layers.4.mlp.down_proj.weight" in names(made)
+
+
+def two_slices(a, b):
+    """For each tensor outside the layers, which of two models it comes from."""
+    made = make(stack(("a", 0, 2), ("b", 0, 2)), a=a, b=b)
+    return {n: o.models[0] for n, o in by_name(made).items() if ".layers." not in n}
+
+
+@pytest.mark.parametrize(
+    ("language", "vision", "projector", "head"),
+    [
+        (
+            "language_model.model",
+            "vision_tower.vision_model.encoder",
+            "multi_modal_projector",
+            "language_model.lm_head",
+        ),
+        ("model.language_model", "model.visual", "model.multi_modal_projector", "lm_head"),
+        ("model", "visual", "visual.merger", "lm_head"),
+    ],
+)
+def test_a_vision_tower_is_of_one_piece(language, vision, projector, head):
+    names_ = [f"{language}.embed_tokens.weight", *(f"{language}.layers.{i}.w" for i in range(2))]
+    names_ += [f"{language}.norm.weight", f"{head}.weight"]
+    towers = [*(f"{vision}.layers.{i}.w" for i in range(2)), f"{vision}.norm.weight", f"{projector}.norm.weight"]
+    towers += [f"{projector}.linear_1.weight"]
+    for order in (names_ + towers, towers + names_):
+        config = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 2}}
+        model = checkpoint(dict.fromkeys(order, (4, 4)), config=config)
+        out = two_slices(model, model)
+        made = by_name(make(stack(("a", 0, 2), ("b", 0, 2)), a=model, b=model))
+        assert {made[n].models for n in towers} == {(0,)}
+        assert (out[f"{language}.norm.weight"], out[f"{head}.weight"]) == (1, 1)
+        assert out[f"{language}.embed_tokens.weight"] == 0
+
+
+def test_a_last_norm_that_is_named_after_embeddings():
+    lfm = llama(2, extra={"model.embedding_norm.weight": (8,)}, head=False)
+    kept = {n: i.shape for n, i in lfm.tensors.items() if n != "model.norm.weight"}
+    model = checkpoint(kept, config=dict(lfm.config))
+    assert two_slices(model, model)["model.embedding_norm.weight"] == 1
+    assert two_slices(lfm, lfm)["model.embedding_norm.weight"] == 0, "there is another last norm"
+
+
+def test_prediction_modules_come_from_the_last_slice():
+    extra = {f"mtp.layers.{i}.w": (8, 8) for i in range(2)} | {"mtp.norm.weight": (8,)}
+    model = llama(2, extra=extra)
+    made = by_name(make(stack(("a", 0, 2), ("b", 0, 2)), a=model, b=model))
+    assert {made[n].models for n in extra} == {(1,)}
+
+
+def test_layers_of_different_sizes():
+    with pytest.raises(
+        ShapeError, match=r"layers of 'b' and of 'a' have different sizes: input_layernorm.weight \[16\]"
+    ):
+        make(stack(("a", 0, 2), ("b", 0, 2)), a=llama(2), b=llama(2, hidden=16))
+
+
+def wide(by_layer=(16, 16), **config):
+    shapes = {n: i.shape for n, i in llama(2).tensors.items()}
+    shapes |= {f"model.layers.{i}.mlp.down_proj.weight": (8, n) for i, n in enumerate(by_layer)}
+    return checkpoint(shapes, config={"num_hidden_layers": 2, **config})
+
+
+def test_sizes_that_a_configuration_gives_by_layer():
+    text = stack(("a", 0, 2), ("b", 0, 2))
+    with pytest.raises(ShapeError, match="down_proj"):
+        make(text, a=wide((16, 16)), b=wide((32, 32)))
+    made = make(text, a=wide((16, 24), intermediate_size=[16, 24]), b=wide((32, 48), intermediate_size=[32, 48]))
+    assert by_name(made)["model.layers.3.mlp.down_proj.weight"].shape == (8, 48)
+    assert make(stack(("a", 0, 2), ("a", 0, 2)), a=wide((16, 24)))
+
+
+def test_layers_that_lack_what_the_layers_of_the_other_model_have():
+    biases = {f"model.layers.{i}.self_attn.q_proj.bias": (8,) for i in range(2)}
+    with pytest.raises(
+        CheckpointError, match=r"'b' lacks model\.layers\.\*\.self_attn\.q_proj\.bias \(2 tensors\), which"
+    ):
+        make(stack(("a", 0, 2), ("b", 0, 2)), a=llama(2, extra=biases), b=llama(2))
+    some = {f"model.layers.{i}.self_attn.q_proj.bias": (8,) for i in (2, 3)}
+    assert make(stack(("a", 0, 4), ("b", 0, 4)), a=llama(4, extra=some), b=llama(4)), "not all layers have it"

@@ -60,3 +60,22 @@ def test_holes_and_nothing():
     assert structure([f"layers.{i}.w" for i in (0, 1, 3)], {}).main is None
     assert structure([], {}).stacks == ()
     assert structure(["0.weight", "1.weight", "x.007.y"], {}).stacks == ()
+
+
+def test_a_vision_tower_of_as_many_layers():
+    for prefix, other in (
+        ("language_model.model.layers", "vision_tower.encoder.layers"),
+        ("model.language_model.layers", "model.visual.blocks"),
+        ("model.layers", "audio_tower.layers"),
+    ):
+        names_ = [f"{p}.{i}.w" for p in (other, prefix) for i in range(6)]
+        found = structure(names_, {"text_config": {"num_hidden_layers": 6}, "vision_config": {"num_hidden_layers": 6}})
+        assert (found.main.prefix, found.keys) == (prefix, (("text_config", "num_hidden_layers"),))
+
+
+def test_as_many_experts_as_layers():
+    """Even where the layers themselves are one more, for the prediction of further tokens."""
+    for layers in (4, 5):
+        moe = [f"model.layers.{i}.mlp.experts.{e}.w" for i in range(layers) for e in range(4)]
+        found = structure(moe, {"num_hidden_layers": 4, "n_routed_experts": 4})
+        assert [(s.prefix, s.count) for s in found.stacks] == [("model.layers", 4)]

@@ -1,0 +1,74 @@
+"""What became of every tensor of every model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastmerge.checkpoint import Checkpoint
+
+NOT_ASKED = "not asked for by the recipe"
+"""Rule of what no row of the plan asks for: layers outside the slices, and ends that other slices give."""
+
+Dropped = Mapping[str, Mapping[str, Sequence[str]]]
+"""For each model (its reference) and rule the names that are left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Says of each tensor of each model, by the name in its files, whether and why it is in the output.
+
+    Attributes:
+        models: for each model (its reference), for each tensor what becomes of it: ``merged``, ``copied``, or
+            ``dropped: `` and the rule.
+    """
+
+    models: Mapping[str, Mapping[str, str]]
+
+    @classmethod
+    def of(
+        cls,
+        models: Iterable[tuple[str, Checkpoint]],
+        uses: Iterable[tuple[int, str, bool]],
+        dropped: Dropped,
+    ) -> Account:
+        """Counts up.
+
+        Args:
+            models: references and checkpoints.
+            uses: (position of the model, name of the tensor, whether something is computed) of every input.
+            dropped: what is left out by a rule.
+        """
+        models = list(models)
+        found: list[dict[str, str]] = [{} for _ in models]
+        for position, name, computed in uses:
+            if computed:
+                found[position][name] = "merged"
+            else:
+                found[position].setdefault(name, "copied")
+        out: dict[str, dict[str, str]] = {}
+        for (ref, model), mine in zip(models, found, strict=True):
+            rules = {name: rule for rule, names in dropped.get(ref, {}).items() for name in names}
+            rest = {n: f"dropped: {rules.get(n, NOT_ASKED)}" for n in model.tensors if n not in mine}
+            out[ref] = mine | rest
+        return cls(out)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """For each model how many of its tensors became what."""
+        out: dict[str, dict[str, int]] = {}
+        for ref, tensors in self.models.items():
+            counts = out[ref] = {}
+            for what in tensors.values():
+                counts[what] = counts.get(what, 0) + 1
+        return out
+
+    def names(self) -> dict[str, dict[str, list[str]]]:
+        """For each model the names of what is dropped, by rule."""
+        out: dict[str, dict[str, list[str]]] = {}
+        for ref, tensors in self.models.items():
+            for name, what in tensors.items():
+                if what.startswith("dropped"):
+                    out.setdefault(ref, {}).setdefault(what, []).append(name)
+        return out
