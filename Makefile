@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test check fix bench gpu test-big build clean
+.PHONY: demo test check fix bench beside gpu test-big build clean
 
 $(STAMP): $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ fix: $(STAMP)
 bench: $(STAMP)  ## kernels beside memcpy, methods, calls, whole merges beside mergekit and the floor
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-autosave
 	$(BIN)/python bench/merges.py
+
+beside: $(STAMP)  ## this build beside that of another work tree, TREE, in one run
+	$(BIN)/python bench/beside.py $(TREE)
 
 test-big: $(STAMP)  ## tensors of more than 2^31 elements, on sparse files: 20 GB of disk, 3 minutes
 	$(BIN)/python -m pytest -m big

@@ -6,9 +6,13 @@ in its setup, so that a change of clocks meets both, and its share goes into ``e
 
 from __future__ import annotations
 
+import importlib
 import statistics
+import sys
 import time
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,20 +39,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="where tensors are and kernels run; interpreted: Triton's interpreter, toy sizes, measures nothing",
     )
+    parser.getgroup("benchmark").addoption("--build", help="measure calls of the build in another work tree")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Before pytest-benchmark opens its storage."""
+    if config.getoption("build"):
+        _use(Path(config.getoption("build")).resolve())
     for name, what in MARKS.items():
         config.addinivalue_line("markers", f"{name}: {what}")
-    config.addinivalue_line("filterwarnings", "default::pytest.PytestWarning")
+    warnings.simplefilter("default", pytest.PytestWarning)  # nothing saved yet, another machine: said, not fatal
     option = config.option
     if option.benchmark_storage == "file://./.benchmarks":
         option.benchmark_storage = f"file://{RESULTS / 'benchmarks'}"
     option.benchmark_columns = option.benchmark_columns or ["median", "min", "max", "rounds"]
     if (option.benchmark_save or option.benchmark_autosave) and (reason := unfit(provenance())):
         raise pytest.UsageError(reason)
+
+
+def _use(tree: Path) -> None:
+    """Imports the package from a work tree, whatever is installed; these benches stay our own."""
+    sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.endswith("_editable")]
+    sys.path.insert(0, str(tree))
+    package = importlib.import_module("fastmerge")
+    sys.path.remove(str(tree))
+    if not Path(str(package.__file__)).is_relative_to(tree):
+        raise pytest.UsageError(f"--build {tree}: fastmerge was imported from {package.__file__}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

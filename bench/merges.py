@@ -25,7 +25,7 @@ from pathlib import Path
 
 import floor
 import recipes
-from process import Run, Spread, run, warm, weights
+from process import Run, Spread, fastmerge, run, warm, weights
 from report import Row, provenance, save, table, unfit, version
 
 PEER_TARGETS = {
@@ -87,9 +87,9 @@ class Bench:
         """Those of a section's methods that the command line asks for."""
         return [m for m in methods if not self.methods or m in self.methods]
 
-    def merge(self, path: Path, *options: str) -> Run:
+    def merge(self, path: Path, *options: str, tree: Path | None = None) -> Run:
         """``fastmerge merge`` of a recipe into a fresh directory, which is removed outside of the measured time."""
-        command = [*FASTMERGE, "merge", str(path)]
+        command = [*fastmerge(tree), "merge", str(path)]
         return self._into(lambda out: [*command, out, "--device", "cpu", "--quiet", *self.options, *options])
 
     def peer(self, path: Path) -> Run:
@@ -114,9 +114,6 @@ class Bench:
     def verdict(self, met: bool) -> str:
         """Whether a target was met; small models say nothing about it."""
         return "not judged" if self.quick else "yes" if met else "NO"
-
-
-FASTMERGE = (sys.executable, "-m", "fastmerge")
 
 
 def peer(bench: Bench) -> list[Row]:
@@ -269,7 +266,7 @@ def start(bench: Bench) -> list[Row]:
         commands[f"plan {size}"] = ["plan", str(path)]
     for label, words in commands.items():
         target = MOE_START_TARGET if "moe" in label else START_TARGET
-        runs = [run([*FASTMERGE, *words]) for _ in range(bench.runs + 1)][1:]
+        runs = [run([*fastmerge(), *words]) for _ in range(bench.runs + 1)][1:]
         if any(r.status for r in runs):
             raise MergeFailed(f"fastmerge {label}: {runs[-1].output}")
         answered = Spread.of([r.seconds for r in runs])

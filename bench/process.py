@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -34,6 +35,30 @@ class Run:
     rss: int
     status: int
     output: str
+
+
+LAUNCH = """
+import runpy, sys
+sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.endswith("_editable")]
+tree, what = sys.argv[1:3]
+del sys.argv[1:3]
+sys.path.insert(0, tree)
+if what.endswith(".py"):
+    sys.path.insert(0, what.rpartition("/")[0])
+    runpy.run_path(what, run_name="__main__")
+else:
+    runpy.run_module(what, run_name="__main__", alter_sys=True)
+"""
+
+
+def within(tree: Path, what: str) -> list[str]:
+    """Runs a module or a script on the build of a work tree, whatever is installed."""
+    return [sys.executable, "-c", LAUNCH, str(tree), what]
+
+
+def fastmerge(tree: Path | None = None) -> list[str]:
+    """The command line: of what is installed, or of a work tree."""
+    return [sys.executable, "-m", "fastmerge"] if tree is None else within(tree, "fastmerge")
 
 
 def run(command: Sequence[str], *, environment: dict[str, str] | None = None) -> Run:

@@ -31,7 +31,7 @@ def provenance(directory: Path | None = None) -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "commit": _commit(),
+        "commit": commit(),
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
@@ -71,8 +71,8 @@ def filesystem(directory: Path) -> str:
     return found
 
 
-def _commit() -> str:
-    here = Path(__file__).resolve().parent
+def commit(here: Path = RESULTS.parent) -> str:
+    """The commit of a work tree, and whether it has changes."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()

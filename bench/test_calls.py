@@ -6,6 +6,7 @@ are those of ``recipes.py``.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,8 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import fastmerge as fm
-from bench.cases import POOL, pool
-from bench.generate import SIZES, shapes
+from bench.generate import SIZES, pools, shapes
 
 Measure = Callable[..., None]
 State = dict[str, torch.Tensor]
@@ -38,6 +38,15 @@ METHODS: Mapping[str, tuple[Mapping[str, Any], int | None, int]] = {
 """Method to its parameters, which input is the base, and how many inputs there are."""
 
 
+POOL = 1 << 20
+
+
+@functools.cache
+def pool(model: int) -> torch.Tensor:
+    """Bits of a million weights in bf16."""
+    return torch.from_numpy(pools(0, model, POOL)[2][:POOL].view("int16"))
+
+
 def place(device: str) -> str:
     if device == "interpreted":
         pytest.skip("calls choose their own backend")
@@ -46,7 +55,7 @@ def place(device: str) -> str:
 
 def tensor(model: int, n: int, device: str) -> torch.Tensor:
     """bf16 weights of a base (0) or a fine-tune: a pool, repeated."""
-    bits = torch.from_numpy(pool(model).view("int16")).to(device)
+    bits = pool(model).to(device)
     return bits.repeat(-(-n // POOL))[:n].view(torch.bfloat16)
 
 
