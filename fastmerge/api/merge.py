@@ -97,6 +97,7 @@ def merge(
             is kept for ``resume``.
     """
     from fastmerge.checkpoint import Writer
+    from fastmerge.checkpoint.content import inputs
     from fastmerge.report import Report
 
     if nan not in ("warn", "error", "zero"):
@@ -105,6 +106,8 @@ def merge(
     planned = recipe if isinstance(recipe, Plan) else plan(recipe, seed=seed, shard_size=shard_size)
     if nan != "warn":
         planned = _look_at_copies(planned, nan)
+    # What a later --resume must find unchanged; of headers and times alone a replaced file can have the same.
+    planned = replace(planned, fingerprint=f"{planned.fingerprint}-{inputs(planned.checkpoints, planned.carry)}")
     chosen = choose(device_for(str(device), planned.outputs, backend), backend)
     budget = parse_bytes(memory) if memory is not None else default_memory()
     vram = parse_bytes(max_vram) if max_vram is not None else None
@@ -235,5 +238,6 @@ def _extras(planned: Plan, writer: Writer, report: Report) -> None:
     writer.add("README.md", card(Path(report.out).name, name, formula, paper, models, text).encode())
     writer.sync()
     checksums = [list(c) for c in writer.checksums()]
-    full = replace(report, details={**report.details, "features": writer.features, "checksums": checksums})
+    facts = {"features": writer.features, "checksums": checksums, "files": writer.files()}
+    full = replace(report, details={**report.details, **facts})
     writer.add("merge_report.json", full.to_json().encode())

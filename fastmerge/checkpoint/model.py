@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.checkpoint import discover, formats, hub, index
+from fastmerge.checkpoint import content, discover, formats, hub, index
 from fastmerge.checkpoint.header import MAX_TENSORS, Seen, TensorInfo, listing, read_header
 from fastmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-_SAMPLES = 64
-_SAMPLE_BYTES = 4096
-_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -157,26 +152,10 @@ class Checkpoint:
     def content_id(self) -> str:
         """A hash that changes when the weights do, without reading all of them.
 
-        Blobs of the Hugging Face cache are named by their content; of other files it takes the header, the
-        size, the time of change and 64 sampled blocks of 4 KiB.
-
         Raises:
             CheckpointError: a file cannot be read any more.
         """
-        h = hashlib.sha256()
-        for file in self.files:
-            real = Path(os.path.realpath(file.path))
-            if real.parent.name == "blobs" and _BLOB.fullmatch(real.name):
-                h.update(f"blob {real.name}\n".encode())
-                continue
-            h.update(f"file {file.header_hash} {file.size} {file.identity[3]}\n".encode())
-            try:
-                with file.path.open("rb", buffering=0) as f:
-                    for i in range(_SAMPLES):
-                        h.update(os.pread(f.fileno(), _SAMPLE_BYTES, file.size * i // _SAMPLES))
-            except OSError as error:
-                raise CheckpointError(f"{file.path}: cannot read: {error.strerror}") from None
-        return h.hexdigest()
+        return content.of(f.path for f in self.files)
 
     def recheck(self) -> None:
         """Makes sure that the files are still those whose headers were read.
