@@ -73,6 +73,8 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--shard-size", default="5GB", show_default=True, help="Largest output file, in bytes."),
         click.option("--seed", type=int, help="Seed of the random methods.  [default: the recipe's, else 0]"),
+        click.option("--strict", is_flag=True, help="Refuse a recipe with keys or parameters that nothing reads."),
+        click.option("--allow-missing", is_flag=True, help="Merge tensors that some models lack from the others."),
         click.option("--memory", help="Budget for data in flight, e.g. 8GB.  [default: 8GB or half of what is free]"),
         click.option("--max-vram", help="Budget for slots on each GPU, e.g. 16GB.  [default: a third of what is free]"),
         click.option("--backend", type=click.Choice(["auto", "native", "triton", "reference"]), help="What computes."),
@@ -98,6 +100,8 @@ def merge(
     out: str,
     shard_size: str,
     seed: int | None,
+    strict: bool,
+    allow_missing: bool,
     memory: str | None,
     max_vram: str | None,
     backend: str | None,
@@ -114,7 +118,7 @@ def merge(
         logging.getLogger("fastmerge").setLevel(logging.ERROR)
     from fastmerge.api import merge as engine
 
-    planned = engine.plan(recipe, seed=seed, shard_size=shard_size)
+    planned = engine.plan(recipe, seed=seed, shard_size=shard_size, strict=strict, allow_missing=allow_missing)
     if dry_run:
         _show_plan(
             planned, as_json=log_format == "json", memory=memory, max_vram=max_vram, device=device, backend=backend
@@ -187,11 +191,20 @@ def _json_lines(planned: Plan) -> Iterator[Callable[[Stats], None]]:
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False))
 @_shared
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plan(recipe: str, shard_size: str, seed: int | None, as_json: bool, **where: str | None) -> None:
+def plan(
+    recipe: str,
+    shard_size: str,
+    seed: int | None,
+    strict: bool,
+    allow_missing: bool,
+    as_json: bool,
+    **where: str | None,
+) -> None:
     """Show what merging RECIPE would do: bytes, memory, bottleneck, time. Reads headers only."""
     from fastmerge.api import merge as engine
 
-    _show_plan(engine.plan(recipe, seed=seed, shard_size=shard_size), as_json=as_json, **where)
+    planned = engine.plan(recipe, seed=seed, shard_size=shard_size, strict=strict, allow_missing=allow_missing)
+    _show_plan(planned, as_json=as_json, **where)
 
 
 def _show_plan(planned: Plan, *, as_json: bool, **where: Any) -> None:

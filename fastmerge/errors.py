@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 SHOWN = 250
 """Problems that one message spells out; the rest is counted."""
@@ -100,3 +100,11 @@ class Interrupted(FastMergeError):
     """The merge was asked to stop; finished ranges are kept for ``--resume``."""
 
     exit_code = 130
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` where something known is close to ``word``; else empty."""
+    import difflib
+
+    close = difflib.get_close_matches(word.lower(), sorted(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""

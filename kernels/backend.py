@@ -162,6 +162,12 @@ class TritonKernels:
             return self._put(s.nonfinite), s.nonfinite
         return torch.zeros(len(s.table), dtype=torch.int64, device=self.device), np.zeros(0, np.int64)
 
+    @staticmethod
+    def supports(spec: Any) -> str | None:
+        """Every family has its kernels here."""
+        del spec
+        return None
+
     # ---- kernels ---------------------------------------------------------------------------------------
 
     def combine(self, segments: Any, coef: Any, scale: Any, *, delta: bool, per_row: bool) -> None:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastmerge.backends.choose import cpu_backend, cuda_reason, gpu_reason, native_reason, say, wanted
+from fastmerge.backends.choose import cpu_backend, say, wanted
+from fastmerge.backends.probe import cuda_reason, gpu_reason, native_reason
 from fastmerge.dtypes import BY_NAME, FLOATS, DType
 from fastmerge.errors import BackendUnavailable, RecipeError, ShapeError
-from fastmerge.methods.base import TILE, Segments
 from fastmerge.ops.blocks import gram, torch_dtype
 from fastmerge.ops.replicate import COLUMNS, HEADER, MOST_SIGMA, Copies, launch, reference, rows
+from fastmerge.ops.segments import TILE, Segments
 from fastmerge.philox import tensor_key
 from fastmerge.runtime.devices import cores
 from fastmerge.tensors import check, extent, plain

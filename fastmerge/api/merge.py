@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmerge import planning
-from fastmerge.backends.choose import choose, device_for, program_factory
+from fastmerge.backends.choose import choose, device_for
 from fastmerge.errors import BudgetError, RecipeError
 from fastmerge.planning import Plan
 from fastmerge.recipe import Recipe
-from fastmerge.runtime.devices.cuda import OutOfMemory
-from fastmerge.runtime.placement import Placement, place, without_gpus
+from fastmerge.runtime.placement import Budget, Placement, place, smaller
 from fastmerge.sizes import default_memory, parse_bytes
 from fastmerge.version import __version__
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
     from fastmerge.checkpoint import Writer
     from fastmerge.report import Report
-    from fastmerge.runtime.stores import Finite, NanPolicy
+    from fastmerge.runtime.finite import Finite, NanPolicy
     from fastmerge.runtime.stream import Stats
 
     Progress = Callable[[Stats], None]
@@ -41,6 +40,8 @@ def plan(
     *,
     seed: int | None = None,
     shard_size: str | float = "5GB",
+    strict: bool = False,
+    allow_missing: bool = False,
 ) -> Plan:
     """Plans a merge: reads the recipe and the models' headers, no weights.
 
@@ -48,11 +49,15 @@ def plan(
         recipe: a file, YAML text, a mapping, or a :class:`Recipe`.
         seed: of the random methods; None takes the recipe's own, else 0.
         shard_size: largest output file, in bytes.
+        strict: refuse what is otherwise warned of in the recipe: keys and parameters that nothing reads.
+        allow_missing: merge a tensor that some models lack from the others, as ``missing: merge`` in the recipe.
 
     Raises:
         RecipeError, CheckpointError: with every problem that was found.
     """
-    loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    loaded = Recipe.load(recipe, strict=strict)
+    if allow_missing:
+        loaded = loaded.model_copy(update={"missing": "merge"})
     return planning.plan(loaded, seed=seed, shard_size=parse_bytes(shard_size))
 
 
@@ -68,6 +73,8 @@ def merge(
     shard_size: str | float = "5GB",
     resume: bool = False,
     overwrite: bool = False,
+    strict: bool = False,
+    allow_missing: bool = False,
     nan: NanPolicy = "warn",
     progress: Callable[[Plan], AbstractContextManager[Progress]] | None = None,
 ) -> Report:
@@ -85,6 +92,8 @@ def merge(
         shard_size: largest output file, in bytes.
         resume: continue an interrupted merge of the same recipe and inputs.
         overwrite: replace an existing output, atomically.
+        strict: as of :func:`plan`; a plan has its own.
+        allow_missing: as of :func:`plan`; a plan has its own.
         nan: ``warn``, ``error`` or ``zero`` for NaN and Inf that come from the inputs. Tensors that are copied
             byte for byte are looked at for ``error`` and ``zero`` only.
         progress: from the plan, a context that gives what is called about every 50 ms with the running statistics.
@@ -103,46 +112,46 @@ def merge(
     if nan not in ("warn", "error", "zero"):
         raise RecipeError(f"nan: expected warn, error or zero; got {nan!r}")
     started = time.perf_counter()
-    planned = recipe if isinstance(recipe, Plan) else plan(recipe, seed=seed, shard_size=shard_size)
+    if isinstance(recipe, Plan):
+        planned = recipe
+    else:
+        planned = plan(recipe, seed=seed, shard_size=shard_size, strict=strict, allow_missing=allow_missing)
     if nan != "warn":
         planned = _look_at_copies(planned, nan)
     # What a later --resume must find unchanged; of headers and times alone a replaced file can have the same.
     planned = replace(planned, fingerprint=f"{planned.fingerprint}-{inputs(planned.checkpoints, planned.carry)}")
-    chosen = choose(device_for(str(device), planned.outputs, backend), backend)
-    budget = parse_bytes(memory) if memory is not None else default_memory()
-    vram = parse_bytes(max_vram) if max_vram is not None else None
+    chosen = choose(device_for(str(device), planned.ops, backend), backend)
+    chosen.check(planned.ops)
+    budget = Budget(
+        parse_bytes(memory) if memory is not None else default_memory(),
+        parse_bytes(max_vram) if max_vram is not None else None,
+    )
     for text in planned.warnings:
         log.warning("%s", text)
-    short = ""
+    again = resume
     while True:
         try:
-            with place(planned.outputs, chosen, memory=budget, max_vram=vram) as placed:
+            with place(planned.ops, chosen, budget) as placed:
                 # After the budgets were found to do: a new run discards what an interrupted one left.
                 writer = Writer(
                     Path(out),
                     planned.layout,
                     fingerprint=planned.fingerprint,
-                    resume=resume or bool(short),
+                    resume=again,
                     overwrite=overwrite,
                     inputs=[c.path for c in planned.checkpoints],
                 )
                 if writer.finished:
                     return Report.load(writer.target)
+                again = True
                 with writer:
                     report = _merge(planned, str(out), placed, writer, started, nan, progress)
             return replace(report, seconds=time.perf_counter() - started)
-        except OutOfMemory as error:
-            short, chosen, vram = str(error), placed.chosen, error.nbytes // 2
-            error.__traceback__ = None  # its frames hold a slot
-            log.warning("%s; going on with half of that", short)
         except BudgetError as error:
-            if not short:
-                raise
-            short = f"{short}, and less does not do ({error})"
-            other = without_gpus(chosen, short)
-            if other is None:
-                raise BudgetError(f"{short}; continue with --resume, there or on another --device") from None
-            chosen = other
+            chosen, budget = smaller(chosen, budget, error)
+            error.__traceback__ = None  # its frames hold a slot
+            if budget.halved:
+                log.warning("%s; going on with half of that", error)
 
 
 def _merge(
@@ -156,13 +165,15 @@ def _merge(
 ) -> Report:
     """Runs what is planned and placed, and publishes it."""
     from fastmerge.checkpoint import Files
-    from fastmerge.runtime.stores import FileStore, Finite
-    from fastmerge.runtime.stream import Runner
+    from fastmerge.runtime.finite import Finite
+    from fastmerge.runtime.stores import OpStore
+    from fastmerge.runtime.workers import Runner
 
     with Files(planned.checkpoints) as files:
         finite = Finite(nan)
-        store = FileStore(planned, files, writer, finite)
-        runner = Runner(planned.outputs, placed.work, store, placed.workers, program_factory(placed.chosen))
+        store = OpStore(planned.ops, files, writer, finite)
+        program = placed.chosen.program
+        runner = Runner(planned.ops, placed.jobs, store, placed.workers, program, slot=placed.slot)
         with progress(planned) if progress else nullcontext() as tick:
             stats = runner.run(progress=tick)
         for checkpoint in planned.checkpoints:
@@ -178,15 +189,19 @@ def _merge(
 def _look_at_copies(planned: Plan, nan: str) -> Plan:
     """Sends tensors that would be copied through a kernel, so that the policy sees their NaN and Inf."""
     from fastmerge.methods.passthrough import Passthrough
-    from fastmerge.methods.resolve import make_group
+    from fastmerge.ops.spec import Spec
 
-    outputs = tuple(
-        o._replace(method=Passthrough, group=make_group(Passthrough, o.name, o.shape, [o.dtype], has_base=False))
-        if o.method is None and o.dtype.mergeable
-        else o
-        for o in planned.outputs
-    )
-    return replace(planned, outputs=outputs, fingerprint=f"{planned.fingerprint}-{nan}")
+    specs: dict[Spec, Spec] = {}
+    ops = []
+    for op in planned.ops:
+        spec = op.spec
+        if spec.grain == "copy" and spec.out_dtype.mergeable:
+            if spec not in specs:
+                specs[spec] = Spec(Passthrough(scale=(None,)), spec.shape, spec.dtypes[:1], spec.out_dtype)
+            ops.append(op._replace(spec=specs[spec], inputs=op.inputs[:1]))
+        else:
+            ops.append(op)
+    return replace(planned, ops=tuple(ops), fingerprint=f"{planned.fingerprint}-{nan}")
 
 
 def _report(planned: Plan, out: str, started: float, stats: Stats, placed: Placement, finite: Finite) -> Report:
@@ -204,7 +219,7 @@ def _report(planned: Plan, out: str, started: float, stats: Stats, placed: Place
         bytes_written=int(stats.bytes_written),
         stages={"read": stats.read, "compute": stats.compute, "write": stats.write},
         bottleneck=stats.bottleneck,
-        tensors=len(planned.outputs),
+        tensors=len(planned.ops),
         fingerprint=planned.fingerprint,
         devices=tuple(d.name for d in placed.workers),
         backend=placed.chosen.name,
@@ -232,7 +247,7 @@ def _extras(planned: Plan, writer: Writer, report: Report) -> None:
         writer.add(name, path)
     text = planned.recipe.to_yaml()
     writer.add("mergekit_config.yml", text.encode())
-    method = next((o.method for o in planned.outputs if o.method is not None), None)
+    method = next((op.spec.method for op in planned.ops if op.spec.grain != "copy"), None)
     models = [(c.ref, hub_id(c.ref) is None) for c in planned.checkpoints]
     name, formula, paper = (method.name, method.formula, method.paper) if method else ("passthrough", "copy", "")
     writer.add("README.md", card(Path(report.out).name, name, formula, paper, models, text).encode())

@@ -12,14 +12,17 @@ Tensors of other types than fp16, bf16 and fp32 are converted to fp32 first.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fastmerge.api.tensors import run
+from fastmerge.checkpoint import Checkpoint
 from fastmerge.dtypes import BF16, F16, F32
 from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.methods import METHODS
-from fastmerge.methods.resolve import make_group
-from fastmerge.planning import Output
+from fastmerge.methods.parameters import called
+from fastmerge.ops.sources import FileRange
+from fastmerge.ops.spec import Op
+from fastmerge.planning.from_tensors import TensorPlanner
 from fastmerge.tensors import check
 
 if TYPE_CHECKING:
@@ -27,78 +30,95 @@ if TYPE_CHECKING:
 
     import torch
 
+    from fastmerge.checkpoint import TensorInfo
+
     State = Mapping[str, "torch.Tensor"]
-    Job = tuple[str, Sequence["torch.Tensor"], Mapping[str, Any]]
+    Input: TypeAlias = torch.Tensor | FileRange
+    Job = tuple[str, Sequence[Input], Mapping[str, Any], tuple[int, ...] | None]
 
 _KINDS = {"torch.bfloat16": BF16, "torch.float16": F16, "torch.float32": F32}
 
 
-def _plain(t: torch.Tensor) -> torch.Tensor:
+def _plain(t: Input) -> Input:
     """A contiguous tensor of a type that widens to fp32."""
+    if isinstance(t, FileRange):
+        return t
     t = t.detach()
     return (t if str(t.dtype) in _KINDS else t.float()).contiguous()
 
 
-def _load(ref: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, a model directory or a hub id."""
+def _open(ref: str | os.PathLike[str], model: int) -> tuple[Checkpoint, dict[str, Input]]:
+    """A safetensors file, a model directory or a hub id, and its tensors: in the file, where their type allows it."""
+    checkpoint = Checkpoint.open(ref)
+    tensors = checkpoint.tensors
+    return checkpoint, {
+        n: FileRange(i, model) if i.dtype in _KINDS.values() else _load(checkpoint, i) for n, i in tensors.items()
+    }
+
+
+def _load(checkpoint: Checkpoint, info: TensorInfo) -> torch.Tensor:
     import numpy as np
     import torch
 
-    from fastmerge.checkpoint import Checkpoint
-
-    checkpoint = Checkpoint.open(ref)
-    out = {}
-    for name, info in checkpoint.tensors.items():
-        raw = np.fromfile(checkpoint.files[info.file].path, np.uint8, info.nbytes, offset=info.offset)
-        out[name] = torch.from_numpy(raw).view(getattr(torch, info.dtype.name)).reshape(info.shape)
-    checkpoint.recheck()
-    return out
+    raw = np.fromfile(checkpoint.files[info.file].path, np.uint8, info.nbytes, offset=info.offset)
+    return torch.from_numpy(raw).view(getattr(torch, info.dtype.name)).reshape(info.shape)
 
 
-def _same_shape(name: str, tensors: Sequence[torch.Tensor]) -> None:
+def _same_shape(name: str, tensors: Sequence[Input]) -> None:
+    devices = [t.device for t in tensors if not isinstance(t, FileRange)]
     for t in tensors:
-        check(name, t)
-        if t.shape != tensors[0].shape:
+        if not isinstance(t, FileRange):
+            check(name, t)
+            if t.device != devices[0]:
+                raise ShapeError(f"{name}: expected all tensors on {devices[0]}, got one on {t.device}")
+        if tuple(t.shape) != tuple(tensors[0].shape):
             raise ShapeError(f"{name}: expected shape {tuple(tensors[0].shape)}, got {tuple(t.shape)}")
-        if t.device != tensors[0].device:
-            raise ShapeError(f"{name}: expected all tensors on {tensors[0].device}, got one on {t.device}")
 
 
-def _run(method: str, jobs: Sequence[Job], *, preset: str | None = None, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Runs a method over (name, inputs, parameters) and returns fp32 results by name, in order."""
+def _run(
+    method: str,
+    jobs: Sequence[Job],
+    *,
+    preset: str | None = None,
+    seed: int = 0,
+    checkpoints: Sequence[Checkpoint] = (),
+) -> dict[str, torch.Tensor]:
+    """Runs a method over (name, inputs, parameters, indices) and returns fp32 results by name, in order."""
     import torch
 
     kind = METHODS[method]
+    has_base = kind.contract.base == "required"
     results: dict[str, torch.Tensor] = {}
-    by_device: dict[torch.device, tuple[list[Output], list[list[torch.Tensor]]]] = {}
-    for name, tensors, given in jobs:
+    by_device: dict[torch.device, list[Op]] = {}
+    planners: dict[tuple[object, ...], TensorPlanner] = {}
+    kept = []
+    for name, tensors, given, indices in jobs:
         _same_shape(name, tensors)
-        parameters = dict(given)
         inputs = [_plain(t) for t in tensors]
-        group = make_group(
-            kind,
-            name,
-            tuple(inputs[0].shape),
-            [_KINDS[str(t.dtype)] for t in inputs],
-            has_base=kind.contract.base == "required",
-            out_dtype=F32,
-            indices=parameters.pop("indices", None),
-            parameters=parameters,
-            preset=preset,
-            seed=seed,
-        )
-        results[name] = torch.empty(group.shape, dtype=torch.float32, device=inputs[0].device)
-        outputs, rows = by_device.setdefault(inputs[0].device, ([], []))
-        outputs.append(Output(name, F32, group.shape, models=(), inputs=(), method=kind, group=group))
-        rows.append(inputs)
-    for outputs, rows in by_device.values():
-        run(outputs, rows, [results[o.name] for o in outputs])
+        kept.append(inputs)
+        models = tuple(range(len(inputs) - has_base))
+        key = (len(models), *((k, tuple(v) if isinstance(v, list) else v) for k, v in given.items()))
+        if key not in planners:
+            if problem := kind.contract.problem(kind.name, len(models), has_base=has_base):
+                raise RecipeError(problem)
+            planners[key] = TensorPlanner(called(kind, given, models, preset), has_base=has_base, seed=seed)
+        dtypes = tuple([t.dtype if isinstance(t, FileRange) else _KINDS[str(t.dtype)] for t in inputs])
+        spec = planners[key].spec(name, tuple(inputs[0].shape), dtypes, models, F32, indices=indices)
+        home = next((t.device for t in inputs if not isinstance(t, FileRange)), torch.device("cpu"))
+        out = results[name] = torch.empty(spec.shape, dtype=torch.float32, device=home)
+        sources = [t if isinstance(t, FileRange) else t.data_ptr() for t in inputs]
+        by_device.setdefault(home, []).append(planners[key].op(name, spec, sources, out.data_ptr()))
+    for device, ops in by_device.items():
+        run(ops, device, checkpoints=checkpoints)
     return results
 
 
-def _sum(jobs: Sequence[tuple[str, Sequence[torch.Tensor], Sequence[float]]]) -> dict[str, torch.Tensor]:
+def _sum(
+    jobs: Sequence[tuple[str, Sequence[Input], Sequence[float]]], *checkpoints: Checkpoint
+) -> dict[str, torch.Tensor]:
     """``sum c_i x_i`` in order, per name."""
-    return _run("linear", [(n, x, {"weight": list(c), "normalize": False}) for n, x, c in jobs])
+    every: list[Job] = [(n, x, {"weight": list(c), "normalize": False}, None) for n, x, c in jobs]
+    return _run("linear", every, checkpoints=checkpoints)
 
 
 def compute_task_vector(
@@ -117,8 +137,8 @@ def compute_task_vector(
         CheckpointError: for a model that cannot be read.
         ShapeError: for tensors of different shapes.
     """
-    base, tuned = _load(base_path), _load(finetuned_path)
-    return _sum([(name, [tuned[name], base[name]], [1.0, -1.0]) for name in base if name in tuned])
+    (first, base), (second, tuned) = _open(base_path, 0), _open(finetuned_path, 1)
+    return _sum([(name, [tuned[name], base[name]], [1.0, -1.0]) for name in base if name in tuned], first, second)
 
 
 def apply_task_vectors(
@@ -139,16 +159,20 @@ def apply_task_vectors(
         ShapeError: for tensors of different shapes.
     """
     _same_length("lambdas", lambdas, task_vectors)
+    checkpoint, tensors = _open(base_path, 0)
     jobs = []
-    for name, base in _load(base_path).items():
+    for name, base in tensors.items():
         there = [(tau[name], float(lam)) for tau, lam in zip(task_vectors, lambdas, strict=True) if name in tau]
-        first = base.to(there[0][0].device) if there else base
+        first = base
+        if there and there[0][0].is_cuda:
+            given = _load(checkpoint, base.info) if isinstance(base, FileRange) else base
+            first = given.to(there[0][0].device)
         jobs.append((name, [first, *(t for t, _ in there)], [1.0, *(c for _, c in there)]))
-    return _sum(jobs)
+    return _sum(jobs, checkpoint)
 
 
 def slerp_models(model_a: State, model_b: State, t: float = 0.5) -> dict[str, torch.Tensor]:
-    """Spherical interpolation of two models, row by row of the last dimension (preset ``seed`` of ``slerp``).
+    """Spherical interpolation of two models, row by row of the last dimension (preset ``task_vectors`` of ``slerp``).
 
     A tensor is blended linearly only where *all* its rows are nearly parallel (|cos| > 0.9995); a 1-D tensor is
     one row. Rows that are zero or exactly parallel, which give NaN in the usual program, are blended by the
@@ -171,8 +195,8 @@ def slerp_models(model_a: State, model_b: State, t: float = 0.5) -> dict[str, to
             raise ShapeError(f"{name}: model_b has no such tensor")
         check(name, a)
         if str(a.dtype) in _KINDS:
-            jobs.append((name, [a, model_b[name]], {"t": float(t)}))
-    blended = _run("slerp", jobs, preset="seed")
+            jobs.append((name, [a, model_b[name]], {"t": float(t)}, None))
+    blended = _run("slerp", jobs, preset="task_vectors")
     return {name: blended.get(name, a) for name, a in model_a.items()}
 
 
@@ -182,7 +206,7 @@ def ties_merge(
     density: float = 0.2,
     weights: Sequence[float] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """TIES: trim, elect a sign, merge what agrees (preset ``seed`` of ``ties``).
+    """TIES: trim, elect a sign, merge what agrees (preset ``task_vectors`` of ``ties``).
 
     Keeps all magnitudes from the ``int(n (1 - density))``-th smallest on (so one more than the density, and all
     ties); elects the sign of the weighted sum, where a sum of 0 leaves the base; divides the sum of weighted
@@ -229,8 +253,8 @@ def dare_sparsify(
     Raises:
         RecipeError: for a ``p`` out of range.
     """
-    parameters = {"density": 1.0 - p, "indices": [model_index]}
-    jobs = [(name, [_zeros(name, v), v], parameters) for name, v in task_vector.items()]
+    parameters = {"density": 1.0 - p}
+    jobs: list[Job] = [(name, [_zeros(name, v), v], parameters, (model_index,)) for name, v in task_vector.items()]
     return _run("dare_linear", jobs, preset="paper", seed=seed)
 
 
@@ -243,7 +267,9 @@ def dare_ties_merge(
     seed: int = 42,
     shared_mask: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """DARE, then TIES with its own trim (preset ``seed`` of ``dare_ties``); see :func:`ties_merge` for the shrinking.
+    """DARE, then TIES with its own trim (preset ``task_vectors`` of ``dare_ties``).
+
+    See :func:`ties_merge` for what the weights 1/N do.
 
     The trim has an effect only where ``density < 1 - drop_rate``: with the defaults the threshold is 0.
 
@@ -282,8 +308,8 @@ def _elect(
         here = [i for i, tau in enumerate(task_vectors) if name in tau]
         if here:
             tensors = [_zeros(name, base), *(task_vectors[i][name] for i in here)]
-            jobs.append((name, tensors, {**parameters, "weight": [weights[i] for i in here], "indices": here}))
-    mixed = _run(method, jobs, preset="seed", seed=seed)
+            jobs.append((name, tensors, {**parameters, "weight": [weights[i] for i in here]}, tuple(here)))
+    mixed = _run(method, jobs, preset="task_vectors", seed=seed)
     added = _sum([(name, [base_weights[name], mix], [1.0, 1.0]) for name, mix in mixed.items()])
     rest = _sum([(name, [base], [1.0]) for name, base in base_weights.items() if name not in mixed])
     return {name: added[name] if name in added else rest[name] for name in base_weights}

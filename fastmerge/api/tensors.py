@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import operator
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.backends.choose import choose, devices, program_factory
-from fastmerge.dtypes import BY_NAME, DType, promote
+from fastmerge.backends.choose import choose
+from fastmerge.checkpoint import Checkpoint, Files
+from fastmerge.dtypes import BY_NAME, DType
 from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.methods import get
-from fastmerge.methods.base import REQUIRED, Group, Method, Param
-from fastmerge.philox import checked_seed
-from fastmerge.planning import Output
-from fastmerge.recipe.problems import hint
-from fastmerge.recipe.settings import convert
-from fastmerge.runtime.devices import Device
+from fastmerge.methods.base import Method
+from fastmerge.methods.parameters import Resolver, called
+from fastmerge.ops.spec import Op, Spec
+from fastmerge.planning.from_tensors import TensorPlanner
+from fastmerge.planning.structure import structure
+from fastmerge.runtime.budget import UNIT_ELEMENTS, need
+from fastmerge.runtime.devices import CpuDevice, Device, cores
 from fastmerge.runtime.devices.cuda import MEMORY_ELEMENTS, InPlace
 from fastmerge.runtime.schedule import schedule
-from fastmerge.runtime.stores import MemoryStore
-from fastmerge.runtime.stream import Runner
-from fastmerge.tensors import check, extent, plain
+from fastmerge.runtime.stores import OpStore
+from fastmerge.runtime.workers import Runner
+from fastmerge.tensors import check, extent
 
 if TYPE_CHECKING:
     import torch
+
+    from fastmerge.planning.structure import Structure
 
 
 def merge_tensors(
@@ -51,7 +54,8 @@ def merge_tensors(
             but a method with statistics waits for its sums, or for the few keys that its thresholds depend on.
         method: a name of ``fastmerge methods``.
         parameters: scalars for all inputs, sequences in input order (without the base for parameters of
-            non-base models), or mappings keyed by ``ids``.
+            non-base models), or mappings keyed by ``ids``; filters and gradients as in recipes
+            (:func:`fastmerge.methods.parameters.called`).
         ids: names of the inputs; 0, 1, ... where absent.
         base_index: which input is the base.
         name: of the tensor; with the seed it keys the random numbers.
@@ -75,14 +79,14 @@ def merge_tensors(
     keys = list(ids) if ids is not None else list(range(len(tensors)))
     if len(keys) != len(tensors) or len(set(keys)) != len(keys):
         raise RecipeError(f"ids: expected {len(tensors)} different ids, got {keys!r}")
-    base = None if base_index is None else keys[_index(base_index, len(keys))]
-    kind = get(method)
-    binding = _bind(kind, keys, base, parameters, preset)
+    at = None if base_index is None else _index(base_index, len(keys))
+    call = _Call(get(method), keys, at, parameters, preset, seed)
     target = out_dtype or dtype
-    named = dict(zip(keys, tensors, strict=True))
-    output, inputs = _output(kind, binding, name or "", named, base, target, seed)
-    result = _result(output, inputs[0], out, named)
-    run([output], [inputs], [result], backend)
+    group, spec = call.spec(
+        name or "", [tensors[i] for i in call.order], _dtype(target) if target is not None else None
+    )
+    result = _result(spec, group[0], out, dict(zip(keys, tensors, strict=True)))
+    run([call.op(name or "", spec, group, result)], result.device, backend)
     return result
 
 
@@ -104,7 +108,8 @@ def merge_state_dicts(
     Args:
         models: state dictionaries or modules, by id or in order, all on the CPU or all on one GPU.
         method: a name of ``fastmerge methods``.
-        parameters: as in :func:`merge_tensors`, the same for all tensors.
+        parameters: as in :func:`merge_tensors`; filters ``[{"filter": "mlp", "value": 0.3}, {"value": 0.5}]`` and
+            gradients over the layers tell tensors apart.
         base: id of the base model.
         strict: whether all models must have the same tensors; else only common ones are merged.
         dtype: as in :func:`merge_tensors`.
@@ -123,8 +128,6 @@ def merge_state_dicts(
         ShapeError: where names, shapes, devices or non-float tensors disagree.
         BackendUnavailable: if the backend cannot work on the tensors' device.
     """
-    import torch
-
     items = list(models.items()) if isinstance(models, Mapping) else list(enumerate(models))
     states = {key: m.state_dict() if hasattr(m, "state_dict") else m for key, m in items}
     if not states:
@@ -134,47 +137,120 @@ def merge_state_dicts(
             raise RecipeError(f"models: expected state dictionaries or modules, got {type(state).__name__} for {key!r}")
     if base is not None and base not in states:
         raise RecipeError(f"base {base!r} is not one of the models {list(states)!r}")
-    first = next(iter(states.values()))
-    missing = [f"{n}: not in model {k!r}" for k, s in states.items() for n in {**first, **s} if n not in s]
-    missing += [f"{n}: not in the first model" for s in states.values() for n in s if n not in first]
-    if strict and missing:
-        raise ShapeError(sorted(set(missing)))
-    kind = get(method)
-    binding = _bind(kind, list(states), base, parameters, preset)
+    keys = list(states)
+    names = _common(states, strict=strict)
+    call = _Call(get(method), keys, None if base is None else keys.index(base), parameters, preset, seed)
+    layers = structure(names, {}) if call.resolver.gradient else None
+    if layers is not None and not layers.stacks:
+        raise RecipeError("a gradient needs layers, and the tensor names show none")
+    wanted = out_dtype or dtype
+    target = _dtype(wanted) if wanted is not None else None
+    return _merge_states([states[keys[i]] for i in call.order], names, call, target, layers, backend)
+
+
+def _merge_states(
+    states: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    call: _Call,
+    target: DType | None,
+    layers: Structure | None,
+    backend: str | None,
+) -> dict[str, torch.Tensor]:
+    """All tensors in one schedule; the loop that must stay cheap."""
+    import torch
+
     merged: dict[str, torch.Tensor] = {}
     owners: dict[Hashable, str] = {}
-    kept = []  # A mapping may make its tensors on access: while all are kept, no two names share an address by chance.
-    outputs, inputs, results = [], [], []
-    for name in first:
-        group = {k: s[name] for k, s in states.items() if name in s}
-        if len(group) < len(states):
-            continue
+    kept = []  # A mapping may make tensors when it is asked: kept, no two of them share an address by chance.
+    ops: list[Op] = []
+    for name in names:
+        group = [s[name] for s in states]
         kept.append(group)
-        _one_device(name, {"the first tensor": next(iter(kept[0].values())), **group})
-        owner = owners.setdefault(_identity(group.values()) or name, name)
+        owner = owners.setdefault(_identity(name, group) or name, name)
         if owner != name:
             merged[name] = merged[owner]
             continue
-        if not first[name].is_floating_point():
-            if not all(torch.equal(first[name], t) for t in group.values()):
-                raise ShapeError(f"{name}: {first[name].dtype} tensors are copied, not merged, and the models differ")
-            merged[name] = first[name].clone()
+        first = group[0]
+        if not first.is_floating_point():
+            _one_device(name, call.ids, group)
+            if not all(torch.equal(first, t) for t in group[1:]):
+                raise ShapeError(f"{name}: {first.dtype} tensors are copied, not merged, and the models differ")
+            merged[name] = first.clone()
             continue
-        output, tensors = _output(kind, binding, name, group, base, out_dtype or dtype, seed)
-        merged[name] = _result(output, tensors[0], None, {})
-        outputs.append(output)
-        inputs.append(tensors)
-        results.append(merged[name])
-    run(outputs, inputs, results, backend)
+        tensors, spec = call.spec(name, group, target, layers.gradient(name) if layers is not None else 0.0)
+        kept.append(tensors)
+        if tensors[0].device != kept[0][0].device:
+            raise ShapeError(f"{name} is on {tensors[0].device} and the first tensor on {kept[0][0].device}")
+        result = merged[name] = _result(spec, tensors[0], None, {})
+        ops.append(call.op(name, spec, tensors, result))
+    if ops:
+        run(ops, kept[0][0].device, backend)
     return merged
 
 
-@dataclasses.dataclass(frozen=True)
-class _Binding:
-    """Parameters bound to input ids."""
+def _common(states: Mapping[Hashable, Mapping[str, Any]], *, strict: bool) -> list[str]:
+    """Names of the first model that all models have.
 
-    shared: Mapping[str, Any]
-    by_input: Mapping[Hashable, Mapping[str, Any]]
+    Raises:
+        ShapeError: with ``strict``, where the models differ.
+    """
+    first = next(iter(states.values()))
+    names = first.keys()
+    if all(s.keys() == names for s in states.values()):
+        return list(first)
+    if strict:
+        missing = [f"{n}: not in model {k!r}" for k, s in states.items() for n in {**first, **s} if n not in s]
+        missing += [f"{n}: not in the first model" for s in states.values() for n in s if n not in first]
+        raise ShapeError(sorted(set(missing)))
+    return [n for n in first if all(n in s for s in states.values())]
+
+
+class _Call:
+    """The method, parameters and inputs of one call.
+
+    Attributes:
+        resolver: of the parameters.
+        order: positions of the inputs in the order of the method: base first where it has one.
+        ids: names of the inputs, in that order.
+    """
+
+    def __init__(
+        self,
+        method: type[Method],
+        keys: Sequence[Hashable],
+        base: int | None,
+        parameters: Mapping[str, Any] | None,
+        preset: str | None,
+        seed: int,
+    ) -> None:
+        lead = base if method.contract.base != "ignored" else None
+        others = [i for i in range(len(keys)) if i != lead]
+        self.order = others if lead is None else [lead, *others]
+        self.ids = [keys[i] for i in self.order]
+        if problem := method.contract.problem(method.name, len(others), has_base=lead is not None):
+            raise RecipeError(problem)
+        chosen = preset or ("mergekit" if "mergekit" in method.presets else None)
+        self.resolver: Resolver = called(method, parameters, [keys[i] for i in others], chosen)
+        self._planner = TensorPlanner(self.resolver, has_base=lead is not None, seed=seed)
+        self._models = tuple(range(len(others)))
+
+    def spec(
+        self, name: str, tensors: Sequence[Any], target: DType | None, t: float = 0.0
+    ) -> tuple[list[torch.Tensor], Spec]:
+        """The inputs of one tensor, checked and contiguous, and what is computed from them."""
+        _one_device(name, self.ids, tensors)
+        shape = tuple(tensors[0].shape)
+        for key, tensor in zip(self.ids, tensors, strict=True):
+            if tuple(tensor.shape) != shape:
+                raise ShapeError(f"{name or 'tensor'}: input {key!r} has shape {tuple(tensor.shape)}, expected {shape}")
+        dtypes = tuple([_dtype(x.dtype) for x in tensors])
+        return [x.detach().contiguous() for x in tensors], self._planner.spec(
+            name, shape, dtypes, self._models, target, t=t
+        )
+
+    def op(self, name: str, spec: Spec, tensors: Sequence[torch.Tensor], result: torch.Tensor) -> Op:
+        """The op that merges them into ``result``."""
+        return self._planner.op(name, spec, [x.data_ptr() for x in tensors], result.data_ptr())
 
 
 def _index(base_index: Any, n: int) -> int:
@@ -185,152 +261,59 @@ def _index(base_index: Any, n: int) -> int:
     raise RecipeError(f"base_index: expected a whole number from {-n} to {n - 1}, got {base_index!r}")
 
 
-def _identity(tensors: Iterable[torch.Tensor]) -> Hashable:
+def _identity(name: str, tensors: Iterable[torch.Tensor]) -> Hashable:
     """Equal for two names that are the same memory, read the same way, in every model; None for no memory."""
-    parts = tuple((t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)
-    return parts if all(p[0] for p in parts) else None
+    out = []
+    for t in tensors:
+        check(name, t)
+        address = t.data_ptr()
+        if not address:
+            return None
+        out.append((address, t.shape, t.stride(), t.dtype, t.device))
+    return tuple(out)
 
 
-def _bind(
-    method: type[Method],
-    keys: Sequence[Hashable],
-    base: Hashable | None,
-    parameters: Mapping[str, Any] | None,
-    preset: str | None,
-) -> _Binding:
-    """Checks and spreads parameters over the inputs, in mergekit's way."""
-    given: Any = {} if parameters is None else parameters
-    if not isinstance(given, Mapping):
-        raise RecipeError(f"parameters: expected a mapping of names to values, got {type(given).__name__}")
-    problems: list[str] = []
-    known = {p.name: p for p in method.params}
-    problems += [f"parameter {n!r}: unknown{hint(n, known)}" for n in given if n not in known]
-    name = preset or ("mergekit" if "mergekit" in method.presets else None)
-    if name is not None and name not in method.presets:
-        problems.append(f"preset {name!r}: unknown; {method.name} has {', '.join(method.presets) or 'none'}")
-    defaults = method.presets.get(name or "", {})
-    rule = method.contract
-    lead = base if rule.base != "ignored" else None
-    if rule.base == "required" and lead is None:
-        problems.append(f"{method.name} needs a base (base_index, or base)")
-    others = [k for k in keys if lead is None or k != lead]
-    if len(others) < rule.least or (rule.most is not None and len(others) > rule.most):
-        most = "or more" if rule.most is None else f"to {rule.most}"
-        problems.append(f"{method.name}: expected {rule.least} {most} models besides the base, got {len(others)}")
-    shared: dict[str, Any] = {}
-    by_input: dict[Hashable, dict[str, Any]] = {k: {} for k in keys}
-    for p in method.params:
-        value = given.get(p.name, defaults.get(p.name, p.default))
-        if value is REQUIRED:
-            problems.append(f"parameter {p.name!r} is required by {method.name}: {p.doc}")
-        elif p.scope == "shared":
-            shared[p.name] = _convert(p, value, problems)
-        else:
-            over = others if p.scope == "model" else list(keys)
-            for key, item in zip(over, _spread(p, value, over, problems), strict=False):
-                by_input[key][p.name] = _convert(p, item, problems)
-    if problems:
-        raise RecipeError(list(dict.fromkeys(problems)))
-    return _Binding(shared, by_input)
-
-
-def _spread(p: Param, value: Any, keys: Sequence[Hashable], problems: list[str]) -> list[Any]:
-    if isinstance(value, Mapping):
-        problems += [f"parameter {p.name!r}: missing for input {k!r}" for k in keys if k not in value]
-        return [value.get(k, p.default) for k in keys]
-    value = plain(value)
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if len(value) != len(keys):
-            problems.append(f"parameter {p.name!r}: expected {len(keys)} values, got {len(value)}")
-        return list(value)
-    return [value] * len(keys)
-
-
-def _convert(p: Param, value: Any, problems: list[str]) -> Any:
-    if value is None or value is REQUIRED:
-        return value
-    try:
-        return convert(plain(value), p)
-    except ValueError as error:
-        problems.append(f"parameter {p.name!r}: {error}")
-        return value
-
-
-def _one_device(name: str, tensors: Mapping[Hashable, torch.Tensor]) -> None:
+def _one_device(name: str, ids: Sequence[Hashable], tensors: Sequence[torch.Tensor]) -> None:
     """All inputs of a call are dense tensors on the CPU, or on one GPU."""
-    for key, t in tensors.items():
+    for key, t in zip(ids, tensors, strict=True):
         check(f"{name or 'tensor'}: input {key!r}", t)
-    first, home = next((k, t.device) for k, t in tensors.items())
-    for key, t in tensors.items():
+    home = tensors[0].device
+    for key, t in zip(ids, tensors, strict=True):
         if t.device.type not in ("cpu", "cuda"):
             raise ShapeError(f"{name or 'tensor'}: input {key!r} is on {t.device}; expected the CPU or a GPU")
         if t.device != home:
             raise ShapeError(
-                f"{name or 'tensor'}: input {key!r} is on {t.device} and {first!r} on {home}; expected one device"
+                f"{name or 'tensor'}: input {key!r} is on {t.device} and {ids[0]!r} on {home}; expected one device"
             )
 
 
+_DTYPES: dict[Any, DType] = {}
+
+
 def _dtype(t: Any) -> DType:
-    name = str(t).removeprefix("torch.")
-    if name not in BY_NAME or not BY_NAME[name].mergeable:
-        raise ShapeError(f"expected float64, float32, float16 or bfloat16; got {name}")
-    return BY_NAME[name]
-
-
-def _output(
-    method: type[Method],
-    binding: _Binding,
-    name: str,
-    tensors: Mapping[Hashable, torch.Tensor],
-    base: Hashable | None,
-    target: torch.dtype | None,
-    seed: int,
-) -> tuple[Output, list[torch.Tensor]]:
-    """The output of one group, and its inputs in the method's order: base first, contiguous."""
-    lead = base if method.contract.base != "ignored" else None
-    others = [k for k in tensors if lead is None or k != lead]
-    order = others if lead is None else [lead, *others]
-    _one_device(name, tensors)
-    shape = tuple(next(iter(tensors.values())).shape)
-    for key, t in tensors.items():
-        if tuple(t.shape) != shape:
-            raise ShapeError(f"{name or 'tensor'}: input {key!r} has shape {tuple(t.shape)}, expected {shape}")
-    dtypes = tuple(_dtype(tensors[k].dtype) for k in order)
-    kind = dtypes[0]
-    for d in dtypes[1:]:
-        kind = promote(kind, d)
-    group = Group(
-        name=name,
-        shape=shape,
-        dtypes=dtypes,
-        out_dtype=_dtype(target) if target is not None else kind,
-        params=binding.shared,
-        models=tuple(binding.by_input[k] for k in others),
-        has_base=lead is not None,
-        indices=tuple(range(len(others))),
-        seed=checked_seed(seed),
-    )
-    problems = method.check(group)
-    if problems:
-        raise RecipeError(problems)
-    output = Output(name=name, dtype=group.out_dtype, shape=shape, models=(), inputs=(), method=method, group=group)
-    return output, [tensors[k].detach().contiguous() for k in order]
+    found = _DTYPES.get(t)
+    if found is None:
+        name = str(t).removeprefix("torch.")
+        if name not in BY_NAME or not BY_NAME[name].mergeable:
+            raise ShapeError(f"expected float64, float32, float16 or bfloat16; got {name}")
+        found = _DTYPES[t] = BY_NAME[name]
+    return found
 
 
 def _result(
-    output: Output, like: torch.Tensor, out: torch.Tensor | None, inputs: Mapping[Hashable, torch.Tensor]
+    spec: Spec, like: torch.Tensor, out: torch.Tensor | None, inputs: Mapping[Hashable, torch.Tensor]
 ) -> torch.Tensor:
     """A new tensor, or the caller's ``out`` where it fits and overlaps none of the inputs except as one of them."""
     import torch
 
-    dtype = getattr(torch, output.dtype.name)
+    dtype = getattr(torch, spec.out_dtype.name)
     if out is None:
-        return torch.empty(output.shape, dtype=dtype, device=like.device)
+        return torch.empty(spec.shape, dtype=dtype, device=like.device)
     check("out", out)
-    if tuple(out.shape) != output.shape or out.dtype != dtype or not out.is_contiguous() or out.device != like.device:
+    if tuple(out.shape) != spec.shape or out.dtype != dtype or not out.is_contiguous() or out.device != like.device:
         layout = "" if out.is_contiguous() else f", not contiguous (strides {tuple(out.stride())})"
         raise ShapeError(
-            f"out: expected a contiguous tensor {output.shape} of {dtype} on {like.device}, "
+            f"out: expected a contiguous tensor {spec.shape} of {dtype} on {like.device}, "
             f"got {tuple(out.shape)} of {out.dtype} on {out.device}{layout}"
         )
     start, end = extent(out)
@@ -342,29 +325,30 @@ def _result(
 
 
 def run(
-    outputs: Sequence[Output],
-    inputs: Sequence[Sequence[torch.Tensor]],
-    results: Sequence[torch.Tensor],
-    backend: str | None = None,
+    ops: Sequence[Op], home: torch.device, backend: str | None = None, checkpoints: Sequence[Checkpoint] = ()
 ) -> None:
-    """Merges outputs into tensors that are there.
+    """Runs ops whose targets are in memory.
 
     Args:
-        outputs: what is merged, of one method; each has a group.
-        inputs: per output, contiguous tensors of its group's types and shape, base first, all on one device.
-        results: per output, a contiguous tensor of its type and shape, on that device.
+        ops: contiguous tensors, all on one device, that the caller keeps alive; on the CPU sources may be in files.
+        home: that device.
         backend: as in :func:`merge_tensors`.
+        checkpoints: of the sources in files.
 
     Raises:
         BackendUnavailable: if the backend cannot work on that device.
     """
-    if not results:
-        return
-    home = results[0].device
     chosen = choose(str(home), backend, said=f"tensors on {home}")
-    workers: list[Device] = [InPlace(chosen.kernels, home)] if chosen.gpus else devices(chosen)
-    elements = MEMORY_ELEMENTS if chosen.gpus else None
-    work = schedule(outputs, workers=len(workers), memory=None, whole=chosen.whole, elements=elements)
-    store = MemoryStore(outputs, [[t.data_ptr() for t in row] for row in inputs], [t.data_ptr() for t in results])
-    in_place = dataclasses.replace(work, slot_bytes=0)
-    Runner(outputs, in_place, store, workers, program_factory(chosen)).run()
+    chosen.check(ops)
+    elements = MEMORY_ELEMENTS if chosen.gpus else UNIT_ELEMENTS
+    workers: list[Device] = [InPlace(home)] if chosen.gpus else [CpuDevice() for _ in range(cores())]
+    if not checkpoints:
+        jobs = schedule(ops, elements=elements, whole=chosen.whole)
+        Runner(ops, jobs, OpStore(ops), workers, chosen.program).run()
+        return
+    slot = need(ops, whole=chosen.whole).best
+    jobs = schedule(ops, slot=slot, elements=elements, whole=chosen.whole)
+    with Files(checkpoints) as files:
+        Runner(ops, jobs, OpStore(ops, files), workers, chosen.program, slot=slot).run()
+    for checkpoint in checkpoints:
+        checkpoint.recheck()

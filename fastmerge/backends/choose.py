@@ -6,39 +6,35 @@ or raises :class:`~fastmerge.errors.BackendUnavailable` with the reason.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
-import importlib.util
 import itertools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from fastmerge.backends.probe import (
+    PROC,
+    absent_reason,
+    cuda_reason,
+    driver_reason,
+    gpu_reason,
+    native_reason,
+    torch_reason,
+    usable,
+    visible,
+)
 from fastmerge.errors import BackendUnavailable
-from fastmerge.methods.base import Program
-from fastmerge.planning import Output
-from fastmerge.runtime.devices import CpuDevice, Device, cores
+from fastmerge.methods.base import Method
+from fastmerge.ops.program import Program
+from fastmerge.ops.spec import Op, Spec
 
 log = logging.getLogger("fastmerge")
 
-WAITING = 2
-"""Workers beyond the cores: while some wait for the disk, others compute."""
-
 BACKENDS = ("native", "triton", "reference")
-
-PROC = Path("/proc/driver/nvidia/gpus")
-"""Where the driver has one directory per GPU; some containers hide it."""
-
-NO_DEVICE = 100
-"""What the driver's cuInit answers on a machine without a GPU."""
-
-OLDEST = (8, 0)
-"""Compute capability from which on GPUs are supported."""
 
 
 @dataclass(frozen=True)
@@ -51,140 +47,52 @@ class Backend:
         gpus: the GPUs that it runs on, one number per logical device; empty for CPU cores.
         otherwise: name of the backend that was asked for where the GPUs were not named: those without room for a
             slot may be left out then. None where they were named.
+        home: where the tensors are that a definition works on, as torch names it.
     """
 
     name: str
     kernels: Any
     gpus: tuple[int, ...] = ()
     otherwise: str | None = None
+    home: str = "cpu"
 
-    @property
-    def whole(self) -> bool:
-        """The reference works on whole tensors only."""
-        return self.kernels is None
+    def reason(self, spec: Spec) -> str | None:
+        """Why there is no kernel for a spec, so that the method's definition runs in its place; None where there is."""
+        if self.kernels is None:
+            return "the reference backend was chosen"
+        if spec.method.program.__func__ is Method.program.__func__:  # type: ignore[attr-defined]
+            return f"{spec.method.name} has no kernels yet"
+        found: str | None = self.kernels.supports(spec)
+        return found
 
+    def whole(self, spec: Spec) -> bool:
+        """Whether tensors of a spec are never cut: definitions work on whole ones."""
+        return spec.grain != "copy" and self.reason(spec) is not None
 
-def native_reason() -> str | None:
-    """Why the native backend cannot be used; None if it can."""
-    try:
-        importlib.import_module("fastmerge._native")
-    except ImportError as error:
-        return f"the C++ extension is not there ({error}); install a wheel or build from source"
-    return None
+    def program(self, ops: Sequence[Op]) -> Program:
+        """The program of the ops of one job: of kernels where there are some, else of the definition."""
+        first = ops[0].spec
+        if not self.whole(first):
+            made = type(first.method).program(ops, self.kernels)
+            if made is not None:
+                return made
+        from fastmerge.backends.reference import ReferenceProgram
 
+        return ReferenceProgram(ops, self.home)
 
-def host_kernels() -> Any:
-    """The native backend's kernels; None where it cannot be used."""
-    if native_reason():
-        return None
-    from fastmerge.backends.native import NativeKernels
+    def check(self, ops: Iterable[Op]) -> None:
+        """Says once per method what runs as its definition.
 
-    return NativeKernels()
-
-
-def torch_reason() -> str | None:
-    """Why torch cannot be used; None if it is installed. Does not import it."""
-    found = importlib.util.find_spec("torch") is not None
-    return None if found else "torch is not installed; install it (the extra 'torch')"
-
-
-def absent_reason() -> str | None:
-    """Why there is no GPU to speak of: no driver, none that it finds, or all hidden; None where one may be there."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "no NVIDIA driver is installed (libcuda.so.1 was not found)"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "TRITON_INTERPRET=1 keeps the kernels in Triton's interpreter, on the CPU"
-    if _visible() == []:
-        return f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} hides every GPU"
-    start = getattr(driver, "cuInit", None)
-    return "the NVIDIA driver finds no GPU" if start is not None and start(0) == NO_DEVICE else None
-
-
-def driver_reason() -> str | None:
-    """Why GPUs are out of the question; None where torch has to be asked. Imports nothing heavy."""
-    reason = absent_reason()
-    missing = [n for n in ("torch", "triton") if importlib.util.find_spec(n) is None]
-    if reason is None and missing:
-        reason = f"{' and '.join(missing)} not installed; install torch and triton (the extra 'gpu')"
-    return reason
-
-
-def _visible() -> list[str] | None:
-    """What ``CUDA_VISIBLE_DEVICES`` names, up to the first word that is no GPU, as CUDA reads it; None if not set."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is None:
-        return None
-    words = (w.strip() for w in told.split(","))
-    named = list(itertools.takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, words))
-    return named if len(set(named)) == len(named) else []  # one that is named twice hides all
-
-
-def cuda_reason() -> str | None:
-    """Why no GPU can be used; None if torch sees one. Imports torch where there is a driver."""
-    reason = driver_reason()
-    if reason:
-        return reason
-    import torch
-
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} was built without CUDA"
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:  # no device, a driver that is too old, a forked process
-        return f"torch {torch.__version__} (CUDA {torch.version.cuda}): {_line(error)}"
-    return None
-
-
-_WORKING: set[int] = set()
-"""GPUs on which a first kernel has run. What failed is tried again: memory may have been short for a moment."""
-
-
-def gpu_reason(index: int) -> str | None:
-    """Why GPU ``index`` cannot be used where others can; None if it can: one small kernel has run there."""
-    reason = None if index in _WORKING else _examine(index)
-    if reason is None:
-        _WORKING.add(index)
-    return reason
-
-
-def _examine(index: int) -> str | None:
-    """What :func:`gpu_reason` says the first time."""
-    import torch
-
-    count = torch.cuda.device_count()
-    if index >= count:
-        return f"there is no GPU {index}; torch sees {count}"
-    capability = torch.cuda.get_device_capability(index)
-    if capability < OLDEST:
-        have, need = (".".join(map(str, c)) for c in (capability, OLDEST))
-        return f"{torch.cuda.get_device_name(index)} has compute capability {have}; expected {need} or newer"
-    try:
-        return _trial(f"cuda:{index}")
-    except Exception as error:  # noqa: BLE001  compilers, headers, drivers: whatever it is, it is the reason
-        return f"a first kernel failed: {type(error).__name__}: {_line(error)}"
-
-
-def _trial(device: str) -> str | None:
-    """Doubles three numbers on a device."""
-    import numpy as np
-    import torch
-
-    from fastmerge.dtypes import F32
-    from fastmerge.methods.base import Segments
-
-    x = torch.tensor([1.0, 2.0, 3.0], device=device)
-    out = torch.zeros_like(x)
-    table = np.array([[out.data_ptr(), 3, 0, 3, 0, 0, 0, x.data_ptr()]], np.int64)
-    segments = Segments(table, (F32,), F32)
-    kernels = importlib.import_module("fastmerge.kernels").TritonKernels(device)
-    kernels.combine(segments, np.full((1, 1), 2.0), np.ones((1, 2)), delta=False, per_row=False)
-    return None if out.tolist() == [2.0, 4.0, 6.0] else f"a first kernel gave {out.tolist()}, expected [2.0, 4.0, 6.0]"
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        Raises:
+            BackendUnavailable: where that needs torch, and torch is not installed.
+        """
+        for spec in dict.fromkeys(op.spec for op in ops):
+            if not self.whole(spec):
+                continue
+            if reason := torch_reason():
+                raise BackendUnavailable(f"{self.reason(spec)}, and its definition needs torch: {reason}")
+            if self.kernels is not None:
+                say(f"{self.reason(spec)} ({self.name}): its definition in plain torch merges whole tensors, slowly")
 
 
 @functools.cache
@@ -221,12 +129,19 @@ def cpu_backend(name: str | None = None) -> Backend:
     if name == "native" or (name == "auto" and reason is None):
         if reason:
             raise BackendUnavailable(f"backend native: {reason}")
-        return Backend("native", host_kernels())
+        return Backend("native", _native_kernels())
     if torch_reason():
         raise BackendUnavailable(f"backend reference: {torch_reason()}")
     if reason and name == "auto":
         say(f"native backend not used: {reason}; falling back to the reference")
     return Backend("reference", None)
+
+
+@functools.cache
+def _native_kernels() -> Any:
+    from fastmerge.backends.native import NativeKernels
+
+    return NativeKernels()
 
 
 def _triton_interpreter() -> Any:
@@ -240,9 +155,9 @@ def _triton_interpreter() -> Any:
     return kernels.TritonKernels("cpu")
 
 
-def device_for(spec: str, outputs: Iterable[Output], name: str | None) -> str:
-    """``--device``, but ``cpu`` for ``auto`` where all outputs are copies: CUDA would be started for nothing."""
-    copies = spec == "auto" and wanted(name) != "triton" and all(o.method is None for o in outputs)
+def device_for(spec: str, ops: Iterable[Op], name: str | None) -> str:
+    """``--device``, but ``cpu`` for ``auto`` where all ops are copies: CUDA would be started for nothing."""
+    copies = spec == "auto" and wanted(name) != "triton" and all(op.spec.grain == "copy" for op in ops)
     return "cpu" if copies else spec
 
 
@@ -263,7 +178,7 @@ def choose(spec: str, name: str | None = None, *, said: str | None = None) -> Ba
     if names == ["cpu"] or (names == ["auto"] and name not in ("auto", "triton")):
         return cpu_backend(name)
     if names == ["auto"]:
-        reason, gpus = _usable()
+        reason, gpus = usable()
         if gpus:
             return replace(gpu_backend(gpus), otherwise=name)
         if absent_reason() is None:
@@ -293,7 +208,7 @@ def expected_gpus(spec: str, name: str | None = None) -> tuple[int, ...]:
     if names == ["cpu"] or (names == ["auto"] and (name not in ("auto", "triton") or driver_reason())):
         return ()
     if names == ["auto"]:
-        there, named = len(list(PROC.glob("*"))), _visible()
+        there, named = len(list(PROC.glob("*"))), visible()
         if named is None:
             return tuple(range(there or 1))
         known = itertools.takewhile(lambda w: not (there and w.isdigit()) or int(w) < there, named)
@@ -319,38 +234,3 @@ def _check(said: str, names: Sequence[str], backend: str) -> None:
 def gpu_backend(gpus: tuple[int, ...]) -> Backend:
     """The Triton kernels on these GPUs."""
     return Backend("triton", importlib.import_module("fastmerge.kernels").TritonKernels("cuda"), gpus)
-
-
-def _usable() -> tuple[str | None, tuple[int, ...]]:
-    """Every GPU that can be used, or why there is none."""
-    reason = cuda_reason()
-    if reason:
-        return reason, ()
-    import torch
-
-    reasons = {i: gpu_reason(i) for i in range(torch.cuda.device_count())}
-    bad = "; ".join(r for r in reasons.values() if r)
-    return bad or "torch sees none", tuple(i for i, r in reasons.items() if r is None)
-
-
-def devices(chosen: Backend) -> list[Device]:
-    """The workers of a backend for CPU cores, one device each."""
-    workers = cores() + WAITING if chosen.name == "native" else 1
-    return [CpuDevice(chosen.kernels) for _ in range(workers)]
-
-
-def program_factory(chosen: Backend) -> Callable[[Sequence[Output], Device], Program]:
-    """How the stream gets the program of a job on a device."""
-
-    def make(outputs: Sequence[Output], device: Device) -> Program:
-        method = outputs[0].method
-        groups = [o.group for o in outputs if o.group is not None]
-        if method is None:
-            raise AssertionError("a job without a method has no program")
-        if chosen.whole:
-            from fastmerge.backends.reference import ReferenceProgram
-
-            return ReferenceProgram(method, groups)
-        return method.program(groups, device.kernels)
-
-    return make

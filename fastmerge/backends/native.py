@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastmerge.methods.base import F64, I64, Segments
 from fastmerge.ops.replicate import Copies
+from fastmerge.ops.segments import F64, I64, Segments
 from fastmerge.philox import normal_lines
 
 I32 = npt.NDArray[np.int32]
@@ -46,6 +46,12 @@ class NativeKernels:
         from fastmerge import _native
 
         self._native: Any = _native
+
+    @staticmethod
+    def supports(spec: Any) -> str | None:
+        """Every family has its kernels here."""
+        del spec
+        return None
 
     def combine(self, segments: Segments, coef: F64, scale: F64, *, delta: bool, per_row: bool) -> None:
         """Weighted sums into the output addresses; ``coef [P, M]``, ``scale [P, 2]`` (lambda, divisor)."""

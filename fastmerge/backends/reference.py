@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastmerge.dtypes import DType
-from fastmerge.methods.base import HEADER, I64, Group, Method, Program, Segments
+from fastmerge.ops.program import Program
+from fastmerge.ops.segments import HEADER, I64, Segments
+from fastmerge.ops.spec import Op
 
 if TYPE_CHECKING:
     import torch
@@ -17,26 +19,37 @@ if TYPE_CHECKING:
 Whole = list[tuple[int, "list[torch.Tensor]"]]
 
 
-def borrow(address: int, count: int, dtype: DType) -> torch.Tensor:
+class _OnDevice:
+    """Device memory, as CUDA's array interface describes it."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+
+
+def borrow(address: int, count: int, dtype: DType, home: str = "cpu") -> torch.Tensor:
     """A flat tensor over memory that somebody else owns."""
     import torch
 
     kind = getattr(torch, dtype.name)
     if count == 0:
         return torch.empty(0, dtype=kind)
+    if home != "cpu":
+        return torch.as_tensor(_OnDevice(address, count * dtype.size), device=home).view(kind)
     raw = (ctypes.c_uint8 * (count * dtype.size)).from_address(address)
     return torch.frombuffer(raw, dtype=kind)
 
 
 class ReferenceProgram(Program):
-    """Runs :meth:`Method.reference`; a method of scope ``model`` copies all inputs first, so it is for tests."""
+    """Runs :meth:`Method.reference`; where tensors depend on each other it keeps all inputs, so that is for tests."""
 
-    def __init__(self, method: type[Method], groups: Sequence[Group]) -> None:
-        """Takes the method and its tensors; pieces must be whole tensors."""
-        self._method = method
-        self._groups = groups
-        self._together = bool(groups) and method.scope(groups[0]) == "model"
-        self._outputs: dict[int, torch.Tensor] | None = None
+    on_host = True
+
+    def __init__(self, ops: Sequence[Op], home: str = "cpu") -> None:
+        """Takes the ops, all of one method, and where their tensors are; pieces must be whole tensors."""
+        self._ops = ops
+        self._home = home
+        self._together = ops[0].spec.grain == "model"
+        self._outputs: dict[int, list[torch.Tensor]] | None = None
 
     @property
     def ready(self) -> bool:
@@ -50,11 +63,12 @@ class ReferenceProgram(Program):
     def _inputs(self, segments: Segments) -> Whole:
         out: Whole = []
         for row in segments.table.tolist():
-            group = self._groups[row[5]]
-            if row[2] != 0 or row[1] != group.numel:
-                raise ValueError(f"{group.name}: the reference needs whole tensors, got {row[1]} of {group.numel}")
-            pairs = zip(row[HEADER:], segments.dtypes, strict=True)
-            out.append((row[5], [borrow(a, row[1], d).reshape(group.shape) for a, d in pairs]))
+            op = self._ops[row[5]]
+            if row[2] != 0 or row[1] != op.spec.numel:
+                raise ValueError(f"{op.name}: the reference needs whole tensors, got {row[1]} of {op.spec.numel}")
+            pairs = zip(row[HEADER : HEADER + len(segments.dtypes)], segments.dtypes, strict=True)
+            tensors = [borrow(a, row[1], d, self._home).cpu().reshape(op.spec.shape) for a, d in pairs]
+            out.append((row[5], tensors))
         return out
 
     def statistics(self, segments: Segments) -> Whole:
@@ -65,20 +79,23 @@ class ReferenceProgram(Program):
         """Computes every output."""
         inputs = dict(pair for call in partials for pair in call)
         numbers = sorted(inputs)
-        results = self._method.reference_all([inputs[g] for g in numbers], [self._groups[g] for g in numbers])
-        self._outputs = dict(zip(numbers, results, strict=True))
+        ops = [self._ops[g] for g in numbers]
+        results = type(ops[0].spec.method).reference_all([inputs[g] for g in numbers], ops)
+        self._outputs = {g: [result] for g, result in zip(numbers, results, strict=True)}
 
     def apply(self, segments: Segments) -> None:
-        """Computes, or looks up, each output and copies it to its address."""
+        """Computes, or looks up, each output and copies it to its addresses."""
         import torch
 
         bad = np.zeros(len(segments), np.int64)
+        more = HEADER + len(segments.dtypes)
         for n, (g, tensors) in enumerate(self._inputs(segments)):
-            group = self._groups[g]
-            known = self._outputs[g] if self._outputs is not None else None
-            out = self._method.reference(tensors, group) if known is None else known
-            if out.numel():
-                borrow(int(segments.table[n, 0]), out.numel(), segments.out_dtype).copy_(out.reshape(-1))
-            bad[n] = out.numel() - int(torch.isfinite(out).sum())
+            op = self._ops[g]
+            outs = op.spec.method.references(tensors, op) if self._outputs is None else self._outputs[g]
+            row = segments.table[n].tolist()
+            for address, out in zip((row[0], *row[more:]), outs, strict=True):
+                if out.numel():
+                    borrow(address, out.numel(), segments.out_dtype, self._home).copy_(out.reshape(-1))
+                bad[n] += out.numel() - int(torch.isfinite(out).sum())
         if len(segments.nonfinite):
             segments.nonfinite += bad

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastmerge.checkpoint.seal import mark
 from fastmerge.checkpoint.system import open_regular
 from fastmerge.errors import CheckpointError
 
@@ -65,6 +66,12 @@ def inputs(checkpoints: Iterable[Checkpoint], carried: Iterable[tuple[str, Path 
     h = hashlib.sha256()
     for checkpoint in checkpoints:
         h.update(f"model {checkpoint.content_id()}\n".encode())
+        for name in ("config.json", "adapter_config.json"):
+            path = checkpoint.path / name
+            try:
+                h.update(f"{name} {mark(path) if path.exists() else ''}\n".encode())
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot read: {error.strerror}") from None
     for name, data in carried:
         said = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else of([data])
         h.update(f"{name} {said}\n".encode("utf-8", "surrogatepass"))

@@ -9,18 +9,22 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastmerge.api import merge as engine
-from fastmerge.backends.choose import cpu_backend
+from fastmerge.backends.choose import Backend, cpu_backend
 from fastmerge.commands.doctor import memcpy_rate
 from fastmerge.dtypes import BF16
 from fastmerge.methods import METHODS
-from fastmerge.methods.base import REQUIRED, Group, Method, Segments
+from fastmerge.methods.base import REQUIRED, Method
+from fastmerge.methods.parameters import called
+from fastmerge.ops.segments import Segments
+from fastmerge.ops.spec import Op, Spec
 from fastmerge.runtime.stream import compute, segment_row
 
 ELEMENTS = 1 << 20
@@ -29,8 +33,40 @@ ELEMENTS = 1 << 20
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class MethodCall:
+    """A whole method on one unit of work that lies in the cache.
+
+    Attributes:
+        method: its name.
+        statistics: whether it needs a pass before it applies.
+        nbytes: of every input once, and of the output.
+        work: statistics, solve and apply.
+        memory: owner of the tensors.
+    """
+
+    method: str
+    statistics: bool
+    nbytes: int
+    work: Callable[[], None]
+    memory: Sequence[Any]
+
+
+def method_calls() -> Iterator[MethodCall]:
+    """Every method that has kernels on the CPU, with its default parameters: three bf16 models, and a base."""
+    backend = cpu_backend("native")
+    for name, method in METHODS.items():
+        op = _op(method)
+        if backend.whole(op.spec):
+            continue
+        segments, memory = _segments(op)
+        nbytes = ELEMENTS * 2 * (len(op.spec.dtypes) + 1)
+        work = functools.partial(_merge, backend, op, segments)
+        yield MethodCall(name, not backend.program([op]).ready, nbytes, work, memory)
+
+
 def bench_kernels(*, runs: int = 5) -> list[Row]:
-    """Every method's passes on one core: three bf16 models (and a base), one unit in the cache.
+    """Every method on one core.
 
     Args:
         runs: counted runs, at least one; the median is shown.
@@ -40,28 +76,22 @@ def bench_kernels(*, runs: int = 5) -> list[Row]:
     """
     floor = memcpy_rate()
     rows: list[Row] = []
-    kernels = cpu_backend("native").kernels
-    for name, method in METHODS.items():
-        group = _group(method)
-        segments, keep = _segments(group)
-        program = method.program([group], kernels)
-        seconds = _median(functools.partial(_merge, method, group, kernels, segments), runs)
-        moved = ELEMENTS * 2 * (len(group.dtypes) + 1)
+    for call in method_calls():
+        seconds = _median(call.work, runs)
         rows.append(
             {
-                "method": name,
-                "statistics": "no" if program.ready else "yes",
+                "method": call.method,
+                "statistics": "yes" if call.statistics else "no",
                 "G elements/s": round(ELEMENTS / seconds / 1e9, 3),
-                "GB/s": round(moved / seconds / 1e9, 2),
-                "share of memcpy": round(moved / seconds / floor, 2),
+                "GB/s": round(call.nbytes / seconds / 1e9, 2),
+                "share of memcpy": round(call.nbytes / seconds / floor, 2),
             }
         )
-        del keep
     return rows
 
 
-def _merge(method: type[Method], group: Group, kernels: Any, segments: Segments) -> None:
-    compute(method.program([group], kernels), segments, segments, kernels)
+def _merge(backend: Backend, op: Op, segments: Segments) -> None:
+    compute(backend.program([op]), segments)
 
 
 def _median(work: Callable[[], None], runs: int) -> float:
@@ -74,45 +104,29 @@ def _median(work: Callable[[], None], runs: int) -> float:
     return statistics.median(times)
 
 
-def _group(method: type[Method]) -> Group:
+def _op(method: type[Method]) -> Op:
     """Three models, or as many as the method takes, with its default parameters."""
-    rule = method.contract
-    n = min(3, rule.most or 3)
-    based = rule.base == "required"
-    required = {"weight": 1.0 / n, "t": 0.5}
-    defaults = dict(method.presets.get("mergekit", {}))
+    n = min(3, method.contract.most or 3)
+    based = method.contract.base == "required"
+    given = {p.name: {"weight": 1.0 / n}.get(p.name, 0.5) for p in method.params if p.default is REQUIRED}
     if "density" in {p.name for p in method.params}:
-        defaults["density"] = 0.2
-    values = {
-        p.name: required.get(p.name, 0.5) if p.default is REQUIRED else defaults.get(p.name, p.default)
-        for p in method.params
-    }
-    shared = {p.name: values[p.name] for p in method.params if p.scope == "shared"}
-    per_model = {p.name: values[p.name] for p in method.params if p.scope != "shared"}
-    return Group(
-        name="bench",
-        shape=(1024, ELEMENTS // 1024),
-        dtypes=(BF16,) * (n + based),
-        out_dtype=BF16,
-        params=shared,
-        models=(per_model,) * n,
-        has_base=based,
-        indices=tuple(range(n)),
-    )
+        given["density"] = 0.2
+    resolved = called(method, given, range(n)).method("bench", [(i, "bench") for i in range(n)])
+    return Op("bench", Spec(resolved, (1024, ELEMENTS // 1024), (BF16,) * (n + based), BF16, has_base=based))
 
 
-def _segments(group: Group) -> tuple[Segments, Sequence[Any]]:
-    """bf16 weights of sd 0.02 and deltas of sd 2e-4, so that ties and zeros are as common as in fine-tunes."""
+def _segments(op: Op) -> tuple[Segments, Sequence[Any]]:
+    """bf16 weights of sd 0.02 and task vectors of sd 2e-4, so that ties and zeros are as common as in fine-tunes."""
     rng = np.random.default_rng(0)
     base = rng.standard_normal(ELEMENTS, np.float32) * np.float32(0.02)
     arrays = []
-    for i in range(len(group.dtypes)):
+    for i in range(len(op.spec.dtypes)):
         delta = rng.standard_normal(ELEMENTS, np.float32) * np.float32(2e-4 if i else 0)
         bits = (base + delta).view(np.uint32)
         arrays.append(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16))
     out = np.zeros(ELEMENTS, np.uint16)
-    row = segment_row(out.ctypes.data, ELEMENTS, 0, group, 0, [a.ctypes.data for a in arrays])
-    segments = Segments(np.array([row], np.int64), group.dtypes, group.out_dtype, np.zeros(1, np.int64))
+    row = segment_row(op, 0, 0, ELEMENTS, out.ctypes.data, [a.ctypes.data for a in arrays])
+    segments = Segments(np.array([row], np.int64), op.spec.dtypes, op.spec.out_dtype, np.zeros(1, np.int64))
     return segments, [*arrays, out]
 
 

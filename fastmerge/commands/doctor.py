@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge.backends import choose as dispatch
+from fastmerge.backends import probe
 from fastmerge.runtime.devices import cores
 from fastmerge.sizes import default_memory
 from fastmerge.version import __version__
@@ -26,7 +26,7 @@ def examine(directory: str = ".") -> dict[str, Any]:
     Args:
         directory: where the disk is probed, with a temporary file of 256 MiB.
     """
-    native = dispatch.native_reason()
+    native = probe.native_reason()
     facts: dict[str, Any] = {
         "fastmerge": f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         "cpu": f"{cores()} cores",
@@ -64,20 +64,20 @@ def _has_cuda() -> bool:
 
 
 def _triton() -> str:
-    reason = dispatch.cuda_reason()
+    reason = probe.cuda_reason()
     return f"not used: {reason}" if reason else "used for the GPUs below, which --device auto takes"
 
 
 def _gpus() -> dict[str, str]:
     """Every GPU: name, memory, capability, and why it is not used where it is not."""
-    if dispatch.cuda_reason():
+    if probe.cuda_reason():
         return {}
     import torch
 
     facts = {}
     for i in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(i)
-        reason = dispatch.gpu_reason(i)
+        reason = probe.gpu_reason(i)
         facts[f"cuda:{i}"] = (
             f"{about.name}, {about.total_memory / 1e9:.0f} GB, compute capability {about.major}.{about.minor}"
             + (f", not used: {reason}" if reason else "")
@@ -86,7 +86,7 @@ def _gpus() -> dict[str, str]:
 
 
 def _reference(native: str | None) -> str:
-    reason = dispatch.torch_reason()
+    reason = probe.torch_reason()
     if reason:
         return f"not used: {reason}"
     return "used: native is not there" if native else "available by name (--backend reference); native is faster"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastmerge.backends.choose import cpu_backend, device_for, devices, expected_gpus
+from fastmerge.backends.choose import cpu_backend, device_for, expected_gpus
 from fastmerge.planning import Plan
-from fastmerge.runtime.placement import Vram, fit
-from fastmerge.runtime.schedule import kinds, schedule
+from fastmerge.runtime import budget as budgets
+from fastmerge.runtime.devices import cuda
+from fastmerge.runtime.placement import Budget, Vram, cpu_slots, gpu_slots, workers
+from fastmerge.runtime.schedule import schedule
 from fastmerge.sizes import default_memory, parse_bytes, show_bytes
 
 READ_RATE = 10e9
@@ -17,8 +19,8 @@ READ_RATE = 10e9
 WRITE_RATE = 1.5e9
 """Bytes per second of a new file including fdatasync, all workers together: an estimate; ``doctor`` probes it."""
 
-ELEMENT_RATE = {"element": 1.0e9, "tensor": 0.35e9, "row": 0.5e9, "model": 0.3e9}
-"""Output elements per second and worker by the scope of the method, three bf16 models: estimates."""
+ELEMENT_RATE = {"element": 1.0e9, "tensor": 0.35e9, "row": 0.5e9, "model": 0.3e9, "matrix": 0.02e9}
+"""Output elements per second and worker by the grain of the method, three bf16 models: estimates."""
 
 
 GPU_READ_RATE = 6e9
@@ -43,43 +45,46 @@ def estimate(
     Returns:
         Passes over the input, memory in bytes, the bottleneck and an estimate of the seconds for warm files.
     """
-    gpus = expected_gpus(device_for(device, planned.outputs, backend), backend)
+    ops = planned.ops
+    gpus = expected_gpus(device_for(device, ops, backend), backend)
     budget = parse_bytes(memory) if memory is not None else default_memory()
     if gpus:
         name, read_rate = "triton", GPU_READ_RATE
-        vram = None if max_vram is None else Vram(parse_bytes(max_vram), max(map(gpus.count, gpus)))
-        work = fit(planned.outputs, len(gpus), memory=budget, vram=vram)
-        n = work.slots
+        share = max(map(gpus.count, gpus))
+        vram = None if max_vram is None else Vram(parse_bytes(max_vram) // share, share)
+        wants = budgets.need(ops, elements=cuda.UNIT_ELEMENTS)
+        slots = gpu_slots(wants, len(gpus), Budget(budget), vram)
+        jobs = schedule(ops, slot=slots.nbytes, elements=cuda.UNIT_ELEMENTS)
     else:
         chosen = cpu_backend(backend)
         name, read_rate = chosen.name, READ_RATE
-        workers = len(devices(chosen))
-        work = schedule(planned.outputs, workers=workers, memory=budget, whole=chosen.whole)
-        n = max(1, min(workers, work.slots))
+        wants = budgets.need(ops, whole=chosen.whole)
+        slots = cpu_slots(wants, budget, workers(chosen))
+        jobs = schedule(ops, slot=slots.nbytes, elements=budgets.UNIT_ELEMENTS, whole=chosen.whole)
+    units = sum(len(j.units) for j in jobs)
+    n = max(1, min(slots.number, units) if gpus else slots.number)
     reads = elements_time = 0.0
     writes = 0
-    reach = kinds(planned.outputs)
-    for job in work.jobs:
-        for o in job.outputs:
-            out = planned.outputs[o]
-            nbytes = sum(info.nbytes for info in out.inputs)
-            writes += planned.layout.places[out.name].nbytes
-            if job.kind == "copy" or out.method is None or out.group is None:
+    for job in jobs:
+        for o in job.ops:
+            spec = ops[o].spec
+            nbytes = spec.numel * sum([d.size for d in spec.dtypes])
+            writes += spec.numel * spec.out_dtype.size * len(ops[o].targets)
+            if job.copy:
                 reads += nbytes
                 continue
-            scope = reach[o].scope
-            passes = 1 if job.resident or scope == "element" else 2
+            passes = 1 if job.resident or spec.grain == "element" else 2
             reads += passes * nbytes
-            elements_time += out.group.numel / (GPU_ELEMENT_RATE / passes if gpus else ELEMENT_RATE[scope])
+            elements_time += spec.numel / (GPU_ELEMENT_RATE / passes if gpus else ELEMENT_RATE[spec.grain])
     stages = {"read": reads / read_rate / n, "compute": elements_time / (len(gpus) or n), "write": writes / WRITE_RATE}
     seconds = 0.25 + stages["write"] + max(stages["read"], stages["compute"])
     return {
         "backend": name,
         "workers": n,
-        "units": sum(len(j.units) for j in work.jobs),
+        "units": units,
         "bytes_read": int(reads),
         "memory_budget": budget,
-        "memory_slots": n * work.slot_bytes,
+        "memory_slots": n * slots.nbytes,
         "bottleneck": max(stages, key=lambda s: stages[s]),
         "seconds_estimated": round(seconds, 2),
     }

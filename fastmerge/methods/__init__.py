@@ -1,27 +1,28 @@
-"""Merge methods: one small class each; this package is the list of them."""
+"""Merge methods: one file each. Every class in this folder that names itself is a method; nothing lists them."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
-from fastmerge.errors import RecipeError
-from fastmerge.methods.base import Contract, Group, Method, Param, Program, Segments
-from fastmerge.methods.dare import DareLinear, DareTies
-from fastmerge.methods.linear import Linear
-from fastmerge.methods.model_stock import ModelStock
-from fastmerge.methods.passthrough import Passthrough
-from fastmerge.methods.slerp import Slerp
-from fastmerge.methods.task_arithmetic import TaskArithmetic
-from fastmerge.methods.ties import Ties
+from fastmerge.errors import RecipeError, hint
+from fastmerge.methods.base import Method
 
-METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {m.name: m for m in (DareLinear, DareTies, Linear, ModelStock, Passthrough, Slerp, TaskArithmetic, Ties)}
-)
+
+def _found() -> Iterator[type[Method]]:
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Method) and value.__dict__.get("name"):
+                yield value
+
+
+METHODS: Mapping[str, type[Method]] = MappingProxyType({m.name: m for m in sorted(_found(), key=lambda m: m.name)})
 """Every method by the name that recipes use."""
 
-__all__ = ["METHODS", "Contract", "Group", "Method", "Param", "Program", "Segments", "get"]
+__all__ = ["METHODS", "Method", "get"]
 
 
 def get(name: str) -> type[Method]:
@@ -32,7 +33,5 @@ def get(name: str) -> type[Method]:
     """
     found = METHODS.get(name)
     if found is None:
-        close = difflib.get_close_matches(str(name), METHODS, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise RecipeError(f"unknown merge method {name!r}{hint} (known: {', '.join(METHODS)})")
+        raise RecipeError(f"unknown merge method {name!r}{hint(str(name), METHODS)}; known: {', '.join(METHODS)}")
     return found

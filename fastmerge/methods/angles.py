@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from fastmerge.methods.base import F64
+from fastmerge.ops.segments import F64
 
 _PI_PARTS = (3.1415926534682512, 1.2154201012607932e-10, 4.044532497591901e-21)
 """pi as a sum; products of the first two parts (32 bits each) with integers up to 2^21 are exact."""

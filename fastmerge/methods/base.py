@@ -1,42 +1,37 @@
-"""What a merge method declares: parameters, inputs, reference, and the program that runs it.
+"""What a merge method declares: typed parameters, inputs, the definition, and the program that runs it.
 
-A method is one small class. It owns its mathematics twice: :meth:`Method.reference`, the definition in
-plain torch, and :meth:`Method.program`, which expresses the same mathematics through one of the kernel
-families (:mod:`fastmerge.ops`), for a whole batch of tensors at once.
+A method is one frozen class; an instance of it is the method with its parameters. It owns its mathematics twice:
+:meth:`Method.reference`, the definition in plain torch, and :meth:`Method.program`, the same mathematics as passes
+of a kernel family (:mod:`fastmerge.ops`), for a whole batch of tensors at once. A method without a program is merged
+by its definition.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import functools
+import types
+import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from fastmerge.dtypes import DType
 from fastmerge.errors import RecipeError
-from fastmerge.philox import tensor_key
 
 if TYPE_CHECKING:
     import torch
 
-TILE = 65_536
-"""Elements per tile of every ordered sum (design law L2)."""
-
-LANES = 2_048
-"""Running sums inside a tile; lane ``j`` adds elements ``j, j + 2048, ...``."""
-
-HEADER = 7
-"""Columns of a segment row before its input addresses: out, length, e0, row, key, group, stats."""
-
-I64 = npt.NDArray[np.int64]
-F64 = npt.NDArray[np.float64]
+    from fastmerge.ops.program import Program
+    from fastmerge.ops.spec import Grain, Op, Spec
 
 REQUIRED: Any = object()
 """Default of a parameter that the recipe must give."""
+
+ROW_BYTES = 300
+"""Bytes of sums and coefficients per row, for methods that work by row, with some to spare."""
+
+Scope = Literal["shared", "model", "input"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +40,7 @@ class Param:
 
     Attributes:
         name: as recipes write it.
+        field: the attribute of the method.
         scope: ``shared`` (one value per output tensor), ``model`` (one per non-base model) or ``input``
             (one per input, the base included where it is an input).
         type: ``float``, ``int``, ``bool`` or a tuple of allowed words.
@@ -55,12 +51,35 @@ class Param:
     """
 
     name: str
-    scope: Literal["shared", "model", "input"]
+    field: str
+    scope: Scope
     type: type | tuple[str, ...]
     default: Any
     doc: str
     low: float | None = None
     high: float | None = None
+
+
+def shared(
+    doc: str, default: Any = REQUIRED, *, low: float | None = None, high: float | None = None, name: str | None = None
+) -> Any:
+    """Declares a parameter with one value per output tensor; ``name`` where recipes call it otherwise."""
+    return _declared("shared", doc, default, low, high, name)
+
+
+def per_model(doc: str, default: Any = REQUIRED, *, low: float | None = None, high: float | None = None) -> Any:
+    """Declares a parameter with one value per non-base model; the field is a tuple."""
+    return _declared("model", doc, default, low, high, None)
+
+
+def per_input(doc: str, default: Any = REQUIRED, *, low: float | None = None, high: float | None = None) -> Any:
+    """Declares a parameter with one value per input; the field is a tuple."""
+    return _declared("input", doc, default, low, high, None)
+
+
+def _declared(scope: Scope, doc: str, default: Any, low: float | None, high: float | None, name: str | None) -> Any:
+    about = {"scope": scope, "doc": doc, "default": default, "low": low, "high": high, "name": name}
+    return dataclasses.field(metadata=about)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,161 +95,86 @@ class Contract:
     least: int = 1
     most: int | None = None
 
-
-class Group(NamedTuple):
-    """One output tensor as a method sees it: names, sizes and resolved parameters, never data.
-
-    Attributes:
-        name: output tensor name; with the seed it keys the random numbers.
-        shape: common shape of all inputs.
-        dtypes: input types, base first where the method has one.
-        out_dtype: type of the result.
-        params: resolved shared parameters.
-        models: resolved ``model`` and ``input`` parameters, one mapping per non-base model, in recipe order;
-            for methods that ignore the base, one per input.
-        has_base: whether ``dtypes[0]`` is the base.
-        indices: position of each non-base model among the recipe's non-base models (random numbers use it).
-        seed: of the random numbers.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtypes: tuple[DType, ...]
-    out_dtype: DType
-    params: Mapping[str, Any]
-    models: tuple[Mapping[str, Any], ...]
-    has_base: bool
-    indices: tuple[int, ...]
-    seed: int = 0
-
-    @property
-    def key(self) -> int:
-        """64-bit Philox key of (seed, name)."""
-        return tensor_key(self.seed, self.name)
-
-    @property
-    def numel(self) -> int:
-        """Elements of the tensor; 1 for a 0-d one."""
-        return math.prod(self.shape)
-
-    @property
-    def row(self) -> int:
-        """Length of the last dimension; a tensor of fewer than two dimensions is one row."""
-        return self.shape[-1] if len(self.shape) > 1 else self.numel
-
-    @property
-    def double(self) -> bool:
-        """Whether the arithmetic is fp64: exactly when an input is."""
-        return any(d.code == 0 for d in self.dtypes)
+    def problem(self, method: str, count: int, *, has_base: bool) -> str | None:
+        """What is wrong with ``count`` models besides the base, or None."""
+        if self.base == "required" and not has_base:
+            return f"{method} needs a base model; none was given"
+        if count < self.least or (self.most is not None and count > self.most):
+            most = " or more" if self.most is None else "" if self.most == self.least else f" to {self.most}"
+            what = "inputs" if self.base == "ignored" else "models besides the base"
+            return f"{method}: expected {self.least}{most} {what}, got {count}"
+        return None
 
 
-@dataclass(slots=True)
-class Segments:
-    """A table of pieces of tensors, the argument of every kernel call.
+class _Params:
+    """The parameters of a class, from its annotations: worked out once, at first use."""
 
-    ``table`` is int64 ``[S, 7 + M]``, one row per piece; columns: 0 output address (0: none), 1 length in
-    elements, 2 e0 (logical index of the first element in the whole tensor), 3 row length, 4 Philox key
-    (bits), 5 index of the group, 6 scratch for the family, 7.. one input address per model, base first.
-    All rows share the input types, the output type and the number of inputs. A piece starts at a multiple
-    of the tile, or of the row for methods that work by row, unless a program asked for it otherwise.
-    Kernels add their non-finite outputs to ``nonfinite`` ``[S]``, which is empty where nobody asks; on a GPU it is a
-    tensor of the device, so that counting does not wait.
-    """
-
-    table: I64
-    dtypes: tuple[DType, ...]
-    out_dtype: DType
-    nonfinite: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
-
-    def __len__(self) -> int:
-        return len(self.table)
+    def __get__(self, _: object, owner: type[Method]) -> tuple[Param, ...]:
+        return _params(owner)
 
 
-T = TypeVar("T")
-
-
-def once_per_kind(make: Callable[[Group], T], groups: Sequence[Group]) -> list[T]:
-    """``make(group)`` of each group, called once for those that share their parameters, as the tensors of a plan do.
-
-    Args:
-        make: reads ``params``, ``models`` and ``indices`` of a group, and nothing else.
-        groups: of one method.
-    """
-    known: dict[tuple[object, ...], T] = {}
+@functools.cache
+def _params(owner: type[Method]) -> tuple[Param, ...]:
+    hints = typing.get_type_hints(owner)
     out = []
-    for g in groups:
-        key = (id(g.params), g.indices, *map(id, g.models))  # the groups keep them alive
-        if key not in known:
-            known[key] = make(g)
-        out.append(known[key])
-    return out
+    for field in dataclasses.fields(owner):
+        about = dict(field.metadata)
+        name, scope = about.pop("name") or field.name, about.pop("scope")
+        kind = _value_type(hints[field.name], per_model=scope != "shared")
+        out.append(Param(name=name, field=field.name, scope=scope, type=kind, **about))
+    return tuple(out)
 
 
-class Program(Protocol):
-    """The passes that compute a set of groups: any statistics first, then apply.
-
-    The stream reads data and calls these; it does not know what they compute. ``statistics`` and ``apply``
-    run on any worker thread, on any pieces that together cover the groups; ``advance`` runs once per pass,
-    on the host, after every piece of the pass has been seen.
-    """
-
-    @property
-    def ready(self) -> bool:
-        """True once :meth:`apply` may be called; False while a statistics pass is due."""
-
-    def settle(self, segments: Segments, native: Any) -> None:
-        """Takes whole tensors in host memory, before the first pass, to spare passes; does nothing by default.
-
-        ``native`` are kernels for host memory, whatever those of the program are.
-        """
-        return
-
-    def pieces(self) -> I64 | None:
-        """Plans the due statistics pass; asked once before it.
-
-        Returns:
-            What it reads: None for everything, or ``[K, 3]`` (group, e0, length). A piece longer than a tile starts
-            at a tile and may be cut further at tiles; shorter ones (samples) start anywhere and stay whole.
-        """
-
-    def statistics(self, segments: Segments) -> Any:
-        """One piece of the due pass. Pure: returns its partial result."""
-
-    def advance(self, partials: Sequence[Any]) -> None:
-        """Ends the pass: combines the partials (in any order of pieces) and decides what comes next."""
-
-    def apply(self, segments: Segments) -> None:
-        """Computes the output of the pieces into their output addresses."""
+def _value_type(hint: Any, *, per_model: bool) -> type | tuple[str, ...]:
+    """``float`` of ``float``, ``float | None`` and ``tuple[float, ...]``; the words of a ``Literal``."""
+    if per_model:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    if not isinstance(hint, type):
+        raise TypeError(f"a parameter is a float, int, bool or Literal, not {hint}")
+    return hint
 
 
+@dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A merge method, declared once."""
+    """A merge method with its parameters.
+
+    A subclass is a frozen dataclass whose fields are declared with :func:`shared`, :func:`per_model` and
+    :func:`per_input`. It must define ``name``, ``summary``, ``formula``, ``paper``, ``contract`` and
+    :meth:`reference`; everything else has a default.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     formula: ClassVar[str]
     paper: ClassVar[str]
     contract: ClassVar[Contract]
-    params: ClassVar[tuple[Param, ...]]
+    params = typing.cast("tuple[Param, ...]", _Params())
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     """Parameter sets that tests and benches iterate: plain parameters (a sequence gives one value per model),
     and optionally ``preset`` and ``models`` (how many non-base models; the contract decides otherwise)."""
 
-    @classmethod
     @abstractmethod
-    def reference(cls, inputs: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
+    def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """The definition, in plain torch, of one whole tensor (base first where there is one)."""
 
-    @classmethod
-    def reference_all(cls, inputs: Sequence[Sequence[torch.Tensor]], groups: Sequence[Group]) -> list[torch.Tensor]:
-        """The definition for many tensors at once; differs from one by one only where the scope is ``model``."""
-        return [cls.reference(i, g) for i, g in zip(inputs, groups, strict=True)]
+    def references(self, inputs: Sequence[torch.Tensor], op: Op) -> list[torch.Tensor]:
+        """The definition of every target of an op; methods that make several replace it."""
+        return [self.reference(inputs, op)]
 
     @classmethod
-    @abstractmethod
-    def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
-        """The same mathematics as passes over pieces of many tensors, on one kernel backend."""
+    def reference_all(cls, inputs: Sequence[Sequence[torch.Tensor]], ops: Sequence[Op]) -> list[torch.Tensor]:
+        """The definition for many tensors at once; differs from one by one only where the grain is ``model``."""
+        return [op.spec.method.reference(i, op) for i, op in zip(inputs, ops, strict=True)]
+
+    @classmethod
+    def program(cls, ops: Sequence[Op], kernels: Any) -> Program | None:  # noqa: ARG003  for subclasses
+        """The same mathematics as passes over pieces of many tensors, on one kernel backend; None without one."""
+        return None
 
     @classmethod
     def defaults(cls, preset: str | None = None) -> dict[str, Any]:
@@ -247,21 +191,28 @@ class Method(ABC):
             out.update(cls.presets[preset])
         return out
 
-    @classmethod
-    def scope(cls, group: Group) -> Literal["element", "tensor", "row", "model"]:  # noqa: ARG003  for subclasses
-        """What one result depends on: how far the stream may cut the work.
+    @property
+    def words(self) -> tuple[object, ...]:
+        """The values of all parameters that are no numbers: what tensors of one kernel call have in common."""
+        return tuple(getattr(self, p.field) for p in self.params if p.type is bool or isinstance(p.type, tuple))
 
-        ``element`` needs no statistics, ``tensor`` and ``model`` gather them over a tensor or all tensors, from
-        pieces cut at tiles; ``row`` is ``tensor`` with pieces cut at rows.
-        """
-        return "element"
+    @property
+    def random(self) -> bool:
+        """Whether random numbers are drawn, so that tensors need keys."""
+        return False
 
-    @classmethod
-    def check(cls, group: Group) -> list[str]:  # noqa: ARG003  for subclasses
+    def grain(self, spec: Spec) -> Grain:
+        """What one result depends on (see :data:`fastmerge.ops.spec.Grain`); without a program, the whole tensor."""
+        return "element" if type(self).program.__func__ is not Method.program.__func__ else "matrix"  # type: ignore[attr-defined]
+
+    def workspace(self, spec: Spec) -> int:
+        """Bytes that are kept of a whole tensor between passes, beside the slots."""
+        return ROW_BYTES * spec.rows if self.grain(spec) == "row" else 0
+
+    def check(self, spec: Spec) -> list[str]:
         """Problems of resolved parameters that bounds alone do not catch; empty where there are none."""
         return []
 
-    @classmethod
-    def warn(cls, group: Group) -> list[str]:  # noqa: ARG003  for subclasses
+    def warn(self, spec: Spec) -> list[str]:
         """Questionable parameters (a negative TIES weight, weights that sum to zero): one line each."""
         return []

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
-from fastmerge.methods.base import REQUIRED, Contract, Group, Method, Param, Program, once_per_kind
-from fastmerge.ops import blocks as reference
+from fastmerge.methods.base import Contract, Method, per_input, shared
+from fastmerge.ops import blocks
 from fastmerge.ops.combine import CombineProgram
+from fastmerge.ops.spec import once_per_spec
 
 if TYPE_CHECKING:
     import torch
+
+    from fastmerge.ops.kernels import Kernels
+    from fastmerge.ops.program import Program
+    from fastmerge.ops.spec import Op, Spec
 
 
 def _sum(weights: Sequence[float]) -> float:
@@ -22,6 +28,13 @@ def _sum(weights: Sequence[float]) -> float:
     return total
 
 
+def _tables(spec: Spec) -> tuple[tuple[float, ...], float]:
+    """Coefficients and divisor."""
+    method = cast("Linear", spec.method)
+    return method.weight, method.divisor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Linear(Method):
     r"""Weighted average of any number of models; the base, where one is listed, is an ordinary input.
 
@@ -38,10 +51,6 @@ class Linear(Method):
     formula = "out = sum_i w_i x_i / sum_i w_i"
     paper = "https://arxiv.org/abs/2203.05482"
     contract = Contract("ignored")
-    params = (
-        Param("weight", "input", float, REQUIRED, "coefficient of the model"),
-        Param("normalize", "shared", bool, True, "divide by the sum of the weights"),
-    )
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mergekit": {}, "soup": {"weight": 1.0}}
     cases = (
         {"weight": [0.6, 0.3, 0.9]},
@@ -51,37 +60,36 @@ class Linear(Method):
         {"preset": "soup", "models": 4},
     )
 
-    @classmethod
-    def tables(cls, group: Group) -> tuple[list[float], float]:
-        """Coefficients and divisor."""
-        weights = [float(m["weight"]) for m in group.models]
-        return weights, _sum(weights) if group.params["normalize"] else 1.0
+    weight: tuple[float, ...] = per_input("coefficient of the model")
+    normalize: bool = shared("divide by the sum of the weights", default=True)
 
-    @classmethod
-    def reference(cls, inputs: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
+    @property
+    def divisor(self) -> float:
+        """Sum of the weights where they are normalised, else 1."""
+        return _sum(self.weight) if self.normalize else 1.0
+
+    def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """``(sum c_i x_i) / div``."""
-        return reference.plain(inputs, group, *cls.tables(group))
+        return blocks.plain(inputs, op.spec, self.weight, self.divisor)
 
     @classmethod
-    def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
+    def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """One pass of the combine kernel."""
-        tables = once_per_kind(cls.tables, groups)
-        return CombineProgram(
-            kernels, np.array([c for c, _ in tables]), np.array([(1.0, div) for _, div in tables]), delta=False
-        )
+        tables = once_per_spec(_tables, ops)
+        coef = np.array([weight for weight, _ in tables])
+        return CombineProgram(kernels, coef, np.array([(1.0, div) for _, div in tables]), delta=False)
 
-    @classmethod
-    def check(cls, group: Group) -> list[str]:
+    def check(self, spec: Spec) -> list[str]:
         """Refuses weights that cancel where they are divided by."""
-        weights, div = cls.tables(group)
-        if group.params["normalize"] and abs(div) <= 1e-12 * _sum([abs(w) for w in weights]):
-            return [f"linear: weights {weights} sum to zero with normalize: true; every element would be inf or NaN"]
+        if self.normalize and abs(self.divisor) <= 1e-12 * _sum([abs(w) for w in self.weight]):
+            shown = f"linear: weights {list(self.weight)} sum to zero with normalize: true"
+            return [f"{shown}; every element would be inf or NaN"]
         return []
 
-    @classmethod
-    def warn(cls, group: Group) -> list[str]:
+    def warn(self, spec: Spec) -> list[str]:
         """Names weights that nearly cancel."""
-        weights, div = cls.tables(group)
-        if group.params["normalize"] and abs(div) < 1e-2 * _sum([abs(w) for w in weights]):
-            return [f"linear: weights {weights} nearly cancel; normalize: true multiplies by {1 / div:g}"]
+        if self.normalize and abs(self.divisor) < 1e-2 * _sum([abs(w) for w in self.weight]):
+            return [
+                f"linear: weights {list(self.weight)} nearly cancel; normalize: true multiplies by {1 / self.divisor:g}"
+            ]
         return []

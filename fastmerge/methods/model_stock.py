@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 
 from fastmerge.methods import angles
-from fastmerge.methods.base import F64, Contract, Group, Method, Param, Program
-from fastmerge.ops import blocks as reference
-from fastmerge.ops.gram import GramProgram, rows_of
+from fastmerge.methods.base import Contract, Method, shared
+from fastmerge.ops import blocks
+from fastmerge.ops.gram import GramProgram
+from fastmerge.ops.segments import F64
 from fastmerge.ops.split import by_kind
 
 if TYPE_CHECKING:
     import torch
+
+    from fastmerge.ops.kernels import Kernels
+    from fastmerge.ops.program import Program
+    from fastmerge.ops.spec import Grain, Op, Spec
 
 
 def ratio(stats: F64, models: int, angle: bool, clamp: bool, floor: float) -> F64:
@@ -48,6 +54,7 @@ def ratio(stats: F64, models: int, angle: bool, clamp: bool, floor: float) -> F6
     return np.clip(t, 0.0, 1.0) if clamp else t
 
 
+@dataclass(frozen=True, kw_only=True)
 class ModelStock(Method):
     r"""Between the base and the average of N fine-tunes, as far as their mutual angle suggests.
 
@@ -66,12 +73,6 @@ class ModelStock(Method):
     formula = "out = t mean(w) + (1 - t) w0, t = N cos th / (1 + (N - 1) cos th)"
     paper = "https://arxiv.org/abs/2403.19522"
     contract = Contract("required", least=2)
-    params = (
-        Param("filter_wise", "shared", bool, False, "one angle per row of the last dimension"),
-        Param("cos_agg", "shared", ("cos", "angle"), "cos", "what is averaged over pairs of models"),
-        Param("clamp_t", "shared", ("none", "unit"), "none", "limit t to 0 .. 1"),
-        Param("floor", "shared", float, 1e-6, "least product of two offset norms", 0.0),
-    )
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mergekit": {},
         "paper": {"floor": 0.0},
@@ -84,44 +85,45 @@ class ModelStock(Method):
         {"models": 3, "preset": "paper", "clamp_t": "unit", "filter_wise": True},
     )
 
+    filter_wise: bool = shared("one angle per row of the last dimension", default=False)
+    cos_agg: Literal["cos", "angle"] = shared("what is averaged over pairs of models", "cos")
+    clamp_t: Literal["none", "unit"] = shared("limit t to 0 .. 1", "none")
+    floor: float = shared("least product of two offset norms", 1e-6, low=0.0)
+
     @classmethod
-    def solve(cls, groups: Sequence[Group], stats: F64, rows: Sequence[int]) -> tuple[F64, F64]:
-        """Coefficients ``[P, 1 + N]`` and scales (t, N) ``[P, 2]`` for all vectors of all groups, in order."""
-        models = len(groups[0].models)
+    def solve(cls, ops: Sequence[Op], stats: F64, rows: Sequence[int]) -> tuple[F64, F64]:
+        """Coefficients ``[P, 1 + N]`` and scales (t, N) ``[P, 2]`` for all vectors of all tensors, in order."""
+        models = len(ops[0].spec.dtypes) - 1
         scale = np.full((len(stats), 2), float(models))
         ends = np.cumsum([0, *rows])
-        for g, first, last in zip(groups, ends[:-1], ends[1:], strict=True):
-            p = g.params
-            some = stats[first:last]
-            scale[first:last, 0] = ratio(
-                some, models, p["cos_agg"] == "angle", p["clamp_t"] == "unit", float(p["floor"])
-            )
+        for op, first, last in zip(ops, ends[:-1], ends[1:], strict=True):
+            m = cast("ModelStock", op.spec.method)
+            scale[first:last, 0] = ratio(stats[first:last], models, m.cos_agg == "angle", m.clamp_t == "unit", m.floor)
         return np.ones((len(stats), 1 + models)), scale
 
-    @classmethod
-    def reference(cls, inputs: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
+    def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """Inner products of the offsets of each vector, then the way from the base."""
-        rows = rows_of(group) if group.params["filter_wise"] else 1
-        base, *others = reference.work(inputs, group)
-        if not group.numel:
-            return reference.finish(base, group)
+        spec = op.spec
+        base, *others = blocks.work(inputs, spec)
+        if not spec.numel:
+            return blocks.finish(base, spec)
+        rows = spec.rows if self.filter_wise else 1
         base, *offsets = (x.reshape(rows, -1) for x in (base, *(x - base for x in others)))
-        _, scale = cls.solve([group], reference.gram(offsets), [rows])
-        total = reference.weighted_sum(offsets, [1.0] * len(offsets))
-        mean = total / reference.column(scale[:, 1], base)
-        return reference.finish(base + reference.column(scale[:, 0], base) * mean, group)
+        _, scale = self.solve([op], blocks.gram(offsets), [rows])
+        total = blocks.weighted_sum(offsets, [1.0] * len(offsets))
+        mean = total / blocks.column(scale[:, 1], base)
+        return blocks.finish(base + blocks.column(scale[:, 0], base) * mean, spec)
 
     @classmethod
-    def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
+    def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """Gram of the offsets, solve, combine."""
+        per_row = [cast("ModelStock", op.spec.method).filter_wise for op in ops]
 
         def build(some: list[int]) -> Program:
-            part = [groups[i] for i in some]
-            return GramProgram(kernels, part, cls.solve, per_row=bool(part[0].params["filter_wise"]), delta=True)
+            return GramProgram(kernels, [ops[i] for i in some], cls.solve, per_row=per_row[some[0]], delta=True)
 
-        return by_kind([g.params["filter_wise"] for g in groups], build)
+        return by_kind(per_row, build)
 
-    @classmethod
-    def scope(cls, group: Group) -> Literal["element", "tensor", "row", "model"]:
+    def grain(self, spec: Spec) -> Grain:
         """One angle per tensor or row."""
-        return "row" if group.params["filter_wise"] else "tensor"
+        return "row" if self.filter_wise else "tensor"

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
-from fastmerge.methods.base import Contract, Group, Method, Param, Program, once_per_kind
-from fastmerge.ops import blocks as reference
+from fastmerge.methods.base import Contract, Method, per_input
+from fastmerge.ops import blocks
 from fastmerge.ops.combine import CombineProgram
+from fastmerge.ops.spec import once_per_spec
 
 if TYPE_CHECKING:
     import torch
 
+    from fastmerge.ops.kernels import Kernels
+    from fastmerge.ops.program import Program
+    from fastmerge.ops.spec import Grain, Op, Spec
 
+
+@dataclass(frozen=True, kw_only=True)
 class Passthrough(Method):
     r"""One model's tensor, times ``scale`` where it is given.
 
@@ -31,23 +38,48 @@ class Passthrough(Method):
     formula = "out = s x"
     paper = "https://arxiv.org/abs/2312.15166"
     contract = Contract("ignored", least=1, most=1)
-    params = (Param("scale", "input", float, None, "factor; null copies the bytes"),)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mergekit": {}}
     cases = ({}, {"scale": 0.5}, {"scale": -1.7}, {"scale": 0.0})
 
-    @classmethod
-    def factor(cls, group: Group) -> float:
+    scale: tuple[float | None, ...] = per_input("factor; null copies the bytes", None)
+
+    @property
+    def factor(self) -> float:
         """The scale, 1 where there is none."""
-        scale = group.models[0]["scale"]
-        return 1.0 if scale is None else float(scale)
+        return 1.0 if self.scale[0] is None else self.scale[0]
 
-    @classmethod
-    def reference(cls, inputs: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
+    def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """``s x``."""
-        return reference.plain(inputs, group, [cls.factor(group)], 1.0)
+        return blocks.plain(inputs, op.spec, [self.factor], 1.0)
 
     @classmethod
-    def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
+    def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """One pass of the combine kernel."""
-        coef = np.array([[factor] for factor in once_per_kind(cls.factor, groups)])
-        return CombineProgram(kernels, coef, np.ones((len(groups), 2)), delta=False)
+        coef = np.array([[factor] for factor in once_per_spec(lambda s: cast("Passthrough", s.method).factor, ops)])
+        return CombineProgram(kernels, coef, np.ones((len(ops), 2)), delta=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy(Method):
+    """The bytes of one source, whatever their type; further sources must hold the same ones.
+
+    Plans use it where nothing is computed; the operating system copies, and no kernel runs. It is no method of
+    recipes, so it has no name there.
+    """
+
+    summary = "The bytes as they are."
+    formula = "out = x"
+    paper = ""
+    contract = Contract("ignored")
+
+    def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
+        """``x``."""
+        return inputs[0].detach().clone().reshape(op.spec.shape)
+
+    def grain(self, spec: Spec) -> Grain:
+        """Bytes."""
+        return "copy"
+
+
+COPY = Copy()
+"""The one instance there need be."""

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 
 from fastmerge.methods import angles
-from fastmerge.methods.base import F64, REQUIRED, Contract, Group, Method, Param, Program
-from fastmerge.ops import blocks as reference
-from fastmerge.ops.gram import GramProgram, rows_of
+from fastmerge.methods.base import Contract, Method, shared
+from fastmerge.ops import blocks
+from fastmerge.ops.gram import GramProgram
+from fastmerge.ops.segments import F64
 from fastmerge.ops.split import by_kind
 
 if TYPE_CHECKING:
     import torch
+
+    from fastmerge.ops.kernels import Kernels
+    from fastmerge.ops.program import Program
+    from fastmerge.ops.spec import Grain, Op, Spec
 
 EPSILON = 1e-8
 """Vectors no longer than this count as unit vectors (mergekit's constant)."""
@@ -56,6 +62,7 @@ def coefficients(stats: F64, t: F64, threshold: F64, every: F64) -> F64:
     return np.stack([blend_a, blend_b], axis=1)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Slerp(Method):
     r"""Spherical interpolation of the base ``a`` and one other model ``b``; linear where they are parallel.
 
@@ -75,21 +82,9 @@ class Slerp(Method):
     formula = "out = sin((1-t) th)/sin th a + sin(t th)/sin th b; (1-t) a + t b where |cos th| > threshold"
     paper = "https://dl.acm.org/doi/10.1145/325165.325242"
     contract = Contract("required", least=1, most=1)
-    params = (
-        Param("t", "shared", float, REQUIRED, "position between the base (0) and the other model (1)"),
-        Param("scope", "shared", ("tensor", "row"), "tensor", "what one angle belongs to"),
-        Param(
-            "fallback",
-            "shared",
-            ("per_vector", "all_rows"),
-            "per_vector",
-            "linear for each parallel row, or only where all rows of the tensor are parallel",
-        ),
-        Param("threshold", "shared", float, 0.9995, "|cosine| above which vectors count as parallel", 0.0, 1.0),
-    )
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mergekit": {},
-        "seed": {"t": 0.5, "scope": "row", "fallback": "all_rows"},
+        "task_vectors": {"t": 0.5, "scope": "row", "fallback": "all_rows"},
     }
     cases = (
         {"t": 0.3},
@@ -98,50 +93,57 @@ class Slerp(Method):
         {"t": 1.25, "threshold": 1.0},
         {"t": 0.5, "threshold": 0.0},
         {"t": 0.35, "scope": "row"},
-        {"preset": "seed"},
+        {"preset": "task_vectors"},
     )
 
+    t: float = shared("position between the base (0) and the other model (1)")
+    scope: Literal["tensor", "row"] = shared("what one angle belongs to", "tensor")
+    fallback: Literal["per_vector", "all_rows"] = shared(
+        "linear for each parallel row, or only where all rows of the tensor are parallel", "per_vector"
+    )
+    threshold: float = shared("|cosine| above which vectors count as parallel", 0.9995, low=0.0, high=1.0)
+
     @classmethod
-    def solve(cls, groups: Sequence[Group], stats: F64, rows: Sequence[int]) -> tuple[F64, F64]:
-        """Coefficients ``[P, 2]`` and scales ``[P, 2]`` for all vectors of all groups, in order."""
-        t = np.repeat([float(g.params["t"]) for g in groups], rows)
-        threshold = np.repeat([float(g.params["threshold"]) for g in groups], rows)
-        every = np.repeat([float(i) if cls._all_rows(g) else np.nan for i, g in enumerate(groups)], rows)
+    def solve(cls, ops: Sequence[Op], stats: F64, rows: Sequence[int]) -> tuple[F64, F64]:
+        """Coefficients ``[P, 2]`` and scales ``[P, 2]`` for all vectors of all tensors, in order."""
+        methods = [cast("Slerp", op.spec.method) for op in ops]
+        t = np.repeat([m.t for m in methods], rows)
+        threshold = np.repeat([m.threshold for m in methods], rows)
+        every = np.repeat([float(i) if m.all_rows else np.nan for i, m in enumerate(methods)], rows)
         return coefficients(stats, t, threshold, every), np.ones((len(stats), 2))
 
-    @staticmethod
-    def _all_rows(group: Group) -> bool:
-        return bool(group.params["scope"] == "row" and group.params["fallback"] == "all_rows")
+    @property
+    def all_rows(self) -> bool:
+        """Whether rows are blended linearly only together."""
+        return self.scope == "row" and self.fallback == "all_rows"
 
-    @classmethod
-    def reference(cls, inputs: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
+    def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """Inner products of each vector, then the blend."""
-        rows = rows_of(group) if group.params["scope"] == "row" else 1
-        a, b = (x.reshape(rows, -1) for x in reference.work(inputs, group)) if group.numel else [*inputs]
-        if not group.numel:
-            return reference.finish(a.reshape(-1), group)
-        coef, _ = cls.solve([group], reference.gram([a, b], diff=True), [rows])
-        blends = [reference.column(coef[:, i], a) for i in (0, 1)]
-        return reference.finish(blends[0] * a + blends[1] * b, group)
+        spec = op.spec
+        if not spec.numel:
+            return blocks.finish(inputs[0].reshape(-1), spec)
+        rows = spec.rows if self.scope == "row" else 1
+        a, b = (x.reshape(rows, -1) for x in blocks.work(inputs, spec))
+        coef, _ = self.solve([op], blocks.gram([a, b], diff=True), [rows])
+        blends = [blocks.column(coef[:, i], a) for i in (0, 1)]
+        return blocks.finish(blends[0] * a + blends[1] * b, spec)
 
     @classmethod
-    def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
+    def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """Gram, solve, combine."""
+        per_row = [cast("Slerp", op.spec.method).scope == "row" for op in ops]
 
         def build(some: list[int]) -> Program:
-            part = [groups[i] for i in some]
-            row = part[0].params["scope"] == "row"
-            return GramProgram(kernels, part, cls.solve, per_row=row, diff=True, delta=False)
+            return GramProgram(
+                kernels, [ops[i] for i in some], cls.solve, per_row=per_row[some[0]], diff=True, delta=False
+            )
 
-        return by_kind([g.params["scope"] for g in groups], build)
+        return by_kind(per_row, build)
 
-    @classmethod
-    def scope(cls, group: Group) -> Literal["element", "tensor", "row", "model"]:
+    def grain(self, spec: Spec) -> Grain:
         """One angle per tensor or row."""
-        return "row" if group.params["scope"] == "row" else "tensor"
+        return "row" if self.scope == "row" else "tensor"
 
-    @classmethod
-    def warn(cls, group: Group) -> list[str]:
+    def warn(self, spec: Spec) -> list[str]:
         """Names extrapolation."""
-        t = float(group.params["t"])
-        return [] if 0 <= t <= 1 else [f"slerp: t = {t:g} is outside 0 .. 1 and extrapolates"]
+        return [] if 0 <= self.t <= 1 else [f"slerp: t = {self.t:g} is outside 0 .. 1 and extrapolates"]

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
-from fastmerge.methods.base import Contract, Group, Param, Program, once_per_kind
-from fastmerge.ops import blocks as reference
+from fastmerge.methods.base import Contract, per_model, shared
+from fastmerge.methods.deltas import TaskVectors, rules_of
+from fastmerge.ops import blocks
 from fastmerge.ops.combine import CombineProgram
-from fastmerge.ops.consensus import rules as consensus
+from fastmerge.ops.spec import once_per_spec
 
 if TYPE_CHECKING:
     import torch
 
+    from fastmerge.ops.consensus.rules import Consensus
+    from fastmerge.ops.kernels import Kernels
+    from fastmerge.ops.program import Program
+    from fastmerge.ops.spec import Op, Spec
 
-class TaskArithmetic(consensus.ConsensusMethod):
+
+@dataclass(frozen=True, kw_only=True)
+class TaskArithmetic(TaskVectors):
     r"""Adds weighted deltas to the base: weights of -1 forget, (1, 1, -1) is an analogy.
 
     .. math:: b + \lambda\,\frac{\sum_i w_i (x_i - b)}{\sum_i w_i} \quad\text{(without normalize: no division)}
@@ -32,12 +40,6 @@ class TaskArithmetic(consensus.ConsensusMethod):
     formula = "out = b + lambda sum_i w_i (x_i - b), divided by sum_i w_i where normalize is set"
     paper = "https://arxiv.org/abs/2212.04089"
     contract = Contract("required")
-    params = (
-        *consensus.delta_params("coefficient of the model's delta; null is 1/N"),
-        Param("normalize", "shared", bool, False, "divide by the sum of the weights"),
-        Param("density", "model", float, 1.0, "accepted and ignored, as in mergekit", 0.0, 1.0),
-        Param("rescale", "shared", bool, False, "accepted and ignored, as in mergekit"),
-    )
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mergekit": {},
         "paper": {"weight": 1.0},
@@ -52,30 +54,41 @@ class TaskArithmetic(consensus.ConsensusMethod):
         {"preset": "fusionbench", "models": 5},
     )
 
-    @classmethod
-    def reference(cls, inputs: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
+    normalize: bool = shared("divide by the sum of the weights", default=False)
+    density: tuple[float, ...] = per_model("accepted and ignored, as in mergekit", 1.0, low=0.0, high=1.0)
+    rescale: bool = shared("accepted and ignored, as in mergekit", default=False)
+
+    def rules(self, spec: Spec) -> Consensus:
+        """The parameters as the kernels take them."""
+        return replace(super().rules(spec), div=self.divisor(normalize=self.normalize))
+
+    @property
+    def random(self) -> bool:
+        """Nothing is drawn."""
+        return False
+
+    def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """``b + lambda (sum w_i (x_i - b)) / div``."""
-        if group.params["delta_dtype"] == "base":
-            return super().reference(inputs, group)
-        spec = cls.spec(group)
-        return reference.delta(inputs, group, spec.weight, spec.lam, spec.div)
+        if self.delta_dtype == "base":
+            return super().reference(inputs, op)
+        rules = self.rules(op.spec)
+        return blocks.delta(inputs, op.spec, rules.weight, rules.lam, rules.div)
 
     @classmethod
-    def program(cls, groups: Sequence[Group], kernels: Any) -> Program:
-        """One pass of the combine kernel, or of the consensus kernel where deltas are rounded."""
-        if any(g.params["delta_dtype"] == "base" for g in groups):
-            return super().program(groups, kernels)
-        specs = once_per_kind(cls.spec, groups)
-        coef = np.array([(0.0, *s.weight) for s in specs])
-        scale = np.array([(s.lam, s.div) for s in specs])
+    def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
+        """One pass of the combine kernel, or of the consensus kernel where task vectors are rounded."""
+        if any(cast("TaskArithmetic", op.spec.method).delta_dtype == "base" for op in ops):
+            return super().program(ops, kernels)
+        rules = once_per_spec(rules_of, ops)
+        coef = np.array([(0.0, *r.weight) for r in rules])
+        scale = np.array([(r.lam, r.div) for r in rules])
         return CombineProgram(kernels, coef, scale, delta=True)
 
-    @classmethod
-    def warn(cls, group: Group) -> list[str]:
+    def warn(self, spec: Spec) -> list[str]:
         """Names parameters that have no effect, and weights that cancel."""
         found = []
-        if any(m["density"] < 1 for m in group.models):
+        if any(d < 1 for d in self.density):
             found.append("task_arithmetic: density has no effect; use ties or dare_linear")
-        if group.params["normalize"] and abs(sum(consensus.weights(group))) < 1e-8:
+        if self.normalize and abs(sum(self.weights)) < 1e-8:
             found.append("task_arithmetic: weights sum to zero, so normalize is left out")
         return found

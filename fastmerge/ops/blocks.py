@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmerge.dtypes import DType
-from fastmerge.methods.base import LANES, TILE, Group
+from fastmerge.ops.segments import LANES, TILE
+from fastmerge.ops.spec import Spec
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +30,11 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     return found
 
 
-def work(inputs: Sequence[torch.Tensor], group: Group) -> list[torch.Tensor]:
+def work(inputs: Sequence[torch.Tensor], spec: Spec) -> list[torch.Tensor]:
     """Inputs as flat tensors of the work type; exact."""
     import torch
 
-    wide = torch.float64 if group.double else torch.float32
+    wide = torch.float64 if spec.double else torch.float32
     return [x.detach().reshape(-1).to(wide) for x in inputs]
 
 
@@ -65,9 +66,9 @@ def round_to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(y.isnan(), torch.full_like(y, float("nan")), y)
 
 
-def finish(x: torch.Tensor, group: Group) -> torch.Tensor:
+def finish(x: torch.Tensor, spec: Spec) -> torch.Tensor:
     """The result in its type and shape."""
-    return round_to(x, torch_dtype(group.out_dtype)).reshape(group.shape)
+    return round_to(x, torch_dtype(spec.out_dtype)).reshape(spec.shape)
 
 
 def weighted_sum(values: Sequence[torch.Tensor], coefficients: Sequence[float]) -> torch.Tensor:
@@ -83,18 +84,18 @@ def divide(x: torch.Tensor, divisor: float) -> torch.Tensor:
     return x if divisor == 1 else x / number(divisor, x)
 
 
-def plain(inputs: Sequence[torch.Tensor], group: Group, coefficients: Sequence[float], div: float) -> torch.Tensor:
+def plain(inputs: Sequence[torch.Tensor], spec: Spec, coefficients: Sequence[float], div: float) -> torch.Tensor:
     """Family combine, plain: ``(sum c_i x_i) / div``."""
-    return finish(divide(weighted_sum(work(inputs, group), coefficients), div), group)
+    return finish(divide(weighted_sum(work(inputs, spec), coefficients), div), spec)
 
 
 def delta(
-    inputs: Sequence[torch.Tensor], group: Group, coefficients: Sequence[float], lam: float, div: float
+    inputs: Sequence[torch.Tensor], spec: Spec, coefficients: Sequence[float], lam: float, div: float
 ) -> torch.Tensor:
     """Family combine, delta: ``b + lam (sum c_i (x_i - b)) / div``."""
-    base, *others = work(inputs, group)
+    base, *others = work(inputs, spec)
     mix = divide(weighted_sum([x - base for x in others], coefficients), div)
-    return finish(base + number(lam, base) * mix, group)
+    return finish(base + number(lam, base) * mix, spec)
 
 
 def ordered_sum(values: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastmerge.methods.base import F64, I64, Program, Segments
+from fastmerge.ops.program import Program
+from fastmerge.ops.segments import F64, I64, Segments
 
 
 class CombineProgram(Program):

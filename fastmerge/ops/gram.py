@@ -7,16 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge.methods.base import F64, I64, TILE, Group, Program, Segments
+from fastmerge.ops.program import Program
+from fastmerge.ops.segments import F64, I64, TILE, Segments
+from fastmerge.ops.spec import Op
 from fastmerge.ops.tiles import Partial, gather, number
 
-Solve = Callable[[Sequence[Group], F64, Sequence[int]], tuple[F64, F64]]
+Solve = Callable[[Sequence[Op], F64, Sequence[int]], tuple[F64, F64]]
 """From groups, inner products ``[P, C]`` and vectors per group to coefficients ``[P, M]`` and scales ``[P, 2]``."""
-
-
-def rows_of(group: Group) -> int:
-    """Rows of the last dimension; an empty tensor has none."""
-    return group.numel // group.row if group.numel else 0
 
 
 class GramProgram(Program):
@@ -25,7 +22,7 @@ class GramProgram(Program):
     def __init__(
         self,
         kernels: Any,
-        groups: Sequence[Group],
+        groups: Sequence[Op],
         solve: Solve,
         *,
         per_row: bool,
@@ -48,16 +45,16 @@ class GramProgram(Program):
         self._per_row = per_row
         self._delta = delta
         self._diff = diff
-        numel = np.array([g.numel for g in groups], np.int64)
+        numel = np.array([g.spec.numel for g in groups], np.int64)
         if per_row:
-            row = np.array([max(g.row, 1) for g in groups], np.int64)
+            row = np.array([max(g.spec.row, 1) for g in groups], np.int64)
             self._vectors = numel // row
             self._tiles_each = -(-row // TILE)
         else:
             self._vectors = np.ones(len(groups), np.int64)
             self._tiles_each = -(-numel // TILE)
         self._first = np.cumsum(self._vectors) - self._vectors
-        vectors = len(groups[0].dtypes) - delta
+        vectors = len(groups[0].spec.dtypes) - delta
         self._columns = vectors * (vectors + 1) // 2 + diff
         self._tables: tuple[F64, F64] | None = None
 

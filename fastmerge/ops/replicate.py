@@ -20,8 +20,8 @@ import numpy as np
 
 from fastmerge.dtypes import DType
 from fastmerge.errors import BackendUnavailable
-from fastmerge.methods.base import F64, I64
 from fastmerge.ops.blocks import number, round_to, torch_dtype
+from fastmerge.ops.segments import F64, I64
 from fastmerge.philox import NOISE, normal, normal_lines
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge.methods.base import I64, Program, Segments
+from fastmerge.ops.program import Program
+from fastmerge.ops.segments import I64, Segments
 
 
 def by_kind(kinds: Sequence[Hashable], build: Callable[[list[int]], Program]) -> Program:

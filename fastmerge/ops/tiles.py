@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastmerge.methods.base import I64, TILE, Segments
+from fastmerge.ops.segments import I64, TILE, Segments
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from fastmerge.checkpoint import of_fields
 from fastmerge.dtypes import BY_NAME, DType, promote
 from fastmerge.errors import CheckpointError, RecipeError, ShapeError
-from fastmerge.methods import METHODS
-from fastmerge.methods.base import Group, Method
-from fastmerge.philox import checked_seed
+from fastmerge.methods.base import Method
+from fastmerge.methods.parameters import Resolver
+from fastmerge.methods.passthrough import COPY, Passthrough
+from fastmerge.ops.sources import FileRange
+from fastmerge.ops.spec import Op, Source, Spec
+from fastmerge.philox import checked_seed, tensor_key
 from fastmerge.planning.missing import fate
-from fastmerge.planning.plan import Output
 from fastmerge.planning.rows import Models, Row
 from fastmerge.recipe import ModelRef, Part, Recipe
-from fastmerge.recipe.resolve import Resolver
+from fastmerge.recipe.problems import dotted
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint import TensorInfo
 
 SHOWN = 200
 """Problems listed in one error; more are counted."""
+
+_COPIER = Passthrough(scale=(None,))
 
 _EMBEDDINGS = tuple(
     f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
@@ -64,22 +68,6 @@ class Notes:
             self.warnings[f"missing from {', '.join(map(repr, refs))}: {', '.join(names[:3])}{more}: {what}"] = None
 
 
-class _Kind(NamedTuple):
-    """What outputs of equal types, shape, sources and parameters share.
-
-    Attributes:
-        dtype: of the output.
-        models: of the inputs; see :class:`Output`.
-        method: what is computed; None for a copy.
-        like: the group of one of them, which differ by name only; None for a copy.
-    """
-
-    dtype: DType
-    models: tuple[int, ...]
-    method: type[Method] | None
-    like: Group | None
-
-
 class Outputs:
     """Builds the outputs of a recipe.
 
@@ -94,22 +82,20 @@ class Outputs:
         self.models = models
         self.seed = checked_seed(seed)
         self.method = recipe.method
-        self.copier = METHODS["passthrough"]
         self.notes = Notes()
         self.position = {ref: i for i, ref in enumerate(recipe.refs)}
         wanted = recipe.out_dtype or recipe.dtype
         self.wanted = BY_NAME[wanted] if wanted else None
         self.parts = [_Part(recipe, part, self) for part in recipe.parts]
-        self._kinds: dict[tuple[object, ...], _Kind] = {}
-        self._copy_params = self.copier.defaults()
+        self._specs: dict[tuple[object, ...], Spec | None] = {}
 
-    def build(self, rows: Sequence[Row]) -> tuple[Output, ...]:
+    def build(self, rows: Sequence[Row]) -> tuple[Op, ...]:
         """The outputs of all rows.
 
         Raises:
             RecipeError, CheckpointError, ShapeError: with everything that stands in the way.
         """
-        out: list[Output] = []
+        out: list[Op] = []
         lacking = [[0] * len(part.refs) for part in self.parts]
         totals = Counter([row.part for row in rows])
         for row in rows:
@@ -123,9 +109,9 @@ class Outputs:
                 if not who:
                     continue
             else:
-                who, single = part.order, False
+                who, single = part.order, part.alone
             infos = tuple([info for i in who if (info := found[i]) is not None])
-            made = self._output(row, part, who, infos, single=single)
+            made = self._op(row, part, who, infos, single=single)
             if made is not None:
                 out.append(made)
         for i, (part, lacks) in enumerate(zip(self.parts, lacking, strict=True)):
@@ -134,10 +120,15 @@ class Outputs:
                     self.notes.other.insert(
                         0, f"{str(ref)!r} lacks {n} of {totals[i]} tensors: it does not look like the same architecture"
                     )
-        for part in self.parts:
-            for pattern in part.resolver.unmatched():
-                if not any(pattern in p.resolver.filters and pattern not in p.resolver.unmatched() for p in self.parts):
-                    self.notes.warnings[f"the filter {pattern!r} matches no tensor name"] = None
+        lost = [dict.fromkeys(part.resolver.unmatched()) for part in self.parts]
+        used = {
+            f for part, names in zip(self.parts, lost, strict=True) for f in part.resolver.filters if f not in names
+        }
+        idle = list(dict.fromkeys(f for names in lost for f in names if f not in used))
+        for pattern in idle[:SHOWN]:
+            self.notes.warnings[f"the filter {pattern!r} matches no tensor name"] = None
+        if len(idle) > SHOWN:
+            self.notes.warnings[f"{len(idle) - SHOWN:,} more filters match no tensor name"] = None
         self.notes.warn_missing()
         self.notes.check()
         return tuple(out)
@@ -182,76 +173,88 @@ class Outputs:
         embeddings = [i for name, i in tensors.items() if name.endswith(_EMBEDDINGS)]
         return embeddings[0] if len(embeddings) == 1 and embeddings[0].shape == shape else None
 
-    def _output(
+    def _op(
         self, row: Row, part: _Part, who: tuple[int, ...], infos: tuple[TensorInfo, ...], *, single: bool
-    ) -> Output | None:
-        """One output from the tensors ``infos`` of the sources ``who`` of its part, base first."""
+    ) -> Op | None:
+        """One op from the tensors ``infos`` of the sources ``who`` of its part, base first."""
         shape = infos[0].shape
         for other in infos:
             if other.shape != shape:
                 self._shapes(row, part, who, infos)
                 return None
-        types = tuple([i.dtype for i in infos])
-        key = (row.part, who, single, types, shape, part.outcome(row))
-        kind = self._kinds.get(key)
-        if kind is None:
+        inputs: tuple[Source, ...]
+        if part.plain:
+            inputs = tuple([of_fields(FileRange, (f, part.positions[i])) for i, f in zip(who, infos, strict=True)])
+            wanted = types = tuple([i.dtype for i in infos])
+            made = False
+        else:
+            copied = len(infos) == 1 and self.wanted is None
+            pairs = [part.inputs[i].source(info, copied=copied) for i, info in zip(who, infos, strict=True)]
+            inputs, wanted = tuple([s for s, _ in pairs]), tuple([d for _, d in pairs])
+            types = tuple([s.dtype for s in inputs])
+            made = any(type(s) is not FileRange for s in inputs)
+        key = (row.part, who, single, types, wanted, made, shape, part.outcome(row))
+        if key not in self._specs:
+            self._specs[key] = self._spec(row, part, who, types, wanted, shape, single=single, made=made)
+        spec = self._specs[key]
+        if spec is None:
             if not all(d.mergeable for d in types):
-                return self._as_it_is(row, part, who, infos)
+                self._refuse(row, part, who, types)
+            return None
+        number = tensor_key(self.seed, row.name) if spec.method.random else 0
+        return of_fields(Op, (row.name, spec, number, inputs, ()))
+
+    def _spec(
+        self,
+        row: Row,
+        part: _Part,
+        who: tuple[int, ...],
+        types: tuple[DType, ...],
+        wanted: tuple[DType, ...],
+        shape: tuple[int, ...],
+        *,
+        single: bool,
+        made: bool,
+    ) -> Spec | None:
+        """What is decided, and checked, once for all tensors like this one; None where something is wrong.
+
+        Args:
+            row: one of them.
+            part: whose sources.
+            who: which of these.
+            types: of the sources.
+            wanted: types that count for the type of the result, where the recipe does not name one.
+            shape: of all.
+            single: whether one model's tensor is taken over.
+            made: whether any source is computed, so that there are no bytes to copy.
+        """
+        if not all(d.mergeable for d in types):
+            copied = len(set(types)) == 1 and (self.wanted is None or not types[0].name.startswith("float"))
+            copied = copied and (len(types) == 1 or not types[0].bits)
+            return Spec(COPY, shape, types, types[0]) if copied else None
+        dtype = self.wanted or functools.reduce(promote, wanted)
+        method: Method = _COPIER
+        if not single:
             try:
-                kind = self._kinds[key] = self._kind(row, part, who, infos, single=single)
+                method = part.method(row, who)
             except RecipeError as e:
                 self.notes.recipe |= dict.fromkeys(f"{row.name}: {p}" for p in e.problems)
                 return None
-        like = kind.like
-        group = None if like is None else of_fields(Group, (row.name, *like[1:]))
-        return of_fields(Output, (row.name, kind.dtype, shape, kind.models, infos, kind.method, group))
-
-    def _kind(
-        self, row: Row, part: _Part, who: tuple[int, ...], infos: tuple[TensorInfo, ...], *, single: bool
-    ) -> _Kind:
-        """What is decided, and checked, once for all tensors like this one.
-
-        Raises:
-            RecipeError: where parameters have no value.
-        """
-        types = tuple([i.dtype for i in infos])
-        dtype = self.wanted or functools.reduce(promote, types)
-        models = tuple([part.positions[i] for i in who])
-        method = self.copier
-        params: Mapping[str, Any] = {}
-        own: tuple[Mapping[str, Any], ...] = (self._copy_params,)
-        has_base = False
-        indices: tuple[int, ...] = (0,)
-        if not single:
-            method = self.method
-            params, own = part.parameters(row, who)
-            has_base = part.base is not None
-            indices = tuple([part.index[i] for i in who[has_base:]])
-        if method is self.copier and dtype is types[0] and own[0].get("scale") is None:
-            return _Kind(dtype, models, None, None)
-        group = Group(row.name, infos[0].shape, types, dtype, params, own, has_base, indices, self.seed)
-        problems = method.check(group)
+        if isinstance(method, Passthrough) and dtype is types[0] and method.scale[0] is None and not made:
+            return Spec(COPY, shape, types, dtype)
+        has_base = not single and part.base is not None
+        models = (0,) if single else tuple([part.index[i] for i in who[has_base:]])
+        spec = Spec(method, shape, types, dtype, has_base=has_base, models=models)
+        problems = method.check(spec)
         self.notes.recipe |= dict.fromkeys(f"{row.name}: {p}" for p in problems)
         if not problems:
-            self.notes.warnings |= dict.fromkeys(method.warn(group))
-        return _Kind(dtype, models, method, group)
+            self.notes.warnings |= dict.fromkeys(method.warn(spec))
+        return spec
 
-    def _as_it_is(self, row: Row, part: _Part, who: Sequence[int], infos: tuple[TensorInfo, ...]) -> Output | None:
-        """Integers, booleans and other types that nothing is computed on: copied where all agree."""
-        dtypes = {i.dtype for i in infos}
-        info = infos[0]
-        if len(dtypes) > 1:
-            shown = ", ".join(f"{str(part.refs[i])!r} {f.dtype.name}" for i, f in zip(who, infos, strict=True))
-            self.notes.other.append(f"{row.name}: types that cannot be merged: {shown}")
-            return None
-        if info.dtype.name.startswith("float8") and (len(infos) > 1 or self.wanted is not None):
-            self.notes.other.append(
-                f"{row.name}: {info.dtype.name} weights need their scales to be merged or converted: not supported; "
-                "dequantise the models first"
-            )
-            return None
-        models = tuple([part.positions[i] for i in who])
-        return Output(row.name, info.dtype, info.shape, models, infos, None, None)
+    def _refuse(self, row: Row, part: _Part, who: Sequence[int], types: Sequence[DType]) -> None:
+        """Says why types that nothing is computed on are not copied."""
+        shown = ", ".join(f"{str(part.refs[i])!r} {d.name}" for i, d in zip(who, types, strict=True))
+        self.notes.other.append(f"{row.name}: types that cannot be merged: {shown}")
 
     def _shapes(self, row: Row, part: _Part, who: Sequence[int], infos: Sequence[TensorInfo]) -> None:
         shown = ", ".join(f"{str(part.refs[i])!r} {list(f.shape)}" for i, f in zip(who, infos, strict=True))
@@ -274,9 +277,18 @@ class _Part:
         method: type[Method] = owner.method
         self.refs = [s.model for s in part.sources]
         self.positions = [owner.position[ref] for ref in self.refs]
+        self.inputs = [owner.models.inputs[ref] for ref in self.refs]
+        self.plain = all(i.plain for i in self.inputs)
         self.base = self.refs.index(part.base) if part.base is not None else None
-        self.resolver = Resolver(method, part, recipe.parameters, method.defaults(recipe.preset))
-        self.constant = not (self.resolver.filters or self.resolver.gradient)
+        self.alone = self.base is not None and len(self.refs) == 1
+        self.resolver = Resolver(
+            method,
+            [s.parameters for s in part.sources],
+            (part.parameters, recipe.parameters),
+            preset=recipe.preset,
+            place=f"{dotted(part.loc)}: ",
+            models=[str(ref) for ref in self.refs],
+        )
         self.tensors = [owner.models.tensors(ref) for ref in self.refs]
         order = list(range(len(self.refs)))
         if self.base is not None:
@@ -295,19 +307,18 @@ class _Part:
     def outcome(self, row: Row) -> tuple[object, ...]:
         """All that a tensor's names and place say about its parameters: equal for equal ones."""
         resolver = self.resolver
-        if self.constant:
+        if resolver.constant:
             return ()
         t = row.t if resolver.gradient else 0.0
         if isinstance(row.inputs, str) and row.inputs == row.name:
             return (t, resolver.mask(row.name))
         return (t, resolver.mask(row.name), *map(resolver.mask, self.names(row)))
 
-    def parameters(self, row: Row, who: Sequence[int]) -> tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
-        """Shared parameters, and those of each present source but the base, in the order of the sources."""
-        resolver, names = self.resolver, self.names(row)
-        t = row.t if resolver.gradient else 0.0
-        own = tuple([resolver.own(i, resolver.mask(names[i]), t) for i in who if i != self.base])
-        return resolver.shared(resolver.mask(row.name), t), own
+    def method(self, row: Row, who: tuple[int, ...]) -> Method:
+        """The method with its parameters, for the present sources."""
+        names = self.names(row)
+        inputs = [(i, names[i]) for i in who if i != self.base]
+        return self.resolver.method(row.name, inputs, row.t if self.resolver.gradient else 0.0)
 
     def names(self, row: Row) -> Sequence[str]:
         """The tensor's name in each source."""

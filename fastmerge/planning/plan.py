@@ -5,36 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from fastmerge.dtypes import DType
-from fastmerge.methods.base import Group, Method
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastmerge.checkpoint import Checkpoint, Layout, TensorInfo
+    from fastmerge.checkpoint import Checkpoint, Layout
+    from fastmerge.ops.spec import Op
     from fastmerge.recipe import Recipe
-
-
-class Output(NamedTuple):
-    """One tensor of the result.
-
-    Attributes:
-        name: in the output.
-        dtype: of the output.
-        shape: of the output and of every input.
-        models: position in :attr:`Plan.checkpoints` of the model of each input.
-        inputs: what is read, base first; of a copy the first is copied, and any others must hold the same bytes.
-        method: what is computed; None for a copy.
-        group: the tensor as the method sees it; None for a copy.
-    """
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    models: tuple[int, ...]
-    inputs: tuple[TensorInfo, ...]
-    method: type[Method] | None
-    group: Group | None
 
 
 @dataclass(frozen=True)
@@ -44,9 +20,9 @@ class Plan:
     Attributes:
         recipe: what was asked for.
         seed: the seed in effect.
-        checkpoints: the models, in the order of ``recipe.refs``.
-        outputs: in the order of the output's bytes.
-        layout: where each output lies in which shard.
+        checkpoints: the models, in the order of ``recipe.refs``, then their adapters.
+        ops: in the order of the output's bytes.
+        layout: where each tensor lies in which shard.
         config: the output's ``config.json``; None where the models have none.
         carry: further files of the output: name, and the file to copy or the bytes.
         warnings: what deserves a look, each once.
@@ -56,7 +32,7 @@ class Plan:
     recipe: Recipe
     seed: int
     checkpoints: tuple[Checkpoint, ...]
-    outputs: tuple[Output, ...]
+    ops: tuple[Op, ...]
     layout: Layout
     config: dict[str, Any] | None
     carry: tuple[tuple[str, Path | bytes], ...]
@@ -75,20 +51,19 @@ class Plan:
         actions: Counter[str] = Counter(merged=0, converted=0, copied=0, compared=0)
         dtypes: Counter[str] = Counter()
         read = copied = written = elements = 0
-        for out in self.outputs:
-            action = "merged" if out.method is self.recipe.method else "converted"
-            if out.method is None:
-                action = "compared" if len(out.inputs) > 1 else "copied"
-            elif action == "merged" and len(out.inputs) == 1 and self.recipe.merge_method == "passthrough":
-                action = "converted"
+        for op in self.ops:
+            spec = op.spec
+            nbytes = spec.out_dtype.nbytes(spec.numel) * len(op.targets)
+            if spec.grain == "copy":
+                action = "compared" if len(op.inputs) > 1 else "copied"
+                copied += nbytes
+            else:
+                action = "converted" if spec.method.name == "passthrough" else "merged"
             actions[action] += 1
-            numel = out.inputs[0].nbytes // out.inputs[0].dtype.size
-            nbytes = numel * out.dtype.size
-            elements += numel
+            elements += spec.numel
             written += nbytes
-            dtypes[out.dtype.name] += nbytes
-            read += sum(info.nbytes for info in out.inputs)
-            copied += nbytes if out.method is None else 0
+            dtypes[spec.out_dtype.name] += nbytes
+            read += sum([d.nbytes(spec.numel) for d in spec.dtypes])
         return {
             "method": self.recipe.merge_method,
             "models": [str(ref) for ref in self.recipe.refs],

@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from fastmerge.backends.choose import Backend, cpu_backend, devices, host_kernels, say
+from fastmerge.backends.choose import Backend, cpu_backend, say
 from fastmerge.errors import BudgetError
-from fastmerge.planning import Output
-from fastmerge.runtime.devices import Device, cores
-from fastmerge.runtime.devices.cuda import (
-    LEAST_WORKERS,
-    MOST_WORKERS,
-    UNIT_ELEMENTS,
-    CudaDevice,
-    Gpu,
-    arena,
-    largest_slot,
-)
-from fastmerge.runtime.devices.streams import CudaStreams, NoRoom
-from fastmerge.runtime.schedule import Schedule, schedule
+from fastmerge.ops.spec import Op
+from fastmerge.runtime.budget import UNIT_ELEMENTS, Need, Slots, fit, need
+from fastmerge.runtime.devices import CpuDevice, Device, cores
+from fastmerge.runtime.devices import cuda as gpu
+from fastmerge.runtime.devices.cuda import CudaDevice, Gpu
+from fastmerge.runtime.devices.streams import NoRoom
+from fastmerge.runtime.schedule import Job, schedule
+from fastmerge.runtime.workers import each
+
+WAITING = 2
+"""Workers beyond the cores: while some wait for the disk, others compute."""
 
 SMALLEST = 1 << 22
 """Elements per unit below which a GPU rather has fewer workers: 8 MiB per bf16 model."""
 
 LISTS = 1.9
-"""Host bytes beside each byte of a slot, for methods with statistics: selection lists at most every 16th key of a
-model, 20 bytes each, which exist up to three times while they come back. (On the CPU, whose units are 32 times
-smaller, that is part of the law's 300 MB.)"""
+"""Host bytes beside each byte of a slot of a GPU, for methods with statistics: selection lists at most every 16th key
+of a model, 20 bytes each, and copies them twice on their way back. (The units of the CPU are 32 times smaller, so
+that there it is part of the law's 300 MB.)"""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the user allows.
+
+    Attributes:
+        memory: host bytes for all slots together; None for no limit.
+        vram: bytes of each GPU for slots; None for a third of what is free.
+        halved: why it is less than the user said; empty where it is not.
+    """
+
+    memory: int | None
+    vram: int | None = None
+    halved: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,19 +50,20 @@ class Placement:
     """A schedule and the workers that run it, one per slot, with the backend that they belong to."""
 
     chosen: Backend
-    work: Schedule
+    jobs: tuple[Job, ...]
+    slot: int
     workers: Sequence[Device]
 
 
 @dataclass(frozen=True)
 class Vram:
-    """What the slots of each GPU may take.
+    """What the slots of a logical GPU may take.
 
     Attributes:
-        nbytes: of one GPU.
-        share: how many logical devices share these.
+        nbytes: of one logical GPU.
+        share: how many logical devices share the GPU.
         said: how errors name the number.
-        gpu: name of the GPU that it depends on; None for ``--max-vram``.
+        gpu: name of the GPU whose free memory it depends on; None for ``--max-vram``.
     """
 
     nbytes: int
@@ -58,157 +72,158 @@ class Vram:
     gpu: str | None = None
 
 
-class NoVram(BudgetError):
-    """What slots may take of a GPU's memory is too little for one.
+class TooSmall(BudgetError):
+    """A budget is below what one smallest slot takes.
 
     Attributes:
-        gpu: as in :class:`Vram`.
+        gpu: name of the GPU whose free memory is too little; None where a number of the user's is.
     """
 
-    def __init__(self, text: str, gpu: str | None) -> None:
+    def __init__(self, text: str, gpu: str | None = None) -> None:
         super().__init__(text)
         self.gpu = gpu
 
 
 @contextlib.contextmanager
-def place(
-    outputs: Sequence[Output], chosen: Backend, *, memory: int, max_vram: int | None = None
-) -> Iterator[Placement]:
+def place(ops: Sequence[Op], chosen: Backend, budget: Budget) -> Iterator[Placement]:
     """Cuts the work to the budgets and holds the GPUs' slots, which are there before any data is written.
 
     Args:
-        outputs: the plan's outputs.
-        chosen: the backend, which knows its devices. GPUs that were not named are left out where the smallest unit
-            does not fit; without any, the CPU takes over. Either is a warning.
-        memory: budget in bytes for all host slots together.
-        max_vram: bytes for the slots of each GPU; None for a third of what is free.
+        ops: the plan's.
+        chosen: the backend, which knows its devices.
+        budget: where memory cannot be had, :func:`smaller` says with what to try again.
 
     Raises:
-        BudgetError: if the smallest unit does not fit, or its memory cannot be had; the message states the minimum.
+        TooSmall: if the smallest unit does not fit; the message states the minimum.
+        NoRoom: if memory within the budget could not be had.
     """
-    while chosen.gpus:
-        gpus = logical(chosen)
-        try:
-            work, slots = _reserve(outputs, gpus, memory, _limit(gpus, max_vram))
-        except NoVram as error:
-            chosen = _without(error, chosen, gpus)
-            continue
-        try:
-            yield Placement(chosen, work, slots)
-        finally:
-            _release(gpus, slots)
+    if not chosen.gpus:
+        wants = need(ops, whole=chosen.whole)
+        slots = cpu_slots(wants, budget.memory, workers(chosen))
+        jobs = schedule(ops, slot=slots.nbytes, elements=UNIT_ELEMENTS, whole=chosen.whole)
+        yield Placement(chosen, jobs, slots.nbytes, [CpuDevice() for _ in range(slots.number)])
         return
-    workers = devices(chosen)
-    work = schedule(outputs, workers=len(workers), memory=memory, whole=chosen.whole)
-    yield Placement(chosen, work, workers[: work.slots])
+    gpus = logical(chosen)
+    wants = need(ops, elements=gpu.UNIT_ELEMENTS, whole=chosen.whole)
+    slots = gpu_slots(wants, len(gpus), budget, _limit(gpus, budget))
+    jobs = schedule(ops, slot=slots.nbytes, elements=gpu.UNIT_ELEMENTS, whole=chosen.whole)
+    # No more slots than units: they would be locked for nothing.
+    count = max(1, min(slots.number, sum(len(j.units) for j in jobs)))
+    held = _reserve(Slots(slots.nbytes, count), gpus)
+    try:
+        yield Placement(chosen, jobs, slots.nbytes, held)
+    finally:
+        _release(gpus, held)
 
 
-def logical(chosen: Backend) -> list[Gpu]:
-    """The GPUs of a backend; one that is named twice shares its memory."""
-    native = host_kernels()
-    return [
-        Gpu(f"cuda:{i}", chosen.kernels, CudaStreams(i), native=native, share=chosen.gpus.count(i)) for i in chosen.gpus
-    ]
+def smaller(chosen: Backend, budget: Budget, error: BudgetError) -> tuple[Backend, Budget]:
+    """With what to try again: half of a budget that could not be had; without a GPU that has no room for a slot.
+
+    GPUs that the user did not name are left out, with a warning; without any, the CPU takes over.
+
+    Raises:
+        BudgetError: where nothing is left to try.
+    """
+    if isinstance(error, NoRoom) and error.nbytes > 1:
+        half = error.nbytes // 2
+        what = {"memory": half} if error.gpu is None else {"vram": half}
+        return chosen, replace(budget, halved=str(error), **what)
+    text = f"{budget.halved}, and less does not do ({error})" if budget.halved else str(error)
+    lost = error.gpu if isinstance(error, TooSmall | NoRoom) else None
+    if chosen.gpus and chosen.otherwise is not None and (lost is not None or budget.halved):
+        left = tuple(i for i in chosen.gpus if f"cuda:{i}" != lost) if lost else ()
+        if left:
+            say(f"{lost} not used: {text}")
+            return replace(chosen, gpus=left), replace(budget, halved="")
+        if chosen.otherwise != chosen.name:
+            say(f"GPUs not used: {text}; merging on the CPU")
+            return cpu_backend(chosen.otherwise), replace(budget, halved="")
+    if budget.halved:
+        raise BudgetError(f"{text}; continue with --resume, there or on another --device") from None
+    raise error
 
 
-def _limit(gpus: Sequence[Gpu], max_vram: int | None) -> Vram:
-    """``--max-vram``, or what the GPU with the least free memory can spare."""
-    if max_vram is not None:
-        return Vram(max_vram, max(g.share for g in gpus))
-    room, share, name = min(((g.room, g.share, g.name) for g in gpus), key=lambda r: r[0] // r[1])
-    return Vram(room, share, f"a third of the free memory of {name}:", name)
+def workers(chosen: Backend) -> int:
+    """Workers of a backend for CPU cores."""
+    return cores() + WAITING if chosen.name == "native" else 1
 
 
-def _without(error: NoVram, chosen: Backend, gpus: Sequence[Gpu]) -> Backend:
-    """The backend without the GPU that has no room; the one for the CPU where no other is left."""
-    if chosen.otherwise is None or error.gpu is None:
-        raise error
-    left = tuple(i for i, g in zip(chosen.gpus, gpus, strict=True) if g.name != error.gpu)
-    if left:
-        say(f"{error.gpu} not used: {error}")
-        return replace(chosen, gpus=left)
-    other = without_gpus(chosen, str(error))
-    if other is None:
-        raise error
-    return other
+def cpu_slots(wants: Need, memory: int | None, count: int) -> Slots:
+    """Slots for ``count`` workers; fewer where memory is short of the smallest.
+
+    Raises:
+        TooSmall: if one smallest slot does not fit ``memory``.
+    """
+    if memory is None:
+        return Slots(wants.best, count)
+    room = memory - wants.apart
+    found = fit(wants.least, wants.best, ((n, 0) for n in range(count, 0, -1)), lambda n: room // n)
+    if found is None:
+        raise _below(wants, memory, 1.0)
+    return found
 
 
-def without_gpus(chosen: Backend, reason: str) -> Backend | None:
-    """The backend for the CPU, with a warning; None where the GPUs or their backend were named."""
-    if chosen.otherwise in (None, chosen.name):
-        return None
-    say(f"GPUs not used: {reason}; merging on the CPU")
-    return cpu_backend(chosen.otherwise)
+def _below(wants: Need, memory: int, charge: float) -> TooSmall:
+    least = math.ceil(wants.least * charge) + wants.apart
+    rows = " (it works by row, and keeps sums of all rows of a tensor)" if wants.apart else ""
+    return TooSmall(f"--memory {memory} bytes is below the minimum of this recipe: expected >= {least} bytes{rows}")
+
+
+def gpu_slots(wants: Need, gpus: int, budget: Budget, vram: Vram | None) -> Slots:
+    """Slots for GPUs: as many workers as bring the bytes; fewer before units get small.
+
+    Args:
+        wants: of the plan.
+        gpus: how many.
+        budget: of the user.
+        vram: what the slots of a GPU may take; None for no limit.
+
+    Raises:
+        TooSmall: if not even one slot per GPU fits.
+    """
+    charge = 1.0 + (LISTS if wants.statistics else 0.0)
+    worth = wants.best * SMALLEST // gpu.UNIT_ELEMENTS
+    wanted = [(workers_each(gpus) * gpus, worth), (gpu.LEAST_WORKERS * gpus, 0), (2 * gpus, 0)]
+    wanted += [(n, 0) for n in range(gpus, 0, -1)]
+
+    def largest(slots: int) -> int:
+        device = wants.best if vram is None else gpu.largest_slot(-(-slots // gpus), vram.nbytes)
+        if budget.memory is None:
+            return device
+        return min(device, int((budget.memory - wants.apart) / charge) // slots)
+
+    found = fit(wants.least, wants.best, wanted, largest)
+    if found is not None:
+        return found
+    if vram is not None and gpu.largest_slot(1, vram.nbytes) < wants.least:
+        least = vram.share * gpu.arena(1, wants.least)
+        have = f"{vram.said} {vram.share * vram.nbytes} bytes"
+        raise TooSmall(f"{have} is below the minimum of this recipe: expected >= {least} bytes", vram.gpu)
+    raise _below(wants, budget.memory or 0, charge)
 
 
 def workers_each(gpus: int) -> int:
     """Workers per GPU, where the budgets allow them."""
-    return min(MOST_WORKERS, max(LEAST_WORKERS, cores() // gpus))
+    return min(gpu.MOST_WORKERS, max(gpu.LEAST_WORKERS, cores() // gpus))
 
 
-def fit(outputs: Sequence[Output], gpus: int, *, memory: int, vram: Vram | None) -> Schedule:
-    """A schedule for GPUs: as many workers as bring the bytes; fewer before units get small.
+def logical(chosen: Backend) -> list[Gpu]:
+    """The GPUs of a backend; one that is named twice shares its memory."""
+    from fastmerge.runtime.devices.streams import CudaStreams
 
-    Args:
-        outputs: the plan's outputs.
-        gpus: how many.
-        memory: host bytes for all slots together.
-        vram: what the slots of each GPU may take; None for no limit.
-
-    Raises:
-        BudgetError: if not even one slot per GPU fits; :class:`NoVram` where it is for ``vram``.
-    """
-
-    def slots(each: int) -> Schedule:
-        largest = None if vram is None else largest_slot(each, vram.nbytes // vram.share)
-        work = schedule(
-            outputs, workers=each * gpus, memory=memory, elements=UNIT_ELEMENTS, largest=largest, beside=LISTS
-        )
-        if vram is not None and largest is not None and work.slot_bytes > largest:
-            least = vram.share * arena(1, work.slot_bytes)
-            raise NoVram(
-                f"{vram.said} {vram.nbytes} bytes is below the minimum of this recipe: expected >= {least} bytes",
-                vram.gpu,
-            )
-        return work
-
-    for each, least in ((workers_each(gpus), SMALLEST), (LEAST_WORKERS, 0), (2, 0)):
-        with contextlib.suppress(BudgetError):
-            work = slots(each)
-            if work.slots == each * gpus and work.elements >= least:
-                break
-    else:
-        work = slots(1)
-    # No more slots than units: they would be locked for nothing.
-    return replace(work, slots=max(1, min(work.slots, sum(len(j.units) for j in work.jobs))))
+    return [Gpu(f"cuda:{i}", CudaStreams(i), share=chosen.gpus.count(i)) for i in chosen.gpus]
 
 
-def _reserve(
-    outputs: Sequence[Output], gpus: Sequence[Gpu], memory: int, vram: Vram
-) -> tuple[Schedule, list[CudaDevice]]:
-    """A schedule and its slots; half the budget, again and again, for memory that cannot be had."""
-    refused, gpu, tried = "", None, (0, 0)
-    while True:
-        try:
-            work = fit(outputs, len(gpus), memory=memory, vram=vram)
-        except BudgetError as error:
-            error.args = (f"{refused}{error}",)
-            raise
-        if (work.slots, work.slot_bytes) != tried:  # half of a budget may still be more than the slots take
-            tried = (work.slots, work.slot_bytes)
-            try:
-                return work, _slots(work, gpus)
-            except NoRoom as error:
-                refused, gpu = f"{error}; ", error.gpu
-                if not work.slot_bytes:
-                    raise BudgetError(str(error)) from None
-        if gpu is None:
-            memory //= 2
-        else:
-            vram = replace(vram, nbytes=vram.nbytes // 2, said=f"half the budget of {gpu}:", gpu=gpu)
+def _limit(gpus: Sequence[Gpu], budget: Budget) -> Vram:
+    """``--max-vram``, or what the GPU with the least free memory can spare."""
+    if budget.vram is not None:
+        share = max(g.share for g in gpus)
+        return Vram(budget.vram // share, share)
+    room, share, name = min(((g.room, g.share, g.name) for g in gpus), key=lambda r: r[0] // r[1])
+    return Vram(room // share, share, f"a third of the free memory of {name}:", name)
 
 
-def _slots(work: Schedule, gpus: Sequence[Gpu]) -> list[CudaDevice]:
+def _reserve(slots: Slots, gpus: Sequence[Gpu]) -> list[CudaDevice]:
     """One device slot and one pinned host slot per worker; neighbours in the list are on different GPUs.
 
     Raises:
@@ -216,11 +231,12 @@ def _slots(work: Schedule, gpus: Sequence[Gpu]) -> list[CudaDevice]:
     """
     every: list[CudaDevice] = []
     try:
-        each = [g.reserve(len(range(i, work.slots, len(gpus))), work.slot_bytes) for i, g in enumerate(gpus)]
-        every = [each[i % len(gpus)][i // len(gpus)] for i in range(work.slots)]
-        with ThreadPoolExecutor(len(every), thread_name_prefix="fastmerge-pin") as pool:
-            for done in [pool.submit(slot.pin) for slot in every]:
-                done.result()
+        held = [g.reserve(len(range(i, slots.number, len(gpus))), slots.nbytes) for i, g in enumerate(gpus)]
+        every = [held[i % len(gpus)][i // len(gpus)] for i in range(slots.number)]
+        each(CudaDevice.pin, every, name="pin")  # a thread each: an error of the runtime stays with its thread
+    except NoRoom as error:
+        _release(gpus, every)
+        raise NoRoom(str(error), error.gpu, slots.number * slots.nbytes) from None
     except BaseException:
         _release(gpus, every)
         raise
@@ -228,7 +244,7 @@ def _slots(work: Schedule, gpus: Sequence[Gpu]) -> list[CudaDevice]:
 
 
 def _release(gpus: Sequence[Gpu], slots: Sequence[CudaDevice]) -> None:
-    """Waits for the GPUs, frees the slots and gives the memory back; what a GPU that has failed refuses, it refuses."""
+    """Waits for the GPUs, frees the slots and gives the memory back; errors of a GPU that has failed are ignored."""
     _settle(gpus)
     for slot in slots:
         with contextlib.suppress(RuntimeError):
@@ -237,6 +253,6 @@ def _release(gpus: Sequence[Gpu], slots: Sequence[CudaDevice]) -> None:
 
 
 def _settle(gpus: Sequence[Gpu]) -> None:
-    for gpu in gpus:
+    for one in gpus:
         with contextlib.suppress(RuntimeError):
-            gpu.streams.settle()
+            one.streams.settle()

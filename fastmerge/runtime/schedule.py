@@ -8,18 +8,14 @@ faster in a buffer that stays in the cache, and what arrived is still there for 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from fastmerge.checkpoint import without_gc
-from fastmerge.errors import BudgetError
-from fastmerge.methods.base import TILE, Group
-from fastmerge.planning import Output
-
-UNIT_ELEMENTS = 1 << 20
-"""Elements per unit on CPU cores, where the budget allows it: 2 MiB per bf16 model. Devices may prefer others."""
+from fastmerge.ops.segments import TILE
+from fastmerge.ops.sources import Memory
+from fastmerge.ops.spec import Op, Spec
 
 COPY_BYTES = 64 << 20
 """Bytes per ``copy_file_range`` unit."""
@@ -30,12 +26,7 @@ ALIGN = 64
 BLOCK = 4096
 """A run of output bytes has the same place in a block of memory as in one of its file: direct writes ask for that."""
 
-
-ROW_BYTES = 300
-"""Bytes of sums and coefficients per row, for methods that work by row, with some to spare."""
-
-SPARE = 100 << 20
-"""What tables may take beside the budget: the law allows 300 MB, and the interpreter takes 60."""
+Pieces = tuple[tuple[int, int, int], ...]
 
 
 class Unit(NamedTuple):
@@ -43,12 +34,12 @@ class Unit(NamedTuple):
 
     Attributes:
         job: index of its job.
-        pieces: (output, first element, elements); bytes in place of elements for copies.
+        pieces: (op, first element, elements); bytes in place of elements for copies.
         nbytes: slot bytes that its inputs and outputs take.
     """
 
     job: int
-    pieces: tuple[tuple[int, int, int], ...]
+    pieces: Pieces
     nbytes: int
 
 
@@ -57,14 +48,13 @@ class Job:
     """Units that share their statistics.
 
     Attributes:
-        kind: ``copy`` (bytes as they are) or ``merge``.
-        outputs: positions in the plan's outputs; a piece's group is its output's place in this tuple.
+        copy: bytes as they are; nothing is computed.
+        ops: positions in the plan's ops; a piece's group is its op's place in this tuple.
         units: what one full pass over the job's data reads.
-        resident: whether all passes run on one read (a single unit).
     """
 
-    kind: Literal["copy", "merge"]
-    outputs: tuple[int, ...]
+    copy: bool
+    ops: tuple[int, ...]
     units: tuple[Unit, ...]
 
     @property
@@ -73,242 +63,197 @@ class Job:
         return len(self.units) == 1
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """All jobs in file order, and the slots that they need.
+class Cost(NamedTuple):
+    """Slot bytes of a kind of op: those of its pieces that are in the slot, not where a caller owns them.
 
     Attributes:
-        jobs: in the order of the output's bytes.
-        slot_bytes: the largest unit.
-        slots: how many units may be in flight: at most one per worker, fewer where the budget is small.
-        elements: elements per unit that the budget allowed.
+        element: bytes per element.
+        piece: bytes per piece, for alignment.
     """
 
-    jobs: tuple[Job, ...]
-    slot_bytes: int
-    slots: int
-    elements: int
+    element: int
+    piece: int
+
+    def of(self, elements: int, pieces: int = 1) -> int:
+        """Bytes of pieces of so many elements together."""
+        return elements * self.element + pieces * self.piece
 
 
-def piece_bytes(group: Group, length: int, pieces: int = 1) -> int:
-    """Slot bytes of pieces of ``length`` elements together: all inputs and the output."""
-    width = sum([d.size for d in group.dtypes]) + group.out_dtype.size
-    return length * width + pieces * (ALIGN * len(group.dtypes) + BLOCK)
+def cost(op: Op) -> Cost:
+    """The slot bytes of an op, the same for all ops of its spec."""
+    inputs = [d.size for d, s in zip(op.spec.dtypes, op.inputs, strict=True) if not isinstance(s, Memory)]
+    outputs = sum(1 for t in op.targets if not isinstance(t, Memory))
+    return Cost(sum(inputs) + outputs * op.spec.out_dtype.size, ALIGN * len(inputs) + BLOCK * outputs)
 
 
 @without_gc()
 def schedule(
-    outputs: Sequence[Output],
-    *,
-    workers: int,
-    memory: int | None,
-    whole: bool = False,
-    elements: int | None = None,
-    largest: int | None = None,
-    beside: float = 0.0,
-) -> Schedule:
-    """Cuts the outputs of a plan into units that fit the budget.
+    ops: Sequence[Op], *, slot: int | None = None, elements: int, whole: Callable[[Spec], bool] = lambda _: False
+) -> tuple[Job, ...]:
+    """Cuts the ops of a plan into units that fit a slot.
 
     Args:
-        outputs: the plan's outputs, in file order.
-        workers: how many units could run at a time.
-        memory: budget in bytes for all slots together; None for no limit.
-        whole: never cut a tensor (the reference backend works on whole ones).
-        elements: per unit where the budget allows it; None for :data:`UNIT_ELEMENTS`.
-        largest: slot bytes that a device has room for; None for no limit. Where not even the smallest unit fits,
-            the slots are larger: what to say then, the caller knows.
-        beside: host bytes that a worker may need for each byte of its slot, where a method has statistics.
+        ops: the plan's, in file order.
+        slot: bytes of a slot, at least :func:`fastmerge.runtime.budget.least`; None for no limit.
+        elements: per unit where the slot allows it.
+        whole: whether tensors of a spec are never cut (the reference works on whole ones).
 
-    Raises:
-        BudgetError: if one smallest unit does not fit ``memory``; the message states the minimum.
+    Returns:
+        All jobs, copies last.
     """
-    elements = elements or UNIT_ELEMENTS
-    reach = kinds(outputs)
-    scopes = {kind.scope for kind in reach}
-    tables = max((_row_tables(o) for o, kind in zip(outputs, reach, strict=True) if kind.scope == "row"), default=0)
-    if memory is not None and tables > memory:
-        raise BudgetError(
-            f"--memory {memory} bytes: this recipe works by row, and the sums of its longest tensor's rows alone take "
-            f"{tables} bytes: expected more than that"
-        )
-    apart = tables if tables > SPARE else 0
-    room = None if memory is None else memory - apart
-    charge = 1.0 + (beside if scopes & {"tensor", "model"} else 0.0)
-    while True:
-        jobs = tuple(_jobs(outputs, reach, elements, whole=whole))
-        slot = max((u.nbytes for j in jobs if j.kind == "merge" for u in j.units), default=0)
-        fits = largest is None or slot <= largest
-        needed = math.ceil(slot * charge)
-        if fits and (room is None or needed * workers <= room):
-            return Schedule(jobs, slot, workers, elements)
-        if elements <= TILE:
-            break
-        elements //= 2
-    if room is not None and needed > room:
-        least = needed + apart
-        raise BudgetError(f"--memory {memory} bytes is below the minimum of this recipe: expected >= {least} bytes")
-    slots = workers if room is None else max(1, min(workers, room // needed))
-    return Schedule(jobs, slot, slots, elements)
+    return tuple(_Cutter(ops, slot, elements, whole).jobs())
 
 
-class Kind(NamedTuple):
-    """What decides how the stream may cut an output, and with which others it may share a unit.
+class _Kind(NamedTuple):
+    """What the cutter knows of a spec."""
 
-    Attributes:
-        scope: what each result depends on (:meth:`Method.scope`); ``copy`` where nothing is computed.
-        batch: equal for tensors of one kernel call: method, types, inputs, and every parameter that is no number.
-    """
-
-    scope: str
+    grain: str
     batch: tuple[object, ...]
+    cost: Cost
+    most: int
+    """Elements of a tensor that is not cut."""
+    step: int
+    """Elements of the chunks of one that is."""
 
 
-_COPY = Kind("copy", ())
+class _Cutter:
+    def __init__(self, ops: Sequence[Op], slot: int | None, elements: int, whole: Callable[[Spec], bool]) -> None:
+        self._ops = ops
+        self._slot = slot
+        self._elements = elements
+        self._whole = whole
+        self._kinds: dict[int, _Kind] = {}
+        self._jobs = 0
 
+    def kind(self, op: Op) -> _Kind:
+        """Of an op's spec; specs live as long as their ops."""
+        found = self._kinds.get(id(op.spec))
+        if found is None:
+            found = self._kinds[id(op.spec)] = self._kind(op)
+        return found
 
-def kinds(outputs: Sequence[Output]) -> list[Kind]:
-    """The kind of each output; asked once per set of parameters, which tensors share."""
-    known: dict[tuple[int, ...], Kind] = {}
-    out = []
-    for o in outputs:
-        g = o.group
-        if o.method is None or g is None:
-            out.append(_COPY)
-            continue
-        key = (id(o.method), id(g.params), id(g.dtypes), id(g.out_dtype), id(g.indices), id(g.models))
-        if key not in known:
-            words = tuple(sorted((k, v) for k, v in g.params.items() if isinstance(v, (str, bool))))
-            batch = (o.method, g.dtypes, g.out_dtype, g.has_base, g.indices, words)
-            known[key] = Kind(o.method.scope(g), batch)
-        out.append(known[key])
-    return out
-
-
-def _jobs(outputs: Sequence[Output], reach: Sequence[Kind], elements: int, *, whole: bool) -> Iterator[Job]:
-    """Jobs in file order; consecutive small tensors of one kind share a unit."""
-    number = 0
-    bundle: list[tuple[int, int, int]] = []
-    bundle_key: object = None
-    bundle_size = 0
-    model: list[int] = []
-
-    def flush() -> Iterator[Job]:
-        nonlocal number, bundle, bundle_size
-        if bundle:
-            yield Job("merge", tuple([o for o, _, _ in bundle]), (_unit(number, outputs, bundle),))
-            number += 1
-        bundle, bundle_size = [], 0
-
-    copies: list[int] = []
-    for position, out in enumerate(outputs):
-        if out.method is None or out.group is None:
-            copies.append(position)
-            continue
-        scope, key = reach[position]
-        scope = "whole" if whole else scope
-        if scope == "model":
-            model.append(position)
-            continue
-        n = out.group.numel
-        if bundle and (key != bundle_key or bundle_size + n > elements):
-            yield from flush()
+    def _kind(self, op: Op) -> _Kind:
+        spec, price = op.spec, cost(op)
+        grain = "whole" if spec.grain == "matrix" or (spec.grain != "copy" and self._whole(spec)) else spec.grain
+        room = self._elements if self._slot is None else chunk(self._slot, price, self._elements)
         # A tensor with statistics that is a little too large is cheaper to keep than to read twice.
-        if n <= (2 * elements if scope == "tensor" else elements) or scope == "whole":
-            bundle.append((position, 0, n))
-            bundle_key = key
-            bundle_size += n
-            continue
-        step = max(1, elements // out.group.row) * out.group.row if scope == "row" else elements
-        pieces = [(position, e0, min(step, n - e0)) for e0 in range(0, n, step)]
-        yield Job("merge", (position,), tuple(_unit(number, outputs, [p]) for p in pieces))
-        number += 1
-    yield from flush()
-    if model:
-        yield _model_job(number, outputs, model, reach, elements)
-        number += 1
-    for units in _copy_units(outputs, copies):
-        yield Job("copy", tuple(dict.fromkeys(o for o, _, _ in units)), (Unit(number, units, 0),))
-        number += 1
+        most = room
+        if grain == "tensor":
+            most = 2 * self._elements if self._slot is None else chunk(self._slot, price, 2 * self._elements)
+        elif grain == "whole":
+            most = spec.numel
+        step = max(1, room // spec.row) * spec.row if grain == "row" and spec.row else room
+        return _Kind(grain, (*spec.batch, grain, price), price, most, step)
+
+    def jobs(self) -> Iterator[Job]:
+        """Jobs in file order; consecutive small tensors of one kind share a unit."""
+        bundle: list[tuple[int, int, int]] = []
+        total = 0
+        first: _Kind | None = None
+        model: list[int] = []
+        copies: list[int] = []
+        for position, op in enumerate(self._ops):
+            kind = self.kind(op)
+            if kind.grain == "copy":
+                copies.append(position)
+                continue
+            if kind.grain == "model":
+                model.append(position)
+                continue
+            n = op.spec.numel
+            if first is not None and not self._joins(first, kind, total + n, len(bundle) + 1):
+                yield self._job(bundle, first, total)
+                bundle, total, first = [], 0, None
+            if n <= kind.most:
+                bundle.append((position, 0, n))
+                total += n
+                first = first or kind
+                continue
+            pieces = [(position, e0, min(kind.step, n - e0)) for e0 in range(0, n, kind.step)]
+            units = tuple([Unit(self._jobs, (p,), kind.cost.of(p[2])) for p in pieces])
+            self._jobs += 1
+            yield Job(False, (position,), units)
+        if first is not None:
+            yield self._job(bundle, first, total)
+        if model:
+            units = tuple(self._model_units(model))
+            self._jobs += 1
+            yield Job(False, tuple(model), units)
+        for copied in _copy_units(self._ops, copies):
+            yield Job(True, tuple(dict.fromkeys(o for o, _, _ in copied)), (Unit(self._jobs, copied, 0),))
+            self._jobs += 1
+
+    def _joins(self, first: _Kind, kind: _Kind, total: int, pieces: int) -> bool:
+        """Whether one more tensor goes into a bundle."""
+        if (kind is not first and kind.batch != first.batch) or total > self._elements:
+            return False
+        return self._slot is None or first.cost.of(total, pieces) <= self._slot
+
+    def _job(self, bundle: Sequence[tuple[int, int, int]], kind: _Kind, total: int) -> Job:
+        unit = Unit(self._jobs, tuple(bundle), kind.cost.of(total, len(bundle)))
+        self._jobs += 1
+        return Job(False, tuple([o for o, _, _ in bundle]), (unit,))
+
+    def _model_units(self, members: Sequence[int]) -> Iterator[Unit]:
+        """Bundles and chunks of every tensor of a whole-model method."""
+        bundle: list[tuple[int, int, int]] = []
+        total, first = 0, self.kind(self._ops[members[0]])
+        for o in members:
+            kind, n = self.kind(self._ops[o]), self._ops[o].spec.numel
+            for e0 in range(0, max(n, 1), kind.step):
+                length = min(kind.step, n - e0)
+                if bundle and not self._joins(first, kind, total + length, len(bundle) + 1):
+                    yield Unit(self._jobs, tuple(bundle), first.cost.of(total, len(bundle)))
+                    bundle, total = [], 0
+                if not bundle:
+                    first = kind
+                bundle.append((o, e0, length))
+                total += length
+        yield Unit(self._jobs, tuple(bundle), first.cost.of(total, len(bundle)))
 
 
-def _row_tables(out: Output) -> int:
-    """Bytes that a method by row keeps of a whole tensor between its passes."""
-    return ROW_BYTES * (out.group.numel // max(1, out.group.row)) if out.group else 0
+def chunk(slot: int, price: Cost, elements: int) -> int:
+    """Elements of the largest piece that fits a slot, in whole tiles, at most ``elements`` and at least a tile."""
+    if not price.element:
+        return elements
+    return max(TILE, min(elements, (slot - price.piece) // price.element // TILE * TILE))
 
 
-def _numel(out: Output) -> int:
-    return out.group.numel if out.group else 0
-
-
-def _unit(job: int, outputs: Sequence[Output], pieces: Sequence[tuple[int, int, int]]) -> Unit:
-    group = outputs[pieces[0][0]].group  # of one kind with all the others
-    nbytes = piece_bytes(group, sum([length for _, _, length in pieces]), len(pieces)) if group else 0
-    return Unit(job, tuple(pieces), nbytes)
-
-
-def _model_job(
-    number: int, outputs: Sequence[Output], members: Sequence[int], reach: Sequence[Kind], elements: int
-) -> Job:
-    """One job over every tensor of a whole-model method; its units are bundles and chunks as usual."""
-    units: list[Unit] = []
-    bundle: list[tuple[int, int, int]] = []
-    size, key = 0, reach[members[0]].batch
-    for o in members:
-        n = _numel(outputs[o])
-        k = reach[o].batch
-        for e0 in range(0, max(n, 1), elements):
-            length = min(elements, n - e0)
-            if bundle and (k != key or size + length > elements):
-                units.append(_unit(number, outputs, bundle))
-                bundle, size = [], 0
-            bundle.append((o, e0, length))
-            size += length
-            key = k
-    if bundle:
-        units.append(_unit(number, outputs, bundle))
-    return Job("merge", tuple(members), tuple(units))
-
-
-def sample_units(
-    outputs: Sequence[Output], job: Job, pieces: Iterable[tuple[int, int, int]], slot_bytes: int
-) -> Iterator[Unit]:
+def sample_units(ops: Sequence[Op], job: Job, pieces: Iterable[tuple[int, int, int]], slot: int) -> Iterator[Unit]:
     """Units for a pass that reads only some pieces of a job, each within one slot.
 
     Args:
-        outputs: the plan's outputs.
+        ops: the plan's.
         job: whose pass it is.
         pieces: (group, first element, elements); a piece longer than a tile starts at one.
-        slot_bytes: 0 where nothing is read into slots.
+        slot: bytes; 0 where nothing is read into slots.
     """
     number = job.units[0].job
     bundle: list[tuple[int, int, int]] = []
-    size, key = 0, _COPY.batch
-    reach = kinds([outputs[o] for o in job.outputs])
+    size, batch = 0, ops[job.ops[0]].spec.batch
     for index, start, total in pieces:
-        o = job.outputs[index]
-        group = outputs[o].group
-        if group is None:
-            continue
-        mine = reach[index].batch
+        o = job.ops[index]
+        op = ops[o]
+        price = cost(op)
         for e0 in range(start, start + max(total, 1), TILE):
             length = min(TILE, start + total - e0)
-            nbytes = piece_bytes(group, length)
-            if bundle and (mine != key or (slot_bytes and size + nbytes > slot_bytes)):
+            nbytes = price.of(length)
+            if bundle and (op.spec.batch != batch or (slot and size + nbytes > slot)):
                 yield Unit(number, tuple(bundle), size)
                 bundle, size = [], 0
-            key = mine
+            batch = op.spec.batch
             bundle.append((o, e0, length))
             size += nbytes
     if bundle:
         yield Unit(number, tuple(bundle), size)
 
 
-def _copy_units(outputs: Sequence[Output], members: Sequence[int]) -> Iterator[tuple[tuple[int, int, int], ...]]:
+def _copy_units(ops: Sequence[Op], members: Sequence[int]) -> Iterator[Pieces]:
     """Byte ranges of copied tensors, bundled up to :data:`COPY_BYTES`."""
     bundle: list[tuple[int, int, int]] = []
     size = 0
     for o in members:
-        total = outputs[o].inputs[0].nbytes
+        total = ops[o].spec.out_dtype.nbytes(ops[o].spec.numel)
         for start in range(0, max(total, 1), COPY_BYTES):
             length = min(COPY_BYTES, total - start)
             if bundle and size + length > COPY_BYTES:

@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmerge.errors import RecipeError
-from fastmerge.methods.base import F64, I64, TILE, Group, Program, Segments
 from fastmerge.ops.consensus.rules import Consensus, kept, l1_factor
+from fastmerge.ops.program import Program
+from fastmerge.ops.segments import F64, I64, TILE, Segments
 from fastmerge.ops.selection.select import ALL_TILES, Select
+from fastmerge.ops.spec import Op
 from fastmerge.ops.split import by_kind
 from fastmerge.ops.tiles import Partial, gather, number
 
@@ -41,7 +43,7 @@ class Keep:
         return code, self.drop, self.trim and trim, self.models, self.bern, self.thr, self.cut
 
 
-def program(groups: Sequence[Group], specs: Sequence[Consensus], kernels: Any) -> Program:
+def program(groups: Sequence[Op], specs: Sequence[Consensus], kernels: Any) -> Program:
     """The program of tensors of one method.
 
     Raises:
@@ -49,7 +51,7 @@ def program(groups: Sequence[Group], specs: Sequence[Consensus], kernels: Any) -
     """
     if specs[0].whole_model and (specs[0].trim or specs[0].zero == "majority"):
         _same([(s.words, s.density, s.keep_count) for s in specs], groups, "parameters")
-        _same([g.double for g in groups], groups, "precision (fp64 or not)")
+        _same([g.spec.double for g in groups], groups, "precision (fp64 or not)")
         return ConsensusProgram(groups, specs, kernels)
     return by_kind(
         [s.words for s in specs],
@@ -57,7 +59,7 @@ def program(groups: Sequence[Group], specs: Sequence[Consensus], kernels: Any) -
     )
 
 
-def _same(what: Sequence[object], groups: Sequence[Group], noun: str) -> None:
+def _same(what: Sequence[object], groups: Sequence[Op], noun: str) -> None:
     for value, group in zip(what, groups, strict=True):
         if value != what[0]:
             raise RecipeError(
@@ -69,7 +71,7 @@ def _same(what: Sequence[object], groups: Sequence[Group], noun: str) -> None:
 class ConsensusProgram(Program):
     """Passes: selection (as often as it takes), sums of magnitudes, votes; each only where needed."""
 
-    def __init__(self, groups: Sequence[Group], specs: Sequence[Consensus], kernels: Any) -> None:
+    def __init__(self, groups: Sequence[Op], specs: Sequence[Consensus], kernels: Any) -> None:
         """Sets up the passes of tensors whose ``words`` agree."""
         first = specs[0]
         self._kernels = kernels
@@ -77,7 +79,7 @@ class ConsensusProgram(Program):
         self._specs = specs
         self._words = first
         count, models = len(groups), len(first.weight)
-        self._tiles = np.array([-(-g.numel // TILE) for g in groups], np.int64)
+        self._tiles = np.array([-(-g.spec.numel // TILE) for g in groups], np.int64)
         self._factor = np.array([s.rescale for s in specs], np.float64)
         self._majority = np.ones(count)
         bern = np.array([s.bernoulli for s in specs], np.int32)
@@ -100,7 +102,7 @@ class ConsensusProgram(Program):
 
     def _ranks(self) -> I64:
         """How many elements each (group, model) keeps; with one threshold for all, of the model's total."""
-        sizes = [g.numel for g in self._groups]
+        sizes = [g.spec.numel for g in self._groups]
         if self._words.whole_model:
             sizes = [sum(sizes)] * len(sizes)
         pairs = zip(sizes, self._specs, strict=True)

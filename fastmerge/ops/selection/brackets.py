@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastmerge.methods.base import I64
+from fastmerge.ops.segments import I64
 
 BLOCKS = 256
 """Blocks of a sample."""

@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastmerge.methods.base import I64, TILE, Group, Segments
+from fastmerge.ops.segments import I64, TILE, Segments
 from fastmerge.ops.selection.brackets import Span, blocks, bracket, narrow, within
+from fastmerge.ops.spec import Op
 from fastmerge.ops.tiles import Partial, gather, number
 from fastmerge.philox import threshold
 
@@ -67,9 +68,7 @@ class _Query:
 class Select:
     """Finds thresholds and tie cuts; the consensus program runs its passes."""
 
-    def __init__(
-        self, groups: Sequence[Group], ranks: I64, ties: str, *, whole_model: bool, thr: U64, cut: I64
-    ) -> None:
+    def __init__(self, groups: Sequence[Op], ranks: I64, ties: str, *, whole_model: bool, thr: U64, cut: I64) -> None:
         """Settles what needs no data.
 
         Args:
@@ -85,11 +84,11 @@ class Select:
         self._thr, self._cut = thr, cut
         self._models = ranks.shape[1]
         self._listed: int = min(LISTED, max(1 << 16, 3 * LISTED // max(3, self._models)))
-        double = groups[0].double
+        double = groups[0].spec.double
         self._key = np.uint64 if double else np.uint32
         self._largest = (1 << 63 if double else 1 << 31) - 1
         self._never = (1 << 64 if double else 1 << 32) - 1
-        self._numel = np.array([g.numel for g in groups], np.int64)
+        self._numel = np.array([g.spec.numel for g in groups], np.int64)
         self._tiles = -(-self._numel // TILE)
         self._whole_model = whole_model
         self._ranks = ranks

@@ -8,14 +8,15 @@ few things, so that the scheduler cannot tell them apart.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
-from fastmerge.methods.base import Segments
+from fastmerge.ops.segments import Segments
 from fastmerge.runtime.devices.buffer import Buffer
 from fastmerge.runtime.devices.cpu import CpuDevice, cores
 
 __all__ = ["Buffer", "CpuDevice", "Device", "cores"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -24,23 +25,15 @@ class Device(Protocol):
 
     Attributes:
         name: ``cpu``, ``cuda:0``, ``fake:1``.
-        kernels: the kernel backend that runs here, or None for the reference backend.
-        native: kernels for the host's memory, which settle small tensors there; None where there are none.
     """
 
     @property
     def name(self) -> str: ...  # noqa: D102  described above
 
-    @property
-    def kernels(self) -> Any: ...  # noqa: D102  described above
-
-    @property
-    def native(self) -> Any: ...  # noqa: D102  described above
-
     def allocate(self, nbytes: int) -> Buffer:
         """A host slot of ``nbytes``; called once, by the worker's own thread, before anything else here."""
 
-    def run(self, work: Callable[[], T]) -> T:
+    def run(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Calls ``work``, which uploads, computes and downloads one unit, and may be called again after a failure."""
 
     def upload(self, host: Segments) -> Segments:

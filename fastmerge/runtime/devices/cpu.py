@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
-from fastmerge.methods.base import Segments
+from fastmerge.ops.segments import Segments
 from fastmerge.runtime.devices.buffer import Buffer
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -22,21 +23,15 @@ def cores() -> int:
 class CpuDevice:
     """One core: kernels read and write host memory directly."""
 
-    kernels: Any
     name: str = "cpu"
-
-    @property
-    def native(self) -> Any:
-        """The same kernels, if they are the C++ ones."""
-        return self.kernels if hasattr(self.kernels, "kth") else None
 
     def allocate(self, nbytes: int) -> Buffer:
         """Ordinary memory."""
         return Buffer.allocate(nbytes)
 
-    def run(self, work: Callable[[], T]) -> T:
-        """Once: the CPU has nothing to make room of."""
-        return work()
+    def run(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+        """Once: on the CPU nothing is retried."""
+        return work(*args, **named)
 
     def upload(self, host: Segments) -> Segments:
         """Nothing to move."""

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 
-from fastmerge.errors import BudgetError, FastMergeError
-from fastmerge.methods.base import HEADER, I64, Segments
+from fastmerge.errors import FastMergeError
+from fastmerge.ops.segments import HEADER, I64, Segments
 from fastmerge.runtime.devices.buffer import Buffer
 from fastmerge.runtime.devices.streams import NoRoom, Streams
 from fastmerge.sizes import show_bytes
@@ -24,6 +24,7 @@ from fastmerge.sizes import show_bytes
 if TYPE_CHECKING:
     import torch
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 MOST_WORKERS = 8
@@ -61,26 +62,12 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGN) * ALIGN
 
 
-class OutOfMemory(BudgetError):
-    """Kernels found no room beside the slots, on the device or in pinned memory: fewer or smaller ones may leave it.
-
-    Attributes:
-        nbytes: what slots took of that GPU's memory (and of the host's), by all logical devices that share it.
-    """
-
-    def __init__(self, text: str, nbytes: int) -> None:
-        super().__init__(text)
-        self.nbytes = nbytes
-
-
 class Gpu:
     """One logical GPU: its streams, and the one allocation that its workers' slots are carved from."""
 
-    def __init__(self, name: str, kernels: Any, streams: Streams, *, native: Any = None, share: int = 1) -> None:
-        """Takes the name for messages, the kernels, the streams, those for the host, and how many share the GPU."""
+    def __init__(self, name: str, streams: Streams, *, share: int = 1) -> None:
+        """Takes the name for messages, the streams, and how many logical devices share the GPU."""
         self.name = name
-        self.kernels = kernels
-        self.native = native
         self.streams = streams
         self.share = share
         self.nbytes = 0
@@ -114,8 +101,6 @@ class CudaDevice:
     def __init__(self, gpu: Gpu, slot: torch.Tensor) -> None:
         """Takes the GPU and the piece of its memory."""
         self.name = gpu.name
-        self.kernels = gpu.kernels
-        self.native = gpu.native
         self._gpu = gpu
         self._streams = gpu.streams
         self._slot: Any = slot
@@ -151,18 +136,18 @@ class CudaDevice:
         self._streams.enter()
         return self._buffer
 
-    def run(self, work: Callable[[], T]) -> T:
+    def run(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Calls ``work``; where memory runs out, once more with an empty cache.
 
         Raises:
-            OutOfMemory: if it does not fit then.
+            NoRoom: if it does not fit then.
             FastMergeError: for a failing GPU.
         """
         device = True
         for _ in range(2):
             with _failures(self.name):
                 try:
-                    return work()
+                    return work(*args, **named)
                 except RuntimeError as error:
                     if not out_of_memory(error):
                         raise
@@ -171,7 +156,7 @@ class CudaDevice:
                 self._streams.settle()
         what, nbytes = "memory" if device else "pinned host memory", self._gpu.nbytes * self._gpu.share
         text = f"{self.name}: out of {what} for the kernels' temporaries beside slots of {show_bytes(nbytes)}"
-        raise OutOfMemory(text, nbytes)
+        raise NoRoom(text, self.name if device else None, nbytes)
 
     def upload(self, host: Segments) -> Segments:
         """Copies all inputs in one range, and moves the table to the device slot."""
@@ -204,15 +189,13 @@ class CudaDevice:
 class InPlace:
     """Tensors that are on a GPU already: one worker, on the stream that the caller was using."""
 
-    def __init__(self, kernels: Any, device: torch.device) -> None:
-        """Takes the kernels, and the device whose current stream of this thread is used."""
+    def __init__(self, device: torch.device) -> None:
+        """Takes the device whose current stream of this thread is used."""
         import torch
 
         self._torch = torch
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.name = str(device)
-        self.kernels = kernels
-        self.native = None
 
     def allocate(self, nbytes: int) -> Buffer:
         """No slot; makes the caller's stream the worker's own."""
@@ -220,9 +203,9 @@ class InPlace:
             self._torch.cuda.set_stream(self._stream)
         return Buffer.allocate(nbytes)
 
-    def run(self, work: Callable[[], T]) -> T:
+    def run(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Once: the memory is the caller's."""
-        return work()
+        return work(*args, **named)
 
     def upload(self, host: Segments) -> Segments:
         """Nothing to move, and nobody asks for non-finite outputs."""

@@ -7,14 +7,15 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from fastmerge.errors import FastMergeError
-from fastmerge.methods.base import HEADER, Segments
+from fastmerge.ops.segments import HEADER, Segments
 from fastmerge.runtime.devices.buffer import Buffer
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -23,14 +24,12 @@ class FakeDevice:
     """Copies every unit to memory of its own, as a GPU would, with random delays and injected faults.
 
     Attributes:
-        kernels: what computes in the private memory.
         name: shown in errors.
         latency: longest random delay of a copy, in seconds.
         fail_at: number of the upload that fails; -1 never.
         seed: of the delays.
     """
 
-    kernels: Any
     name: str = "fake:0"
     latency: float = 0.0
     fail_at: int = -1
@@ -41,20 +40,15 @@ class FakeDevice:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)  # noqa: S311  delays, not secrets
 
-    @property
-    def native(self) -> Any:
-        """The kernels, if they can."""
-        return self.kernels if hasattr(self.kernels, "kth") else None
-
     def allocate(self, nbytes: int) -> Buffer:
         """A host slot full of a pattern that no test expects."""
         buffer = Buffer.allocate(nbytes)
         buffer.data[:] = 0xDD
         return buffer
 
-    def run(self, work: Callable[[], T]) -> T:
+    def run(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Once."""
-        return work()
+        return work(*args, **named)
 
     def _pause(self) -> None:
         if self.latency:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fastmerge.errors import FastMergeError
+from fastmerge.errors import BudgetError
 from fastmerge.runtime.devices.buffer import Buffer
 
 if TYPE_CHECKING:
@@ -18,16 +18,18 @@ COPY_BYTES = 16 << 20
 small tables of another stream."""
 
 
-class NoRoom(FastMergeError):
-    """Memory for the slots could not be had: fewer or smaller ones may fit.
+class NoRoom(BudgetError):
+    """Memory within the budget could not be had: fewer or smaller slots may fit.
 
     Attributes:
         gpu: name of the GPU whose memory it is; None for the host's.
+        nbytes: what the slots took, or would have taken.
     """
 
-    def __init__(self, text: str, gpu: str | None = None) -> None:
+    def __init__(self, text: str, gpu: str | None = None, nbytes: int = 0) -> None:
         super().__init__(text)
         self.gpu = gpu
+        self.nbytes = nbytes
 
 
 class Streams(Protocol):

@@ -1,0 +1,389 @@
+"""Parameter values: scalars, gradients, filters, levels; and the one place where they become a method.
+
+A recipe's YAML, a call with tensors and the task-vector functions all end here. The grammar and its meaning are
+mergekit's (0.1.5): the first rule whose filter is a substring of the tensor's name counts; a list of numbers is a
+gradient over the layers of a slice; a list of words or booleans picks one of them; a level whose rules all miss
+falls through to the next level.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastmerge.errors import RecipeError, hint
+from fastmerge.methods.base import REQUIRED, Method, Param
+from fastmerge.tensors import plain
+
+Scalar = bool | int | float | str
+Value = Scalar | tuple[Scalar, ...]
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_BOOLEANS = {
+    **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False),
+}
+"""Words that mergekit takes for booleans."""
+_SCALARS = frozenset({float, int, bool, str})
+_KINDS = {float: "a number", int: "an integer", bool: "true or false"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One value and the tensors that it is for.
+
+    Attributes:
+        value: a scalar, or a tuple: a gradient.
+        filter: part of the names of the tensors that it is for; None is all of them.
+    """
+
+    value: Value
+    filter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What one level says about one parameter: rules in order, the first that matches counts."""
+
+    rules: tuple[Rule, ...]
+
+    @property
+    def gradient(self) -> bool:
+        """Whether the result depends on the layer."""
+        return any(isinstance(r.value, tuple) and len(r.value) > 1 for r in self.rules)
+
+    def plain(self) -> Any:
+        """The value as YAML and JSON write it."""
+        rules = [{**({} if r.filter is None else {"filter": r.filter}), "value": _listed(r.value)} for r in self.rules]
+        alone = len(rules) == 1 and self.rules[0] != Rule(()) and self.rules[0].filter is None
+        return rules[0]["value"] if alone else rules
+
+
+class Parameters(Mapping[str, Setting]):
+    """The settings of one level: an immutable, hashable mapping."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, Setting] | None = None) -> None:
+        self._items = dict(items or {})
+
+    def __getitem__(self, key: str) -> Setting:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return f"Parameters({self._items!r})"
+
+    def plain(self) -> dict[str, Any]:
+        """The level as YAML and JSON write it."""
+        return {name: setting.plain() for name, setting in self._items.items()}
+
+
+def _listed(value: Value) -> Scalar | list[Scalar]:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def convert(value: Any, param: Param) -> Scalar:
+    """A scalar as the declared type: ``"1e-5"`` is a number for a number, 3.0 an integer for an integer.
+
+    Raises:
+        ValueError: where it is none, is not finite, is out of bounds, or is not an allowed word.
+    """
+    if isinstance(param.type, tuple):
+        if isinstance(value, str) and value in param.type:
+            return value
+        raise ValueError(f"expected one of {', '.join(param.type)}; got {value!r}{hint(str(value), param.type)}")
+    if param.type is bool:
+        found = _BOOLEANS.get(str(value).lower()) if isinstance(value, bool | str) else {0: False, 1: True}.get(value)
+        if found is None:
+            raise ValueError(f"expected true or false; got {value!r}")
+        return found
+    number = _number(value)
+    if number is None:
+        raise ValueError(f"expected {_KINDS[param.type]}; got {value!r}")
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number; got {value!r}")
+    if param.type is int and not number.is_integer():
+        raise ValueError(f"expected an integer; got {value!r}")
+    low, high = param.low, param.high
+    if (low is not None and number < low) or (high is not None and number > high):
+        bounds = f"{'-inf' if low is None else f'{low:g}'} .. {'inf' if high is None else f'{high:g}'}"
+        raise ValueError(f"expected a number in {bounds}; got {value!r}")
+    return int(number) if param.type is int else number
+
+
+def _number(value: Any) -> float | None:
+    """A number, or the text of one; None for anything else."""
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def interpolate(values: tuple[Scalar, ...], t: float, param: Param) -> Scalar:
+    """The value of a gradient at ``t`` in 0 .. 1: linear for numbers, one of the entries for words and booleans.
+
+    Raises:
+        ValueError: where an integer parameter would become fractional.
+    """
+    if param.type not in (float, int):
+        return values[int(t * (len(values) - 1))]
+    scaled = t * (len(values) - 1)
+    i = int(scaled)
+    j = min(len(values) - 1, i + 1)
+    f = scaled - i
+    out = (1 - f) * float(values[i]) + f * float(values[j])
+    if param.type is int:
+        if not out.is_integer():
+            raise ValueError(f"an integer parameter cannot be interpolated to {out:g}")
+        return int(out)
+    out = out if param.low is None else max(param.low, out)  # rounding may leave the bounds by one unit
+    return out if param.high is None else min(param.high, out)
+
+
+class Resolver:
+    """Makes the method of each tensor from the levels of its parameters.
+
+    Precedence, highest first: the model's level (for parameters per model only), the common levels in order, the
+    default (under the preset). Filters of parameters per model match the name of the input tensor, filters of shared
+    ones that of the output tensor. A tensor's name matters only through the filters that it matches.
+
+    Args:
+        method: whose parameters.
+        own: one level per model.
+        common: the levels for all models, highest first.
+        preset: a published variant of the method.
+        place: what errors put in front, with its ": ".
+        models: how errors call the models.
+
+    Raises:
+        RecipeError: for a preset that the method does not have.
+    """
+
+    def __init__(
+        self,
+        method: type[Method],
+        own: Sequence[Parameters],
+        common: Sequence[Parameters],
+        *,
+        preset: str | None = None,
+        place: str = "",
+        models: Sequence[str] = (),
+    ) -> None:
+        self._method = method
+        self._own = own
+        self._common = common
+        self._defaults = method.defaults(preset)
+        self._place = place
+        self._models = models
+        declared = {p.name for p in method.params}
+        used = [setting for level in (*own, *common) for name, setting in level.items() if name in declared]
+        self.filters = tuple(dict.fromkeys(r.filter for s in used for r in s.rules if r.filter is not None))
+        self.gradient = any(s.gradient for s in used)
+        self._bit = {f: 1 << i for i, f in enumerate(self.filters)}
+        self._matched = 0
+        self._known: dict[tuple[int, tuple[tuple[int, int], ...], float], Method] = {}
+
+    @property
+    def constant(self) -> bool:
+        """Whether no tensor's name or layer matters."""
+        return not (self.filters or self.gradient)
+
+    def mask(self, name: str) -> int:
+        """Which of :attr:`filters` are part of a tensor's name, as bits."""
+        out = 0
+        for pattern, bit in self._bit.items():
+            if pattern in name:
+                out |= bit
+        self._matched |= out
+        return out
+
+    def unmatched(self) -> list[str]:
+        """Filters that no name given to :meth:`mask` contained."""
+        return [f for f, bit in self._bit.items() if not self._matched & bit]
+
+    def method(self, name: str, inputs: Sequence[tuple[int, str]], t: float = 0.0) -> Method:
+        """The method with the parameters of one output tensor; the same object for the same outcome.
+
+        Args:
+            name: of the output tensor.
+            inputs: (number of the model, name of its tensor) of each input but the base.
+            t: place of the layer in its slice, 0 .. 1; 0 for tensors outside the layers.
+
+        Raises:
+            RecipeError: where a required parameter has no value, or a gradient makes none.
+        """
+        key = (self.mask(name), tuple([(i, self.mask(n)) for i, n in inputs]), t if self.gradient else 0.0)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self._make(*key)
+        return found
+
+    def _make(self, mask: int, inputs: Sequence[tuple[int, int]], t: float) -> Method:
+        fields: dict[str, Any] = {}
+        for p in self._method.params:
+            if p.scope == "shared":
+                fields[p.field] = self._value(p, None, self._common, mask, t)
+            else:
+                fields[p.field] = tuple([self._value(p, i, (self._own[i], *self._common), m, t) for i, m in inputs])
+        return self._method(**fields)
+
+    def _value(self, param: Param, model: int | None, levels: Sequence[Parameters], mask: int, t: float) -> Any:
+        for level in levels:
+            setting = level.get(param.name)
+            if setting is None:
+                continue
+            try:
+                value = self._evaluate(setting, param, mask, t)
+            except ValueError as e:
+                raise RecipeError(f"{self._place}{param.name}: {e}") from None
+            if value is not None:
+                return value
+        default = self._defaults[param.name]
+        if default is REQUIRED:
+            who = "" if model is None or model >= len(self._models) else f" of {self._models[model]!r}"
+            lost = any(param.name in level for level in levels)
+            why = "no filter gives it a value" if lost else param.doc
+            raise RecipeError(f"{self._place}{self._method.name} needs the parameter {param.name!r}{who}: {why}")
+        return default
+
+    def _evaluate(self, setting: Setting, param: Param, mask: int, t: float) -> Any:
+        for rule in setting.rules:
+            if rule.filter is None or mask & self._bit[rule.filter]:
+                if not isinstance(rule.value, tuple):
+                    return rule.value
+                return interpolate(rule.value, t, param) if rule.value else None
+        return None
+
+
+def called(
+    method: type[Method], given: Mapping[str, Any] | None, models: Sequence[Any], preset: str | None = None
+) -> Resolver:
+    """The resolver of a call in Python.
+
+    A parameter with one value per model takes one for all, a sequence in the order of the models, or a mapping by
+    model. Wherever a value stands, ``[{"filter": ..., "value": ...}, ...]`` and, for shared parameters and inside
+    a sequence or mapping, a gradient ``[first, ..., last]`` may stand as well.
+
+    Args:
+        method: whose parameters.
+        given: values by name.
+        models: the ids of the models, without the base where the method has one.
+        preset: a published variant of the method.
+
+    Raises:
+        RecipeError: with every problem: unknown names, wrong types, values out of bounds.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        raise RecipeError(f"parameters: expected a mapping of names to values, got {type(given).__name__}")
+    problems: list[str] = []
+    own: list[dict[str, Setting]] = [{} for _ in models]
+    common: dict[str, Setting] = {}
+    declared = {p.name: p for p in method.params}
+    defaults = method.defaults(preset)
+    for name, value in (given or {}).items():
+        param = declared.get(name)
+        if param is None:
+            problems.append(f"{method.name} has no parameter {name!r}{hint(str(name), declared)}")
+            continue
+        reader = _Reader(f"{method.name}: parameter {name!r}", param, problems, none=defaults[name] is None)
+        values = plain(value)
+        alike = param.scope == "shared" or type(values) in _SCALARS
+        if alike or not (_listed_by_model(values) or _by_id(values)):
+            reader.into(common, values)
+        elif isinstance(values, Mapping):
+            problems += [f"{reader.where}: missing for input {k!r}" for k in models if k not in values]
+            problems += [
+                f"{reader.where}: {k!r} is none of the inputs {list(models)!r}" for k in values if k not in models
+            ]
+            for level, key in zip(own, models, strict=True):
+                reader.into(level, values.get(key, REQUIRED))
+        else:
+            if len(values) != len(models):
+                problems.append(f"{reader.where}: expected {len(models)} values, got {len(values)}")
+            for level, item in zip(own, values, strict=False):
+                reader.into(level, item)
+    if problems:
+        raise RecipeError(list(dict.fromkeys(problems)))
+    return Resolver(
+        method, [Parameters(level) for level in own], (Parameters(common),), preset=preset, models=[*map(str, models)]
+    )
+
+
+def _is_rule(value: Any) -> bool:
+    return isinstance(value, Mapping) and "value" in value and set(value) <= {"filter", "value"}
+
+
+def _by_id(value: Any) -> bool:
+    return isinstance(value, Mapping) and not _is_rule(value)
+
+
+def _listed_by_model(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and not any(_is_rule(v) for v in value)
+
+
+class _Reader:
+    """Reads the values of one parameter of a call."""
+
+    def __init__(self, where: str, param: Param, problems: list[str], *, none: bool) -> None:
+        self.where = where
+        self._param = param
+        self._problems = problems
+        self._none = none or param.default is None
+
+    def into(self, level: dict[str, Setting], value: Any) -> None:
+        """Sets the parameter in a level; None stands for the default where that is a legal value."""
+        if type(value) in _SCALARS:
+            level[self._param.name] = Setting((Rule(self._scalar(value)),))
+        elif value is REQUIRED or (value is None and self._none):
+            return
+        elif value is None:
+            self._problems.append(f"{self.where}: expected a value, got None")
+        elif _is_rule(value):
+            level[self._param.name] = Setting((self._rule(value),))
+        elif isinstance(value, Sequence) and not isinstance(value, str) and any(_is_rule(v) for v in value):
+            if not all(_is_rule(v) for v in value):
+                self._problems.append(
+                    f"{self.where}: a list holds either values or {{filter, value}} entries, not both"
+                )
+                return
+            level[self._param.name] = Setting(tuple(self._rule(v) for v in value))
+        else:
+            level[self._param.name] = Setting((Rule(self._value(value)),))
+
+    def _rule(self, value: Mapping[str, Any]) -> Rule:
+        pattern = value.get("filter")
+        if pattern is not None and not isinstance(pattern, str):
+            self._problems.append(f"{self.where}: a filter is part of a tensor name; got {pattern!r}")
+            pattern = None
+        return Rule(self._value(value["value"]), None if pattern == "*" else pattern)
+
+    def _value(self, value: Any) -> Value:
+        value = plain(value)
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return tuple(self._scalar(v) for v in value)
+        return self._scalar(value)
+
+    def _scalar(self, value: Any) -> Scalar:
+        try:
+            return convert(value if type(value) in _SCALARS else plain(value), self._param)
+        except ValueError as error:
+            self._problems.append(f"{self.where}: {error}")
+            return 0.0

@@ -1,0 +1,309 @@
+"""Where tensors come from, and where results go.
+
+=================  ====================================================  ==============================
+``FileRange``      bytes of a checkpoint's file                          read into the unit's slot
+``Memory``         a tensor that a caller owns                           used where it is
+``Rows``           rows of another source, in any order, with gaps       gathered into the slot
+``LowRank``        a weight and a low-rank update (LoRA)                 computed into the slot
+``Wide``           8-bit floats as bfloat16, which holds each exactly    converted into the slot
+``Constant``       one value                                             filled into the slot
+``Noise``          normal random numbers                                 computed into the slot
+=================  ====================================================  ==============================
+
+Those that are not simply there have :meth:`Made.fill`, which makes any run of elements from their own sources, so that
+they nest. Everything they compute is a function of logical element indices alone: any chunking gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from fastmerge.dtypes import BF16, F16, F32, F64, DType
+from fastmerge.ops.spec import Source
+
+if TYPE_CHECKING:
+    from fastmerge.checkpoint import TensorInfo
+
+Bring = Callable[[Source, "npt.NDArray[np.int64]"], None]
+"""Brings runs of a source to memory: rows (first element, elements, address)."""
+
+
+class FileRange(NamedTuple):
+    """The bytes of one tensor of a checkpoint.
+
+    Attributes:
+        info: where in which file of the model.
+        model: position of the model among the plan's checkpoints.
+    """
+
+    info: TensorInfo
+    model: int
+
+    @property
+    def dtype(self) -> DType:
+        """Of its elements."""
+        return self.info.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        return self.info.shape
+
+
+class Memory(NamedTuple):
+    """A contiguous tensor that a caller owns and keeps alive: a source, or a target."""
+
+    address: int
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+@runtime_checkable
+class Made(Protocol):
+    """A source whose elements are computed into the slot."""
+
+    @property
+    def dtype(self) -> DType: ...  # noqa: D102  of its elements
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102  of the tensor
+
+    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
+        """Makes elements ``e0 .. e0 + n`` at an address."""
+
+
+def inputs_of(source: Source) -> tuple[Source, ...]:
+    """The sources that a source is made from; itself where it is simply there."""
+    if isinstance(source, (Rows, Wide)):
+        return inputs_of(source.source)
+    if isinstance(source, LowRank):
+        return tuple(i for s in (source.base, source.b, source.a) for i in inputs_of(s))
+    return () if isinstance(source, (Constant, Noise)) else (source,)
+
+
+_NUMPY: dict[DType, type[np.floating[Any]]] = {F64: np.float64, F32: np.float32, F16: np.float16}
+
+
+def _array(address: int, n: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    """Memory as an array."""
+    kind = np.dtype(dtype)
+    if not n:
+        return np.empty(0, kind)
+    memory: Any = (ctypes.c_char * (n * kind.itemsize)).from_address(address)
+    return np.frombuffer(memory, kind)
+
+
+def _widened(raw: npt.NDArray[Any], dtype: DType) -> npt.NDArray[Any]:
+    """Elements as fp32 (fp64 stays): exact."""
+    if dtype is BF16:
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    found = raw.view(_NUMPY[dtype])
+    return found if dtype.size > 2 else found.astype(np.float32)
+
+
+def load(bring: Bring, source: Source, e0: int, n: int) -> npt.NDArray[Any]:
+    """A run of a source in memory of its own, as fp32 (fp64 stays)."""
+    raw = np.empty(n * source.dtype.size, np.uint8)
+    bring(source, np.array([[e0, n, raw.ctypes.data]], np.int64))
+    return _widened(raw, source.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of another source: row ``r`` is row ``index[r]`` of ``source``; -1 is a row of zeros.
+
+    Attributes:
+        source: ``[R, ...]``.
+        index: int64 ``[K]``, -1 .. R - 1.
+    """
+
+    source: Source
+    index: npt.NDArray[np.int64]
+
+    @property
+    def dtype(self) -> DType:
+        """That of the source."""
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``[K, ...]``."""
+        return (len(self.index), *self.source.shape[1:])
+
+    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
+        """Reads neighbouring rows together."""
+        width = int(np.prod(self.source.shape[1:], dtype=np.int64))
+        size = self.dtype.size
+        if not n or not width:
+            return
+        first, last = e0 // width, (e0 + n - 1) // width
+        rows = np.arange(first, last + 1)
+        begin = np.maximum(rows * width, e0)
+        length = np.minimum((rows + 1) * width, e0 + n) - begin
+        of = self.index[first : last + 1]
+        start = of * width + (begin - rows * width)
+        # A run ends where the next row does not follow in the source.
+        ends = np.flatnonzero((of[1:] != of[:-1] + 1) | (of[1:] < 0) | (of[:-1] < 0))
+        heads = np.concatenate([[0], ends + 1])
+        totals = np.add.reduceat(length, heads)
+        there = address + (begin[heads] - e0) * size
+        known = of[heads] >= 0
+        if known.any():
+            bring(self.source, np.stack([start[heads], totals, there], axis=1)[known])
+        for at, count in zip(there[~known].tolist(), totals[~known].tolist(), strict=True):
+            ctypes.memset(at, 0, count * size)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """``base + scale (B A)``, as LoRA adapters state a weight; exact products and sums in fp32, in the order of ranks.
+
+    Each element is ``x + s (b0 a0 + b1 a1 + ...)``, every operation rounded once to fp32 (fp64 for an fp64 base).
+
+    Attributes:
+        base: ``[O, I]``.
+        b: ``[O, R]``.
+        a: ``[R, I]``.
+        scale: factor of the update.
+        transposed: the base is stored as ``[I, O]`` (Conv1D, embeddings), and so is the result.
+    """
+
+    base: Source
+    b: Source
+    a: Source
+    scale: float
+    transposed: bool = False
+
+    @property
+    def dtype(self) -> DType:
+        """fp32, or fp64: nothing is rounded to the base's type."""
+        return F64 if self.base.dtype is F64 else F32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the base."""
+        return self.base.shape
+
+    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
+        """Whole rows of the update that the run touches, then the run of them."""
+        if not n:
+            return
+        kind = _NUMPY[self.dtype]
+        width = self.shape[-1]
+        rank = self.a.shape[0]
+        first, last = e0 // width, (e0 + n - 1) // width
+        rows = last - first + 1
+        if self.transposed:
+            # Row i of the result holds sum_k a[k, i] b[:, k].
+            every = load(bring, self.a, 0, rank * self.a.shape[1]).reshape(rank, -1)
+            left = every[:, first : last + 1].T
+            right = load(bring, self.b, 0, width * rank).reshape(width, rank).T
+        else:
+            left = load(bring, self.b, first * rank, rows * rank).reshape(rows, rank)
+            right = load(bring, self.a, 0, rank * width).reshape(rank, width)
+        left, right = left.astype(kind, copy=False), right.astype(kind, copy=False)
+        update = np.zeros((rows, width), kind)
+        term = np.empty_like(update)
+        for k in range(rank):
+            np.multiply(left[:, k, None], right[k], out=term)
+            update += term
+        update *= kind(self.scale)
+        skip = e0 - first * width
+        out = _array(address, n, kind)
+        np.add(load(bring, self.base, e0, n), update.reshape(-1)[skip : skip + n], out=out)
+
+
+@dataclass(frozen=True, eq=False)
+class Wide:
+    """A source of 8-bit floats, each as the bfloat16 of the same value."""
+
+    source: Source
+
+    @property
+    def dtype(self) -> DType:
+        """bfloat16."""
+        return BF16
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the source."""
+        return self.source.shape
+
+    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
+        """One look-up per element."""
+        raw = np.empty(n, np.uint8)
+        bring(self.source, np.array([[e0, n, raw.ctypes.data]], np.int64))
+        np.take(_bfloat16(self.source.dtype.name), raw, out=_array(address, n, np.uint16))
+
+
+@functools.cache
+def _bfloat16(name: str) -> npt.NDArray[np.uint16]:
+    """The bfloat16 bits of all 256 values of an 8-bit float type (OCP 8-bit Floating Point Specification 1.0)."""
+    mantissa, bias = {"float8_e4m3fn": (3, 7), "float8_e5m2": (2, 15)}[name]
+    byte = np.arange(256)
+    exponent, fraction = (byte & 0x7F) >> mantissa, byte & ((1 << mantissa) - 1)
+    normal = np.ldexp(1 + fraction / (1 << mantissa), exponent - bias)
+    value = np.where(exponent == 0, np.ldexp(fraction / (1 << mantissa), 1 - bias), normal)
+    if name == "float8_e4m3fn":
+        value = np.where((byte & 0x7F) == 0x7F, np.nan, value)
+    else:
+        value = np.where(exponent == 31, np.where(fraction == 0, np.inf, np.nan), value)
+    bits = (value.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    bits = np.where(np.isnan(value), 0x7FC0, bits)
+    return (bits | ((byte & 0x80) << 8)).astype(np.uint16)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One value everywhere."""
+
+    value: float
+    dtype: DType
+    shape: tuple[int, ...]
+
+    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
+        """Repeats the value, rounded once."""
+        _store(address, n, np.full(n, self.value, np.float64), self.dtype)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Normal random numbers times ``sigma``, a function of (key, index, element).
+
+    Attributes:
+        key: 64-bit Philox key.
+        index: position of the model, or number of the expert.
+        sigma: standard deviation.
+        dtype: float32 or float64: others would round twice.
+        shape: of the tensor.
+    """
+
+    key: int
+    index: int
+    sigma: float
+    dtype: DType
+    shape: tuple[int, ...]
+
+    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
+        """The numbers of the run."""
+        from fastmerge.philox import NOISE, normal
+
+        kind = _NUMPY[self.dtype]
+        found = normal(self.key, self.index, NOISE, e0, n).astype(kind) * kind(self.sigma)
+        _array(address, n, kind)[:] = found
+
+
+def _store(address: int, n: int, values: npt.NDArray[np.float64], dtype: DType) -> None:
+    if dtype is BF16:
+        bits = values.astype(np.float32).view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        _array(address, n, np.uint16)[:] = rounded
+    else:
+        _array(address, n, _NUMPY[dtype])[:] = values.astype(_NUMPY[dtype])

@@ -1,0 +1,122 @@
+"""What a plan is made of: operations over sources. Plain values, no data and no open files.
+
+An :class:`Op` computes one tensor (or several copies of it) from its sources. All ops that are alike but for their
+names and places share one :class:`Spec`, so that what is decided per kind of tensor is decided once: a model of
+18,867 tensors has a few dozen specs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
+
+from fastmerge.dtypes import DType
+
+if TYPE_CHECKING:
+    from fastmerge.methods.base import Method
+
+Grain = Literal["copy", "element", "row", "tensor", "matrix", "model"]
+"""What one result depends on, and so how far the stream may cut the work.
+
+``copy``: bytes, in the kernel of the operating system. ``element``: no statistics. ``tensor``: statistics of a tensor,
+from pieces cut at tiles. ``row``: the same with pieces cut at rows. ``matrix``: the tensor as a whole, never cut.
+``model``: statistics of all tensors together.
+"""
+
+T = TypeVar("T")
+
+
+class Source(Protocol):
+    """Where a tensor comes from: see :mod:`fastmerge.ops.sources` for the kinds there are."""
+
+    @property
+    def dtype(self) -> DType: ...  # noqa: D102  of its elements
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102  of the tensor
+
+
+class Target(Protocol):
+    """Where a result goes: a place in a shard, or memory; see :mod:`fastmerge.ops.sources`."""
+
+
+class Spec:
+    """What all tensors of one kind have in common; compared by identity.
+
+    Attributes:
+        method: what is computed, with its parameters.
+        shape: of the result.
+        dtypes: of the inputs, base first where there is one.
+        out_dtype: of the result.
+        has_base: whether input 0 is the base.
+        models: position of each other input among the recipe's non-base models (random numbers use it).
+        numel: elements of the result; 1 for a 0-d one.
+        row: length of the last dimension; a tensor of fewer than two dimensions is one row.
+        double: whether the arithmetic is fp64: exactly when an input is.
+        grain: how far the work may be cut.
+        batch: equal for tensors of one kernel call: method, types, inputs, and every parameter that is no number.
+    """
+
+    __slots__ = (
+        *("batch", "double", "dtypes", "grain", "has_base", "method"),
+        *("models", "numel", "out_dtype", "row", "shape", "workspace"),
+    )
+
+    def __init__(
+        self,
+        method: Method,
+        shape: tuple[int, ...],
+        dtypes: tuple[DType, ...],
+        out_dtype: DType,
+        *,
+        has_base: bool = False,
+        models: tuple[int, ...] | None = None,
+    ) -> None:
+        """Derives the rest; ``models`` None counts from 0."""
+        self.method = method
+        self.shape = shape
+        self.dtypes = dtypes
+        self.out_dtype = out_dtype
+        self.has_base = has_base
+        self.models = tuple(range(len(dtypes) - has_base)) if models is None else models
+        self.numel = math.prod(shape)
+        self.row = shape[-1] if len(shape) > 1 else self.numel
+        self.double = any(d.code == 0 for d in dtypes)
+        self.grain: Grain = method.grain(self)
+        self.workspace: int = method.workspace(self)
+        self.batch: tuple[object, ...] = (type(method), dtypes, out_dtype, has_base, self.models, method.words)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the last dimension; an empty tensor has none."""
+        return self.numel // self.row if self.numel else 0
+
+
+class Op(NamedTuple):
+    """One operation: sources in, targets out.
+
+    Attributes:
+        name: of the result; errors use it, and whole-model ranks count by it.
+        spec: what is computed.
+        key: 64-bit Philox key of (seed, name); 0 where the method draws no random numbers.
+        inputs: base first; of a copy the first is copied, and any others must hold the same bytes.
+        targets: where the result goes; more than one where a method makes several (expert replication).
+    """
+
+    name: str
+    spec: Spec
+    key: int = 0
+    inputs: tuple[Source, ...] = ()
+    targets: tuple[Target, ...] = ()
+
+
+def once_per_spec(make: Callable[[Spec], T], ops: Sequence[Op]) -> list[T]:
+    """``make(op.spec)`` of each op, called once per spec."""
+    known: dict[Spec, T] = {}
+    out = []
+    for op in ops:
+        if op.spec not in known:
+            known[op.spec] = make(op.spec)
+        out.append(known[op.spec])
+    return out

@@ -1,0 +1,102 @@
+"""From bytes to slots: how large they are and how many, within what the user allows. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from fastmerge.ops.segments import TILE
+from fastmerge.ops.spec import Op, Spec
+from fastmerge.runtime.schedule import Cost, cost
+
+UNIT_ELEMENTS = 1 << 20
+"""Elements per unit on CPU cores, where the budget allows it: 2 MiB per bf16 model. GPUs prefer more."""
+
+PIECES = 64
+"""Small tensors of a unit that slots have room for; more of them make more units."""
+
+SPARE = 100 << 20
+"""What tables may take beside the budget: the law allows 300 MB, and the interpreter takes 60."""
+
+
+class Need(NamedTuple):
+    """What a plan asks of memory.
+
+    Attributes:
+        least: bytes of the smallest slot that every op can pass through.
+        best: bytes of a slot that holds a unit of the preferred size.
+        tables: bytes that the largest op keeps beside the slots, between its passes.
+        statistics: whether any op has statistics of a tensor or of the model.
+    """
+
+    least: int
+    best: int
+    tables: int
+    statistics: bool
+
+    @property
+    def apart(self) -> int:
+        """Tables that count against the budget: all, where they are more than the spare."""
+        return self.tables if self.tables > SPARE else 0
+
+
+class Slots(NamedTuple):
+    """Slots, one per unit in flight.
+
+    Attributes:
+        nbytes: of each.
+        number: how many.
+    """
+
+    nbytes: int
+    number: int
+
+
+def need(ops: Sequence[Op], *, elements: int = UNIT_ELEMENTS, whole: Callable[[Spec], bool] = lambda _: False) -> Need:
+    """What the ops of a plan ask for; looks once at each spec.
+
+    Args:
+        ops: the plan's.
+        elements: per unit, where memory allows it.
+        whole: whether tensors of a spec are never cut.
+    """
+    least = best = tables = total = 0
+    statistics = False
+    bundles = Cost(0, 0)
+    for op in {op.spec: op for op in ops if op.spec.grain != "copy"}.values():
+        spec, price = op.spec, cost(op)
+        n = spec.numel
+        if spec.grain == "matrix" or whole(spec):
+            piece = keep = n
+        elif spec.grain == "row":
+            piece, keep = max(spec.row, TILE), max(spec.row, elements)
+        else:
+            piece, keep = TILE, elements * (2 if spec.grain == "tensor" else 1)
+        least = max(least, price.of(min(n, piece)))
+        best = max(best, price.of(min(n, keep)))
+        bundles = max(bundles, price)
+        tables = max(tables, spec.workspace)
+        statistics |= spec.grain in ("tensor", "model")
+    for op in ops:
+        total += op.spec.numel
+    best = max(best, bundles.of(min(total, elements), min(len(ops), PIECES)))
+    return Need(least, best, tables, statistics)
+
+
+def fit(least: int, best: int, wanted: Iterable[tuple[int, int]], largest: Callable[[int], int]) -> Slots | None:
+    """The first wish that can be had.
+
+    Args:
+        least: bytes of the smallest slot that will do.
+        best: bytes of a slot that is as large as it need be.
+        wanted: (slots, least bytes of each that this wish is worth), best first.
+        largest: bytes of the largest slots of which so many fit.
+
+    Returns:
+        None where not even the last wish can be had.
+    """
+    for count, worth in wanted:
+        nbytes = min(best, largest(count))
+        if nbytes >= max(least, min(worth, best)):
+            return Slots(nbytes, count)
+    return None

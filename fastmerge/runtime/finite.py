@@ -1,0 +1,81 @@
+"""The books of NaN and Inf."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fastmerge.dtypes import DType
+from fastmerge.errors import OutputError
+from fastmerge.ops.segments import HEADER, Segments
+from fastmerge.ops.spec import Op
+from fastmerge.runtime.schedule import Unit
+
+NanPolicy = Literal["warn", "error", "zero"]
+"""What to do with NaN and Inf in outputs; see :class:`Finite`."""
+
+
+class Finite:
+    """Keeps the books of NaN and Inf.
+
+    A non-finite output element with a non-finite input at its place is counted and reported (``warn``), refused
+    (``error``) or stored as 0 (``zero``). One whose own inputs are all finite is an error in every case: the
+    merge overflowed (fp16) or divided by zero, or a NaN elsewhere in the tensor spoilt its statistics.
+    """
+
+    def __init__(self, policy: NanPolicy) -> None:
+        self.policy = policy
+        self.found: dict[str, int] = defaultdict(int)
+        self._lock = threading.Lock()
+
+    def check(self, ops: Sequence[Op], unit: Unit, segments: Segments) -> None:
+        """Looks at what the kernels counted; almost always nothing.
+
+        Raises:
+            OutputError: by the policy, or for values that no input explains.
+        """
+        if not segments.nonfinite.any():
+            return
+        for s in np.flatnonzero(segments.nonfinite).tolist():
+            op = ops[unit.pieces[s][0]]
+            row = segments.table[s].tolist()
+            bad = _nonfinite(row[0], row[1], segments.out_dtype)
+            given = np.zeros_like(bad)
+            for address, dtype in zip(row[HEADER:], segments.dtypes, strict=True):
+                given |= _nonfinite(address, row[1], dtype)
+            made = int((bad & ~given).sum())
+            if made:
+                raise OutputError(
+                    f"{op.name}: the merge made {made} NaN or Inf values out of finite inputs "
+                    f"(stored as {segments.out_dtype.name}); expected finite ones: try out_dtype float32"
+                )
+            if self.policy == "error":
+                raise OutputError(f"{op.name}: {int(bad.sum())} NaN or Inf values from its inputs (--nan error)")
+            if self.policy == "zero":
+                _bits(row[0], row[1], segments.out_dtype)[0][bad] = 0
+            with self._lock:
+                self.found[op.name] += int(bad.sum())
+
+
+def _bits(address: int, n: int, dtype: DType) -> tuple[npt.NDArray[Any], int]:
+    """Elements in memory as unsigned integers, and the mask of their exponents."""
+    word, exponent = {
+        0: (np.uint64, 0x7FF0000000000000),
+        1: (np.uint32, 0x7F800000),
+        2: (np.uint16, 0x7C00),
+        3: (np.uint16, 0x7F80),
+    }[dtype.code]
+    memory: Any = (ctypes.c_char * (n * dtype.size)).from_address(address)
+    return np.frombuffer(memory, np.dtype(word)), exponent
+
+
+def _nonfinite(address: int, n: int, dtype: DType) -> npt.NDArray[np.bool_]:
+    """Which elements are NaN or Inf: all bits of the exponent are set."""
+    bits, exponent = _bits(address, n, dtype)
+    return np.asarray((bits & bits.dtype.type(exponent)) == exponent)
