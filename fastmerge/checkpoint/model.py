@@ -79,23 +79,7 @@ class Checkpoint:
         Raises:
             CheckpointError: with every problem found in the model.
         """
-        ref = os.fspath(ref_or_path)
-        if not ref.strip() or "\0" in ref:
-            raise CheckpointError(f"{ref!r}: expected a path or a hub id")
-        local, at, said = (ref, "", revision) if revision or _exists(ref) else ref.partition("@")
-        if (at or revision) and local and _exists(local):
-            raise CheckpointError(
-                f"{local}: a local path has no revisions, and no {local}@{said} is there: leave {said!r} out, or name "
-                f"the directory that holds it"
-            )
-        path = _expanded(ref)
-        if not _exists(ref):
-            if not hub.looks_like_id(ref):
-                raise CheckpointError(f"{ref}: no such file or directory")
-            snapshot = hub.resolve(ref, revision=revision)
-            ref, path = snapshot.ref, snapshot.path
-        elif not path.exists():
-            raise CheckpointError(f"{ref}: a link to {os.path.realpath(path)}, which does not exist")
+        ref, path = hub.locate(os.fspath(ref_or_path), revision)
         return cls._from_path(ref, path, seen)
 
     @classmethod
@@ -177,15 +161,6 @@ class Checkpoint:
                 problems.append(f"{file.path}: changed since it was opened: {'; '.join(changes)}")
         if problems:
             raise CheckpointError(problems)
-
-
-def _expanded(ref: str) -> Path:
-    """The path, its ``~`` replaced where there is such a user."""
-    return Path(os.path.expanduser(ref))  # noqa: PTH111  Path.expanduser raises for users that do not exist
-
-
-def _exists(ref: str) -> bool:
-    return os.path.lexists(_expanded(ref))
 
 
 def _config(directory: Path) -> tuple[dict[str, Any], list[str]]:

@@ -68,8 +68,15 @@ class ShardFiles:
         """Creates the files, or takes those of an interrupted run; reserves them and writes the headers.
 
         Raises:
-            OutputError: the disk is too small, with the bytes needed and free.
+            OutputError: the disk is too small, with the bytes needed and free; more files than a process may open.
         """
+        count = len(self._layout.shards)
+        spare = system.spare_descriptors(count)
+        if spare < count:
+            raise OutputError(
+                f"{self._data}: {count} output files are written at once, and this process may open {spare} more "
+                f"(ulimit -n): raise the limit or the shard size"
+            )
         for shard in self._layout.shards:
             fd = self._open(shard.name)
             self.fds.append(fd)
@@ -263,6 +270,10 @@ class ShardFiles:
     def _open_direct(self) -> None:
         """Second handles that bypass the page cache, on filesystems where that is known to be fast and safe."""
         if not system.direct_is_good(self.fds[0] if self.fds else -1):
+            return
+        wanted = 2 * len(self.fds)  # the inputs want some too
+        if system.spare_descriptors(wanted) < wanted:
+            self._features["direct"] = False
             return
         for fd in self.fds:
             try:
