@@ -135,7 +135,7 @@ def merge(
             with place(planned.ops, chosen, budget) as placed:
                 # After the budgets were found to do: a new run discards what an interrupted one left.
                 writer = Writer(
-                    Path(out),
+                    out,
                     planned.layout,
                     fingerprint=planned.fingerprint,
                     resume=again,

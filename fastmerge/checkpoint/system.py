@@ -170,7 +170,8 @@ def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
         OSError: it cannot be read, or is no regular file.
     """
     with open(open_regular(path), "rb") as file:
-        return file.read(most)
+        # Asked for more than there is, read() would make room for all of it.
+        return file.read(min(most, os.fstat(file.fileno()).st_size + 1))
 
 
 def _check_regular(info: os.stat_result, path: str | os.PathLike[str]) -> None:
