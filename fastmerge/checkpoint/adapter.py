@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fastmerge.checkpoint import discover, hub
@@ -67,10 +65,7 @@ class Adapter:
         Raises:
             CheckpointError: with everything that keeps it from being applied exactly.
         """
-        path = Path(ref).expanduser()
-        if not os.path.lexists(path) and hub.looks_like_id(ref):
-            snapshot = hub.resolve(ref, revision=revision)
-            ref, path = snapshot.ref, snapshot.path
+        ref, path = hub.locate(ref, revision)
         if not (path / CONFIG).is_file():
             raise CheckpointError(f"{ref}: expected a LoRA adapter, a directory with {CONFIG}")
         config = discover.read_json(path / CONFIG, strict=False)

@@ -8,11 +8,11 @@ import threading
 from typing import TYPE_CHECKING
 
 from fastmerge.checkpoint import io as _io
-from fastmerge.checkpoint.system import open_many
+from fastmerge.checkpoint import system
 from fastmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from typing_extensions import Self
 
@@ -20,8 +20,14 @@ if TYPE_CHECKING:
     from fastmerge.checkpoint.model import Checkpoint, ShardFile
 
 
+_Identity = tuple[int, int, int, int]
+
+
 class Files:
     """File descriptors of checkpoints, opened at first use; equal files share one.
+
+    Where a process may not open all of them at once, handles stand for them, and the descriptors behind are closed
+    and opened as they are needed.
 
     Args:
         checkpoints: position in this sequence is the ``model`` of the methods.
@@ -31,28 +37,34 @@ class Files:
     def __init__(self, checkpoints: Sequence[Checkpoint], io: Io | None = None) -> None:
         self._files = [c.files for c in checkpoints]
         self._io = io or _io.native()
-        self._lock = threading.Lock()
-        self._fds: dict[tuple[int, int, int, int], int] = {}
+        self._lock = threading.Condition()
+        self._fds: dict[_Identity, int] = {}
         self._by_fd: dict[int, ShardFile] = {}
         self._closed = False
+        every = {file.identity: file for files in self._files for file in files}
+        spare = system.spare_descriptors(len(every))
+        self._most = None if spare >= len(every) else max(spare, 1)
+        self._handles = list(every.values()) if self._most else []
+        self._handle_of = {file.identity: i for i, file in enumerate(self._handles)}
+        self._users: dict[_Identity, int] = dict.fromkeys(self._handle_of, 0)
 
     def fd(self, model: int, file: int) -> int:
-        """The descriptor of one file of one model.
+        """What :meth:`read` and :meth:`use` know one file of one model by: its descriptor, or a handle.
 
         Raises:
             CheckpointError: it cannot be opened, or is not the file whose header was read.
         """
         shard = self._files[model][file]
         fd = self._fds.get(shard.identity)
-        if fd is not None:
+        if fd is not None and self._most is None:
             return fd
         with self._lock:
             if self._closed:
                 raise ValueError("the files are closed")
+            if self._most is not None:
+                return self._handle_of[shard.identity]
             if shard.identity not in self._fds:
-                fd = _open(shard)
-                self._fds[shard.identity] = fd
-                self._by_fd[fd] = shard
+                self._keep(shard)
             return self._fds[shard.identity]
 
     def read(self, table: I64) -> None:
@@ -61,12 +73,61 @@ class Files:
         Raises:
             CheckpointError: the file shrank, or an error that three attempts did not get past.
         """
+        self.use(table, self._read)
+
+    def _read(self, table: I64) -> None:
         _io.read(self._io, table, self._name, self._reopen)
+
+    def use(self, table: I64, call: Callable[[I64], None]) -> None:
+        """Calls with the rows of a table whose first column is what :meth:`fd` gave, with open descriptors there.
+
+        Raises:
+            CheckpointError: as :meth:`fd`.
+        """
+        if self._most is None:
+            call(table)
+            return
+        for handle in dict.fromkeys(table[:, 0].tolist()):
+            shard = self._handles[handle]
+            rows = table[table[:, 0] == handle]
+            rows[:, 0] = self._borrow(shard)
+            try:
+                call(rows)
+            finally:
+                with self._lock:
+                    self._users[shard.identity] -= 1
+                    self._lock.notify()
+
+    def _borrow(self, shard: ShardFile) -> int:
+        """A descriptor that is not closed before its user is gone; the one that was not used for longest makes room."""
+        with self._lock:
+            while shard.identity not in self._fds and len(self._fds) >= (self._most or 0):
+                idle = next((i for i in self._fds if not self._users[i]), None)
+                if idle is None:
+                    self._lock.wait()
+                else:
+                    fd = self._fds.pop(idle)
+                    del self._by_fd[fd]
+                    os.close(fd)
+            if self._closed:
+                raise ValueError("the files are closed")
+            if shard.identity in self._fds:
+                self._fds[shard.identity] = self._fds.pop(shard.identity)
+            else:
+                self._keep(shard)
+            self._users[shard.identity] += 1
+            return self._fds[shard.identity]
+
+    def _keep(self, shard: ShardFile) -> None:
+        fd = _open(shard)
+        self._fds[shard.identity] = fd
+        self._by_fd[fd] = shard
 
     def close(self) -> None:
         """Closes every file."""
         with self._lock:
             self._closed = True
+            self._lock.notify_all()
             for fd in self._fds.values():
                 os.close(fd)
             self._fds.clear()
@@ -92,12 +153,15 @@ class Files:
 
 
 def _open(shard: ShardFile) -> int:
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        fd = open_many(lambda: os.open(shard.path, flags))
+        fd = system.open_regular(shard.path)
     except OSError as error:
         raise CheckpointError(f"{shard.path}: cannot open: {error.strerror}") from None
-    info = os.fstat(fd)
+    try:
+        info = os.fstat(fd)
+    except OSError as error:
+        os.close(fd)
+        raise CheckpointError(f"{shard.path}: cannot read: {error.strerror}") from None
     if (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) != shard.identity:
         os.close(fd)
         raise CheckpointError(f"{shard.path}: the file was changed or replaced after its header was read")

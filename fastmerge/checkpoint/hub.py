@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,43 @@ def looks_like_id(ref: str) -> bool:
     """Whether a reference that is no path on this machine can be a hub id."""
     match = _ID.fullmatch(ref)
     return match is not None and ".." not in ref
+
+
+def locate(ref: str, revision: str | None = None) -> tuple[str, Path]:
+    """Finds a model or adapter: what exists as a path is that path, also with an ``@``; else it is a hub id.
+
+    Returns:
+        The reference, with the commit where it is a hub id, and the path, which exists.
+
+    Raises:
+        CheckpointError: there is nothing, or a revision is asked of a path.
+    """
+    if not ref.strip() or "\0" in ref:
+        raise CheckpointError(f"{ref!r}: expected a path or a hub id")
+    local, at, said = (ref, "", revision) if revision or _exists(ref) else ref.partition("@")
+    if (at or revision) and local and _exists(local):
+        raise CheckpointError(
+            f"{local}: a local path has no revisions, and no {local}@{said} is there: leave {said!r} out, or name "
+            f"the directory that holds it"
+        )
+    path = _expanded(ref)
+    if not _exists(ref):
+        if not looks_like_id(ref):
+            raise CheckpointError(f"{ref}: no such file or directory")
+        snapshot = resolve(ref, revision=revision)
+        return snapshot.ref, snapshot.path
+    if not path.exists():
+        raise CheckpointError(f"{ref}: a link to {os.path.realpath(path)}, which does not exist")
+    return ref, path
+
+
+def _expanded(ref: str) -> Path:
+    """The path, its ``~`` replaced where there is such a user."""
+    return Path(os.path.expanduser(ref))  # noqa: PTH111  Path.expanduser raises for users that do not exist
+
+
+def _exists(ref: str) -> bool:
+    return os.path.lexists(_expanded(ref))
 
 
 def resolve(ref: str, *, revision: str | None = None) -> Snapshot:

@@ -13,6 +13,8 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fastmerge.checkpoint.system import open_regular
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
@@ -72,7 +74,7 @@ def _range(record: dict[str, Any]) -> Range:
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     try:
-        file = path.open("rb")
+        file = open(open_regular(path), "rb")  # noqa: PTH123, SIM115  a descriptor
     except FileNotFoundError:
         return
     with file:

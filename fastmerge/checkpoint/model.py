@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.checkpoint import discover, formats, hub, index
+from fastmerge.checkpoint import content, discover, formats, hub, index
 from fastmerge.checkpoint.header import MAX_TENSORS, Seen, TensorInfo, listing, read_header
 from fastmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-_SAMPLES = 64
-_SAMPLE_BYTES = 4096
-_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -84,23 +79,7 @@ class Checkpoint:
         Raises:
             CheckpointError: with every problem found in the model.
         """
-        ref = os.fspath(ref_or_path)
-        if not ref.strip() or "\0" in ref:
-            raise CheckpointError(f"{ref!r}: expected a path or a hub id")
-        local, at, said = (ref, "", revision) if revision or _exists(ref) else ref.partition("@")
-        if (at or revision) and local and _exists(local):
-            raise CheckpointError(
-                f"{local}: a local path has no revisions, and no {local}@{said} is there: leave {said!r} out, or name "
-                f"the directory that holds it"
-            )
-        path = _expanded(ref)
-        if not _exists(ref):
-            if not hub.looks_like_id(ref):
-                raise CheckpointError(f"{ref}: no such file or directory")
-            snapshot = hub.resolve(ref, revision=revision)
-            ref, path = snapshot.ref, snapshot.path
-        elif not path.exists():
-            raise CheckpointError(f"{ref}: a link to {os.path.realpath(path)}, which does not exist")
+        ref, path = hub.locate(os.fspath(ref_or_path), revision)
         return cls._from_path(ref, path, seen)
 
     @classmethod
@@ -157,26 +136,10 @@ class Checkpoint:
     def content_id(self) -> str:
         """A hash that changes when the weights do, without reading all of them.
 
-        Blobs of the Hugging Face cache are named by their content; of other files it takes the header, the
-        size, the time of change and 64 sampled blocks of 4 KiB.
-
         Raises:
             CheckpointError: a file cannot be read any more.
         """
-        h = hashlib.sha256()
-        for file in self.files:
-            real = Path(os.path.realpath(file.path))
-            if real.parent.name == "blobs" and _BLOB.fullmatch(real.name):
-                h.update(f"blob {real.name}\n".encode())
-                continue
-            h.update(f"file {file.header_hash} {file.size} {file.identity[3]}\n".encode())
-            try:
-                with file.path.open("rb", buffering=0) as f:
-                    for i in range(_SAMPLES):
-                        h.update(os.pread(f.fileno(), _SAMPLE_BYTES, file.size * i // _SAMPLES))
-            except OSError as error:
-                raise CheckpointError(f"{file.path}: cannot read: {error.strerror}") from None
-        return h.hexdigest()
+        return content.of(f.path for f in self.files)
 
     def recheck(self) -> None:
         """Makes sure that the files are still those whose headers were read.
@@ -198,15 +161,6 @@ class Checkpoint:
                 problems.append(f"{file.path}: changed since it was opened: {'; '.join(changes)}")
         if problems:
             raise CheckpointError(problems)
-
-
-def _expanded(ref: str) -> Path:
-    """The path, its ``~`` replaced where there is such a user."""
-    return Path(os.path.expanduser(ref))  # noqa: PTH111  Path.expanduser raises for users that do not exist
-
-
-def _exists(ref: str) -> bool:
-    return os.path.lexists(_expanded(ref))
 
 
 def _config(directory: Path) -> tuple[dict[str, Any], list[str]]:

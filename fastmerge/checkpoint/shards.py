@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,15 +15,17 @@ import xxhash
 
 from fastmerge.checkpoint import io as _io
 from fastmerge.checkpoint import system
+from fastmerge.checkpoint.seal import blocks
 from fastmerge.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint.io import I64, Io
     from fastmerge.checkpoint.journal import Range
     from fastmerge.checkpoint.layout import Layout
+    from fastmerge.checkpoint.seal import Mark
 
 COPY_PIECE = 64 << 20
-"""Bytes of one in-kernel copy; after each, writeback starts."""
+"""Bytes of one copy and of its checksum; after each, writeback starts."""
 
 DIRECT_BYTES = 64 << 10
 """Shortest stretch that is written past the page cache.
@@ -31,7 +34,9 @@ A new page of the cache costs its allocation and a copy: system time that can be
 on virtual machines.
 """
 
-_BUFFER = 4 << 20
+_BUFFER = 2 << 20
+"""Bytes of each thread's buffer for copies: of a hundred threads' they are still a small part of the process."""
+
 _PART = ".part"
 
 
@@ -63,8 +68,15 @@ class ShardFiles:
         """Creates the files, or takes those of an interrupted run; reserves them and writes the headers.
 
         Raises:
-            OutputError: the disk is too small, with the bytes needed and free.
+            OutputError: the disk is too small, with the bytes needed and free; more files than a process may open.
         """
+        count = len(self._layout.shards)
+        spare = system.spare_descriptors(count)
+        if spare < count:
+            raise OutputError(
+                f"{self._data}: {count} output files are written at once, and this process may open {spare} more "
+                f"(ulimit -n): raise the limit or the shard size"
+            )
         for shard in self._layout.shards:
             fd = self._open(shard.name)
             self.fds.append(fd)
@@ -89,10 +101,7 @@ class ShardFiles:
 
     def write(self, rows: list[list[int]]) -> list[Range]:
         """Writes checked rows (shard, offset, address, nbytes); their checksums, one per stretch of a file."""
-        if self._direct:
-            self._write_split(rows)
-        else:
-            self._write_rows(rows)
+        self._put(rows)
         # While the bytes are still in the cache.
         ranges: list[Range] = []
         rows = sorted(r for r in rows if r[3])
@@ -109,6 +118,12 @@ class ShardFiles:
             ranges.append((shard, start, stop - start, digest.intdigest()))
             system.start_writeback(self.fds[shard], start, stop - start)
         return ranges
+
+    def _put(self, rows: list[list[int]]) -> None:
+        if self._direct:
+            self._write_split(rows)
+        else:
+            self._write_rows(rows)
 
     def _write_rows(self, rows: list[list[int]]) -> None:
         _io.write(self._io, np.array([[self.fds[r[0]], *r[1:]] for r in rows], np.int64), self.name)
@@ -138,28 +153,33 @@ class ShardFiles:
         if plain:
             self._write_rows(plain)
 
-    def copy(self, fd: int, source: int, shard: int, to: int, nbytes: int) -> tuple[int, list[Range]]:
-        """Copies bytes of an input file; in the kernel as far as that goes, the rest through memory.
+    def copy(self, fd: int, source: int, shard: int, to: int, nbytes: int) -> Range:
+        """Copies bytes of an input file, and takes their checksum.
 
-        Returns:
-            The bytes that were copied in the kernel, and what :meth:`write` said of the rest.
+        Past the page cache where that is fast: reading, hashing and writing so takes less of a core than a copy in
+        the kernel alone, which fills new pages. Elsewhere the kernel copies, perhaps by a clone or on the server,
+        as far as it can; the input is then read for its checksum only.
         """
-        piece = np.array([[fd, source, self.fds[shard], to, nbytes]], np.int64)
-        rest = _io.copy(self._io, piece, self.name)
-        done = nbytes - int(rest[:, 4].sum())
-        if done:
-            system.start_writeback(self.fds[shard], to, done)
-        if done == nbytes:
-            return done, []
-        self._features["copy_file_range"] = False
-        ranges: list[Range] = []
+        done = 0
+        if not self._direct:
+            rest = _io.copy(self._io, np.array([[fd, source, self.fds[shard], to, nbytes]], np.int64), self.name)
+            done = nbytes - int(rest[:, 4].sum())
+            if done < nbytes:
+                self._features["copy_file_range"] = False
+        digest = xxhash.xxh3_64()
         buffer = self._buffer()
         address = buffer.ctypes.data
-        for at in range(done, nbytes, len(buffer)):
-            size = min(len(buffer), nbytes - at)
+        address += (to - address) % system.PAGE  # memory and file agree on their place in a block
+        for at in range(0, nbytes, _BUFFER):
+            size = min(_BUFFER, nbytes - at)
             _io.read(self._io, np.array([[fd, source + at, address, size]], np.int64), self.name)
-            ranges += self.write([[shard, to + at, address, size]])
-        return done, ranges
+            digest.update(system.view(address, size))
+            left = at + size - max(at, done)
+            if left > 0:
+                skip = size - left
+                self._put([[shard, to + at + skip, address + skip, left]])
+        system.start_writeback(self.fds[shard], to, nbytes)
+        return shard, to, nbytes, digest.intdigest()
 
     def matches(self, record: Range) -> bool:
         """Whether the bytes on disk still have a journalled checksum."""
@@ -171,8 +191,8 @@ class ShardFiles:
             return False
         digest = xxhash.xxh3_64()
         buffer = self._buffer()
-        for at in range(offset, offset + nbytes, len(buffer)):
-            size = min(len(buffer), offset + nbytes - at)
+        for at in range(offset, offset + nbytes, _BUFFER):
+            size = min(_BUFFER, offset + nbytes - at)
             table = np.array([[self.fds[shard], at, buffer.ctypes.data, size]], np.int64)
             try:
                 _io.read(self._io, table, self.name)
@@ -185,18 +205,27 @@ class ShardFiles:
         """Makes the data of one shard durable; an OSError means that some of it is lost."""
         os.fdatasync(self.fds[shard])
 
-    def write_file(self, name: str, data: bytes | Path) -> None:
-        """Writes a file beside the shards, durably, with the permissions that the umask leaves."""
+    def write_file(self, name: str, data: bytes | Path, expected: Mark) -> None:
+        """Writes a file beside the shards, durably, with the permissions that the umask leaves.
+
+        Raises:
+            OutputError: the file that was to be copied is not what it was.
+        """
         path = self._data / name
-        content = data if isinstance(data, bytes) else data.read_bytes()
+        digest, at = xxhash.xxh3_64(), 0
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         self._names[fd] = str(path)
         try:
-            self._write_bytes(fd, content)
+            for block in [data] if isinstance(data, bytes) else blocks(data):
+                self._write_bytes(fd, block, at)
+                digest.update(block)
+                at += len(block)
             os.fsync(fd)
         finally:
             del self._names[fd]
             os.close(fd)
+        if (at, digest.hexdigest()) != expected:
+            raise OutputError(f"{data!s}: changed while the merge ran: --resume takes it as it is then")
 
     def expected(self) -> set[str]:
         """Names that belong in the directory before :meth:`write_file`."""
@@ -227,15 +256,24 @@ class ShardFiles:
         """A shard in progress; one that a commit had renamed already gets its working name back."""
         part, final = self._data / (name + _PART), self._data / name
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        if final.is_file() and not part.exists():
+        if final.is_file() and not os.path.lexists(part):
             final.rename(part)
-        if not part.is_file():
+        if os.path.lexists(part):
+            info = part.lstat()
+            if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
+                # What else has a name for these bytes must not see them change.
+                part.unlink()
+        if not os.path.lexists(part):
             flags |= os.O_CREAT | os.O_EXCL
         return system.open_many(lambda: os.open(part, flags, 0o666))
 
     def _open_direct(self) -> None:
         """Second handles that bypass the page cache, on filesystems where that is known to be fast and safe."""
         if not system.direct_is_good(self.fds[0] if self.fds else -1):
+            return
+        wanted = 2 * len(self.fds)  # the inputs want some too
+        if system.spare_descriptors(wanted) < wanted:
+            self._features["direct"] = False
             return
         for fd in self.fds:
             try:
@@ -266,13 +304,13 @@ class ShardFiles:
                 raise OutputError(f"{self.name(fd)}: cannot reserve {shard.size} bytes: {os.strerror(code)}")
             os.ftruncate(fd, shard.size)
 
-    def _write_bytes(self, fd: int, data: bytes) -> None:
+    def _write_bytes(self, fd: int, data: bytes, offset: int = 0) -> None:
         memory = np.frombuffer(data, np.uint8)
-        _io.write(self._io, np.array([[fd, 0, memory.ctypes.data, len(memory)]], np.int64), self.name)
+        _io.write(self._io, np.array([[fd, offset, memory.ctypes.data, len(memory)]], np.int64), self.name)
 
     def _buffer(self) -> npt.NDArray[np.uint8]:
         """A buffer of this thread's own."""
         buffer: npt.NDArray[np.uint8] | None = getattr(self._local, "buffer", None)
         if buffer is None:
-            buffer = self._local.buffer = np.empty(_BUFFER, np.uint8)
+            buffer = self._local.buffer = np.empty(_BUFFER + system.PAGE, np.uint8)
         return buffer

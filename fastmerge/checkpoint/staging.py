@@ -27,14 +27,37 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _SUFFIX = ".fastmerge-staging"
+_NAME_MAX = 255
 
 
 def staging_path(target: Path) -> Path:
     """The staging directory of an output: next to it, so on the same filesystem."""
     name = f".{target.name}{_SUFFIX}"
-    if len(os.fsencode(name)) > 255:
+    if len(os.fsencode(name)) > _NAME_MAX:
         name = f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:32]}{_SUFFIX}"
     return target.parent / name
+
+
+def target_of(out: str | os.PathLike[str]) -> Path:
+    """The absolute path of an output, not resolved: a link at its end must be seen, and refused.
+
+    Raises:
+        OutputError: the path names no directory that could be made, or not without doubt.
+    """
+    given = os.fspath(out)
+    path = _expanded(given)
+    if given.startswith("~") and path == given:
+        raise OutputError(f"{given}: there is no such user")
+    name = os.path.basename(path.rstrip("/"))  # noqa: PTH119  Path drops "." at the end
+    if not name.strip() or name in {".", ".."} or "\0" in path:
+        raise OutputError(f"{given!r}: expected the name of a new directory")
+    try:
+        size = len(path.encode()) and len(name.encode())
+    except UnicodeEncodeError:
+        raise OutputError(f"{given!r}: expected a name in UTF-8, which the files in it can quote") from None
+    if size > _NAME_MAX:
+        raise OutputError(f"{given!r}: a name of {size} bytes; expected at most {_NAME_MAX}")
+    return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def check(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
@@ -42,10 +65,8 @@ def check(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
 
     Raises:
         OutputError: a link, a file, the Hugging Face cache, an input or a directory that holds one, or
-            (with ``overwrite``) a directory that holds no model.
+            (with ``overwrite``) a directory that holds no model; the current directory, or one that holds it.
     """
-    if not target.name:
-        raise OutputError(f"{target}: expected the name of a new directory")
     if target.is_symlink():
         raise OutputError(f"{target}: a symbolic link to {os.path.realpath(target)}: name the real directory")
     if os.path.lexists(target) and not target.is_dir():
@@ -54,6 +75,9 @@ def check(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
     parts = real.parts
     if any(p.startswith(("models--", "datasets--")) for p in parts) or real.is_relative_to(_hub_cache()):
         raise OutputError(f"{target}: inside the Hugging Face cache")
+    for what, where in (("current", "."), ("home", _expanded("~"))):
+        if Path(os.path.realpath(where)).is_relative_to(real):
+            raise OutputError(f"{target}: is or holds the {what} directory")
     for given in inputs:
         if Path(os.path.realpath(given)).is_relative_to(real):
             raise OutputError(f"{target}: holds the input {given}")
@@ -71,7 +95,12 @@ def _hub_cache() -> Path:
     env = os.environ
     home = Path(env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     cache = Path(env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or home / "hub")
-    return Path(os.path.realpath(cache.expanduser()))
+    return Path(os.path.realpath(_expanded(str(cache))))
+
+
+def _expanded(path: str) -> str:
+    """With ``~`` replaced, where there is such a user: unlike that of Path, this raises nothing."""
+    return os.path.expanduser(path)  # noqa: PTH111
 
 
 class Staging:
@@ -101,6 +130,16 @@ class Staging:
         self._owner = self.root / "owner"
         self._lock: int | None = None
         self._acquire()
+
+    def check_own(self) -> None:
+        """Makes sure that nothing here leads to other directories: what is in ``data`` and ``old`` gets removed.
+
+        Raises:
+            OutputError: one of them is a link, or no directory.
+        """
+        for path in (self.data, self._old):
+            if os.path.lexists(path) and not stat.S_ISDIR(path.lstat().st_mode):
+                raise OutputError(f"{path}: expected a directory of its own; remove it, or leave --resume out")
 
     def published(self, commit: tuple[int, int] | None) -> bool:
         """Whether the directory that a journal was about to publish is the output by now."""
@@ -167,7 +206,7 @@ class Staging:
 
     def _displaced(self) -> bool:
         """Whether the output that was to be replaced is only here."""
-        return self._old.is_dir() and not os.path.lexists(self.target)
+        return self._old.is_dir() and not self._old.is_symlink() and not os.path.lexists(self.target)
 
     def _replace(self) -> None:
         """The output moves aside and ``data`` takes its name; if that fails, the output is put back."""

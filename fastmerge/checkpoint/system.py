@@ -24,6 +24,9 @@ _EXT4, _XFS = 0xEF53, 0x58465342
 PAGE = max(4096, os.sysconf("SC_PAGE_SIZE"))
 """What direct writes are aligned to: a multiple of every disk's block, and of the pages that others may be writing."""
 
+RESERVE = 24
+"""Descriptors that are left for others: threads, devices, temporary files."""
+
 UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 """What a filesystem answers to a call that it does not have."""
 
@@ -126,6 +129,22 @@ def open_many(opener: Callable[[], int]) -> int:
         return opener()
 
 
+def spare_descriptors(wanted: int) -> int:
+    """How many more files this process may open, besides a reserve; raises the soft limit as far as is wanted."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        used = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  names only
+    except OSError:
+        used = RESERVE
+    need = used + wanted + RESERVE
+    if soft == resource.RLIM_INFINITY or need <= soft:
+        return wanted
+    if hard == resource.RLIM_INFINITY or hard > soft:
+        soft = need if hard == resource.RLIM_INFINITY else min(need, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(0, min(wanted, soft - used - RESERVE))
+
+
 def open_regular(path: str | os.PathLike[str]) -> int:
     """Opens a regular file for reading, links followed; the caller closes it.
 
@@ -151,7 +170,8 @@ def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
         OSError: it cannot be read, or is no regular file.
     """
     with open(open_regular(path), "rb") as file:
-        return file.read(most)
+        # Asked for more than there is, read() would make room for all of it.
+        return file.read(min(most, os.fstat(file.fileno()).st_size + 1))
 
 
 def _check_regular(info: os.stat_result, path: str | os.PathLike[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import threading
 from pathlib import Path
@@ -12,10 +11,12 @@ from typing import TYPE_CHECKING
 
 from fastmerge.checkpoint import io as _io
 from fastmerge.checkpoint import journal as _journal
+from fastmerge.checkpoint import seal, system
 from fastmerge.checkpoint import staging as _staging
-from fastmerge.checkpoint import system
+from fastmerge.checkpoint.header import listing
 from fastmerge.checkpoint.layout import INDEX_NAME, Layout
 from fastmerge.checkpoint.ranges import Ranges
+from fastmerge.checkpoint.seal import Mark, mark
 from fastmerge.checkpoint.shards import COPY_PIECE, ShardFiles
 from fastmerge.errors import OutputError
 
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
     from fastmerge.checkpoint.io import I64, Io
     from fastmerge.checkpoint.journal import Range
-
-REPORT_NAME = "merge_report.json"
-"""If a finished output's report has the same ``fingerprint``, resuming it once more does nothing."""
 
 
 class Writer:
@@ -70,8 +68,7 @@ class Writer:
         inputs: Sequence[Path] = (),
         io: Io | None = None,
     ) -> None:
-        # Not resolved: a link at the end of the path must be seen, and refused.
-        self.target = Path(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100
+        self.target = _staging.target_of(out)
         self.staging = _staging.staging_path(self.target)
         self.layout = layout
         self.finished = False
@@ -83,6 +80,7 @@ class Writer:
         self._pending: list[Range] = []
         self._dirty = set(range(len(layout.shards)))
         self._extras: dict[str, bytes | Path] = {}
+        self._marks: dict[str, Mark] = {}
         self._lock = threading.Lock()
         self._sync_lock = threading.Lock()
         self._journal: _journal.Journal | None = None
@@ -125,9 +123,7 @@ class Writer:
             self._record(self._shards.write(rows))
 
     def copy(self, table: I64) -> None:
-        """Copies rows (fd_in, offset_in, shard, offset_out, nbytes) from input files, in the kernel if it can.
-
-        What the kernel copies is not journalled: to copy it again is as cheap as to check it.
+        """Copies rows (fd_in, offset_in, shard, offset_out, nbytes) from input files and remembers their checksums.
 
         Raises:
             OutputError: the disk is full, or writing failed.
@@ -139,12 +135,7 @@ class Writer:
         for (shard, to, source, nbytes), fd in zip(rows, table[:, 0].tolist(), strict=True):
             for at in range(0, nbytes, COPY_PIECE):
                 size = min(COPY_PIECE, nbytes - at)
-                copied, ranges = self._shards.copy(fd, source + at, shard, to + at, size)
-                with self._lock:
-                    self._ranges[shard].add(to + at, to + at + copied)
-                    self._dirty.add(shard)
-                    self._worth_keeping |= copied > 0
-                self._record(ranges)
+                self._record([self._shards.copy(fd, source + at, shard, to + at, size)])
 
     def add(self, name: str, data: bytes | Path) -> None:
         """Adds a file (config, tokenizer, card, report) that :meth:`commit` writes beside the shards.
@@ -161,6 +152,7 @@ class Writer:
         if name == INDEX_NAME or name in {s.name for s in self.layout.shards}:
             raise OutputError(f"{name}: is written by the merge itself")
         self._extras[name] = data
+        self._marks.pop(name, None)
 
     def sync(self) -> None:
         """Makes everything written so far durable and journals it; writers may go on meanwhile.
@@ -183,10 +175,7 @@ class Writer:
             self._log.done(pending)
 
     def checksums(self) -> list[tuple[str, int, int, str]]:
-        """(shard name, offset, bytes, xxh3_64 in hex) of everything written so far; syncs first.
-
-        Ranges that the kernel copied have none.
-        """
+        """(shard name, offset, bytes, xxh3_64 in hex) of all data written or copied so far; syncs first."""
         if self.finished:
             return []
         self.sync()
@@ -198,6 +187,25 @@ class Writer:
                 seen[shard].add(offset, offset + nbytes)
                 found.append((self.layout.shards[shard].name, offset, nbytes, f"{x:016x}"))
         return sorted(found)
+
+    def files(self) -> dict[str, Mark]:
+        """Bytes and checksum of every file that :meth:`commit` will write so far; of shards, of their headers.
+
+        Raises:
+            OutputError: a file that is to be copied cannot be read.
+        """
+        found = {shard.name: mark(shard.header) for shard in self.layout.shards}
+        if self.layout.index is not None:
+            found[INDEX_NAME] = mark(self.layout.index)
+        return found | {name: self._mark(name) for name in self._extras}
+
+    def _mark(self, name: str) -> Mark:
+        """Of one added file; known files are not read again."""
+        if name not in self._marks:
+            data = self._extras[name]
+            with _wrapped(data if isinstance(data, Path) else self.target):
+                self._marks[name] = mark(data)
+        return self._marks[name]
 
     def commit(self) -> None:
         """Publishes the output: complete, durable, in one rename.
@@ -219,11 +227,10 @@ class Writer:
             raise OutputError(f"{self.target}: not written: {'; '.join(missing[:5])}{more}")
         with _wrapped(self.staging):
             self._staging.tidy(self._shards.expected())
-            extras = dict(self._extras)
             if self.layout.index is not None:
-                extras[INDEX_NAME] = self.layout.index
-            for name, data in extras.items():
-                self._shards.write_file(name, data)
+                self._shards.write_file(INDEX_NAME, self.layout.index, mark(self.layout.index))
+            for name, data in self._extras.items():
+                self._shards.write_file(name, data, self._mark(name))
             self._shards.rename()
             system.sync_directory(self._staging.data)
             info = self._staging.data.stat()
@@ -268,14 +275,32 @@ class Writer:
     def _refuse_existing(self, *, resume: bool) -> None:
         if self._overwrite or not os.path.lexists(self.target):
             return
-        report = self.target / REPORT_NAME
-        if resume and report.is_file():
-            with contextlib.suppress(ValueError, AttributeError):
-                content = json.loads(report.read_bytes())
-                said = content.get("fingerprint") or content.get("details", {}).get("fingerprint")
-                self.finished = said == self._fingerprint
+        if resume:
+            said, changed = self._finished()
+            if changed:
+                raise OutputError(
+                    f"{self.target}: this merge was finished, and changed since: {listing(changed)}; "
+                    f"--overwrite writes it anew"
+                )
+            self.finished = said
         if not self.finished:
             raise OutputError(f"{self.target}: exists; --overwrite replaces it")
+
+    def _finished(self) -> tuple[bool, list[str]]:
+        """Whether the output is that of this merge, and which of its files are not, the shards' data aside."""
+        try:
+            facts = seal.read_report(self.target) or {}
+        except ValueError:
+            return False, []
+        said = facts.get("fingerprint") or facts.get("details", {}).get("fingerprint")
+        if said != self._fingerprint:
+            return False, []
+        wrong = seal.changes(self.target, (seal.files_of(facts) or {}) | self.files())
+        for shard in self.layout.shards:
+            path = self.target / shard.name
+            if path.is_file() and path.stat().st_size != shard.size:
+                wrong.append(f"{path}: expected {shard.size} bytes, got {path.stat().st_size}")
+        return True, wrong
 
     def _begin(self, state: _journal.State | None, *, resume: bool) -> None:
         digest = self.layout.digest
@@ -288,6 +313,8 @@ class Writer:
             self.finished = True
             self._close(remove=True)
             return
+        if state is not None:
+            self._staging.check_own()
         self._staging.restore()
         self._refuse_existing(resume=resume)
         if self.finished:

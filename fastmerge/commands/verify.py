@@ -1,8 +1,7 @@
-"""Checks a merged model: headers, checksums of the merge, NaN and Inf, and the recipe it came from."""
+"""Checks a merged model: headers, checksums of weights and files, NaN and Inf, and the recipe it came from."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +13,13 @@ import numpy as np
 import xxhash
 
 from fastmerge import _native
-from fastmerge.checkpoint import Checkpoint
+from fastmerge.checkpoint import Checkpoint, seal
+from fastmerge.checkpoint.seal import REPORT_NAME as REPORT
 from fastmerge.errors import CheckpointError
 from fastmerge.runtime.devices import cores
 
 BLOCK = 8 << 20
 """Bytes per read."""
-
-REPORT = "merge_report.json"
 
 SHOWN = 20
 """Wrong entries of a report that are named one by one."""
@@ -37,7 +35,7 @@ class Verification:
     Attributes:
         directory: the model.
         tensors, nbytes: how much was read.
-        checked, unchecked: bytes whose checksum the merge recorded, and bytes without one (copied ranges).
+        checked, unchecked: bytes whose checksum the merge recorded, and bytes without one.
         nonfinite: NaN and Inf values per tensor, where there are any.
         problems: everything wrong; empty for a good model.
         recipe: canonical recipe from the shards' metadata; None where fastmerge did not write the model.
@@ -94,8 +92,39 @@ def verify(directory: str | os.PathLike[str]) -> Verification:
             found.nbytes += size
             if bad:
                 found.nonfinite[name] = bad
-        _checksums(found, pool)
+        facts = _report(found, model)
+        if facts is not None:
+            _checksums(found, facts, pool)
+    found.unchecked = max(0, found.nbytes - found.checked)
     return found
+
+
+def _report(found: Verification, model: Checkpoint) -> dict[str, Any] | None:
+    """The merge's own report, compared with itself and with the files that it names; whatever it holds, no error."""
+    directory = Path(found.directory)
+    path = directory / REPORT
+    try:
+        facts = seal.read_report(directory)
+    except ValueError as error:
+        found.problems.append(str(error))
+        return None
+    if facts is None:
+        if any("fastmerge" in file.metadata for file in model.files):
+            found.problems.append(f"{path}: is missing: only the merge that wrote the model knew its checksums")
+        return None
+    if facts.get("digest") != seal.digest(facts):
+        found.problems.append(f"{path}: was edited: it differs from its own checksum")
+    files = seal.files_of(facts)
+    if files is None:
+        found.problems.append(f"{path}: names no files")
+        return facts
+    found.problems += seal.changes(directory, files)
+    found.problems += [
+        f"{directory / name}: was not there when the merge ended"
+        for name in sorted(os.listdir(directory))  # noqa: PTH208  names
+        if name.endswith((".safetensors", ".safetensors.index.json")) and name not in files
+    ]
+    return facts
 
 
 def _scan(model: Checkpoint, name: str) -> tuple[str, int, int]:
@@ -119,10 +148,10 @@ def _scan(model: Checkpoint, name: str) -> tuple[str, int, int]:
     return name, bad, info.nbytes
 
 
-def _checksums(found: Verification, pool: ThreadPoolExecutor) -> None:
+def _checksums(found: Verification, facts: dict[str, Any], pool: ThreadPoolExecutor) -> None:
     """Compares every range that the merge recorded; whatever the report holds, this raises nothing."""
     directory = Path(found.directory)
-    ranges, wrong = _ranges(directory)
+    ranges, wrong = _ranges(directory, facts)
     found.problems += wrong[:SHOWN]
     if len(wrong) > SHOWN:
         found.problems.append(f"{directory / REPORT}: {len(wrong) - SHOWN} more entries are wrong")
@@ -136,22 +165,14 @@ def _checksums(found: Verification, pool: ThreadPoolExecutor) -> None:
         ends[shard] = max(ends[shard], offset + nbytes)
         if wrong_bytes:
             found.problems.append(f"{shard}: bytes {offset} to {offset + nbytes} {wrong_bytes}")
-    found.unchecked = max(0, found.nbytes - found.checked)
 
 
-def _ranges(directory: Path) -> tuple[list[Range], list[str]]:
+def _ranges(directory: Path, facts: dict[str, Any]) -> tuple[list[Range], list[str]]:
     """The report's ranges that lie inside files of the model, and a line for everything that is not one."""
     path = directory / REPORT
-    if not path.exists():
-        return [], []
-    if not path.is_file():
-        return [], [f"{path}: not a file"]
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["details"]["checksums"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        entries = None
+    entries = facts.get("details", {}).get("checksums")
     if not isinstance(entries, list):
-        return [], [f"{path}: not a merge report"]
+        return [], [f"{path}: not a merge report: without checksums"]
     sizes: dict[str, int | None] = {}
     ranges: list[Range] = []
     wrong: list[str] = []

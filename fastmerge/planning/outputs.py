@@ -165,6 +165,7 @@ class Outputs:
         """
         if not all(d.mergeable for d in types):
             copied = len(set(types)) == 1 and (self.wanted is None or not types[0].name.startswith("float"))
+            copied = copied and (len(types) == 1 or not types[0].bits)
             return Spec(COPY, shape, types, types[0]) if copied else None
         dtype = self.wanted or functools.reduce(promote, wanted)
         method: Method = _COPIER

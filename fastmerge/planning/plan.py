@@ -77,7 +77,7 @@ class Plan:
         read = copied = written = elements = 0
         for op in self.ops:
             spec = op.spec
-            nbytes = spec.numel * spec.out_dtype.size * len(op.targets)
+            nbytes = spec.out_dtype.nbytes(spec.numel) * len(op.targets)
             if spec.grain == "copy":
                 action = "compared" if len(op.inputs) > 1 else "copied"
                 copied += nbytes
@@ -87,7 +87,7 @@ class Plan:
             elements += spec.numel
             written += nbytes
             dtypes[spec.out_dtype.name] += nbytes
-            read += spec.numel * sum([d.size for d in spec.dtypes])
+            read += sum([d.nbytes(spec.numel) for d in spec.dtypes])
         return {
             "method": self.recipe.merge_method,
             "models": [str(ref) for ref in self.recipe.refs],

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from fastmerge.checkpoint import seal
+from fastmerge.errors import OutputError
 from fastmerge.sizes import show_bytes
 
 
@@ -52,13 +54,27 @@ class Report:
         return (self.bytes_read + self.bytes_written) / max(self.seconds, 1e-9) / 1e9
 
     def to_json(self) -> str:
-        """The text of ``merge_report.json``."""
-        return json.dumps({**asdict(self), "gigabytes_per_second": self.gigabytes_per_second}, indent=2) + "\n"
+        """The text of ``merge_report.json``, with a checksum of itself."""
+        facts = {**asdict(self), "gigabytes_per_second": self.gigabytes_per_second}
+        return json.dumps({**facts, "digest": seal.digest(facts)}, indent=2) + "\n"
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Report:
-        """The report that a merge left in its output directory."""
-        facts = json.loads((Path(directory) / "merge_report.json").read_bytes())
+        """The report that a merge left in its output directory.
+
+        Raises:
+            OutputError: there is none, or something else in its place.
+        """
+        path = Path(directory) / seal.REPORT_NAME
+        try:
+            facts = seal.read_report(Path(directory))
+        except ValueError as error:
+            raise OutputError(str(error)) from None
+        if facts is None:
+            raise OutputError(f"{path}: is missing")
+        missing = [f.name for f in fields(cls) if f.name not in facts]
+        if missing:
+            raise OutputError(f"{path}: not a merge report: without {', '.join(missing)}")
         return cls(**{f.name: facts[f.name] for f in fields(cls)})
 
     def __str__(self) -> str:

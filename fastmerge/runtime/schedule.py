@@ -253,7 +253,7 @@ def _copy_units(ops: Sequence[Op], members: Sequence[int]) -> Iterator[Pieces]:
     bundle: list[tuple[int, int, int]] = []
     size = 0
     for o in members:
-        total = ops[o].spec.numel * ops[o].spec.out_dtype.size
+        total = ops[o].spec.out_dtype.nbytes(ops[o].spec.numel)
         for start in range(0, max(total, 1), COPY_BYTES):
             length = min(COPY_BYTES, total - start)
             if bundle and size + length > COPY_BYTES:

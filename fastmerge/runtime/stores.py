@@ -176,7 +176,7 @@ class OpStore:
             self._writer.write(np.array(rows, np.int64))
 
     def copy(self, unit: Unit) -> None:
-        """Copies byte ranges in the kernel, neighbours together; compares what must be equal first."""
+        """Copies byte ranges, neighbours together; compares what must be equal first."""
         rows: list[list[int]] = []
         for o, start, nbytes in unit.pieces:
             op = self._ops[o]
@@ -202,7 +202,8 @@ class OpStore:
                     rows.append(row)
         if rows:
             assert self._writer is not None
-            self._writer.copy(np.array(rows, np.int64))
+            assert self._files is not None
+            self._files.use(np.array(rows, np.int64), self._writer.copy)
 
     def _move(self, source: Source, target: object, start: int, nbytes: int) -> None:
         """Copies bytes that are not both in files, through memory of a bounded size."""

@@ -9,11 +9,13 @@ import threading
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from fastmerge.checkpoint import Writer, layout
+from fastmerge.checkpoint import Writer, layout, shards, system
+from fastmerge.checkpoint import writer as writers
 from fastmerge.checkpoint.ranges import Ranges
 from fastmerge.dtypes import F32
 from fastmerge.errors import OutputError
@@ -33,9 +35,9 @@ def finish(writer, extras=EXTRAS):
     writer.commit()
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-def test_any_order(tmp_path, io, shards):
-    plan, data = example_layout(shards)
+@pytest.mark.parametrize("count", [1, 3])
+def test_any_order(tmp_path, io, count):
+    plan, data = example_layout(count)
     pieces = chunks(plan, data)
     random.Random(0).shuffle(pieces)
     out = tmp_path / "deep" / "out"
@@ -91,8 +93,18 @@ def test_many_threads_and_a_syncer(tmp_path):
     assert tree(tmp_path / "out") == expected(plan, data, EXTRAS)
 
 
-def test_copies(tmp_path, io):
-    plan, data = example_layout()
+@pytest.mark.parametrize("direct", [False, True])
+def test_copies(tmp_path, io, direct, monkeypatch):
+    """In the kernel, and past the page cache; pieces and buffers are made so small that each tensor has several."""
+    if not direct:
+        monkeypatch.setattr(system, "direct_is_good", lambda fd: False)
+    monkeypatch.setattr(shards, "DIRECT_BYTES", 1)
+    monkeypatch.setattr(shards, "_BUFFER", 2 * system.PAGE)
+    monkeypatch.setattr(writers, "COPY_PIECE", 3 * system.PAGE)
+    plan = layout(
+        [("a", F32, (9 * 1024 + 5,)), ("b", F32, (3,)), ("c", F32, (4 * 1024,))], shard_size=60_000, metadata={}
+    )
+    data = {n: np.random.default_rng(i).bytes(plan.places[n].nbytes) for i, n in enumerate("abc")}
     source = tmp_path / "source"
     source.write_bytes(b"xyz" + b"".join(data.values()))
     fd = os.open(source, os.O_RDONLY)
@@ -103,16 +115,18 @@ def test_copies(tmp_path, io):
             rows.append([fd, at, place.shard, place.offset, place.nbytes])
         with Writer(tmp_path / "out", plan, fingerprint="f", io=io) as writer:
             writer.copy(np.array(rows, np.int64))
-            assert writer.checksums() == []
+            sums = writer.checksums()
             finish(writer)
     finally:
         os.close(fd)
     assert tree(tmp_path / "out") == expected(plan, data, EXTRAS)
+    assert sum(n for _, _, n, _ in sums) == sum(map(len, data.values()))
+    for name, offset, nbytes, x in sums:
+        content = (tmp_path / "out" / name).read_bytes()[offset : offset + nbytes]
+        assert xxhash.xxh3_64_hexdigest(content) == x
 
 
 def test_checksums_cover_what_was_written(tmp_path):
-    import xxhash
-
     plan, data = example_layout()
     with Writer(tmp_path / "out", plan, fingerprint="f", io=PosixIo()) as writer:
         write(writer, chunks(plan, data))
