@@ -290,6 +290,11 @@ def called(
     common: dict[str, Setting] = {}
     declared = {p.name: p for p in method.params}
     defaults = method.defaults(preset)
+    problems += [
+        f"{method.name} needs the parameter {p.name!r}: {p.doc}"
+        for p in method.params
+        if defaults[p.name] is REQUIRED and p.name not in (given or {})
+    ]
     for name, value in (given or {}).items():
         param = declared.get(name)
         if param is None:
