@@ -31,8 +31,8 @@ fix: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.cpp csrc/*.cu csrc/*.h tests/ops/*.cpp
 
-bench: $(STAMP)  ## kernels beside memcpy, whole merges beside mergekit and the floor
-	$(BIN)/python bench/kernels.py
+bench: $(STAMP)  ## kernels beside memcpy, methods, calls, whole merges beside mergekit and the floor
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-autosave
 	$(BIN)/python bench/merges.py
 
 test-big: $(STAMP)  ## tensors of more than 2^31 elements, on sparse files: 20 GB of disk, 3 minutes

@@ -1,4 +1,4 @@
-"""What ``kernels.py`` measures: every kernel of the extension on a base and fine-tunes with realistic deltas.
+"""What ``test_kernels.py`` measures: every kernel on a base and fine-tunes with realistic deltas.
 
 A case is one call on one segment, and the bytes that it cannot do without: every input once, and every output.
 """
@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from generate import pools, to_bf16
 
+from bench import calls
+from bench.calls import DENSITY, Family, Work
+from bench.generate import pools, to_bf16
 from fastmerge.ops.replicate import rows as replicate_rows
 from fastmerge.philox import normal_lines
 
@@ -22,18 +24,17 @@ BF16 = 3
 TYPES = {BF16: ("bf16", np.uint16), 2: ("fp16", np.uint16), 1: ("fp32", np.uint32)}
 """Type code to its name and the integers of its bits."""
 
-HOT, COLD = 1 << 19, 1 << 27
-"""Elements: 1 MiB of bf16, and 256 MiB: at less, memcpy may still read what it overwrites, and is no bound then."""
+TOY, HOT, COLD = 1 << 16, 1 << 19, 1 << 27
+"""Elements: where nothing is measured; 1 MiB of bf16; and 256 MiB.
 
-KEEP_ALL = -1
-TILE = 1 << 16
-DENSITY = 0.2
+At less, memcpy may still read what it overwrites, and is no bound then.
+"""
+
+RUNS = {TOY: 1, HOT: 60, COLD: 7}
 POOL = 1 << 20
-RUNS = {HOT: 60, COLD: 7}
 EXPERTS = 4
 
 Array = npt.NDArray[Any]
-Work = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,57 +58,42 @@ class Case:
     elements: int
     nbytes: int
     runs: int
-    out: Array
-    source: Array
+    out: Any
+    source: Any
     work: Work
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
-    """One segment.
-
-    Attributes:
-        code: type code of all.
-        n: elements.
-        out, base, tuned: owners of the memory.
-    """
-
-    code: int
-    n: int
-    out: Array
-    base: Array
-    tuned: Sequence[Array]
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of the segment."""
-        return -(-self.n // TILE)
-
-    def table(self, *, base: bool) -> tuple[Array, Array]:
-        """The segment table and the type codes of its inputs."""
-        inputs = [self.base, *self.tuned] if base else self.tuned
-        head = [self.out.ctypes.data, self.n, 0, self.n, 12_345, 0, 0]
-        row = np.array([[*head, *(x.ctypes.data for x in inputs)]], np.int64)
-        return row, np.full(len(inputs), self.code, np.int32)
+@functools.cache
+def pool(model: int) -> npt.NDArray[np.uint16]:
+    """Bits of a million weights in bf16."""
+    return pools(0, model, POOL)[2][:POOL]
 
 
 @functools.cache
 def weights(model: int) -> npt.NDArray[np.float32]:
     """A million weights of the base (0) or a fine-tune, as bf16 holds them."""
-    return (pools(0, model, POOL)[2][:POOL].astype(np.uint32) << 16).view(np.float32)
+    return (pool(model).astype(np.uint32) << 16).view(np.float32)
 
 
-def stored(model: int, code: int, n: int) -> Array:
-    """Those weights in a type, repeated."""
+def stored(model: int, code: int, n: int, device: str) -> Any:
+    """Those weights in a type, repeated: in numpy on the CPU, else in torch."""
     x = weights(model)
     bits = to_bf16(x) if code == BF16 else x.astype(np.float16 if code == 2 else np.float32)
-    return np.resize(bits.view(TYPES[code][1]), n)
+    bits = bits.view(TYPES[code][1])
+    if device == "cpu":
+        return np.resize(bits, n)
+    import torch
+
+    some = torch.from_numpy(bits.view(f"int{8 * bits.itemsize}")).to("cuda" if device == "cuda" else "cpu")
+    return some.repeat(-(-n // POOL))[:n]
 
 
-def data(n: int, code: int = BF16, models: int = MODELS) -> Data:
-    """A base and fine-tunes of one type and size."""
-    base, *tuned = (stored(i, code, n) for i in range(models + 1))
-    return Data(code, n, np.zeros(n, base.dtype), base, tuned)
+@functools.lru_cache(maxsize=1)
+def family(n: int, code: int = BF16, models: int = MODELS, device: str = "cpu") -> Family:
+    """A base and fine-tunes of one type and size; the last one is kept for the next case."""
+    base, *tuned = (stored(i, code, n, device) for i in range(models + 1))
+    out = np.zeros_like(base) if device == "cpu" else base.clone()
+    return Family(base, tuned, out, code)
 
 
 @functools.cache
@@ -118,91 +104,28 @@ def thresholds() -> npt.NDArray[np.uint64]:
     return np.array([[np.partition(k, at)[at] for k in keys]], np.uint64)
 
 
-def keep(*, drop: bool, trim: bool) -> tuple[Any, ...]:
-    """The keep arguments: Bernoulli with probability one half, and the threshold with every tie kept."""
-    cut = np.full((1, MODELS, 3), KEEP_ALL, np.int64)
-    cut[:, :, 0] = 1 << 62
-    half = np.full((1, MODELS), 1 << 15, np.int32)
-    return KEEP_ALL, drop, trim, np.arange(MODELS, dtype=np.int32), half, thresholds(), cut
-
-
-def combine(native: Any, d: Data, *, delta: bool) -> Work:
-    rows, types = d.table(base=delta)
-    coef, scale, bad = np.full((1, len(types)), 1 / len(d.tuned)), np.ones((1, 2)), np.zeros(1, np.int64)
-    return lambda: native.combine(rows, types, d.code, coef, scale, delta, False, bad)
-
-
-def gram(native: Any, d: Data, *, delta: bool, diff: bool = False) -> Work:
-    rows, types = d.table(base=delta)
-    models = len(d.tuned)
-    partials = np.zeros((d.tiles, models * (models + 1) // 2 + diff))
-    return lambda: native.gram(rows, types, partials, delta, diff, False)
-
-
-def delta_keys(native: Any, d: Data) -> Work:
-    rows, types = d.table(base=True)
-    rows[:, 1] = sampled(d)
-    out = np.zeros((sampled(d), MODELS), np.uint32)
-    args = keep(drop=False, trim=False)
-    return lambda: native.delta_keys(rows, types, KEEP_ALL, False, args[3], args[4], out)
-
-
-def sampled(d: Data) -> int:
-    """Elements whose keys are made: every key of a large tensor is never written out."""
-    return min(d.n, HOT)
-
-
-def count(native: Any, d: Data, *, drop: bool) -> Work:
+def count(kernels: Any, f: Family, *, drop: bool) -> Work:
     """A bracket around the threshold, as the sample of a selection leaves it."""
-    rows, types = d.table(base=True)
-    args, thr = keep(drop=drop, trim=False), thresholds()
+    thr = thresholds()
     low = (thr * np.uint64(999) // np.uint64(1000)).astype(np.uint64)
-    high = thr + (thr - low)
-    counts, used = np.zeros((d.tiles, MODELS, 4), np.int64), np.zeros(MODELS, np.int64)
-    capacity = d.n // 8
-    keys, where = np.zeros((MODELS, capacity), np.uint32), np.zeros((MODELS, capacity, 2), np.int64)
-
-    def work() -> None:
-        used[:] = 0
-        native.count(rows, types, KEEP_ALL, drop, args[3], args[4], low, high, counts, keys, where, used)
-
-    return work
+    return calls.count(kernels, f, low, thr + (thr - low), drop=drop)
 
 
-def l1(native: Any, d: Data, *, drop: bool, trim: bool) -> Work:
-    sums = np.zeros((d.tiles, MODELS, 2))
-    table = d.table(base=True)
-    return lambda: native.l1(*table, *keep(drop=drop, trim=trim), sums)
-
-
-def votes(native: Any, d: Data) -> Work:
-    tally, factors = np.zeros((d.tiles, 2), np.int64), np.ones((1, MODELS, 3))
-    table = d.table(base=True)
-    return lambda: native.votes(*table, *keep(drop=False, trim=True), 1, False, factors, tally)
-
-
-def consensus(native: Any, d: Data, *, drop: bool, trim: bool, elect: int) -> Work:
-    factors, scale, bad = np.ones((1, MODELS, 3)), np.ones((1, 3)), np.zeros(1, np.int64)
-    rules = (elect, False, 0, 0, factors, scale, bad)
-    table = d.table(base=True)
-    return lambda: native.consensus(*table, BF16, *keep(drop=drop, trim=trim), *rules)
-
-
-ALL: dict[str, tuple[int, int, Callable[[Any, Data], Work]]] = {
-    "combine": (3, 1, lambda k, d: combine(k, d, delta=False)),
-    "combine delta": (3, 2, lambda k, d: combine(k, d, delta=True)),
-    "gram": (3, 0, lambda k, d: gram(k, d, delta=False)),
-    "gram delta": (3, 1, lambda k, d: gram(k, d, delta=True)),
-    "gram diff": (2, 0, lambda k, d: gram(k, d, delta=False, diff=True)),
-    "delta_keys": (3, 1, delta_keys),
-    "count": (3, 1, lambda k, d: count(k, d, drop=False)),
-    "count dropped": (3, 1, lambda k, d: count(k, d, drop=True)),
-    "l1 dropped": (3, 1, lambda k, d: l1(k, d, drop=True, trim=False)),
-    "l1 trimmed": (3, 1, lambda k, d: l1(k, d, drop=False, trim=True)),
-    "votes": (3, 1, votes),
-    "consensus ties": (3, 2, lambda k, d: consensus(k, d, drop=False, trim=True, elect=1)),
-    "consensus dare": (3, 2, lambda k, d: consensus(k, d, drop=True, trim=False, elect=0)),
-    "consensus dare_ties": (3, 2, lambda k, d: consensus(k, d, drop=True, trim=False, elect=1)),
+ALL: dict[str, tuple[int, int, Callable[[Any, Family], Work]]] = {
+    "combine": (3, 1, lambda k, f: calls.combine(k, f, delta=False)),
+    "combine delta": (3, 2, lambda k, f: calls.combine(k, f, delta=True)),
+    "gram": (3, 0, calls.gram),
+    "gram delta": (3, 1, lambda k, f: calls.gram(k, f, delta=True)),
+    "gram diff": (2, 0, lambda k, f: calls.gram(k, f, diff=True)),
+    "delta_keys": (3, 1, lambda k, f: calls.delta_keys(k, f, HOT)),
+    "count": (3, 1, lambda k, f: count(k, f, drop=False)),
+    "count dropped": (3, 1, lambda k, f: count(k, f, drop=True)),
+    "l1 dropped": (3, 1, lambda k, f: calls.l1(k, f, drop=True)),
+    "l1 trimmed": (3, 1, lambda k, f: calls.l1(k, f, thresholds())),
+    "votes": (3, 1, lambda k, f: calls.votes(k, f, thresholds())),
+    "consensus ties": (3, 2, lambda k, f: calls.consensus(k, f, thresholds(), elect=True)),
+    "consensus dare": (3, 2, lambda k, f: calls.consensus(k, f, drop=True)),
+    "consensus dare_ties": (3, 2, lambda k, f: calls.consensus(k, f, drop=True, elect=True)),
 }
 """Case to its fine-tunes, the tensors that it moves beside them (base, output), and how it is called."""
 
@@ -215,35 +138,19 @@ BY_TYPE: dict[str, Sequence[int]] = {
 }
 """Cases that are measured for every type, with these numbers of fine-tunes."""
 
-
-def case(native: Any, name: str, d: Data) -> Case:
-    """A case of :data:`ALL` on all fine-tunes of ``d``."""
-    _, more, make = ALL[name]
-    models = len(d.tuned)
-    elements = sampled(d) if name == "delta_keys" else d.n
-    nbytes = elements * d.base.itemsize * (models + more)
-    return Case(name, TYPES[d.code][0], models, elements, nbytes, RUNS[d.n], d.out, d.base, make(native, d))
+MOST = max(max(counts) for counts in BY_TYPE.values())
 
 
-def every(native: Any, n: int) -> Iterator[Case]:
-    """Every kernel, in bf16."""
-    d = data(n)
-    for name, (models, _, _) in ALL.items():
-        yield case(native, name, replace(d, tuned=d.tuned[:models]))
-    yield from replicate(native, replace(d, tuned=()))
+def case(kernels: Any, name: str, f: Family, models: int | None = None) -> Case:
+    """A case of :data:`ALL`, on as many of the fine-tunes as it takes."""
+    usual, more, make = ALL[name]
+    f = replace(f, tuned=f.tuned[: models or usual])
+    elements = min(f.n, HOT) if name == "delta_keys" else f.n
+    nbytes = elements * f.dtype.size * (len(f.tuned) + more)
+    return Case(name, TYPES[f.code][0], len(f.tuned), elements, nbytes, RUNS[f.n], f.out, f.base, make(kernels, f))
 
 
-def by_type(native: Any, n: int) -> Iterator[Case]:
-    """The kernels that have a code path for each type, or for each number of models."""
-    for code in TYPES:
-        d = data(n, code, max(max(counts) for counts in BY_TYPE.values()))
-        for name, counts in BY_TYPE.items():
-            for models in counts:
-                yield case(native, name, replace(d, tuned=d.tuned[:models]))
-        yield from replicate(native, replace(d, tuned=()))
-
-
-def replicate(native: Any, d: Data) -> Iterator[Case]:
+def replicate(native: Any, d: Family) -> Iterator[Case]:
     """A tensor to its experts: all clean, or all but the first with noise."""
     outs = [d.out, *(np.zeros_like(d.out) for _ in range(EXPERTS - 1))]
     source = np.array([[d.base.ctypes.data, d.n, 0, 1]], np.int64)

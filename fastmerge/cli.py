@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastmerge.errors import FastMergeError
+from fastmerge.errors import FastMergeError, printable
 from fastmerge.sizes import show_bytes
 from fastmerge.version import __version__
 
@@ -26,6 +26,18 @@ EXIT_CODES = """Exit codes: 0 done, 1 other error, 2 recipe or usage, 3 checkpoi
 6 backend or device unavailable; 129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM."""
 
 
+def _say(text: object, *, err: bool = False) -> None:
+    """Prints text for people: nothing in it, whoever wrote it, acts on the terminal."""
+    click.echo(printable(text, lines=True), err=err)
+
+
+class _Lines(logging.Formatter):
+    """Log lines, escaped likewise."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)
+
+
 class _Commands(click.Group):
     """Prints deliberate errors without a traceback, and exits with their code."""
 
@@ -33,13 +45,13 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except FastMergeError as error:
-            click.echo(f"fastmerge: {error}", err=True)
+            _say(f"fastmerge: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("fastmerge: stopped; nothing that was written is lost, continue with --resume", err=True)
             ctx.exit(130)
         except OSError as error:
-            click.echo(f"fastmerge: {error}", err=True)
+            _say(f"fastmerge: {error}", err=True)
             ctx.exit(1)
 
 
@@ -51,7 +63,9 @@ def main() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # Nothing here calls BLAS, whose threads numpy would start at import and let spin, one per core.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    logging.basicConfig(format="fastmerge: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines("fastmerge: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,6 +73,8 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--shard-size", default="5GB", show_default=True, help="Largest output file, in bytes."),
         click.option("--seed", type=int, help="Seed of the random methods.  [default: the recipe's, else 0]"),
+        click.option("--strict", is_flag=True, help="Refuse a recipe with keys or parameters that nothing reads."),
+        click.option("--allow-missing", is_flag=True, help="Merge tensors that some models lack from the others."),
         click.option("--memory", help="Budget for data in flight, e.g. 8GB.  [default: 8GB or half of what is free]"),
         click.option("--max-vram", help="Budget for slots on each GPU, e.g. 16GB.  [default: a third of what is free]"),
         click.option("--backend", type=click.Choice(["auto", "native", "triton", "reference"]), help="What computes."),
@@ -84,6 +100,8 @@ def merge(
     out: str,
     shard_size: str,
     seed: int | None,
+    strict: bool,
+    allow_missing: bool,
     memory: str | None,
     max_vram: str | None,
     backend: str | None,
@@ -100,7 +118,7 @@ def merge(
         logging.getLogger("fastmerge").setLevel(logging.ERROR)
     from fastmerge.api import merge as engine
 
-    planned = engine.plan(recipe, seed=seed, shard_size=shard_size)
+    planned = engine.plan(recipe, seed=seed, shard_size=shard_size, strict=strict, allow_missing=allow_missing)
     if dry_run:
         _show_plan(
             planned, as_json=log_format == "json", memory=memory, max_vram=max_vram, device=device, backend=backend
@@ -123,7 +141,7 @@ def merge(
     if log_format == "json":
         click.echo(json.dumps({"event": "done", **json.loads(report.to_json())}))
     elif not quiet:
-        click.echo(str(report))
+        _say(report)
 
 
 @contextlib.contextmanager
@@ -173,11 +191,20 @@ def _json_lines(planned: Plan) -> Iterator[Callable[[Stats], None]]:
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False))
 @_shared
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plan(recipe: str, shard_size: str, seed: int | None, as_json: bool, **where: str | None) -> None:
+def plan(
+    recipe: str,
+    shard_size: str,
+    seed: int | None,
+    strict: bool,
+    allow_missing: bool,
+    as_json: bool,
+    **where: str | None,
+) -> None:
     """Show what merging RECIPE would do: bytes, memory, bottleneck, time. Reads headers only."""
     from fastmerge.api import merge as engine
 
-    _show_plan(engine.plan(recipe, seed=seed, shard_size=shard_size), as_json=as_json, **where)
+    planned = engine.plan(recipe, seed=seed, shard_size=shard_size, strict=strict, allow_missing=allow_missing)
+    _show_plan(planned, as_json=as_json, **where)
 
 
 def _show_plan(planned: Plan, *, as_json: bool, **where: Any) -> None:
@@ -188,9 +215,9 @@ def _show_plan(planned: Plan, *, as_json: bool, **where: Any) -> None:
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
-    click.echo(table(facts))
+    _say(table(facts))
     for text in facts.get("warnings", ()):
-        click.echo(f"warning: {text}", err=True)
+        _say(f"warning: {text}", err=True)
 
 
 @main.command()
@@ -201,7 +228,7 @@ def verify(directory: str, as_json: bool) -> None:
     from fastmerge.commands.verify import verify as check
 
     found = check(directory)
-    click.echo(json.dumps(found.facts(), indent=2) if as_json else str(found))
+    _say(json.dumps(found.facts(), indent=2) if as_json else found)
     if not found.ok:
         raise SystemExit(3)
 

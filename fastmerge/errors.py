@@ -14,7 +14,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+
+SHOWN = 250
+"""Problems that one message spells out; the rest is counted."""
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+_LINES = re.compile(_UNPRINTABLE.pattern.replace("\x00-\x1f", "\x00-\x09\x0b-\x1f"))
+
+
+def printable(text: object, *, lines: bool = False) -> str:
+    r"""Text that a terminal or a log shows as it is: whatever would act on it, hide or turn it round is escaped.
+
+    File names, metadata and configurations of models are other people's: ``\x1b`` in one could rename the window,
+    or erase the line that warns of it. Lone surrogates, which no UTF-8 stream takes, are escaped too.
+
+    Args:
+        text: anything; its ``str`` is shown.
+        lines: keep line breaks, for text that was put together of several lines.
+    """
+    return (_LINES if lines else _UNPRINTABLE).sub(lambda m: ascii(m[0])[1:-1], str(text))
 
 
 class FastMergeError(Exception):
@@ -22,14 +42,24 @@ class FastMergeError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        return printable(super().__str__(), lines=True)
+
 
 class _Problems(FastMergeError):
-    """An error that lists every problem found, not only the first one."""
+    """An error that lists every problem found, not only the first one.
+
+    Attributes:
+        problems: all of them, unescaped; the message shows the first :data:`SHOWN`.
+    """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         head = f"{len(self.problems)} problems:\n  " if len(self.problems) > 1 else ""
-        super().__init__(head + "\n  ".join(self.problems))
+        lines = list(map(printable, self.problems[:SHOWN]))
+        if len(self.problems) > SHOWN:
+            lines.append(f"and {len(self.problems) - SHOWN} more")
+        super().__init__(head + "\n  ".join(lines))
 
 
 class RecipeError(_Problems):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECAS
 
 DEFAULT_MEMORY = 8 * 1000**3
 """Budget where the user names none: this, or half of the memory that is free, whichever is less."""
+
+PROCESS = 300 * 1000**2
+"""What the process may take beside its budget."""
 
 
 def parse_bytes(text: str | float) -> int:
@@ -44,10 +48,59 @@ def show_bytes(nbytes: float) -> str:
     return f"{value:.3g} {unit}"
 
 
-def default_memory() -> int:
-    """The budget of a run that names none."""
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
+def default_memory(root: str | os.PathLike[str] = "/") -> int:
+    """The budget of a run that names none: half of what is free, and beside it room for the process itself.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+    """
+    available = _available(Path(root))
+    return max(min(DEFAULT_MEMORY, available // 2, available - PROCESS), available // 8)
+
+
+def _available(root: Path) -> int:
+    """Bytes that this process may still take: of the machine, and of every control group that it is in."""
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in _text(root / "proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    return min(DEFAULT_MEMORY, available // 2)
+            found = int(line.split()[1]) * 1024
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        mount = root / "sys/fs/cgroup"
+        if "memory" in controllers.split(","):
+            names, group = ("memory.limit_in_bytes", "memory.usage_in_bytes"), mount / "memory"
+        elif not controllers:
+            names, group = ("memory.max", "memory.current"), mount
+            if not (mount / "cgroup.controllers").exists():
+                group = mount / "unified"  # both versions side by side
+        else:
+            continue
+        # In a container the path may be the host's, which is not mounted there: what exists of it counts, from
+        # the group itself up to the root, as each may have the tightest limit.
+        inside = group / path.strip("/")
+        for level in (inside, *inside.parents):
+            if level.is_relative_to(group):
+                found = min(found, _left(level, *names))
+    return max(found, 0)
+
+
+def _left(group: Path, limit: str, usage: str) -> int:
+    """Bytes below the limit of one control group; what the page cache holds there can go."""
+    most = _number(_text(group / limit))
+    if most is None:
+        return sys.maxsize
+    used = _number(_text(group / usage)) or 0
+    facts = dict(line.split()[:2] for line in _text(group / "memory.stat").splitlines() if len(line.split()) == 2)
+    cache = _number(facts.get("total_inactive_file") or facts.get("inactive_file") or "") or 0
+    return most - max(used - cache, 0)
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.strip().isdigit() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, ValueError):
+        return ""

@@ -125,6 +125,31 @@ def test_wrong_recipes_are_refused_with_line_and_hint(recipe, tmp_path, change, 
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_recipe_has_besides_is_warned_of_everywhere_and_refused_by_strict(recipe, tmp_path):
+    recipe.write_text(recipe.read_text() + "name: x\n")
+    line = len(recipe.read_text().splitlines())
+    said = f"{recipe}:{line}: name: unknown key, ignored"
+    assert f"warning: {said}" in run("plan", recipe).output
+    assert json.loads(run("plan", recipe, "--json").stdout)["warnings"][0].startswith(said)
+    assert run("merge", recipe, tmp_path / "out").exit_code == 0
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert report["warnings"][0].startswith(said)
+    for command in (["plan", recipe], ["merge", recipe, tmp_path / "strict"], ["merge", recipe, "x", "--dry-run"]):
+        strict = run(*command, "--strict")
+        assert strict.exit_code == 2
+        assert strict.output.startswith(f"fastmerge: {said}")
+    assert not (tmp_path / "strict").exists()
+
+
+def test_allow_missing_is_the_recipe_s_own_key(recipe, tmp_path):
+    assert run("merge", recipe, tmp_path / "out", "--allow-missing").exit_code == 0
+    written = (tmp_path / "out" / "mergekit_config.yml").read_text()
+    assert "missing: merge\n" in written
+    recipe.write_text(recipe.read_text() + "missing: merge\n")
+    plans = [json.loads(run("plan", recipe, "--json", *more).stdout) for more in ([], ["--allow-missing"])]
+    assert plans[0]["fingerprint"] == plans[1]["fingerprint"]
+
+
 def test_a_missing_model_and_a_small_budget_and_a_gpu_that_is_not_there(recipe, paths, tmp_path):
     budget = run("merge", recipe, tmp_path / "out", "--memory", "1KB")
     assert budget.exit_code == 5

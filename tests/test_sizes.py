@@ -49,3 +49,56 @@ def test_sizes_are_shown_with_three_digits(nbytes, text):
 
 def test_default_is_bounded():
     assert 0 < default_memory() <= DEFAULT_MEMORY
+
+
+GB = 1000**3
+
+
+def system(root, *, groups, files, free=64 * GB):
+    """A fake ``/proc`` and ``/sys``: the lines of ``/proc/self/cgroup`` and the files of control groups."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable: {free // 1024} kB\n")
+    (root / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(text))
+    return root
+
+
+V1, V2 = "4:memory:/jobs/one\n3:cpu,cpuacct:/\n", "0::/jobs/one\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "nbytes"),
+    [
+        (V2, {}, 8 * GB),
+        (V2, {"cgroup.controllers": "", "jobs/one/memory.max": "max"}, 8 * GB),
+        (V2, {"cgroup.controllers": "", "jobs/one/memory.max": 4 * GB}, 2 * GB),
+        (V2, {"cgroup.controllers": "", "jobs/memory.max": 4 * GB, "jobs/one/memory.max": "max"}, 2 * GB),
+        (V2, {"cgroup.controllers": "", "memory.max": 4 * GB}, 2 * GB),  # a container: the host's path is not there
+        (V2, {"unified/cgroup.controllers": "", "unified/jobs/one/memory.max": 4 * GB}, 2 * GB),
+        (
+            V2,
+            {
+                "cgroup.controllers": "",
+                "jobs/one/memory.max": 6 * GB,
+                "jobs/one/memory.current": 4 * GB,
+                "jobs/one/memory.stat": f"anon 1\ninactive_file {2 * GB}\n",
+            },
+            2 * GB,
+        ),
+        (V1, {"memory/jobs/one/memory.limit_in_bytes": 4 * GB}, 2 * GB),
+        (V1, {"memory/memory.limit_in_bytes": 4 * GB}, 2 * GB),
+        (V1, {"memory/jobs/one/memory.limit_in_bytes": 9223372036854771712}, 8 * GB),
+        (V1, {"memory/jobs/one/memory.limit_in_bytes": GB // 2}, GB // 5),  # 300 MB are the process's own
+        (V1, {"memory/jobs/one/memory.limit_in_bytes": GB // 5}, GB // 40),
+        ("nonsense\n:\n0::/../..\n", {"cgroup.controllers": "", "memory.max": "what?"}, 8 * GB),
+    ],
+)
+def test_the_default_stays_below_what_control_groups_allow(tmp_path, groups, files, nbytes):
+    assert default_memory(system(tmp_path, groups=groups, files=files)) == nbytes
+
+
+def test_the_default_is_half_of_what_the_machine_has_free(tmp_path):
+    assert default_memory(system(tmp_path, groups="", files={}, free=3 * 1024**3)) == 3 * 1024**3 // 2

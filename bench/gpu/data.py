@@ -13,8 +13,10 @@ How many deltas are equal decides how hard a selection is, and how often counter
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from bench import calls
+from bench.calls import Family, Work
 
 if TYPE_CHECKING:
     import torch
@@ -28,20 +30,6 @@ ROW = 4096
 
 SAMPLE = 1 << 22
 """Deltas that stand for all in :func:`keys`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A base, its fine-tunes, and room for a result, all bf16 of one length."""
-
-    base: torch.Tensor
-    tuned: Sequence[torch.Tensor]
-    out: torch.Tensor
-
-    @property
-    def n(self) -> int:
-        """Elements of each."""
-        return int(self.base.numel())
 
 
 def family(device: str, n: int, models: int, kind: str = "lattice") -> Family:
@@ -89,3 +77,22 @@ def keys(f: Family, model: int) -> torch.Tensor:
 def quantile(ordered: torch.Tensor, share: float) -> int:
     """The key below which that share of the sample lies."""
     return int(ordered[min(len(ordered) - 1, int(share * len(ordered)))])
+
+
+def thresholds(f: Family, share: float = 1 - calls.DENSITY) -> Any:
+    """Per fine-tune, the key below which that share of its deltas lies, ``uint64 [1, N]``."""
+    import numpy as np
+
+    return np.array([[quantile(keys(f, i), share) for i in range(len(f.tuned))]], np.uint64)
+
+
+def ties(kernels: Any, f: Family, cuts: Sequence[int] | None = None) -> Work:
+    """TIES' merge pass, with thresholds and a tie cut in the middle of every tensor."""
+    middle = f.tiles // (1 if cuts is None else len(cuts)) // 2
+    return calls.consensus(kernels, f, thresholds(f), elect=True, tie=(middle, 1000), cuts=cuts)
+
+
+def count(kernels: Any, f: Family) -> Work:
+    """The selection's counting read, with a bracket around the threshold."""
+    low, high = (thresholds(f, 1 - calls.DENSITY + side * calls.BRACKET) for side in (-1, 1))
+    return calls.count(kernels, f, low, high, listed=16)

@@ -37,8 +37,7 @@ def triton() -> str:
     """Weighted sums at odd addresses and lengths."""
     import torch
 
-    from bench.gpu.calls import combine
-    from bench.gpu.data import Family
+    from bench.calls import Family, combine
     from fastmerge.kernels import TritonKernels
 
     kernels: Any = TritonKernels("cuda")

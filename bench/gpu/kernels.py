@@ -11,7 +11,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.gpu import calls, issue, layout, replicate
+from bench import calls
+from bench.gpu import data, issue, layout, replicate
 from bench.gpu.data import KINDS, family
 from bench.gpu.plan import Context, Item, Row
 from bench.gpu.timing import Bench, beside
@@ -62,7 +63,7 @@ def slerp(bench: Bench) -> Row:
     f = family(bench.device, bench.elements(3), 2)
     kernels = triton(bench)
     passes = {
-        "gram": (calls.gram(kernels, f), 4.0 * f.n),
+        "gram": (calls.gram(kernels, f, diff=True), 4.0 * f.n),
         "apply": (calls.combine(kernels, f, delta=False), 6.0 * f.n),
     }
     return beside(bench, passes)
@@ -71,20 +72,20 @@ def slerp(bench: Bench) -> Row:
 def ties(bench: Bench, models: int, kind: str) -> Row:
     """The merge pass, with thresholds and a tie cut in the middle of the tensor."""
     f = family(bench.device, bench.elements(models + 2), models, kind)
-    work = calls.consensus(triton(bench), f, drop=False, elect=True)
+    work = data.ties(triton(bench), f)
     return beside(bench, {"merge": (work, 2.0 * (models + 2) * f.n)})
 
 
 def select(bench: Bench, models: int, kind: str) -> Row:
     """The counting read with a bracket of six standard deviations, listing included."""
     f = family(bench.device, bench.elements(models + 1), models, kind)
-    return beside(bench, {"count": (calls.count(triton(bench), f), 2.0 * (models + 1) * f.n)})
+    return beside(bench, {"count": (data.count(triton(bench), f), 2.0 * (models + 1) * f.n)})
 
 
 def dare(bench: Bench, models: int) -> Row:
     """Bernoulli drop and weighted sum, and the share that the rate of instructions allows."""
     f = family(bench.device, bench.elements(models + 2), models)
-    work = calls.consensus(triton(bench), f, drop=True, elect=False)
+    work = calls.consensus(triton(bench), f, drop=True)
     moved = 2.0 * (models + 2)
     row = beside(bench, {"dare": (work, moved * f.n)})
     if bench.device == "cpu":
@@ -104,31 +105,32 @@ def whole_select(bench: Bench, kind: str) -> Row:
     """
     import torch
 
-    from bench.gpu.calls import DENSITY, segments
     from fastmerge.dtypes import BF16
     from fastmerge.methods import get
-    from fastmerge.methods.resolve import make_group
+    from fastmerge.methods.parameters import called
+    from fastmerge.ops.spec import Op, Spec
     from fastmerge.runtime.stream import cut
 
     f = family(bench.device, bench.elements(3), 2, kind)
     kernels = triton(bench)
     method = get("ties")
-    parameters = {"weight": 0.5, "density": DENSITY}
-    group = make_group(method, "w", (f.n,), [BF16] * 3, has_base=True, out_dtype=None, parameters=parameters)
-    s = segments([f.base, *f.tuned], None)
+    parameters = {"weight": 0.5, "density": calls.DENSITY}
+    chosen = called(method, parameters, range(2)).method("w", [(0, "w"), (1, "w")])
+    op = Op("w", Spec(chosen, (f.n,), (BF16,) * 3, BF16, has_base=True))
+    s = calls.segments(f, [f.base, *f.tuned], None)
     reads = 0
 
     def whole() -> None:
         nonlocal reads
         reads = 0
-        program = method.program([group], kernels)
+        program = method.program([op], kernels)
         while not program.ready:
             pieces = program.pieces()
             reads += pieces is None
             program.advance([program.statistics(s if pieces is None else cut(s, pieces))])
 
     wall = bench.wall({"whole": whole}, runs=min(bench.runs, 5))["whole"]
-    row = beside(bench, {"count": (calls.count(kernels, f), 6.0 * f.n)}, runs=min(bench.runs, 5))
+    row = beside(bench, {"count": (data.count(kernels, f), 6.0 * f.n)}, runs=min(bench.runs, 5))
     torch_gb = torch.cuda.max_memory_allocated() / 1e9 if bench.device != "cpu" else 0.0
     share = round(6.0 * f.n / wall.median / 1e9 / row["copy GB/s"], 4)
     return {"share": share, "count share": row["share"], "reads": reads, "wall ms": str(wall),

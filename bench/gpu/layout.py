@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from bench.gpu import calls
-from bench.gpu.data import Family, family
+from bench import calls
+from bench.calls import Family
+from bench.gpu.data import family, ties
 from bench.gpu.plan import Row
 from bench.gpu.timing import Bench, Probes, ratio
 
@@ -53,7 +54,7 @@ def batch(bench: Bench, what: str) -> Row:
     def call(pieces: Sequence[int] | None) -> Any:
         if what == "combine":
             return calls.combine(kernels, f, delta=False, cuts=pieces)
-        return calls.consensus(kernels, f, drop=False, elect=True, cuts=pieces)
+        return ties(kernels, f, pieces)
 
     probes = Probes(bench)
     works = {"one": call(None), "many": call(cuts), "copy": probes.copy}

@@ -1,31 +1,23 @@
 """Times of work on a device, alternated with what it is compared to, and the bandwidths of that device.
 
-A measurement is a CUDA event before and one after, with the device kept busy until the host has issued everything in
-between: what is measured is then the device's own time, tables and launches included, and not the host's. Works are
-alternated, so that a change of clocks meets all of them; medians, with the fastest and the slowest. Working sets are
-far beyond the L2 cache, which is what empties it.
+Works are timed by events (:mod:`bench.clock`) and alternated, so that a change of clocks meets all of them; medians,
+with the fastest and the slowest. Working sets are far beyond the L2 cache, which is what empties it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bench import clock
+from bench.calls import Work
 from bench.gpu.plan import Row
 from bench.process import Spread
 
 if TYPE_CHECKING:
     import torch
-
-Work = Callable[[], object]
-
-CYCLES = 2e9
-"""Cycles a second, at most: how long the device is kept busy is given in cycles."""
-
-SHORT, LONG = 5e-3, 0.5
-"""Seconds that the host is taken to need before it is known, and those that the device is kept busy at most."""
 
 
 class Times(Spread):
@@ -65,7 +57,7 @@ class Bench:
     def alternate(self, works: Mapping[str, Work], *, runs: int | None = None) -> dict[str, Times]:
         """Device times of works, in turn."""
         seconds: dict[str, list[float]] = {name: [] for name in works}
-        issue = dict.fromkeys(works, SHORT)
+        issue = dict.fromkeys(works, clock.SHORT)
         for count in range(-self.warm, runs or self.runs):
             for name, work in works.items():
                 took, issued = self._once(work, issue[name])
@@ -82,18 +74,7 @@ class Bench:
             work()
             took = time.perf_counter() - start
             return took, took
-        import torch
-
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        torch.cuda._sleep(int(CYCLES * min(LONG, 3 * issue + 2e-4)))  # noqa: SLF001  the only way to keep it busy
-        first.record()
-        start = time.perf_counter()
-        work()
-        issued = time.perf_counter() - start
-        last.record()
-        torch.cuda.synchronize()
-        return float(first.elapsed_time(last)) / 1e3, issued
+        return clock.once(work, issue)
 
     def wall(self, works: Mapping[str, Work], *, runs: int | None = None) -> dict[str, Times]:
         """Wall times of calls that leave the device idle, in turn: what a user waits for."""

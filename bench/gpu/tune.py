@@ -10,18 +10,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from bench.gpu import calls
-from bench.gpu.data import Family, family
+from bench import calls
+from bench.calls import Family, Work
+from bench.gpu.data import family, ties
 from bench.gpu.kernels import MODELS, triton
 from bench.gpu.plan import Context, Item, Row
-from bench.gpu.timing import Bench, Probes, Work
+from bench.gpu.timing import Bench, Probes
 
 CONFIGS = ((1024, 4), (2048, 4), (2048, 8), (4096, 8))
 
 CASES: Mapping[str, tuple[str, Callable[[Any, Family], Work], int]] = {
     "combine": ("combine", lambda k, f: calls.combine(k, f, delta=False), 1),
-    "ties": ("consensus", lambda k, f: calls.consensus(k, f, drop=False, elect=True), 2),
-    "dare": ("consensus", lambda k, f: calls.consensus(k, f, drop=True, elect=False), 2),
+    "ties": ("consensus", ties, 2),
+    "dare": ("consensus", lambda k, f: calls.consensus(k, f, drop=True), 2),
 }
 """By name: family of the kernel, its call, arrays besides the fine-tunes."""
 

@@ -40,6 +40,8 @@ def plan(
     *,
     seed: int | None = None,
     shard_size: str | float = "5GB",
+    strict: bool = False,
+    allow_missing: bool = False,
 ) -> Plan:
     """Plans a merge: reads the recipe and the models' headers, no weights.
 
@@ -47,11 +49,15 @@ def plan(
         recipe: a file, YAML text, a mapping, or a :class:`Recipe`.
         seed: of the random methods; None takes the recipe's own, else 0.
         shard_size: largest output file, in bytes.
+        strict: refuse what is otherwise warned of in the recipe: keys and parameters that nothing reads.
+        allow_missing: merge a tensor that some models lack from the others, as ``missing: merge`` in the recipe.
 
     Raises:
         RecipeError, CheckpointError: with every problem that was found.
     """
-    loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    loaded = Recipe.load(recipe, strict=strict)
+    if allow_missing:
+        loaded = loaded.model_copy(update={"missing": "merge"})
     return planning.plan(loaded, seed=seed, shard_size=parse_bytes(shard_size))
 
 
@@ -67,6 +73,8 @@ def merge(
     shard_size: str | float = "5GB",
     resume: bool = False,
     overwrite: bool = False,
+    strict: bool = False,
+    allow_missing: bool = False,
     nan: NanPolicy = "warn",
     progress: Callable[[Plan], AbstractContextManager[Progress]] | None = None,
 ) -> Report:
@@ -84,6 +92,8 @@ def merge(
         shard_size: largest output file, in bytes.
         resume: continue an interrupted merge of the same recipe and inputs.
         overwrite: replace an existing output, atomically.
+        strict: as of :func:`plan`; a plan has its own.
+        allow_missing: as of :func:`plan`; a plan has its own.
         nan: ``warn``, ``error`` or ``zero`` for NaN and Inf that come from the inputs. Tensors that are copied
             byte for byte are looked at for ``error`` and ``zero`` only.
         progress: from the plan, a context that gives what is called about every 50 ms with the running statistics.
@@ -101,7 +111,10 @@ def merge(
     if nan not in ("warn", "error", "zero"):
         raise RecipeError(f"nan: expected warn, error or zero; got {nan!r}")
     started = time.perf_counter()
-    planned = recipe if isinstance(recipe, Plan) else plan(recipe, seed=seed, shard_size=shard_size)
+    if isinstance(recipe, Plan):
+        planned = recipe
+    else:
+        planned = plan(recipe, seed=seed, shard_size=shard_size, strict=strict, allow_missing=allow_missing)
     if nan != "warn":
         planned = _look_at_copies(planned, nan)
     chosen = choose(device_for(str(device), planned.ops, backend), backend)

@@ -12,13 +12,15 @@ Tensors of other types than fp16, bf16 and fp32 are converted to fp32 first.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fastmerge.api.tensors import run
+from fastmerge.checkpoint import Checkpoint
 from fastmerge.dtypes import BF16, F16, F32
 from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.methods import METHODS
 from fastmerge.methods.parameters import called
+from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op
 from fastmerge.planning.from_tensors import TensorPlanner
 from fastmerge.tensors import check
@@ -28,45 +30,60 @@ if TYPE_CHECKING:
 
     import torch
 
+    from fastmerge.checkpoint import TensorInfo
+
     State = Mapping[str, "torch.Tensor"]
-    Job = tuple[str, Sequence["torch.Tensor"], Mapping[str, Any], tuple[int, ...] | None]
+    Input: TypeAlias = torch.Tensor | FileRange
+    Job = tuple[str, Sequence[Input], Mapping[str, Any], tuple[int, ...] | None]
 
 _KINDS = {"torch.bfloat16": BF16, "torch.float16": F16, "torch.float32": F32}
 
 
-def _plain(t: torch.Tensor) -> torch.Tensor:
+def _plain(t: Input) -> Input:
     """A contiguous tensor of a type that widens to fp32."""
+    if isinstance(t, FileRange):
+        return t
     t = t.detach()
     return (t if str(t.dtype) in _KINDS else t.float()).contiguous()
 
 
-def _load(ref: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, a model directory or a hub id."""
+def _open(ref: str | os.PathLike[str], model: int) -> tuple[Checkpoint, dict[str, Input]]:
+    """A safetensors file, a model directory or a hub id, and its tensors: in the file, where their type allows it."""
+    checkpoint = Checkpoint.open(ref)
+    tensors = checkpoint.tensors
+    return checkpoint, {
+        n: FileRange(i, model) if i.dtype in _KINDS.values() else _load(checkpoint, i) for n, i in tensors.items()
+    }
+
+
+def _load(checkpoint: Checkpoint, info: TensorInfo) -> torch.Tensor:
     import numpy as np
     import torch
 
-    from fastmerge.checkpoint import Checkpoint
-
-    checkpoint = Checkpoint.open(ref)
-    out = {}
-    for name, info in checkpoint.tensors.items():
-        raw = np.fromfile(checkpoint.files[info.file].path, np.uint8, info.nbytes, offset=info.offset)
-        out[name] = torch.from_numpy(raw).view(getattr(torch, info.dtype.name)).reshape(info.shape)
-    checkpoint.recheck()
-    return out
+    raw = np.fromfile(checkpoint.files[info.file].path, np.uint8, info.nbytes, offset=info.offset)
+    return torch.from_numpy(raw).view(getattr(torch, info.dtype.name)).reshape(info.shape)
 
 
-def _same_shape(name: str, tensors: Sequence[torch.Tensor]) -> None:
+def _same_shape(name: str, tensors: Sequence[Input]) -> None:
+    devices = [t.device for t in tensors if not isinstance(t, FileRange)]
     for t in tensors:
-        check(name, t)
-        if t.shape != tensors[0].shape:
+        if not isinstance(t, FileRange):
+            check(name, t)
+            if t.device != devices[0]:
+                raise ShapeError(f"{name}: expected all tensors on {devices[0]}, got one on {t.device}")
+        if tuple(t.shape) != tuple(tensors[0].shape):
             raise ShapeError(f"{name}: expected shape {tuple(tensors[0].shape)}, got {tuple(t.shape)}")
-        if t.device != tensors[0].device:
-            raise ShapeError(f"{name}: expected all tensors on {tensors[0].device}, got one on {t.device}")
 
 
-def _run(method: str, jobs: Sequence[Job], *, preset: str | None = None, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Runs a method over (name, inputs, parameters) and returns fp32 results by name, in order."""
+def _run(
+    method: str,
+    jobs: Sequence[Job],
+    *,
+    preset: str | None = None,
+    seed: int = 0,
+    checkpoints: Sequence[Checkpoint] = (),
+) -> dict[str, torch.Tensor]:
+    """Runs a method over (name, inputs, parameters, indices) and returns fp32 results by name, in order."""
     import torch
 
     kind = METHODS[method]
@@ -85,19 +102,23 @@ def _run(method: str, jobs: Sequence[Job], *, preset: str | None = None, seed: i
             if problem := kind.contract.problem(kind.name, len(models), has_base=has_base):
                 raise RecipeError(problem)
             planners[key] = TensorPlanner(called(kind, given, models, preset), has_base=has_base, seed=seed)
-        dtypes = tuple([_KINDS[str(t.dtype)] for t in inputs])
+        dtypes = tuple([t.dtype if isinstance(t, FileRange) else _KINDS[str(t.dtype)] for t in inputs])
         spec = planners[key].spec(name, tuple(inputs[0].shape), dtypes, models, F32, indices=indices)
-        out = results[name] = torch.empty(spec.shape, dtype=torch.float32, device=inputs[0].device)
-        op = planners[key].op(name, spec, [t.data_ptr() for t in inputs], [out.data_ptr()])
-        by_device.setdefault(inputs[0].device, []).append(op)
+        home = next((t.device for t in inputs if not isinstance(t, FileRange)), torch.device("cpu"))
+        out = results[name] = torch.empty(spec.shape, dtype=torch.float32, device=home)
+        sources = [t if isinstance(t, FileRange) else t.data_ptr() for t in inputs]
+        by_device.setdefault(home, []).append(planners[key].op(name, spec, sources, out.data_ptr()))
     for device, ops in by_device.items():
-        run(ops, device)
+        run(ops, device, checkpoints=checkpoints)
     return results
 
 
-def _sum(jobs: Sequence[tuple[str, Sequence[torch.Tensor], Sequence[float]]]) -> dict[str, torch.Tensor]:
+def _sum(
+    jobs: Sequence[tuple[str, Sequence[Input], Sequence[float]]], *checkpoints: Checkpoint
+) -> dict[str, torch.Tensor]:
     """``sum c_i x_i`` in order, per name."""
-    return _run("linear", [(n, x, {"weight": list(c), "normalize": False}, None) for n, x, c in jobs])
+    every: list[Job] = [(n, x, {"weight": list(c), "normalize": False}, None) for n, x, c in jobs]
+    return _run("linear", every, checkpoints=checkpoints)
 
 
 def compute_task_vector(
@@ -116,8 +137,8 @@ def compute_task_vector(
         CheckpointError: for a model that cannot be read.
         ShapeError: for tensors of different shapes.
     """
-    base, tuned = _load(base_path), _load(finetuned_path)
-    return _sum([(name, [tuned[name], base[name]], [1.0, -1.0]) for name in base if name in tuned])
+    (first, base), (second, tuned) = _open(base_path, 0), _open(finetuned_path, 1)
+    return _sum([(name, [tuned[name], base[name]], [1.0, -1.0]) for name in base if name in tuned], first, second)
 
 
 def apply_task_vectors(
@@ -138,12 +159,16 @@ def apply_task_vectors(
         ShapeError: for tensors of different shapes.
     """
     _same_length("lambdas", lambdas, task_vectors)
+    checkpoint, tensors = _open(base_path, 0)
     jobs = []
-    for name, base in _load(base_path).items():
+    for name, base in tensors.items():
         there = [(tau[name], float(lam)) for tau, lam in zip(task_vectors, lambdas, strict=True) if name in tau]
-        first = base.to(there[0][0].device) if there else base
+        first = base
+        if there and there[0][0].is_cuda:
+            given = _load(checkpoint, base.info) if isinstance(base, FileRange) else base
+            first = given.to(there[0][0].device)
         jobs.append((name, [first, *(t for t, _ in there)], [1.0, *(c for _, c in there)]))
-    return _sum(jobs)
+    return _sum(jobs, checkpoint)
 
 
 def slerp_models(model_a: State, model_b: State, t: float = 0.5) -> dict[str, torch.Tensor]:

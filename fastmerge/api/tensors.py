@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.backends.choose import choose
+from fastmerge.checkpoint import Checkpoint, Files
 from fastmerge.dtypes import BY_NAME, DType
 from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.methods import get
@@ -16,7 +17,7 @@ from fastmerge.methods.parameters import Resolver, called
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.planning.from_tensors import TensorPlanner
 from fastmerge.planning.structure import structure
-from fastmerge.runtime.budget import UNIT_ELEMENTS
+from fastmerge.runtime.budget import UNIT_ELEMENTS, need
 from fastmerge.runtime.devices import CpuDevice, Device, cores
 from fastmerge.runtime.devices.cuda import MEMORY_ELEMENTS, InPlace
 from fastmerge.runtime.schedule import schedule
@@ -249,7 +250,7 @@ class _Call:
 
     def op(self, name: str, spec: Spec, tensors: Sequence[torch.Tensor], result: torch.Tensor) -> Op:
         """The op that merges them into ``result``."""
-        return self._planner.op(name, spec, [x.data_ptr() for x in tensors], [result.data_ptr()])
+        return self._planner.op(name, spec, [x.data_ptr() for x in tensors], result.data_ptr())
 
 
 def _index(base_index: Any, n: int) -> int:
@@ -323,13 +324,16 @@ def _result(
     return out
 
 
-def run(ops: Sequence[Op], home: torch.device, backend: str | None = None) -> None:
-    """Runs ops whose sources and targets are in memory.
+def run(
+    ops: Sequence[Op], home: torch.device, backend: str | None = None, checkpoints: Sequence[Checkpoint] = ()
+) -> None:
+    """Runs ops whose targets are in memory.
 
     Args:
-        ops: contiguous tensors, all on one device, that the caller keeps alive.
+        ops: contiguous tensors, all on one device, that the caller keeps alive; on the CPU sources may be in files.
         home: that device.
         backend: as in :func:`merge_tensors`.
+        checkpoints: of the sources in files.
 
     Raises:
         BackendUnavailable: if the backend cannot work on that device.
@@ -337,6 +341,14 @@ def run(ops: Sequence[Op], home: torch.device, backend: str | None = None) -> No
     chosen = choose(str(home), backend, said=f"tensors on {home}")
     chosen.check(ops)
     elements = MEMORY_ELEMENTS if chosen.gpus else UNIT_ELEMENTS
-    jobs = schedule(ops, elements=elements, whole=chosen.whole)
     workers: list[Device] = [InPlace(home)] if chosen.gpus else [CpuDevice() for _ in range(cores())]
-    Runner(ops, jobs, OpStore(ops), workers, chosen.program).run()
+    if not checkpoints:
+        jobs = schedule(ops, elements=elements, whole=chosen.whole)
+        Runner(ops, jobs, OpStore(ops), workers, chosen.program).run()
+        return
+    slot = need(ops, whole=chosen.whole).best
+    jobs = schedule(ops, slot=slot, elements=elements, whole=chosen.whole)
+    with Files(checkpoints) as files:
+        Runner(ops, jobs, OpStore(ops, files), workers, chosen.program, slot=slot).run()
+    for checkpoint in checkpoints:
+        checkpoint.recheck()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastmerge.checkpoint import formats
-from fastmerge.checkpoint.header import listing, name_problem, parse_json
+from fastmerge.checkpoint.header import LISTED, MAX_TENSORS, check_count, listing, name_problem, parse_json
 from fastmerge.checkpoint.layout import INDEX_NAME
+from fastmerge.checkpoint.system import read_regular
 from fastmerge.errors import CheckpointError
 
 MAX_JSON = 100_000_000
@@ -21,6 +23,7 @@ SINGLE = "model.safetensors"
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors")
 _INDEX = ".safetensors.index.json"
 _ADAPTER = "adapter_model.safetensors"
+_PATH = frozenset("/\\\0")
 _BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 
 
@@ -63,7 +66,8 @@ def contained(path: Path, directory: Path) -> bool:
     """Whether a file of a model, links followed, lies in the model's directory.
 
     A snapshot in the Hugging Face cache links to the blobs of its repository, and those to the blobs that
-    all repositories share; both count as inside.
+    all repositories share; both count as inside. Weights, index and config are read wherever their links lead:
+    what is there must be of that kind. It matters for files whose bytes are copied unseen.
     """
     real, root = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
     if real.is_relative_to(root):
@@ -88,9 +92,11 @@ def read_json(path: Path, *, strict: bool) -> dict[str, Any]:
         CheckpointError: unreadable, too large, not JSON, or no object.
     """
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise CheckpointError(f"{path}: expected at most {MAX_JSON} bytes, got {path.stat().st_size}")
-        text = path.read_bytes().decode()
+        raw = read_regular(path, MAX_JSON + 1)
+        if len(raw) > MAX_JSON:
+            raise CheckpointError(f"{path}: expected at most {MAX_JSON} bytes")
+        check_count(raw)
+        text = raw.decode()
         content = parse_json(text) if strict else formats.parse_config(text)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read: {error.strerror}") from None
@@ -159,9 +165,6 @@ def _plain(found: Found, weights: list[str]) -> None:
 
 
 def _indexed(found: Found, index: Path) -> None:
-    if not contained(index, found.directory):
-        found.problems.append(f"{index}: leads out of the model's directory to {os.path.realpath(index)}")
-        return
     try:
         content = read_json(index, strict=True)
     except CheckpointError as error:
@@ -171,31 +174,35 @@ def _indexed(found: Found, index: Path) -> None:
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         found.problems.append(f"{index}: weight_map: expected a map from tensor names to file names")
         return
-    found.problems += [f"{index}: {p}" for p in map(name_problem, weight_map) if p]
-    good = []
-    for name in sorted(set(weight_map.values())):
-        # One plain file name, so that nothing is ever joined to a path that leads elsewhere.
-        if "/" in name or "\\" in name or "\x00" in name or not name.endswith(".safetensors") or name.startswith("."):
-            tensor = next(k for k, v in weight_map.items() if v == name)
-            found.problems.append(
-                f"{index}: weight_map: tensor {tensor!r} is said to be in {name!r}; "
-                f"expected the name of a *.safetensors file in the same directory"
-            )
-        else:
-            good.append(name)
+    if len(weight_map) > MAX_TENSORS:
+        found.problems.append(f"{index}: {len(weight_map)} tensors; expected at most {MAX_TENSORS}")
+        return
+    found.problems += _some(f"{index}: ", filter(None, map(name_problem, weight_map)))
+    # One plain file name, so that nothing is ever joined to a path that leads elsewhere.
+    names = set(weight_map.values())
+    bad = {n for n in names if not n.endswith(".safetensors") or n.startswith(".") or not _PATH.isdisjoint(n)}
+    good = sorted(names - bad)
+    holders = {name: tensor for tensor, name in weight_map.items() if name in bad}
+    found.problems += _some(
+        f"{index}: weight_map: ",
+        (
+            f"tensor {tensor!r} is said to be in {name!r}; "
+            f"expected the name of a *.safetensors file in the same directory"
+            for name, tensor in sorted(holders.items())
+        ),
+    )
     missing = [n for n in good if not os.path.lexists(found.directory / n)]
     if missing:
         found.problems.append(f"{index}: shards that the index names are missing: {listing(missing)}")
     found.weight_map = weight_map
-    _take(found, [n for n in good if n not in missing])
+    _take(found, [n for n in good if n not in set(missing)])
+
+
+def _some(head: str, problems: Iterable[str]) -> list[str]:
+    """The first problems of one kind, and how many more there are."""
+    found = [head + text for text in problems]
+    return found if len(found) <= LISTED else [*found[:LISTED], f"{head}and {len(found) - LISTED} more like these"]
 
 
 def _take(found: Found, names: list[str]) -> None:
-    for name in names:
-        path = found.directory / name
-        if contained(path, found.directory):
-            found.files.append(path)
-        else:
-            found.problems.append(
-                f"{path}: leads out of the model's directory to {os.path.realpath(path)}: name the real directory"
-            )
+    found.files += [found.directory / name for name in names]

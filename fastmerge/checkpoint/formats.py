@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
 _QUANT_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-_PACKED = {
+_METHODS = {
     "gptq": "GPTQ",
     "awq": "AWQ",
     "bitsandbytes": "bitsandbytes",
@@ -24,7 +25,19 @@ _PACKED = {
     "mxfp4": "MXFP4",
     "fp8": "FP8 with scales",
     "fbgemm_fp8": "FP8 with scales",
+    "modelopt": "ModelOpt",
+    "mlx": "MLX",
 }
+_SECTIONS = ("quantization_config", "compression_config", "quantization")
+_FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+_NARROW = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2", *_FLOAT8})
+"""Types that hold codes of quantised weights; plain float8 weights are weights all the same."""
+
+_SCALES = re.compile(
+    r"(weight_scale|_scale_inv|weight_scale_2|scale_weight|[._]scales|\.absmax|\.SCB|\.qzeros)$", re.MULTILINE
+)
+_LOST_BLOCKS = re.compile(r"^.*_proj_blocks$", re.MULTILINE)
+_MAX_DEPTH = 100
 _INSTEAD = "merge the unquantised weights (or dequantise first), and quantise the result"
 
 
@@ -68,57 +81,127 @@ def parse_config(text: str) -> Any:
     """JSON as the model libraries read it: NaN, infinities and repeated keys are let through.
 
     Raises:
-        ValueError: it is not JSON, or nested too deeply.
+        ValueError: it is not JSON, or nested too deeply for those who copy and write it.
     """
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    level, depth = [content], 0
+    while level:
+        depth += 1
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"nested too deeply: expected at most {_MAX_DEPTH} levels")
+        inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+        level = [v for values in inner for v in values if isinstance(v, dict | list)]
+    return content
 
 
-def quantised(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Signs of packed or scaled weights; one line per sign."""
-    problems = []
-    for part in ("", "text_config", "language_config", "llm_config"):
-        section = config.get(part) if part else config
-        if not isinstance(section, Mapping):
-            continue
-        for key in ("quantization_config", "compression_config"):
-            settings = section.get(key)
-            if settings:
-                method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-                kind = _PACKED.get(str(method), str(method or "an unnamed method"))
-                where = f"{part}.{key}" if part else key
-                problems.append(f"{directory / 'config.json'}: {where}: quantised with {kind}: {_INSTEAD}")
-    problems += [
-        f"{directory / name}: the model is quantised: {_INSTEAD}"
-        for name in _QUANT_FILES
-        if not problems and (directory / name).exists()
-    ]
+def quantised(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> tuple[list[str], tuple[str, ...]]:
+    """Looks for packed or scaled weights.
+
+    Returns:
+        One line per sign that weights are quantised, and the sections of the config, as dotted paths, that say so of
+        weights that are not: scripts that dequantise a model often leave them in place.
+    """
+    sections = list(_sections(config))
     signs: dict[str, list[str]] = {}
     odd = {name: info for name, info in tensors.items() if info.dtype not in FLOATS}
     for name, info in odd.items():
         if sign := _packed_kind(name, info, tensors):
             signs.setdefault(sign, []).append(name)
-    problems += [f"{directory}: {kind} tensors: {listing(names)}: {_INSTEAD}" for kind, names in signs.items()]
-    return problems
+    problems = [f"{directory}: quantised with {kind}: {listing(names)}: {_INSTEAD}" for kind, names in signs.items()]
+    text = "\n".join(tensors)
+    problems += _damaged(directory, text, tensors)
+    if not sections or problems:
+        problems += [f"{directory / 'config.json'}: {where}: quantised with {how}" for where, how in sections]
+        return problems, ()
+    narrow = [n for n, i in odd.items() if i.dtype.tag in _NARROW and len(i.shape) > 1 and not n.endswith("bias")]
+    scales = [name for name in tensors if _SCALES.search(name)] if _SCALES.search(text) else []
+    if narrow or scales:
+        what, names = (f"weights of type {odd[narrow[0]].dtype.name}", narrow) if narrow else ("scales", scales)
+        said = f"and there are {what}: {listing(names)}: {_INSTEAD}"
+        return [f"{directory / 'config.json'}: {where}: quantised with {how}, {said}" for where, how in sections], ()
+    return [], tuple(where for where, _ in sections)
+
+
+def stale(directory: Path, sections: Sequence[str]) -> list[str]:
+    """What to say about sections of the config that speak of a quantisation that is not there."""
+    files = [name for name in _QUANT_FILES if (directory / name).exists()]
+    return [
+        f"{directory / 'config.json'}: {where}: no weight is quantised: they are merged as they are, and the result's "
+        f"config.json does not say so"
+        for where in sections
+    ] + [f"{directory / name}: no weight is quantised: the file is not used" for name in files]
+
+
+def _sections(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Where a config speaks of quantisation, and of which."""
+    parts = {"": config, **{k: v for k, v in config.items() if isinstance(v, Mapping) and k not in _SECTIONS}}
+    for part, inside in parts.items():
+        for key in _SECTIONS:
+            settings = inside.get(key)
+            if not settings:
+                continue
+            method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+            if method is None and isinstance(settings, Mapping) and {"group_size", "bits"} <= settings.keys():
+                method = "mlx" if key == "quantization" or "quantization" in inside else None
+            yield f"{part}.{key}" if part else key, _METHODS.get(str(method), str(method or "an unnamed method"))
 
 
 def _packed_kind(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str | None:
     """The packed format that a tensor of a type for no arithmetic belongs to, by its name and companions."""
-    if name.endswith(".qweight") and name[:-7] + "scales" in tensors:
-        return "GPTQ or AWQ"
-    if name.endswith("_packed") and name[:-7] + "_scale" in tensors:
-        return "compressed-tensors"
-    if ".quant_state." in name or (name + ".absmax") in tensors or (name + ".quant_map") in tensors:
+    module, _, last = name.rpartition(".")
+    tag = info.dtype.tag
+
+    def beside(*names: str) -> bool:
+        return any((f"{module}.{n}" if module else n) in tensors for n in names)
+
+    if last == "qweight" and beside("scales", "qzeros"):
+        return "GPTQ" if beside("g_idx") else "GPTQ or AWQ"
+    if last.endswith("_packed") and beside(f"{last[:-7]}_scale"):
+        four = tag == "U8"
+        return f"compressed-tensors{' (NVFP4)' if four and beside(f'{last[:-7]}_global_scale') else ''}"
+    if ".quant_state." in name or beside(f"{last}.absmax", f"{last}.quant_map"):
         return "bitsandbytes"
-    if name.endswith("_blocks") and name[:-7] + "_scales" in tensors:
+    if last.endswith("_blocks") and tag == "U8":
         return "MXFP4"
-    if info.dtype.tag.startswith("F8_") and (name + "_scale" in tensors or name + "_scale_inv" in tensors):
-        return "FP8 with scales"
-    if info.dtype.tag == "I8" and (name[: -len("weight")] + "SCB") in tensors:
+    if tag == "I8" and beside("SCB"):
         return "bitsandbytes"
+    if tag == "U32" and beside("scales"):
+        return "MLX"
+    if tag in ("U8", "F4") and beside(f"{last}_scale_2"):
+        return "ModelOpt (NVFP4)"
+    if tag in _FLOAT8 and beside(
+        f"{last}_scale", f"{last}_scale_inv", f"{last}.scale", "scale_weight", "scale", "scales", f"{last}_scales"
+    ):
+        return "FP8 with scales"
+    if tag in _NARROW and beside(f"{last}_scale", f"{last}_scale_inv", f"{last}_scales"):
+        return f"{info.dtype.name} and scales (compressed-tensors or the like)"
+    if last in ("W_q", "q_weight", "Qidxs", "trellis") or (last == "codes" and beside("codebooks")):
+        return {"W_q": "HQQ", "q_weight": "EXL2", "Qidxs": "QuIP#", "trellis": "EXL3"}.get(last, "AQLM")
     return None
+
+
+def _damaged(directory: Path, text: str, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Full-precision tensors under the names of quantised ones: no program loads them for what they are."""
+    problems = []
+    if lost := [n for n in _LOST_BLOCKS.findall(text) if tensors[n].dtype in FLOATS]:
+        problems.append(
+            f"{directory}: {tensors[lost[0]].dtype.name} weights under the names of MXFP4 blocks, as one release of "
+            f"transformers saved them (5.23.0): {listing(lost)}: save the model again with a later one"
+        )
+    if "_scale_inv" in text:
+        names = [n for n in tensors if n.endswith("_scale_inv")]
+        plain = [n for n in names if (info := tensors.get(n.removesuffix("_scale_inv"))) and info.dtype in FLOATS]
+        if plain:
+            problems.append(
+                f"{directory}: scales of FP8 weights beside weights that are not FP8: {listing(plain)}: whether they "
+                f"are applied already is unclear: dequantise the model again, without leaving them"
+            )
+    return problems
 
 
 def adapters(directory: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:

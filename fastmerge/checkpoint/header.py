@@ -13,13 +13,12 @@ import hashlib
 import json
 import os
 import re
-import stat
 from dataclasses import dataclass, replace
 from math import prod
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastmerge.checkpoint.system import open_many
+from fastmerge.checkpoint.system import open_regular
 from fastmerge.dtypes import BY_TAG, DType
 from fastmerge.errors import CheckpointError
 
@@ -35,6 +34,12 @@ MAX_NAME = 512
 
 MAX_RANK = 64
 """Dimensions; torch allows no more."""
+
+MAX_TENSORS = 500_000
+"""Tensors of one model: several times the largest model's. It bounds what a hostile file costs."""
+
+_MAX_VALUES = 8 * MAX_TENSORS
+"""Values of all kinds in one JSON text; a tensor has seven or eight."""
 
 LISTED = 20
 """Names spelled out per kind of problem; the rest is counted."""
@@ -120,6 +125,20 @@ def listing(names: Sequence[str]) -> str:
     return ", ".join(repr(n) for n in names[:LISTED]) + more
 
 
+def check_count(raw: bytes) -> None:
+    """Refuses JSON that would fill the memory, before it is parsed.
+
+    Raises:
+        ValueError: with the number that is too large.
+    """
+    count = raw.count(b'"data_offsets"')
+    if count > MAX_TENSORS:
+        raise ValueError(f"{count} tensors; expected at most {MAX_TENSORS}")
+    values = raw.count(b",")
+    if values > _MAX_VALUES:
+        raise ValueError(f"{values} values; expected at most {_MAX_VALUES}")
+
+
 def parse_json(text: str) -> Any:
     """JSON without duplicate keys and without NaN or infinities.
 
@@ -182,10 +201,13 @@ def without_gc() -> Iterator[None]:
 
 def _parse(raw: bytes, data_start: int, data_bytes: int, where: str, file: int) -> Header:
     try:
+        check_count(raw)
         text = raw.decode()
         found = _usual(text, data_start, data_bytes, file) or _entries(text, data_start, data_bytes, file)
     except ValueError as error:
         raise CheckpointError(f"{where}: header is not valid: {error}") from None
+    except RecursionError:
+        raise CheckpointError(f"{where}: header is not valid: nested too deeply") from None
     tensors, metadata, said = found
     problems = [f"{where}: {problem}" for problem in said]
     if not _is_text_map(metadata):
@@ -227,7 +249,9 @@ def _usual(text: str, data_start: int, data_bytes: int, file: int) -> _Found | N
                 shape = tuple(parse_json(f"[{sizes}]"))
                 if len(shape) > MAX_RANK or _prod_nonzero(shape) >= _LIMIT:
                     return None
-                kinds[tag, sizes] = BY_TAG[tag], shape, prod(shape) * BY_TAG[tag].size
+                kinds[tag, sizes] = BY_TAG[tag], shape, BY_TAG[tag].nbytes(prod(shape))
+                if kinds[tag, sizes][2] < 0:
+                    return None
             dtype, shape, nbytes = kinds[tag, sizes]
             offset = int(begin)
             if int(end) - offset != nbytes or offset + nbytes > data_bytes:
@@ -262,7 +286,7 @@ def _entries(text: str, data_start: int, data_bytes: int, file: int) -> _Found:
                 and all([type(d) is int and d >= 0 for d in shape])  # noqa: C419 - a list is faster here
                 and type(begin) is type(end) is int
                 and 0 <= begin <= end <= data_bytes
-                and end - begin == prod(shape) * dtype.size
+                and end - begin == dtype.nbytes(prod(shape))
                 and (begin < end or _prod_nonzero(shape) < _LIMIT)
                 and len(info) == 3
                 and name_problem(name) is None
@@ -308,9 +332,11 @@ def _problem(name: str, info: Any, data_bytes: int) -> str:
     if type(offsets) is not list or len(offsets) != 2 or not all(type(d) is int and 0 <= d < _LIMIT for d in offsets):
         return f"{tensor}: expected two data_offsets >= 0, got {offsets!r:.200}"
     begin, end = offsets
-    nbytes = prod(shape) * BY_TAG[tag].size
+    nbytes = BY_TAG[tag].nbytes(prod(shape))
     if nbytes >= _LIMIT or _prod_nonzero(shape) >= _LIMIT:
         return f"{tensor}: shape {shape} overflows 63 bits"
+    if nbytes < 0:
+        return f"{tensor}: {tag} of shape {shape} ends inside a byte"
     if end - begin != nbytes:
         return f"{tensor}: {tag} of shape {shape} takes {nbytes} bytes, but data_offsets {offsets} hold {end - begin}"
     return f"{tensor}: data ends at byte {end}, but the file holds only {data_bytes} bytes of data: truncated"
@@ -341,15 +367,12 @@ def read_header(path: Path, *, file: int = 0, seen: Seen | None = None) -> Heade
     Raises:
         CheckpointError: the file is missing, not regular, truncated or malformed; all problems of its header.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        fd = open_many(lambda: os.open(path, flags))
+        fd = open_regular(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot open: {error.strerror}") from None
     try:
         info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise CheckpointError(f"{path}: expected a regular file")
         if info.st_size < 8:
             raise CheckpointError(f"{path}: expected a safetensors file, got {info.st_size} bytes: truncated")
         length = int.from_bytes(_read(fd, path, 8, 0), "little")
@@ -358,6 +381,8 @@ def read_header(path: Path, *, file: int = 0, seen: Seen | None = None) -> Heade
         if length > info.st_size - 8:
             raise CheckpointError(f"{path}: header of {length} bytes in a file of {info.st_size} bytes: truncated")
         raw = _read(fd, path, length, 8)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read: {error.strerror}") from None
     finally:
         os.close(fd)
     seen = {} if seen is None else seen

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastmerge.checkpoint.header import listing
 from fastmerge.errors import CheckpointError
 
 PATTERNS = (
@@ -71,6 +73,7 @@ def resolve(ref: str, *, revision: str | None = None) -> Snapshot:
     if said and revision and said != revision:
         raise CheckpointError(f"{ref}: revision {revision!r} contradicts the one in the name")
     revision = said or revision
+    ref = f"{repo}@{revision}" if revision else repo
     hub = _library(ref)
     offline = _offline()
     try:
@@ -88,7 +91,8 @@ def resolve(ref: str, *, revision: str | None = None) -> Snapshot:
             )
         )
     except Exception as error:  # noqa: BLE001 - the library raises many unrelated types, some with its requests inside
-        raise CheckpointError(_explain(ref, error, offline=offline)) from None
+        known = _cached(repo) if offline and revision else []
+        raise CheckpointError(_explain(ref, error, known, offline=offline)) from None
     # In the cache a snapshot's directory is named by its commit, also where only a branch was asked for.
     commit = path.name if _COMMIT.fullmatch(path.name) else commit or path.name
     return Snapshot(f"{repo}@{commit}", path, commit)
@@ -107,7 +111,17 @@ def _offline() -> bool:
     return bool(importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE)
 
 
-def _explain(ref: str, error: Exception, *, offline: bool) -> str:
+def _cached(repo: str) -> list[str]:
+    """Branches and commits of a repository that the local cache holds."""
+    cache = getattr(importlib.import_module("huggingface_hub.constants"), "HF_HUB_CACHE", None)
+    if cache is None:
+        return []
+    root = Path(cache) / f"models--{repo.replace('/', '--')}"
+    refs = sorted(str(p.relative_to(root / "refs")) for p in root.glob("refs/**/*") if p.is_file())
+    return refs + sorted(p.name for p in root.glob("snapshots/*"))
+
+
+def _explain(ref: str, error: Exception, known: Sequence[str], *, offline: bool) -> str:
     """One line about a failure of the library, without credentials and without its advice."""
     kind = type(error).__name__
     if kind == "GatedRepoError":
@@ -115,7 +129,11 @@ def _explain(ref: str, error: Exception, *, offline: bool) -> str:
     if kind == "RepositoryNotFoundError":
         return f"{ref}: no such path on this machine, and no such repository on the hub (or it is private)"
     if kind == "RevisionNotFoundError":
-        return f"{ref}: the repository has no such revision"
+        return f"{ref}: the repository has no such revision: name a branch, a tag or a commit of it"
+    if known:
+        return (
+            f"{ref}: the local cache does not hold this revision, and HF_HUB_OFFLINE is set: it holds {listing(known)}"
+        )
     if offline:
         return f"{ref}: not a path, and not in the local cache (HF_HUB_OFFLINE is set): {kind}"
     first = next((line for line in str(error).splitlines() if line.strip()), "")

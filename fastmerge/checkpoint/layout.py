@@ -153,7 +153,9 @@ def layout(
 
 
 def _kind(dtype: DType, shape: tuple[int, ...]) -> _Kind:
-    nbytes = prod(shape) * dtype.size
+    nbytes = dtype.nbytes(prod(shape))
+    if nbytes < 0:
+        raise OutputError(f"{dtype.name} of shape {list(shape)} ends inside a byte")
     sizes = ",".join(map(str, shape))
     return _Kind(
         nbytes, (nbytes % ALIGN > 0, -dtype.size), f'{{"dtype":"{dtype.tag}","shape":[{sizes}],"data_offsets":['

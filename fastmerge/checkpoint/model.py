@@ -9,15 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.checkpoint import discover, formats, hub
-from fastmerge.checkpoint.header import Seen, TensorInfo, listing, read_header
+from fastmerge.checkpoint import discover, formats, hub, index
+from fastmerge.checkpoint.header import MAX_TENSORS, Seen, TensorInfo, listing, read_header
 from fastmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-MAX_TENSORS = 5_000_000
-"""Tensors of one model; beyond any real one, it bounds what a hostile file costs."""
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
@@ -54,6 +51,8 @@ class Checkpoint:
         tensors: by name, in the order of files and bytes.
         config: ``config.json``, or empty.
         warnings: what a user should know about it.
+        stale_quantisation: keys of the config, as dotted paths (``text_config.quantization_config``), that speak of
+            a quantisation which no weight has: a result must not have them.
     """
 
     ref: str
@@ -62,6 +61,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo] = field(repr=False)
     config: Mapping[str, Any] = field(repr=False)
     warnings: tuple[str, ...] = ()
+    stale_quantisation: tuple[str, ...] = ()
 
     @classmethod
     def open(
@@ -73,20 +73,28 @@ class Checkpoint:
     ) -> Checkpoint:
         """Opens a file, an index, a model directory or a hub id; reads headers and config only. Pickles are refused.
 
-        What exists as a path is a path; anything else that looks like ``org/name[@revision]`` is looked up in
-        the local Hugging Face cache, or downloaded.
+        What exists as a path is a path, also with an ``@`` in its name; anything else that looks like
+        ``org/name[@revision]`` is looked up in the local Hugging Face cache, or downloaded.
 
         Args:
             ref_or_path: where the model is.
-            revision: branch, tag or commit of a hub id.
+            revision: branch, tag or commit of a hub id; files on disk have none.
             seen: shared by the models of one recipe, so that equal headers are checked once.
 
         Raises:
             CheckpointError: with every problem found in the model.
         """
         ref = os.fspath(ref_or_path)
-        path = Path(ref).expanduser()
-        if not os.path.lexists(path):
+        if not ref.strip() or "\0" in ref:
+            raise CheckpointError(f"{ref!r}: expected a path or a hub id")
+        local, at, said = (ref, "", revision) if revision or _exists(ref) else ref.partition("@")
+        if (at or revision) and local and _exists(local):
+            raise CheckpointError(
+                f"{local}: a local path has no revisions, and no {local}@{said} is there: leave {said!r} out, or name "
+                f"the directory that holds it"
+            )
+        path = _expanded(ref)
+        if not _exists(ref):
             if not hub.looks_like_id(ref):
                 raise CheckpointError(f"{ref}: no such file or directory")
             snapshot = hub.resolve(ref, revision=revision)
@@ -105,13 +113,11 @@ class Checkpoint:
         files: list[ShardFile] = []
         tensors: dict[str, TensorInfo] = {}
         twice: dict[str, list[str]] = {}
-        unread: set[str] = set()
         for file in found.files:
             try:
                 header = read_header(file, file=len(files), seen=seen)
             except CheckpointError as error:
                 problems.extend(error.problems)
-                unread.add(file.name)
                 continue
             mine = {info.name: info for info in header.tensors}
             if not tensors.keys().isdisjoint(mine.keys()):
@@ -122,15 +128,20 @@ class Checkpoint:
             if len(tensors) > MAX_TENSORS:
                 raise CheckpointError(f"{path}: more than {MAX_TENSORS} tensors")
         problems += [f"{found.directory}: tensors in both {pair}: {listing(n)}" for pair, n in twice.items()]
-        if found.weight_map is not None:
-            problems += _index_problems(found, files, tensors, unread)
         config, said = _config(found.directory)
+        warnings = list(found.warnings)
+        if found.weight_map is not None:
+            wrong, odd = index.compare(found.directory, found.weight_map, files, tensors, config=config)
+            problems += wrong
+            warnings += odd
         problems += said
-        problems += formats.quantised(found.directory, config, tensors)
+        said, stale = formats.quantised(found.directory, config, tensors)
+        problems += said
         problems += formats.adapters(found.directory, tensors)
         if problems:
             raise CheckpointError(problems)
-        return cls(ref, found.directory, tuple(files), tensors, config, tuple(found.warnings))
+        warnings += formats.stale(found.directory, stale)
+        return cls(ref, found.directory, tuple(files), tensors, config, tuple(warnings), stale)
 
     @property
     def identity(self) -> str:
@@ -189,37 +200,19 @@ class Checkpoint:
             raise CheckpointError(problems)
 
 
-def _index_problems(
-    found: discover.Found, files: list[ShardFile], tensors: dict[str, TensorInfo], unread: set[str]
-) -> list[str]:
-    """Differences between what the index says and what the shards hold."""
-    weight_map = found.weight_map or {}
-    shards = {f.path.name for f in files}
-    absent: dict[str, list[str]] = {}
-    for name, shard in weight_map.items():
-        info = tensors.get(name)
-        held = None if info is None else files[info.file].path.name
-        if held != shard and shard in shards and shard not in unread:
-            absent.setdefault(shard, []).append(name)
-    extra: dict[str, list[str]] = {}
-    for name, info in tensors.items():
-        if name not in weight_map:
-            extra.setdefault(files[info.file].path.name, []).append(name)
-    return [
-        f"{found.directory / shard}: tensors that the index places here are absent: {listing(names)}"
-        for shard, names in absent.items()
-    ] + [
-        f"{found.directory / shard}: tensors that the index does not name: {listing(names)}"
-        for shard, names in extra.items()
-    ]
+def _expanded(ref: str) -> Path:
+    """The path, its ``~`` replaced where there is such a user."""
+    return Path(os.path.expanduser(ref))  # noqa: PTH111  Path.expanduser raises for users that do not exist
+
+
+def _exists(ref: str) -> bool:
+    return os.path.lexists(_expanded(ref))
 
 
 def _config(directory: Path) -> tuple[dict[str, Any], list[str]]:
     path = directory / "config.json"
     if not os.path.lexists(path):
         return {}, []
-    if not discover.contained(path, directory):
-        return {}, [f"{path}: leads out of the model's directory to {os.path.realpath(path)}"]
     try:
         return discover.read_json(path, strict=False), []
     except CheckpointError as error:

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import resource
+import stat
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -123,3 +124,47 @@ def open_many(opener: Callable[[], int]) -> int:
             raise
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         return opener()
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """Opens a regular file for reading, links followed; the caller closes it.
+
+    Whatever is no regular file is not opened: a pipe would wait for its writer, a device may act on it.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    _check_regular(os.stat(path), path)  # noqa: PTH116  paths as text too
+    fd = open_many(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+    try:
+        _check_regular(os.fstat(fd), path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
+    """The first ``most`` bytes of a regular file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    with open(open_regular(path), "rb") as file:
+        return file.read(most)
+
+
+def _check_regular(info: os.stat_result, path: str | os.PathLike[str]) -> None:
+    kind = _KINDS.get(stat.S_IFMT(info.st_mode), "something else")
+    if kind:
+        raise OSError(errno.EINVAL, f"expected a regular file, got {kind}", os.fspath(path))
+
+
+_KINDS = {
+    stat.S_IFREG: "",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}

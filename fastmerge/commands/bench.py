@@ -9,7 +9,8 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,40 @@ ELEMENTS = 1 << 20
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class MethodCall:
+    """A whole method on one unit of work that lies in the cache.
+
+    Attributes:
+        method: its name.
+        statistics: whether it needs a pass before it applies.
+        nbytes: of every input once, and of the output.
+        work: statistics, solve and apply.
+        memory: owner of the tensors.
+    """
+
+    method: str
+    statistics: bool
+    nbytes: int
+    work: Callable[[], None]
+    memory: Sequence[Any]
+
+
+def method_calls() -> Iterator[MethodCall]:
+    """Every method that has kernels on the CPU, with its default parameters: three bf16 models, and a base."""
+    backend = cpu_backend("native")
+    for name, method in METHODS.items():
+        op = _op(method)
+        if backend.whole(op.spec):
+            continue
+        segments, memory = _segments(op)
+        nbytes = ELEMENTS * 2 * (len(op.spec.dtypes) + 1)
+        work = functools.partial(_merge, backend, op, segments)
+        yield MethodCall(name, not backend.program([op]).ready, nbytes, work, memory)
+
+
 def bench_kernels(*, runs: int = 5) -> list[Row]:
-    """Every method's passes on one core: three bf16 models (and a base), one unit in the cache.
+    """Every method on one core.
 
     Args:
         runs: counted runs, at least one; the median is shown.
@@ -43,25 +76,17 @@ def bench_kernels(*, runs: int = 5) -> list[Row]:
     """
     floor = memcpy_rate()
     rows: list[Row] = []
-    backend = cpu_backend("native")
-    for name, method in METHODS.items():
-        op = _op(method)
-        if backend.whole(op.spec):
-            continue
-        segments, keep = _segments(op)
-        ready = backend.program([op]).ready
-        seconds = _median(functools.partial(_merge, backend, op, segments), runs)
-        moved = ELEMENTS * 2 * (len(op.spec.dtypes) + 1)
+    for call in method_calls():
+        seconds = _median(call.work, runs)
         rows.append(
             {
-                "method": name,
-                "statistics": "no" if ready else "yes",
+                "method": call.method,
+                "statistics": "yes" if call.statistics else "no",
                 "G elements/s": round(ELEMENTS / seconds / 1e9, 3),
-                "GB/s": round(moved / seconds / 1e9, 2),
-                "share of memcpy": round(moved / seconds / floor, 2),
+                "GB/s": round(call.nbytes / seconds / 1e9, 2),
+                "share of memcpy": round(call.nbytes / seconds / floor, 2),
             }
         )
-        del keep
     return rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from fastmerge.methods import METHODS, get
-from fastmerge.methods.base import REQUIRED, Param
+from fastmerge.methods.base import REQUIRED, Method, Param
 
 
 def overview() -> str:
@@ -25,7 +25,7 @@ def describe(name: str) -> str:
     models = f"{rule.least}" if rule.most == rule.least else f"{rule.least} to {rule.most or 'any number'}"
     doc = textwrap.dedent("    " + (method.__doc__ or "")).strip()
     lines = [f"{name}: {method.summary}", "", doc, "", f"formula   {method.formula}", f"paper     {method.paper}"]
-    lines += [f"inputs    {models} models, base {rule.base}", "backends  native, triton, reference", "", "parameters"]
+    lines += [f"inputs    {models} models, base {rule.base}", f"backends  {_backends(method)}", "", "parameters"]
     lines += [f"  {p.name:<16} {_kind(p):<28} {p.doc}" for p in method.params] or ["  none"]
     if method.presets:
         lines += ["", "presets"]
@@ -33,6 +33,13 @@ def describe(name: str) -> str:
             text = ", ".join(f"{k}={_word(v)}" for k, v in values.items())
             lines.append(f"  {preset:<16} {text or 'the defaults'}")
     return "\n".join(lines)
+
+
+def _backends(method: type[Method]) -> str:
+    """Which backends have kernels for it; the others run its definition."""
+    if method.program.__func__ is Method.program.__func__:  # type: ignore[attr-defined]
+        return "its definition (plain torch, whole tensors) on every device; it has no kernels yet"
+    return "native, triton; its definition (plain torch) by name"
 
 
 def _word(value: object) -> str:

@@ -16,12 +16,18 @@ from typing import Any
 
 from fastmerge.errors import RecipeError, hint
 from fastmerge.methods.base import REQUIRED, Method, Param
+from fastmerge.tensors import plain
 
 Scalar = bool | int | float | str
 Value = Scalar | tuple[Scalar, ...]
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_BOOLEANS = {
+    **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False),
+}
+"""Words that mergekit takes for booleans."""
+_SCALARS = frozenset({float, int, bool, str})
 _KINDS = {float: "a number", int: "an integer", bool: "true or false"}
 
 
@@ -119,6 +125,8 @@ def convert(value: Any, param: Param) -> Scalar:
 
 def _number(value: Any) -> float | None:
     """A number, or the text of one; None for anything else."""
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
@@ -301,8 +309,9 @@ def called(
             problems.append(f"{method.name} has no parameter {name!r}{hint(str(name), declared)}")
             continue
         reader = _Reader(f"{method.name}: parameter {name!r}", param, problems, none=defaults[name] is None)
-        values = value.tolist() if hasattr(value, "tolist") else value
-        if param.scope == "shared" or not (_listed_by_model(values) or _by_id(values)):
+        values = plain(value)
+        alike = param.scope == "shared" or type(values) in _SCALARS
+        if alike or not (_listed_by_model(values) or _by_id(values)):
             reader.into(common, values)
         elif isinstance(values, Mapping):
             problems += [f"{reader.where}: missing for input {k!r}" for k in models if k not in values]
@@ -346,9 +355,11 @@ class _Reader:
 
     def into(self, level: dict[str, Setting], value: Any) -> None:
         """Sets the parameter in a level; None stands for the default where that is a legal value."""
-        if value is REQUIRED or (value is None and self._none):
+        if type(value) in _SCALARS:
+            level[self._param.name] = Setting((Rule(self._scalar(value)),))
+        elif value is REQUIRED or (value is None and self._none):
             return
-        if value is None:
+        elif value is None:
             self._problems.append(f"{self.where}: expected a value, got None")
         elif _is_rule(value):
             level[self._param.name] = Setting((self._rule(value),))
@@ -370,14 +381,14 @@ class _Reader:
         return Rule(self._value(value["value"]), None if pattern == "*" else pattern)
 
     def _value(self, value: Any) -> Value:
-        value = value.tolist() if hasattr(value, "tolist") else value
+        value = plain(value)
         if isinstance(value, Sequence) and not isinstance(value, str):
             return tuple(self._scalar(v) for v in value)
         return self._scalar(value)
 
     def _scalar(self, value: Any) -> Scalar:
         try:
-            return convert(value.tolist() if hasattr(value, "tolist") else value, self._param)
+            return convert(value if type(value) in _SCALARS else plain(value), self._param)
         except ValueError as error:
             self._problems.append(f"{self.where}: {error}")
             return 0.0

@@ -7,7 +7,6 @@ names and places share one :class:`Spec`, so that what is decided per kind of te
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
@@ -114,5 +113,10 @@ class Op(NamedTuple):
 
 def once_per_spec(make: Callable[[Spec], T], ops: Sequence[Op]) -> list[T]:
     """``make(op.spec)`` of each op, called once per spec."""
-    known = functools.cache(make)
-    return [known(op.spec) for op in ops]
+    known: dict[Spec, T] = {}
+    out = []
+    for op in ops:
+        if op.spec not in known:
+            known[op.spec] = make(op.spec)
+        out.append(known[op.spec])
+    return out

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastmerge.checkpoint import Checkpoint, Layout, Seen, layout, of_fields, without_gc
+from fastmerge.checkpoint.adapter import Adapter
 from fastmerge.dtypes import DType
 from fastmerge.errors import CheckpointError
 from fastmerge.ops.spec import Op
@@ -52,9 +53,11 @@ def plan(
         ShapeError: where tensors that must agree do not; all of them are listed.
     """
     seed = seed if seed is not None else recipe.seed or 0
-    opened = Models(_open(recipe.refs, models or {}))
+    opened = Models(*_open(recipe.refs, models or {}))
     checkpoints = tuple(opened.checkpoints[ref] for ref in recipe.refs)
-    warnings = dict.fromkeys(text for c in checkpoints for text in c.warnings)
+    warnings = dict.fromkeys((*recipe.warnings, *(text for c in checkpoints for text in c.warnings)))
+    if problems := [text for ref in recipe.refs for text in opened.inputs[ref].problems()]:
+        raise CheckpointError(problems)
     outputs = Outputs(recipe, opened, seed)
     layers: list[tuple[ModelRef, int]] | None = None
     if recipe.slices:
@@ -88,6 +91,8 @@ def plan(
         )
         warnings |= dict.fromkeys(notes)
     warnings |= outputs.notes.warnings
+    adapters = tuple([a.checkpoint for a in opened.adapters.values()])
+    checkpoints = (*checkpoints, *adapters)
     identities = [c.identity for c in checkpoints]
     text = recipe.canonical(identities, seed=seed)
     metadata = {"format": "pt", "fastmerge": ENGINE, "fastmerge_recipe": text}
@@ -110,23 +115,24 @@ def _first(recipe: Recipe) -> ModelRef:
     return recipe.parts[0].sources[0].model
 
 
-def _open(refs: Sequence[ModelRef], given: Mapping[str, Checkpoint]) -> dict[ModelRef, Checkpoint]:
-    """Opens what is not given; the problems of all models come together."""
+def _open(
+    refs: Sequence[ModelRef], given: Mapping[str, Checkpoint]
+) -> tuple[dict[ModelRef, Checkpoint], dict[ModelRef, Adapter]]:
+    """Opens what is not given, and the adapters; the problems of all come together."""
     out: dict[ModelRef, Checkpoint] = {}
+    adapters: dict[ModelRef, Adapter] = {}
     problems: list[str] = []
     seen: Seen = {}
     for ref in refs:
-        found = given.get(str(ref))
-        if found is None:
-            try:
-                found = Checkpoint.open(ref.path, revision=ref.revision, seen=seen)
-            except CheckpointError as e:
-                problems += e.problems
-                continue
-        out[ref] = found
+        try:
+            out[ref] = given.get(str(ref)) or Checkpoint.open(ref.path, revision=ref.revision, seen=seen)
+            if ref.lora is not None:
+                adapters[ref] = Adapter.open(ref.lora.path, revision=ref.lora.revision)
+        except CheckpointError as e:
+            problems += e.problems
     if problems:
         raise CheckpointError(problems)
-    return out
+    return out, adapters
 
 
 def _same_depth(recipe: Recipe, models: Models) -> None:

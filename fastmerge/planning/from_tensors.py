@@ -10,7 +10,7 @@ from fastmerge.errors import RecipeError
 from fastmerge.methods.base import Method
 from fastmerge.methods.parameters import Resolver
 from fastmerge.ops.sources import Memory
-from fastmerge.ops.spec import Op, Spec
+from fastmerge.ops.spec import Op, Source, Spec
 from fastmerge.philox import checked_seed, tensor_key
 
 
@@ -75,8 +75,9 @@ class TensorPlanner:
             raise RecipeError(problems)
         return spec
 
-    def op(self, name: str, spec: Spec, inputs: Sequence[int], targets: Sequence[int]) -> Op:
-        """The op of one tensor, from the addresses of its inputs and of its results."""
+    def op(self, name: str, spec: Spec, inputs: Sequence[int | Source], result: int) -> Op:
+        """The op of one tensor, from its inputs (addresses, or other sources) and the address of its result."""
         key = tensor_key(self._seed, name) if spec.method.random else 0
-        sources = tuple([Memory(a, d, spec.shape) for a, d in zip(inputs, spec.dtypes, strict=True)])
-        return Op(name, spec, key, sources, tuple([Memory(a, spec.out_dtype, spec.shape) for a in targets]))
+        pairs = zip(inputs, spec.dtypes, strict=True)
+        sources = tuple([Memory(x, d, spec.shape) if isinstance(x, int) else x for x, d in pairs])
+        return Op(name, spec, key, sources, (Memory(result, spec.out_dtype, spec.shape),))

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastmerge.checkpoint import of_fields
-from fastmerge.dtypes import BY_NAME, promote
+from fastmerge.dtypes import BY_NAME, DType, promote
 from fastmerge.errors import CheckpointError, RecipeError, ShapeError
 from fastmerge.methods.base import Method
 from fastmerge.methods.parameters import Resolver
 from fastmerge.methods.passthrough import COPY, Passthrough
 from fastmerge.ops.sources import FileRange
-from fastmerge.ops.spec import Op, Spec
+from fastmerge.ops.spec import Op, Source, Spec
 from fastmerge.philox import checked_seed, tensor_key
 from fastmerge.planning.missing import fate
 from fastmerge.planning.rows import Models, Row
@@ -109,7 +109,7 @@ class Outputs:
                 if not who:
                     continue
             else:
-                who, single = part.order, False
+                who, single = part.order, part.alone
             infos = tuple([info for i in who if (info := found[i]) is not None])
             made = self._op(row, part, who, infos, single=single)
             if made is not None:
@@ -120,10 +120,15 @@ class Outputs:
                     self.notes.other.insert(
                         0, f"{str(ref)!r} lacks {n} of {totals[i]} tensors: it does not look like the same architecture"
                     )
-        for part in self.parts:
-            for pattern in part.resolver.unmatched():
-                if not any(pattern in p.resolver.filters and pattern not in p.resolver.unmatched() for p in self.parts):
-                    self.notes.warnings[f"the filter {pattern!r} matches no tensor name"] = None
+        lost = [dict.fromkeys(part.resolver.unmatched()) for part in self.parts]
+        used = {
+            f for part, names in zip(self.parts, lost, strict=True) for f in part.resolver.filters if f not in names
+        }
+        idle = list(dict.fromkeys(f for names in lost for f in names if f not in used))
+        for pattern in idle[:SHOWN]:
+            self.notes.warnings[f"the filter {pattern!r} matches no tensor name"] = None
+        if len(idle) > SHOWN:
+            self.notes.warnings[f"{len(idle) - SHOWN:,} more filters match no tensor name"] = None
         self.notes.warn_missing()
         self.notes.check()
         return tuple(out)
@@ -177,29 +182,56 @@ class Outputs:
             if other.shape != shape:
                 self._shapes(row, part, who, infos)
                 return None
-        types = tuple([i.dtype for i in infos])
-        key = (row.part, who, single, types, shape, part.outcome(row))
+        inputs: tuple[Source, ...]
+        if part.plain:
+            inputs = tuple([of_fields(FileRange, (f, part.positions[i])) for i, f in zip(who, infos, strict=True)])
+            wanted = types = tuple([i.dtype for i in infos])
+            made = False
+        else:
+            copied = len(infos) == 1 and self.wanted is None
+            pairs = [part.inputs[i].source(info, copied=copied) for i, info in zip(who, infos, strict=True)]
+            inputs, wanted = tuple([s for s, _ in pairs]), tuple([d for _, d in pairs])
+            types = tuple([s.dtype for s in inputs])
+            made = any(type(s) is not FileRange for s in inputs)
+        key = (row.part, who, single, types, wanted, made, shape, part.outcome(row))
         if key not in self._specs:
-            self._specs[key] = self._spec(row, part, who, infos, single=single)
+            self._specs[key] = self._spec(row, part, who, types, wanted, shape, single=single, made=made)
         spec = self._specs[key]
         if spec is None:
             if not all(d.mergeable for d in types):
-                self._refuse(row, part, who, infos)
+                self._refuse(row, part, who, types)
             return None
         number = tensor_key(self.seed, row.name) if spec.method.random else 0
-        inputs = tuple([of_fields(FileRange, (info, part.positions[i])) for i, info in zip(who, infos, strict=True)])
         return of_fields(Op, (row.name, spec, number, inputs, ()))
 
     def _spec(
-        self, row: Row, part: _Part, who: tuple[int, ...], infos: tuple[TensorInfo, ...], *, single: bool
+        self,
+        row: Row,
+        part: _Part,
+        who: tuple[int, ...],
+        types: tuple[DType, ...],
+        wanted: tuple[DType, ...],
+        shape: tuple[int, ...],
+        *,
+        single: bool,
+        made: bool,
     ) -> Spec | None:
-        """What is decided, and checked, once for all tensors like this one; None where something is wrong."""
-        types = tuple([i.dtype for i in infos])
-        shape = infos[0].shape
+        """What is decided, and checked, once for all tensors like this one; None where something is wrong.
+
+        Args:
+            row: one of them.
+            part: whose sources.
+            who: which of these.
+            types: of the sources.
+            wanted: types that count for the type of the result, where the recipe does not name one.
+            shape: of all.
+            single: whether one model's tensor is taken over.
+            made: whether any source is computed, so that there are no bytes to copy.
+        """
         if not all(d.mergeable for d in types):
-            alike = len(set(types)) == 1 and not self._float8(infos)
-            return Spec(COPY, shape, types, types[0]) if alike else None
-        dtype = self.wanted or functools.reduce(promote, types)
+            copied = len(set(types)) == 1 and (self.wanted is None or not types[0].name.startswith("float"))
+            return Spec(COPY, shape, types, types[0]) if copied else None
+        dtype = self.wanted or functools.reduce(promote, wanted)
         method: Method = _COPIER
         if not single:
             try:
@@ -207,7 +239,7 @@ class Outputs:
             except RecipeError as e:
                 self.notes.recipe |= dict.fromkeys(f"{row.name}: {p}" for p in e.problems)
                 return None
-        if isinstance(method, Passthrough) and dtype is types[0] and method.scale[0] is None:
+        if isinstance(method, Passthrough) and dtype is types[0] and method.scale[0] is None and not made:
             return Spec(COPY, shape, types, dtype)
         has_base = not single and part.base is not None
         models = (0,) if single else tuple([part.index[i] for i in who[has_base:]])
@@ -218,19 +250,9 @@ class Outputs:
             self.notes.warnings |= dict.fromkeys(method.warn(spec))
         return spec
 
-    def _float8(self, infos: Sequence[TensorInfo]) -> bool:
-        """Whether 8-bit floats would have to be merged or converted."""
-        return infos[0].dtype.name.startswith("float8") and (len(infos) > 1 or self.wanted is not None)
-
-    def _refuse(self, row: Row, part: _Part, who: Sequence[int], infos: tuple[TensorInfo, ...]) -> None:
-        """Says why integers, booleans and other types that nothing is computed on are not copied."""
-        if self._float8(infos):
-            self.notes.other.append(
-                f"{row.name}: {infos[0].dtype.name} weights need their scales to be merged or converted: "
-                "not supported; dequantise the models first"
-            )
-            return
-        shown = ", ".join(f"{str(part.refs[i])!r} {f.dtype.name}" for i, f in zip(who, infos, strict=True))
+    def _refuse(self, row: Row, part: _Part, who: Sequence[int], types: Sequence[DType]) -> None:
+        """Says why types that nothing is computed on are not copied."""
+        shown = ", ".join(f"{str(part.refs[i])!r} {d.name}" for i, d in zip(who, types, strict=True))
         self.notes.other.append(f"{row.name}: types that cannot be merged: {shown}")
 
     def _shapes(self, row: Row, part: _Part, who: Sequence[int], infos: Sequence[TensorInfo]) -> None:
@@ -254,7 +276,10 @@ class _Part:
         method: type[Method] = owner.method
         self.refs = [s.model for s in part.sources]
         self.positions = [owner.position[ref] for ref in self.refs]
+        self.inputs = [owner.models.inputs[ref] for ref in self.refs]
+        self.plain = all(i.plain for i in self.inputs)
         self.base = self.refs.index(part.base) if part.base is not None else None
+        self.alone = self.base is not None and len(self.refs) == 1
         self.resolver = Resolver(
             method,
             [s.parameters for s in part.sources],

@@ -20,7 +20,7 @@ class Plan:
     Attributes:
         recipe: what was asked for.
         seed: the seed in effect.
-        checkpoints: the models, in the order of ``recipe.refs``.
+        checkpoints: the models, in the order of ``recipe.refs``, then their adapters.
         ops: in the order of the output's bytes.
         layout: where each tensor lies in which shard.
         config: the output's ``config.json``; None where the models have none.

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastmerge.errors import RecipeError
+from fastmerge.planning.inputs import Inputs
 from fastmerge.planning.structure import Stack, Structure, is_pre, structure
 from fastmerge.recipe import ModelRef, Part, Recipe
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint, TensorInfo
+    from fastmerge.checkpoint.adapter import Adapter
 
 
 class Row(NamedTuple):
@@ -33,8 +35,15 @@ class Row(NamedTuple):
 class Models:
     """The opened models of a recipe, with what is derived from their headers at most once."""
 
-    def __init__(self, checkpoints: Mapping[ModelRef, Checkpoint]) -> None:
+    def __init__(self, checkpoints: Mapping[ModelRef, Checkpoint], adapters: Mapping[ModelRef, Adapter]) -> None:
         self.checkpoints = checkpoints
+        self.adapters = adapters
+        self.inputs = {
+            ref: Inputs(
+                c, i, adapters.get(ref), len(checkpoints) + list(adapters).index(ref) if ref in adapters else -1
+            )
+            for i, (ref, c) in enumerate(checkpoints.items())
+        }
         self._structures: dict[ModelRef, Structure] = {}
         self._orders: dict[ModelRef, list[str]] = {}
 

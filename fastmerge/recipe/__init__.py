@@ -1,8 +1,8 @@
 """Recipes: what is wanted, as a frozen value, from mergekit's YAML and back.
 
-The grammar is mergekit 0.1.5's (``models``, ``slices``, parameters with gradients and filters) plus two
-keys of fastmerge's own, ``preset`` and ``seed``. Deviations, all of them errors instead of surprises:
-unknown keys and parameters, duplicate keys, values that are not finite or out of bounds.
+The grammar is mergekit 0.1.5's (``models``, ``slices``, parameters with gradients and filters) plus three keys of
+fastmerge's own, ``preset``, ``seed`` and ``missing``. What mergekit ignores without a word is a warning where it is
+harmless, an error where it is likely a mistake; values that are not finite or out of bounds are errors too.
 """
 
 from __future__ import annotations
@@ -29,19 +29,22 @@ class Recipe(Shape):
     _origin: Origin | None = None
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
+    def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, *, strict: bool = False) -> Recipe:
         """Reads and checks a recipe; no model is opened.
 
         Args:
             source: a YAML file, YAML text, or the same as a mapping; a recipe is returned as it is.
+            strict: whether :attr:`warnings` are errors.
 
         Raises:
             RecipeError: with every problem, each as ``file:line: place: what is wrong``.
         """
         if isinstance(source, Recipe):
+            if strict and source.warnings:
+                raise RecipeError(source.warnings)
             return source
         tree, name = text_of(source)
-        recipe, problems = build(cls, tree, name, METHODS)
+        recipe, problems = build(cls, tree, name, METHODS, strict=strict)
         if recipe is not None:
             recipe = check(recipe, METHODS.get(recipe.merge_method), problems)
         problems.check()
@@ -49,6 +52,11 @@ class Recipe(Shape):
             raise RecipeError(f"{name}: not a recipe")
         recipe._origin = problems.origin  # noqa: SLF001  its own
         return recipe
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was ignored or deserves a look, each as ``file:line: place: what``; no part of what the recipe means."""
+        return self._origin.warnings if self._origin is not None else ()
 
     def at(self, loc: Loc) -> str:
         """A place as errors name it, ``recipe.yml:4: slices[1]``; without file and line where it was not loaded."""
@@ -63,6 +71,11 @@ class Recipe(Shape):
     def refs(self) -> tuple[ModelRef, ...]:
         """All models, the base first, then in the order of their first appearance."""
         return refs(self)
+
+    @property
+    def adapters(self) -> tuple[ModelRef, ...]:
+        """All adapters of :attr:`refs`, in the order of their first appearance."""
+        return tuple(dict.fromkeys(ref.lora for ref in self.refs if ref.lora is not None))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -99,7 +112,7 @@ class Recipe(Shape):
                 for part in self.slices
             ]
         out |= level(self)
-        for key in ("dtype", "out_dtype", "chat_template", "seed"):
+        for key in ("dtype", "out_dtype", "chat_template", "seed", "missing"):
             if getattr(self, key) is not None:
                 out[key] = getattr(self, key)
         source = self.tokenizer_source
@@ -117,13 +130,15 @@ class Recipe(Shape):
         """The recipe as one line of JSON without any path: the same wherever the models lie.
 
         Args:
-            identities: what each model of :attr:`refs` is (its header hash); its position where absent.
+            identities: what each model of :attr:`refs` is (its header hash), then what each of :attr:`adapters` is;
+                their number where absent.
             seed: the seed in effect; the recipe's own (or 0) where absent.
         """
         names = {ref: i for i, ref in enumerate(self.refs)}
-        out = self.plain(lambda ref: names[ref])
+        loras = {ref: i for i, ref in enumerate(self.adapters)}
+        out = self.plain(lambda ref: [names[ref], loras[ref.lora]] if ref.lora else names[ref])
         out["seed"] = seed if seed is not None else self.seed or 0
-        out["inputs"] = list(identities) or len(names)
+        out["inputs"] = list(identities) or len(names) + len(loras)
         return json.dumps(out, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 

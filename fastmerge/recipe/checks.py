@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fastmerge.methods.base import REQUIRED, Method, Param
@@ -74,9 +74,7 @@ def _base(base: ModelRef | None, method: type[Method]) -> ModelRef | None:
 
 def check(recipe: Recipe, method: type[Method] | None, problems: Problems) -> Recipe:
     """Adds whatever is wrong; returns the recipe with lifted parameters moved to their level."""
-    if recipe.modules is not None:
-        problems.add(("modules",), "'modules' is not supported yet: use 'models' or 'slices'")
-    elif bool(recipe.models) == bool(recipe.slices):
+    if recipe.modules is None and bool(recipe.models) == bool(recipe.slices):
         problems.add(("slices",) if recipe.slices else (), "expected exactly one of 'models' and 'slices'")
     _duplicates(recipe, problems)
     _slices(recipe, problems)
@@ -91,6 +89,7 @@ def check(recipe: Recipe, method: type[Method] | None, problems: Problems) -> Re
     if bool(recipe.models) != bool(recipe.slices):
         for part in parts(recipe, method):
             _contract(recipe, part, method, problems)
+            _of_the_base(part, method, problems)
             if recipe.preset is None or recipe.preset in presets:
                 _required(recipe, part, method, problems)
     return recipe
@@ -107,9 +106,15 @@ def _duplicates(recipe: Shape, problems: Problems) -> None:
             seen.add(item.model)
     written: dict[str, ModelRef] = {}
     for ref in refs(recipe):
-        first = written.setdefault(f"{os.path.normpath(ref.path)}@{ref.revision}", ref)
+        first = written.setdefault(_same(ref), ref)
         if first != ref:
             problems.add((), f"one model is written in two ways: {str(first)!r} and {str(ref)!r}")
+
+
+def _same(ref: ModelRef) -> str:
+    """Equal for references to one model."""
+    model = f"{os.path.normpath(os.path.expanduser(ref.path))}@{ref.revision}"  # noqa: PTH111
+    return model if ref.lora is None else f"{model}+{_same(ref.lora)}"
 
 
 def _slices(recipe: Shape, problems: Problems) -> None:
@@ -120,6 +125,10 @@ def _slices(recipe: Shape, problems: Problems) -> None:
         elif len(set(lengths)) > 1:
             shown = ", ".join(map(str, lengths))
             problems.add(("slices", i, "sources"), f"all sources of a slice need equally many layers; got {shown}")
+        elif len({source.layer_range for source in s.sources}) > 1:
+            ranges = ", ".join(f"[{a}, {b})" for a, b in (source.layer_range for source in s.sources))
+            what = f"merges different layers with each other ({ranges}) into {lengths[0]} layers"
+            problems.warn(("slices", i, "sources"), f"{what}; layers that follow each other are slices of their own")
 
 
 def _tokenizer(recipe: Recipe, problems: Problems) -> Recipe:
@@ -135,6 +144,8 @@ def _tokenizer(recipe: Recipe, problems: Problems) -> Recipe:
     except ValueError as e:
         problems.add(loc, str(e))
         source = None
+    if source is not None and source not in refs(recipe):  # the tokenizer of model+adapter is the model's
+        source = next((ref for ref in refs(recipe) if replace(ref, lora=None) == source), source)
     if source is not None and source not in refs(recipe):
         known = ", ".join(str(r) for r in refs(recipe))
         problems.add(loc, f"{str(source)!r} is not a model of this recipe{hint(str(source), known.split(', '))}")
@@ -165,22 +176,25 @@ def tokenizer_ref(recipe: Shape) -> ModelRef | None:
         if recipe.base_model is None:
             raise ValueError("'base' needs a 'base_model'")
         return recipe.base_model
-    return ModelRef(source.path.removeprefix("model:"), source.revision)
+    return replace(source, path=source.path.removeprefix("model:"))
 
 
 def refs(recipe: Shape) -> tuple[ModelRef, ...]:
     """All models: the base first, then in the order of their first appearance."""
-    found: dict[ModelRef, None] = {}
+    return tuple(dict.fromkeys(ref for _, ref in places(recipe)))
+
+
+def places(recipe: Shape) -> Iterator[tuple[Loc, ModelRef]]:
+    """Where each model stands: the base, then the others in their order."""
     if recipe.base_model is not None:
-        found[recipe.base_model] = None
-    for m in recipe.models:
-        found[m.model] = None
-    for s in recipe.slices:
+        yield ("base_model",), recipe.base_model
+    for i, m in enumerate(recipe.models):
+        yield ("models", i, "model"), m.model
+    for i, s in enumerate(recipe.slices):
         if s.base_model is not None:
-            found[s.base_model] = None
-        for source in s.sources:
-            found[source.model] = None
-    return tuple(found)
+            yield ("slices", i, "base_model"), s.base_model
+        for k, source in enumerate(s.sources):
+            yield ("slices", i, "sources", k, "model"), source.model
 
 
 def _lift(recipe: Recipe, method: type[Method], problems: Problems) -> Recipe:
@@ -226,6 +240,9 @@ def _contract(recipe: Shape, part: Part, method: type[Method], problems: Problem
         problems.add((*part.loc, "sources"), f"the base {str(part.base)!r} must be one of the sources of each slice")
         return
     count = len(part.sources) - (part.base is not None)
+    if count == 0 and part.base is not None and contract.least == 1 and contract.most is None:
+        problems.warn(part.loc, f"no model beside the base {str(part.base)!r}: the result is that model")
+        return
     if count < contract.least or (contract.most is not None and count > contract.most):
         what = "input" if contract.base == "ignored" else "model"
         beside = "" if part.base is None else f" beside the base {str(part.base)!r}"
@@ -234,6 +251,17 @@ def _contract(recipe: Shape, part: Part, method: type[Method], problems: Problem
             joined = " (the base_model joins as an input: this method has no base)"
         expected = _count(contract.least, contract.most, what)
         problems.add(part.loc, f"{method.name!r} takes {expected}{beside}; got {count}{joined}")
+
+
+def _of_the_base(part: Part, method: type[Method], problems: Problems) -> None:
+    """Warns of parameters that the base states and only the other models have, as a weight beside a base."""
+    declared = {p.name for p in method.params if p.scope == "model"}
+    for i, source in enumerate(part.sources):
+        for name in source.parameters if source.model == part.base else ():
+            if name in declared:
+                loc = (*part.loc, "sources", i) if isinstance(source, Source) else (*part.loc, i)
+                what = f"ignored: the base {str(source.model)!r} has no {name!r}, the models beside it have"
+                problems.warn((*loc, "parameters", name), what)
 
 
 def _count(least: int, most: int | None, what: str) -> str:

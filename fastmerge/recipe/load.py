@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from fastmerge.checkpoint.system import read_regular
 from fastmerge.errors import RecipeError
-from fastmerge.methods.base import Method
+from fastmerge.methods.base import Method, Param
+from fastmerge.recipe import stray
 from fastmerge.recipe import tree as yamltree
+from fastmerge.recipe.modules import hoist
 from fastmerge.recipe.problems import Problems, hint
-from fastmerge.recipe.schema import KEYS, Shape
+from fastmerge.recipe.schema import Shape
 from fastmerge.recipe.settings import Parameters, Rule, Setting, read
 from fastmerge.recipe.tree import Loc, Map, Seq, kind
 
@@ -22,6 +25,14 @@ IGNORED = frozenset({"int8_mask"})
 
 LIFTED = frozenset({("slerp", "t")})
 """Shared parameters that models may state too, as long as they all state the same."""
+
+OTHER_COMMANDS = {
+    "experts": "mergekit-moe",
+    "shared_experts": "mergekit-moe",
+    "gate_mode": "mergekit-moe",
+    "genome": "mergekit-evolve",
+}
+"""Keys that only the files of mergekit's other commands have."""
 
 S = TypeVar("S", bound=Shape)
 
@@ -44,9 +55,10 @@ def text_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Map, st
     if "\0" in str(path):
         raise RecipeError(f"{str(path)!r}: neither a path nor a recipe")
     try:
-        with path.open("rb") as file:
-            data = file.read(yamltree.MAX_BYTES + 1)
+        data = read_regular(path, yamltree.MAX_BYTES + 1)
         text = data.decode("utf-8-sig")
+    except UnicodeEncodeError:
+        raise RecipeError(f"{str(path)!r}: neither a path nor a recipe") from None
     except OSError as e:
         raise RecipeError(f"{path}: cannot read the recipe: {e.strerror}") from None
     except UnicodeDecodeError as e:
@@ -62,41 +74,61 @@ def _looks_like_yaml(text: str) -> bool:
     return not os.path.isfile(text)  # noqa: PTH113  Path.is_file raises for names that are too long
 
 
-def build(cls: type[S], tree: Map, name: str, methods: Mapping[str, type[Method]]) -> tuple[S | None, Problems]:
+def build(
+    cls: type[S], tree: Map, name: str, methods: Mapping[str, type[Method]], *, strict: bool = False
+) -> tuple[S | None, Problems]:
     """The recipe in a tree, and what is wrong with it so far.
 
     Keys that do not exist are reported and left out, so that the rest is still checked.
     """
-    problems = Problems(name, tree)
+    problems = Problems(name, tree, strict=strict)
+    foreign = next((key for key in OTHER_COMMANDS if key in tree), None)
+    if foreign and "merge_method" not in tree:
+        command = OTHER_COMMANDS[foreign]
+        problems.add((foreign,), f"this is a file for {command}, which merges by no 'merge_method': not supported yet")
+        return None, problems
+    hoist(tree, problems)
     wanted = tree.get("merge_method")
     method = methods.get(wanted) if isinstance(wanted, str) else None
     if isinstance(wanted, str) and method is None:
         known = ", ".join(sorted(methods))
         problems.add(("merge_method",), f"unknown method {wanted!r}{hint(wanted, methods)}; known: {known}")
-    data = _with_parameters(tree, method, problems)
+    data = _Levels(tree, method, methods, problems).data()
     try:
         return cls.model_validate(data), problems
     except ValidationError as e:
         mended = True
         for error in e.errors(include_url=False):
             loc = tuple(p for p in error["loc"] if isinstance(p, int | str))
-            problems.add(loc, _message(error, loc, method))
-            mended = mended and error["type"] == "extra_forbidden" and _remove(data, loc)
+            if error["type"] == "extra_forbidden":
+                _extra(data, loc, method, problems)
+                mended = mended and _remove(data, loc)
+            else:
+                problems.add(loc, _message(error))
+                mended = False
     try:
         return (cls.model_validate(data) if mended else None), problems
     except ValidationError:
         return None, problems
 
 
-def _message(error: Any, loc: Loc, method: type[Method] | None) -> str:
-    key = loc[-1] if loc else ""
+def _extra(data: Any, loc: Loc, method: type[Method] | None, problems: Problems) -> None:
+    """Says what a key that the grammar does not have is likely to be."""
+    key = str(loc[-1])
+    if key in IGNORED:
+        problems.warn(loc, "ignored: it never changes a result (its place is under 'parameters:')")
+        return
+    container = next((p for p in reversed(loc[:-1]) if isinstance(p, str)), "")
+    if container != "tokenizer" and method and key in {p.name for p in method.params}:
+        problems.add(loc, f"{key!r} is a parameter of {method.name!r}: put it under 'parameters:'")
+        return
+    for part in loc[:-1]:
+        data = data[part]
+    stray.key(problems, loc, container, data)
+
+
+def _message(error: Any) -> str:
     match error["type"]:
-        case "extra_forbidden":
-            container = next((str(p) for p in reversed(loc[:-1]) if isinstance(p, str)), "")
-            if container in ("models", "slices", "sources", "") and method and key in {p.name for p in method.params}:
-                return f"{key!r} is a parameter of {method.name!r}: put it under 'parameters:'"
-            known = KEYS.get(container, ())
-            return f"unknown key{hint(str(key), known)}; known here: {', '.join(known)}"
         case "missing":
             return "this key is required"
         case "value_error":
@@ -120,57 +152,87 @@ def _remove(data: Any, loc: Loc) -> bool:
     return isinstance(data, dict) and data.pop(str(loc[-1]), None) is not None
 
 
-def _with_parameters(tree: Map, method: type[Method] | None, problems: Problems) -> dict[str, Any]:
-    """A copy of the tree in which every ``parameters`` is read."""
+class _Levels:
+    """Reads every ``parameters`` of a tree.
 
-    def level(node: Any, loc: Loc, scope: Literal["shared", "model"]) -> Any:
+    Args:
+        tree: of the recipe.
+        method: its method; None where it is unknown.
+        methods: all of them.
+        problems: takes whatever is wrong.
+    """
+
+    def __init__(
+        self, tree: Map, method: type[Method] | None, methods: Mapping[str, type[Method]], problems: Problems
+    ) -> None:
+        self._tree = tree
+        self._method = method
+        self._methods = methods
+        self._problems = problems
+        self._declared = {p.name: p for p in method.params} if method else {}
+        self._free = IGNORED | {name for of, name in LIFTED if method and of == method.name}
+        preset = tree.get("preset")
+        known = method is not None and isinstance(preset, str) and preset in method.presets
+        self._defaults = method.defaults(preset if known else None) if method else {}
+
+    def data(self) -> dict[str, Any]:
+        """A copy of the tree in which every ``parameters`` is read."""
+        data: dict[str, Any] = self._level(self._tree, (), None)
+        top = data.get("parameters", Parameters())
+        if isinstance(data.get("models"), Seq):
+            data["models"] = [self._level(item, loc, (top,)) for item, loc in _each(data, "models", ())]
+        if isinstance(data.get("slices"), Seq):
+            slices = []
+            for item, loc in _each(data, "slices", ()):
+                out = self._level(item, loc, None)
+                if isinstance(out, dict) and isinstance(out.get("sources"), Seq):
+                    common = (out.get("parameters", Parameters()), top)
+                    out["sources"] = [self._level(source, at, common) for source, at in _each(out, "sources", loc)]
+                slices.append(out)
+            data["slices"] = slices
+        if isinstance(data.get("tokenizer"), Map):
+            data["tokenizer"] = dict(data["tokenizer"])
+        return data
+
+    def _level(self, node: Any, loc: Loc, common: Sequence[Parameters] | None) -> Any:
+        """A mapping with its ``parameters`` read; ``common`` are the levels above the one of a model."""
         if not isinstance(node, Map):
             return node
         out = dict(node)
         if "parameters" in out:
-            out["parameters"] = _level(out["parameters"], method, (*loc, "parameters"), scope, problems)
+            out["parameters"] = self._parameters(out["parameters"], (*loc, "parameters"), common)
         return out
 
-    def each(owner: dict[str, Any], key: str, loc: Loc) -> Iterator[tuple[Any, Loc]]:
-        if isinstance(owner.get(key), Seq):
-            yield from ((item, (*loc, key, i)) for i, item in enumerate(owner[key]))
+    def _parameters(self, raw: Any, loc: Loc, common: Sequence[Parameters] | None) -> Parameters:
+        if raw is None:
+            return Parameters()
+        if not isinstance(raw, Map):
+            self._problems.add(loc, f"expected a mapping of parameters; got {_shown(raw)}")
+            return Parameters()
+        items: dict[str, Setting] = {}
+        for name, value in raw.items():
+            here = (*loc, name)
+            param = self._declared.get(name)
+            if self._method and param is None and name not in IGNORED:
+                stray.parameter(self._problems, here, self._method, self._methods, raw)
+                continue
+            setting = read(value, param, here, self._problems)
+            if param and param.scope == "shared" and common is not None and name not in self._free:
+                self._shared(setting, param, here, common)
+            else:
+                items[name] = setting or Setting((Rule(0),))  # a wrong value is not a missing one
+        return Parameters(items)
 
-    data: dict[str, Any] = level(tree, (), "shared")
-    if isinstance(data.get("models"), Seq):
-        data["models"] = [level(item, loc, "model") for item, loc in each(data, "models", ())]
-    if isinstance(data.get("slices"), Seq):
-        slices = []
-        for item, loc in each(data, "slices", ()):
-            out = level(item, loc, "shared")
-            if isinstance(out, dict) and isinstance(out.get("sources"), Seq):
-                out["sources"] = [level(source, at, "model") for source, at in each(out, "sources", loc)]
-            slices.append(out)
-        data["slices"] = slices
-    if isinstance(data.get("tokenizer"), Map):
-        data["tokenizer"] = dict(data["tokenizer"])
-    return data
+    def _shared(self, setting: Setting | None, param: Param, here: Loc, common: Sequence[Parameters]) -> None:
+        """Judges a shared parameter of one model: mergekit ignores it, which is right where it changes nothing."""
+        default = Setting((Rule(self._defaults[param.name]),))
+        effect: Setting = next((level[param.name] for level in common if param.name in level), default)
+        if setting == effect:
+            self._problems.warn(here, "shared by all models, ignored for one; it is what the others have too")
+        elif setting is not None:
+            self._problems.add(here, "shared by all models: put it under the 'parameters:' of the recipe or the slice")
 
 
-def _level(
-    raw: Any, method: type[Method] | None, loc: Loc, scope: Literal["shared", "model"], problems: Problems
-) -> Parameters:
-    if raw is None:
-        return Parameters()
-    if not isinstance(raw, Map):
-        problems.add(loc, f"expected a mapping of parameters; got {_shown(raw)}")
-        return Parameters()
-    declared = {p.name: p for p in method.params} if method else {}
-    items: dict[str, Setting] = {}
-    for name, value in raw.items():
-        here = (*loc, name)
-        param = declared.get(name)
-        if method and param is None and name not in IGNORED:
-            known = ", ".join(declared) or "none"
-            problems.add(here, f"unknown parameter of {method.name!r}{hint(name, declared)}; known: {known}")
-            continue
-        if method and param and param.scope == "shared" and scope == "model" and (method.name, name) not in LIFTED:
-            problems.add(here, "shared by all models: put it under the 'parameters:' of the recipe or the slice")
-            continue
-        setting = read(value, param, here, problems)
-        items[name] = setting or Setting((Rule(0),))  # a wrong value is not a missing one
-    return Parameters(items)
+def _each(owner: dict[str, Any], key: str, loc: Loc) -> Iterator[tuple[Any, Loc]]:
+    if isinstance(owner.get(key), Seq):
+        yield from ((item, (*loc, key, i)) for i, item in enumerate(owner[key]))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any
+import os
+import re
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, InstanceOf, StrictInt, StrictStr
 
@@ -13,61 +15,115 @@ from fastmerge.recipe.settings import Parameters
 from fastmerge.recipe.tree import Map, kind
 
 SEED_BOUND = 2**63
-NO_ADAPTERS = "adapters (model+lora) are not supported yet: merge the adapter into its model first"
+_WRITE_PATHS = "a path with '+' or '@' is written {model: {path: ...}}"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRef:
-    """A model: a local directory, or ``org/name`` on the hub, at a revision."""
+    """A model: a local directory, or ``org/name`` on the hub, at a revision, with an adapter or without.
+
+    Attributes:
+        path: of the directory or on the hub.
+        revision: on the hub.
+        lora: the adapter that is applied to it, itself without one.
+    """
 
     path: str
     revision: str | None = None
+    lora: ModelRef | None = None
 
     def __str__(self) -> str:
-        return f"{self.path}@{self.revision}" if self.revision else self.path
+        model = f"{self.path}@{self.revision}" if self.revision else self.path
+        return model if self.lora is None else f"{model}+{self.lora}"
 
     def plain(self) -> Any:
-        """As YAML writes it: a string, or mergekit's mapping where ``@`` or ``+`` belong to the path."""
-        if not any(c in self.path + (self.revision or "") for c in "@+"):
+        """As YAML writes it: a string, or mergekit's mapping where that string would say something else."""
+        names = [self.path, self.revision or "", *((self.lora.path, self.lora.revision or "") if self.lora else ())]
+        joined = self.lora is not None or self.revision is not None
+        if not any(c in name for name in names for c in "@+") and not (joined and exists(str(self))):
             return str(self)
-        return {"model": {"path": self.path, **({"revision": self.revision} if self.revision else {})}}
+        return {"model": _plain_path(self), **({"lora": _plain_path(self.lora)} if self.lora else {})}
+
+
+def _plain_path(ref: ModelRef) -> dict[str, str]:
+    return {"path": ref.path, **({"revision": ref.revision} if ref.revision else {})}
+
+
+def exists(path: str) -> bool:
+    """Whether this machine has something of that name: then it is a path, whatever ``@`` and ``+`` are in it."""
+    return os.path.lexists(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises for unknown users
 
 
 def model_ref(raw: Any) -> ModelRef:
-    """Reads ``path``, ``org/name@revision``, or mergekit's mapping form.
+    """Reads ``path``, ``org/name@revision``, either with ``+adapter``, or mergekit's mapping form.
+
+    A text with ``@`` or ``+`` that exists as a path is that path.
 
     mergekit's ``override_architecture`` is accepted and has no effect: there is no architecture table.
 
     Raises:
-        ValueError: for adapters (``+lora``), several revisions, an empty path or anything else.
+        ValueError: for several adapters or revisions, a revision of a local path, an empty path or anything else.
     """
     if isinstance(raw, ModelRef):
         return raw
     if isinstance(raw, Map):
         return _mapping_ref(raw)
-    if not isinstance(raw, str) or not raw.strip() or "\0" in raw:
+    text = os.fspath(raw) if isinstance(raw, os.PathLike) else raw
+    if not isinstance(text, str) or not text.strip():
         shown = repr(raw) if isinstance(raw, str) else kind(raw)
         raise ValueError(f"expected a model: a directory or org/name[@revision]; got {shown}")
-    if "+" in raw:
-        raise ValueError(f"{raw!r}: {NO_ADAPTERS} (a path with '+' is written {{model: {{path: ...}}}})")
-    path, at, revision = raw.partition("@")
-    if at and (not path or not revision or "@" in revision):
-        raise ValueError(f"{raw!r}: expected one path[@revision]")
-    return ModelRef(path, revision or None)
+    if "+" not in text or exists(text):
+        return _path_ref(text)
+    cuts = [i for i, c in enumerate(text) if c == "+"]
+    if len(cuts) > 1:
+        cuts = [i for i in cuts if all("+" not in s or exists(s) for s in (text[:i], text[i + 1 :]))]
+    if len(cuts) != 1:
+        raise ValueError(f"{text!r}: expected one model[+adapter]; {_WRITE_PATHS}")
+    model, adapter = text[: cuts[0]], text[cuts[0] + 1 :]
+    if not model.strip() or not adapter.strip():
+        raise ValueError(f"{text!r}: expected model+adapter; {_WRITE_PATHS}")
+    return replace(_path_ref(model), lora=_path_ref(adapter))
+
+
+def _path_ref(text: str) -> ModelRef:
+    """``path[@revision]``, which stands for itself where it exists as a path."""
+    if "@" not in text or exists(text):
+        return _ref(text, None)
+    path, _, revision = text.rpartition("@")
+    if not path or not revision or ("@" in path and not exists(path)):
+        raise ValueError(f"{text!r}: expected one path[@revision]")
+    return _ref(path, revision)
+
+
+def _ref(path: str, revision: str | None) -> ModelRef:
+    if any(c < " " or "\x7f" <= c < "\xa0" or "\ud800" <= c <= "\udfff" for c in path + (revision or "")):
+        raise ValueError(f"expected a model: a directory or org/name[@revision]; got {path!r}: control characters")
+    if path.startswith("~") and os.path.expanduser(path) == path:  # noqa: PTH111
+        raise ValueError(f"{path!r}: no such user, whose directory it could be in")
+    if revision and exists(path):
+        raise ValueError(f"{path!r} is a path on this machine, which has no revisions; got revision {revision!r}")
+    return ModelRef(path.rstrip("/") or path, revision or None)
 
 
 def _mapping_ref(raw: Map) -> ModelRef:
-    if raw.get("lora") is not None:
-        raise ValueError(NO_ADAPTERS)
-    inner = raw.get("model")
-    if set(raw) <= {"model", "lora", "override_architecture"}:
-        if isinstance(inner, str):
-            return model_ref(inner)
-        if isinstance(inner, Map) and set(inner) <= {"path", "revision"}:
-            path, revision = inner.get("path"), inner.get("revision")
-            if isinstance(path, str) and path.strip() and "\0" not in path and isinstance(revision, str | None):
-                return ModelRef(path, revision or None)
-    raise ValueError(f"expected a model, or {{model: {{path, revision}}}}; got a mapping of {sorted(raw)}")
+    if "model" in raw and set(raw) <= {"model", "lora", "override_architecture"}:
+        model, adapter = _part(raw["model"]), _part(raw.get("lora"))
+        if model is not None and (adapter is not None or raw.get("lora") is None):
+            return replace(model, lora=adapter)
+    raise ValueError(
+        f"expected a model, or {{model: {{path, revision}}, lora: {{path, revision}}}}; got a mapping of {sorted(raw)}"
+    )
+
+
+def _part(raw: Any) -> ModelRef | None:
+    """A model or an adapter inside mergekit's mapping: ``path[@revision]``, or ``{path, revision}``."""
+    if isinstance(raw, str) and raw.strip():
+        return _path_ref(raw)
+    if isinstance(raw, Map) and set(raw) <= {"path", "revision"}:
+        path, revision = raw.get("path"), raw.get("revision")
+        if isinstance(path, str) and path.strip() and isinstance(revision, str | None):
+            return _ref(path, revision)
+    return None
 
 
 def dtype_name(raw: Any) -> str:
@@ -89,6 +145,15 @@ def dtype_name(raw: Any) -> str:
     raise ValueError(f"{raw!r} {what}: expected one of {', '.join(names)}{near}")
 
 
+def _integer(value: Any) -> Any:
+    """Integers as mergekit takes them: ``12``, ``"12"`` and ``12.0``; anything else goes on as it is."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]{1,20}", value):
+        return int(value)
+    return value
+
+
 def _layer_range(value: tuple[int, int]) -> tuple[int, int]:
     first, end = value
     if not 0 <= first < end:
@@ -106,6 +171,7 @@ def _none_is_empty(value: Any) -> Any:
     return () if value is None else value
 
 
+Integer = Annotated[StrictInt, BeforeValidator(_integer)]
 Ref = Annotated[InstanceOf[ModelRef], BeforeValidator(model_ref)]
 DTypeName = Annotated[str, BeforeValidator(dtype_name)]
 Settings = InstanceOf[Parameters]
@@ -128,7 +194,7 @@ class Input(Value):
 class Source(Input):
     """One model of a slice: its layers ``[first, end)``."""
 
-    layer_range: Annotated[tuple[StrictInt, StrictInt], AfterValidator(_layer_range)]
+    layer_range: Annotated[tuple[Integer, Integer], AfterValidator(_layer_range)]
 
 
 class Slice(Value):
@@ -162,7 +228,8 @@ class Shape(Value):
     tokenizer_source: Ref | None = None
     tokenizer: Tokenizer | None = None
     chat_template: StrictStr | None = None
-    seed: Annotated[StrictInt, AfterValidator(_seed)] | None = None
+    seed: Annotated[Integer, AfterValidator(_seed)] | None = None
+    missing: Literal["error", "merge"] | None = None
 
 
 KEYS: dict[str, tuple[str, ...]] = {
@@ -170,6 +237,17 @@ KEYS: dict[str, tuple[str, ...]] = {
     "models": tuple(Input.model_fields),
     "slices": tuple(Slice.model_fields),
     "sources": tuple(Source.model_fields),
+    "modules": ("models", "slices", "parameters"),
     "tokenizer": tuple(Tokenizer.model_fields),
 }
-"""The keys that each kind of mapping has, for hints."""
+"""The keys that each kind of mapping has; the recipe itself is ``""``."""
+
+PLACES = {
+    "": "the recipe itself",
+    "models": "an entry of 'models'",
+    "slices": "a slice",
+    "sources": "a source of a slice",
+    "modules": "a module",
+    "tokenizer": "'tokenizer'",
+}
+"""What errors call each kind of mapping."""

@@ -73,6 +73,9 @@ def _scalar(raw: Any, param: Param | None, loc: Loc, problems: Problems) -> Scal
             problems.add(loc, f"expected a finite number; got {raw!r}")
             return None
         return raw
+    if isinstance(raw, bool) and param.type in (float, int):
+        problems.add(loc, f"expected a number; got {'true (or yes, on)' if raw else 'false (or no, off)'}")
+        return None
     try:
         return convert(raw, param)
     except ValueError as e:

@@ -6,11 +6,12 @@ before libyaml composes nodes: composing is recursive in C and a deeply nested t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
-from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent, NodeEvent
+from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent, NodeEvent, ScalarEvent
 from yaml.nodes import MappingNode, Node, ScalarNode
 
 from fastmerge.errors import RecipeError
@@ -22,18 +23,29 @@ MAX_NODES = 200_000
 
 _PREFIX = "tag:yaml.org,2002:"
 _SCALARS = frozenset(_PREFIX + t for t in ("str", "int", "float", "bool", "null"))
+_NOTHING = frozenset({"", "~", "null", "Null", "NULL"})
+_OCTAL = re.compile(r"[-+]?0[0-7]+")
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Loc = tuple[str | int, ...]
 
 
 class Map(dict[str, Any]):
-    """A mapping that knows the line of each of its keys (None: it did not come from a file)."""
+    """A mapping that knows the line of each of its keys (None: it did not come from a file).
+
+    The root of a text also has ``notes``: lines and what deserves a warning there.
+    """
 
     def __init__(self, line: int | None = None) -> None:
         super().__init__()
         self.line = line
         self.lines: dict[str, int | None] = {}
+        self.notes: list[tuple[int, str]] = []
+
+    def put(self, key: str, value: Any, line: int | None) -> None:
+        """Sets a key that stands on ``line``."""
+        self[key] = value
+        self.lines[key] = line
 
 
 class Seq(list[Any]):
@@ -45,16 +57,28 @@ class Seq(list[Any]):
         self.lines: list[int | None] = []
 
 
+class Odd:
+    """A scalar that YAML reads as what its text does not say (``1:30`` is 90): nothing takes it as a value."""
+
+    def __init__(self, text: str, meaning: str) -> None:
+        self.text = text
+        self.meaning = meaning
+
+    def __repr__(self) -> str:
+        return f"{self.text[:60]!r}, which YAML reads as {self.meaning}"
+
+
 def parse(text: str, name: str) -> Map:
     """Reads one YAML document that must be a mapping.
 
     Args:
-        text: the document; at most 1 MB, 24 levels, 200 aliases, 200,000 nodes once aliases are expanded.
+        text: the document, maybe between empty ones; at most 1 MB, 24 levels, 200 aliases, 200,000 nodes once
+            aliases are expanded.
         name: what errors call the file.
 
     Raises:
-        RecipeError: for broken syntax, several documents, language-specific tags, duplicate or
-            non-string keys, recursion, or a limit; with file and line.
+        RecipeError: for broken syntax, several documents, language-specific tags, keys twice with different
+            values, non-string keys, recursion, or a limit; with file and line.
     """
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise RecipeError(f"{name}: a recipe of more than {MAX_BYTES:,} bytes is refused")
@@ -62,9 +86,10 @@ def parse(text: str, name: str) -> Map:
         _bound(text, name)
         loader = _LOADER(text)
         try:
-            root = loader.get_single_node()
             builder = _Builder(loader, name)
-            tree = builder.value(root, 0) if root is not None else None
+            tree = None
+            while tree is None and loader.check_node():
+                tree = builder.value(loader.get_node(), 0)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as e:
@@ -79,6 +104,7 @@ def parse(text: str, name: str) -> Map:
     if not isinstance(tree, Map):
         what = "is empty" if tree is None else f"holds {kind(tree)}"
         raise RecipeError(f"{name}: expected a mapping with 'merge_method' and 'models' or 'slices'; this {what}")
+    tree.notes = builder.notes
     return tree
 
 
@@ -102,8 +128,7 @@ def _located(value: Any, depth: int) -> Any:
         for key, item in value.items():
             if not isinstance(key, str):
                 raise RecipeError(f"recipe: keys are strings, not {key!r}")
-            out[key] = _located(item, depth + 1)
-            out.lines[key] = None
+            out.put(key, _located(item, depth + 1), None)
         return out
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         seq = Seq()
@@ -111,7 +136,16 @@ def _located(value: Any, depth: int) -> Any:
             seq.append(_located(item, depth + 1))
             seq.lines.append(None)
         return seq
+    if isinstance(value, str) and not _encodable(value):
+        raise RecipeError(f"recipe: {value[:60]!r} is no text: it holds half of a surrogate pair")
     return value
+
+
+def _encodable(text: str) -> bool:
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def line_at(tree: Any, loc: Loc) -> int | None:
@@ -129,14 +163,17 @@ def line_at(tree: Any, loc: Loc) -> int | None:
 
 def _bound(text: str, name: str) -> None:
     depth = aliases = nodes = documents = 0
+    started: DocumentStartEvent | None = None
     for event in yaml.parse(text, Loader=_LOADER):
-        if isinstance(event, DocumentStartEvent):
+        if started is not None and not (isinstance(event, ScalarEvent) and event.value in _NOTHING):
             documents += 1
             if documents > 1:
                 raise RecipeError(
-                    f"{name}:{_line(event)}: more than one YAML document ('---'); one file is one recipe: split it"
+                    f"{name}:{_line(started)}: more than one YAML document ('---'); one file is one recipe: split it "
+                    f"(mergekit-multi's chains of recipes are not supported yet)"
                 )
-        elif isinstance(event, CollectionEndEvent):
+        started = event if isinstance(event, DocumentStartEvent) else None
+        if isinstance(event, CollectionEndEvent):
             depth -= 1
         elif isinstance(event, NodeEvent):
             nodes += 1
@@ -168,6 +205,7 @@ class _Builder:
         self.loader = loader
         self.name = name
         self.problems: list[str] = []
+        self.notes: list[tuple[int, str]] = []
         self.nodes = 0
         self.open: set[int] = set()
 
@@ -186,14 +224,19 @@ class _Builder:
         return out
 
     def scalar(self, node: ScalarNode, here: str) -> Any:
+        if node.tag == _PREFIX + "timestamp":
+            return Odd(node.value, "a date")
         if node.tag not in _SCALARS:
             self.problems.append(f"{here}: {_tag(node)} values have no place in a recipe: {node.value[:60]!r}")
             return None
         try:
-            return self.loader.construct_object(node)
+            value = self.loader.construct_object(node)
         except (ValueError, KeyError) as e:
             self.problems.append(f"{here}: cannot read {node.value[:60]!r}: {e}")
             return None
+        if isinstance(value, str) and not _encodable(value):
+            self.problems.append(f"{here}: {value[:60]!r} is no text: it holds half of a surrogate pair")
+        return value if node.tag == _PREFIX + "str" else _plain_number(node.value, value)
 
     def sequence(self, node: Node, depth: int, here: str) -> Seq:
         out = Seq(node.start_mark.line + 1)
@@ -220,18 +263,19 @@ class _Builder:
                 shown = repr(key.value[:60]) if isinstance(key, ScalarNode) else f"a {key.id}"
                 self.problems.append(f"{self.name}:{line}: keys are strings, not {shown} (quote it if it is a name)")
                 continue
-            if key.value in out:
-                self.problems.append(
-                    f"{self.name}:{line}: duplicate key {key.value!r} (first on line {out.lines[key.value]})"
-                )
+            value = self.value(item, depth + 1)
+            if key.value not in out:
+                out.put(key.value, value, line)
                 continue
-            out[key.value] = self.value(item, depth + 1)
-            out.lines[key.value] = line
+            first = f"{key.value!r} (first on line {out.lines[key.value]})"
+            if value == out[key.value]:
+                self.notes.append((line, f"{self.name}:{line}: the key {first} stands here again, with the same value"))
+            else:
+                self.problems.append(f"{self.name}:{line}: duplicate key {first} with another value")
         for parent in merged:
             for name, item in parent.items():
                 if name not in out:
-                    out[name] = item
-                    out.lines[name] = parent.lines[name]
+                    out.put(name, item, parent.lines[name])
         return out
 
     def inherited(self, node: Node, depth: int, line: int) -> Iterator[Map]:
@@ -244,6 +288,16 @@ class _Builder:
                 self.problems.append(f"{self.name}:{line}: '<<' takes mappings, not {kind(item)}")
 
 
+def _plain_number(text: str, value: Any) -> Any:
+    """The value of a scalar that is no text; :class:`Odd` where people would read another number than YAML 1.1."""
+    if isinstance(value, int | float) and ":" in text:
+        return Odd(text, f"{value!r} (base 60)")
+    digits = text.replace("_", "")
+    if isinstance(value, int) and _OCTAL.fullmatch(digits) and int(digits, 10) != value:
+        return Odd(text, f"{value!r} (base 8)")
+    return value
+
+
 def _tag(node: Node) -> str:
     tag = str(node.tag)
     return "!!" + tag[len(_PREFIX) :] if tag.startswith(_PREFIX) else tag
@@ -251,5 +305,7 @@ def _tag(node: Node) -> str:
 
 def kind(value: Any) -> str:
     """What a value is, in words for an error."""
+    if isinstance(value, Odd):
+        return repr(value)
     names = {Seq: "a list", Map: "a mapping", str: "a string", bool: "a boolean", type(None): "nothing"}
-    return names.get(type(value), "a number")
+    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")

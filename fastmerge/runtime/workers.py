@@ -142,7 +142,7 @@ class Runner:
             return
         host = self._store.load(job, unit, buffer)
         t1 = time.perf_counter()
-        partial = device.run(lambda: self._compute(task, device, host))
+        partial = device.run(self._compute, task, device, host)
         t2 = t3 = time.perf_counter()
         if task.phase == "statistics":
             self._queue.deposit(task, partial)

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("torch", reason="the GPU benches need torch")
 pytest.importorskip("triton", reason="the GPU benches need triton")
 
+from bench import clock
 from bench.gpu import bars, data, merges, runner, sanitize, table, tests, timing
 from bench.gpu.build import packages
 from bench.gpu.plan import PARTS, Absent, Context, Item, items
@@ -313,14 +314,14 @@ def test_the_device_is_busy_until_the_host_has_issued(monkeypatch):
         now["host"] = now["device"] = max(now["device"], now["host"])
 
     def sleep(cycles):
-        now["slept"].append(cycles / timing.CYCLES)
-        now["device"] += cycles / timing.CYCLES
+        now["slept"].append(cycles / clock.CYCLES)
+        now["device"] += cycles / clock.CYCLES
 
     def work():
         now["host"] += 2e-3
         now["device"] = max(now["device"], now["host"]) + 5e-3
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now["host"])
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now["host"])
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "_sleep", sleep)
@@ -342,7 +343,8 @@ from tests.kernels.aot import TABLE, Driver
 driver.set_active(Driver(90))
 inner = JITFunction.run
 JITFunction.run = lambda self, *a, grid, warmup, **k: inner(self, *a, grid=grid, warmup=True, **k)
-from bench.gpu import calls, issue
+from bench import calls
+from bench.gpu import issue
 from bench.gpu.data import family
 from bench.gpu.spin import spin_kernel
 from fastmerge.kernels.backend import TritonKernels

@@ -1,5 +1,7 @@
-"""The bench of the CPU kernels runs, and its cases are valid calls."""
+"""The benches of kernels, methods and calls run, and every kernel has one; nothing is measured here."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,24 +9,44 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("fastmerge._native", reason="the extension is not built")
+pytest.importorskip("pytest_benchmark", reason="the benches are pytest-benchmark's")
 
-SCRIPT = Path(__file__).resolve().parents[2] / "bench/kernels.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_every_kernel_has_a_row():
-    command = [sys.executable, str(SCRIPT), "--quick", "--sections", "hot"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    kernels = {line.split()[0] for line in done.stdout.splitlines()[2:] if line}
+def bench(*words):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_every_bench_runs_and_every_kernel_has_some():
+    done = bench("bench", "--benchmark-disable", "-rA")
+    assert done.returncode == 0, done.stdout[-3000:]
+    ran = [line.removeprefix("PASSED bench/") for line in done.stdout.splitlines() if line.startswith("PASSED")]
+    kernels = {re.split(r"[\[\] ]", name)[1] for name in ran if "::test_cold" in name}
     assert kernels == {"combine", "gram", "delta_keys", "count", "l1", "votes", "consensus", "replicate"}
-    assert "saved" not in done.stdout
+    assert {name.split("::")[0] for name in ran} == {p.name for p in (ROOT / "bench").glob("test_*.py")}
 
 
-def test_kernels_and_sections_can_be_chosen():
-    words = ["--quick", "--sections", "types", "--kernels", "replicate"]
-    done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, check=True)
-    title, _, *rows = done.stdout.split("\n\n")[0].splitlines()
-    assert title == "== types"
-    assert [row.split()[:2] for row in rows if "noise" not in row] == [
-        ["replicate", t] for t in ("bf16", "fp16", "fp32")
-    ]
-    assert len(rows) == 6
+def test_the_table_has_shares_and_the_saved_run_has_where_it_was(tmp_path):
+    done = bench(
+        "bench/test_kernels.py",
+        "--benchmark-only",
+        "-k",
+        "test_hot and combine",
+        f"--benchmark-json={tmp_path / 'run.json'}",
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    head, *rows = done.stdout.split("== combine hot\n")[1].split("\n\n")[0].splitlines()
+    assert head.split()[-3:] == ["share", "of", "memcpy"]
+    assert [row.split()[1:3] for row in rows] == [["combine", "bf16"], ["combine", "delta"]]
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["provenance"]["commit"]
+    for entry in run["benchmarks"]:
+        assert entry["extra_info"]["bytes"] > 0
+        assert 0 < entry["extra_info"]["share of memcpy"] < 100
+
+
+def test_the_test_suite_runs_no_benches(pytestconfig):
+    assert pytestconfig.getini("testpaths") == ["tests"]
+    assert not any("benchmark" in option for option in pytestconfig.getini("addopts"))

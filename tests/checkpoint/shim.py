@@ -119,7 +119,8 @@ def raw(header: bytes, data: bytes = b"") -> bytes:
 
 
 def tensor(tag: str, *shape: int, seed: int = 0) -> tuple[str, tuple[int, ...], bytes]:
-    nbytes = int(np.prod(shape, dtype=np.int64)) * BY_TAG[tag].size
+    nbytes = BY_TAG[tag].nbytes(int(np.prod(shape, dtype=np.int64)))
+    assert nbytes >= 0
     return tag, shape, np.random.default_rng(seed).bytes(nbytes)
 
 

@@ -60,7 +60,7 @@ def entry(tag="U8", shape=(2,), offsets=(0, 2)) -> dict[str, object]:
 
 
 def test_accepts_every_dtype_scalars_and_empty_tensors():
-    tensors = {f"t.{tag}": tensor(tag, 3, 2, seed=i) for i, tag in enumerate(BY_TAG)}
+    tensors = {f"t.{tag}": tensor(tag, 3, 4, seed=i) for i, tag in enumerate(BY_TAG)}
     tensors |= {"scalar": tensor("F32"), "empty": tensor("BF16", 0, 7), "größe": tensor("F16", 1)}
     content = file_bytes(tensors, {"format": "pt"})
     assert accepted(content) == theirs(content) == tensors
@@ -140,6 +140,43 @@ def test_refuses(case):
 def test_refuses_text(header, said):
     with pytest.raises(CheckpointError, match=said):
         ours(raw(header))
+
+
+@pytest.mark.parametrize(
+    ("tag", "shape", "nbytes", "said"),
+    [
+        ("F4", (3,), 2, "ends inside a byte"),
+        ("F4", (1,), 0, "ends inside a byte"),
+        ("F6_E2M3", (2,), 1, "ends inside a byte"),
+        ("F4", (4,), 4, "takes 2 bytes"),
+        ("F6_E3M2", (4,), 4, "takes 3 bytes"),
+    ],
+)
+@pytest.mark.parametrize("compact", [True, False])
+def test_types_below_a_byte_end_at_one(tag, shape, nbytes, said, compact):
+    content = file_bytes({"a": (tag, shape, bytes(nbytes))}, compact=compact)
+    assert theirs(content) is None
+    with pytest.raises(CheckpointError, match=said):
+        ours(content)
+
+
+def test_a_range_that_runs_backwards_is_no_tensor_that_ends_inside_a_byte():
+    text = b'{"a":{"dtype":"F4","shape":[1],"data_offsets":[1,0]},"b":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    assert accepted(raw(text, b"x")) is None
+
+
+@pytest.mark.parametrize("part", ['"t{}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}', '"t{}":{{}},"u{}":0'])
+def test_a_header_of_endless_entries_is_refused_before_it_is_parsed(part, monkeypatch):
+    monkeypatch.setattr(headers, "MAX_TENSORS", 100)
+    monkeypatch.setattr(headers, "_MAX_VALUES", 800)
+    text = ",".join(part.format(i, i) for i in range(1000))
+    with pytest.raises(CheckpointError, match="expected at most (100|800)"):
+        ours(raw(f"{{{text}}}".encode()))
+
+
+def test_a_deeply_nested_entry_is_refused():
+    with pytest.raises(CheckpointError, match="f: "):
+        ours(raw(b'{"a":{"dtype":' + b"[" * 900 + b"]" * 900 + b"}}"))
 
 
 def test_lists_all_problems_up_to_a_limit():
@@ -240,7 +277,7 @@ def test_mutated_files_against_safetensors():
     for i in range(4000):
         tensors = {
             rng.choice("abcé") * rng.randint(1, 3): tensor(
-                rng.choice(list(BY_TAG)), *rng.choices(range(4), k=rng.randint(0, 3))
+                rng.choice(list(BY_TAG)), *rng.choices((0, 1, 2, 3), k=rng.randint(0, 2)), rng.choice((0, 4))
             )
             for _ in range(rng.randint(0, 3))
         }

@@ -151,9 +151,27 @@ try:
     Checkpoint.open("org/other")
 except CheckpointError as error:
     print(error)
+for ref, revision in (("org/name@gone", None), ("org/name", "gone"), ("org/other", "gone")):
+    try:
+        Checkpoint.open(ref, revision=revision)
+    except CheckpointError as error:
+        print(error)
 """
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     root = Path(__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
     assert f"org/name@{SHA} ['a']" in run.stdout
     assert "not in the local cache (HF_HUB_OFFLINE is set)" in run.stdout
+    unknown = "org/name@gone: the local cache does not hold this revision, and HF_HUB_OFFLINE is set: it holds "
+    unknown += f"'main', '{SHA}'"
+    assert run.stdout.count(unknown) == 2
+    assert "org/other@gone: not a path, and not in the local cache (HF_HUB_OFFLINE is set)" in run.stdout
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_revision_that_was_asked_for_is_named_in_every_error(library, offline):
+    library.constants.HF_HUB_OFFLINE = offline
+    for name in ("RevisionNotFoundError", "LocalEntryNotFoundError", "RepositoryNotFoundError", "GatedRepoError"):
+        library.error = type(name, (Exception,), {})()
+        with pytest.raises(CheckpointError, match="^org/name@v7: "):
+            Checkpoint.open("org/name", revision="v7")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import struct
 import time
 
@@ -49,15 +50,25 @@ def test_paths_in_an_index(model, name):
     assert any("tensor 'c'" in p and repr(name) in p for p in problems)
 
 
-def test_links_that_leave_the_directory(model, tmp_path):
-    outside = tmp_path / "outside.safetensors"
-    (model / B).rename(outside)
-    (model / B).symlink_to(outside)
-    assert f"{model / B}: leads out of the model's directory to {outside}" in refused(model)[0]
+def test_links_are_followed_wherever_they_lead(model, tmp_path):
+    elsewhere = tmp_path / "another disk"
+    elsewhere.mkdir()
+    (model / "config.json").write_text('{"model_type": "x"}')
+    for name in (A, B, "model.safetensors.index.json", "config.json"):
+        (model / name).rename(elsewhere / f"blob of {name}")
+        (model / name).symlink_to(elsewhere / f"blob of {name}")
+    found = Checkpoint.open(model)
+    assert len(found.tensors) == 3
+    assert found.config == {"model_type": "x"}
+    assert found.warnings == ()
+    (elsewhere / f"blob of {B}").unlink()
+    assert f"{model / B}: cannot open: No such file" in refused(model)[0]
+
+
+def test_a_link_to_the_directory_itself_is_no_weight_file(model):
     (model / B).unlink()
-    (model / B).symlink_to("shard.data")
-    outside.rename(model / "shard.data")
-    assert len(Checkpoint.open(model).tensors) == 3
+    (model / B).symlink_to(model)
+    assert f"{model / B}: cannot open: expected a regular file, got a directory" in refused(model)[0]
 
 
 @pytest.mark.parametrize(
@@ -68,15 +79,89 @@ def test_broken_indices(model, content):
     assert "index.json" in refused(model)[0]
 
 
-def test_index_and_shards_that_differ_are_all_listed(model):
+def test_index_and_shards_that_differ(model):
     write_index(model, {"a": A, "gone": A, "c": A, "x": "model-00009-of-00002.safetensors", "bad\n": B})
     problems = refused(model)
-    text = "\n".join(problems)
-    assert "control character" in text
-    assert "shards that the index names are missing: 'model-00009-of-00002.safetensors'" in text
-    assert f"{model / A}: tensors that the index places here are absent: 'gone', 'c'" in text
-    assert f"{model / A}: tensors that the index does not name: 'b'" in text
-    assert len(problems) == 5
+    assert "control character" in problems[0]
+    assert "shards that the index names are missing: 'model-00009-of-00002.safetensors'" in problems[1]
+    assert len(problems) == 2
+    write_index(model, {"a": A, "gone": B, "c": A})
+    found = Checkpoint.open(model)
+    assert list(found.tensors) == ["a", "b", "c"]
+    assert found.warnings == (
+        f"{model}: tensors that the index does not name are read as well: 'b'",
+        f"{model}: tensors are in other shards than the index says: 'c'",
+        f"{model}: the index names tensors that are in no shard: 'gone'",
+    )
+
+
+LAYER = "model.layers.{}.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "whole"),
+    [
+        ("mtp.fc.weight", {}, True),
+        ("mtp.layers.0.self_attn.q_proj.weight", {}, True),
+        ("model.mtp.norm.weight", {}, True),
+        ("model.layers.1.self_attn.rotary_emb.inv_freq", {}, True),
+        ("model.vision.position_ids", {}, True),
+        ("vision_tower.norm.weight", {}, True),  # nothing of that part is there: the other models tell
+        ("model.extra.weight", {}, True),
+        ("lm_head.weight", {"tie_word_embeddings": True}, True),
+        ("lm_head.weight", {}, True),
+        ("lm_head.weight", {"tie_word_embeddings": False}, False),
+        (LAYER.format(2), {"num_hidden_layers": 2}, True),
+        (LAYER.format(2), {"text_config": {"num_hidden_layers": 2}}, True),
+        (LAYER.format(2), {"num_hidden_layers": 3}, False),
+        (LAYER.format(2), {}, False),
+        ("model.norm.weight", {}, False),
+        ("model.embed_tokens.weight", {}, False),
+        ("wte.weight", {}, False),
+        ("transformer.ln_f.bias", {}, True),
+    ],
+)
+def test_a_tensor_that_only_the_index_has(tmp_path, name, config, whole):
+    held = {LAYER.format(i): tensor("BF16", 4) for i in range(2)}
+    save(tmp_path, {A: held, B: {"model.layers.0.input_layernorm.weight": tensor("BF16", 2)}}, index=True)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    write_index(tmp_path, index | {name: B})
+    if whole:
+        said = Checkpoint.open(tmp_path).warnings
+        assert said == (f"{tmp_path}: the index names tensors that are in no shard: {name!r}",)
+    else:
+        assert refused(tmp_path) == [f"{tmp_path}: tensors that the index places in {B} are in no shard: {name!r}"]
+
+
+def test_problems_of_an_index_are_listed_shortly(model):
+    start = time.thread_time()
+    write_index(model, {f"t{i}\n": f"../x{i}.safetensors" for i in range(50_000)})
+    problems = refused(model)
+    assert time.thread_time() - start < 3
+    assert len(problems) == 42
+    assert problems[20].endswith("and 49980 more like these")
+    assert problems[41].endswith("and 49980 more like these")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", A])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "directory"])
+def test_what_is_no_regular_file_is_never_opened(model, name, kind, monkeypatch):
+    path = model / name
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "socket":
+            monkeypatch.chdir(model)  # names of sockets are short
+            listener.bind(name)
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        else:
+            path.mkdir()
+        problems = refused(model)
+    assert f"{path}: cannot " in problems[0]
+    assert f"expected a regular file, got a {kind}" in problems[0]
 
 
 def test_the_same_tensor_in_two_shards(model):

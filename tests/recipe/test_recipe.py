@@ -1,11 +1,14 @@
 """The grammar: what is accepted, what is refused and how it is said."""
 
+import os
 import pickle
 
 import pytest
 
+from fastmerge.errors import RecipeError
 from fastmerge.methods import METHODS
 from fastmerge.recipe import ModelRef, Parameters, Recipe, Rule, Setting
+from fastmerge.recipe.schema import model_ref
 from tests.recipe.fakes import problems
 
 LINEAR = (
@@ -33,7 +36,7 @@ def test_every_problem_at_once_in_the_order_of_the_lines():
     found = problems("""\
 merge_method: ties
 modles: []
-base_model: a+lora
+base_model: a+lora+b
 dtype: bf16
 models:
   - model: x
@@ -60,7 +63,7 @@ seed: x
     text = "\n".join(found)
     for said in (
         "did you mean 'models'?",
-        "adapters (model+lora) are not supported yet",
+        "expected one model[+adapter]",
         "did you mean 'bfloat16'?",
         "expected a number in 0 .. 1; got 1.5",
         "did you mean 'weight'?",
@@ -89,7 +92,6 @@ def test_unknown_keys_do_not_hide_what_needs_the_whole_recipe():
         ("merge_method: linear\n", "exactly one of 'models' and 'slices'"),
         ("merge_method: linear\nmodels: []\n", "exactly one of 'models' and 'slices'"),
         (LINEAR + "slices: [{sources: [{model: a, layer_range: [0, 1]}]}]\n", "exactly one of"),
-        (LINEAR + "modules: {text: {}}\n", "'modules' is not supported yet"),
         ("merge_method: linear\nmodels: {model: a}\n", "models: expected a list; got a mapping"),
         ("merge_method: linear\nmodels: [a]\n", "models[0]: expected a mapping; got 'a'"),
         ("merge_method: linear\nmodels: [{parameters: {weight: 1}}]\n", "models[0].model: this key is required"),
@@ -100,7 +102,7 @@ def test_unknown_keys_do_not_hide_what_needs_the_whole_recipe():
         (LINEAR.replace("model: b", "model: ./a"), "one model is written in two ways: 'a' and './a'"),
         (LINEAR + "parameters: 3\n", "parameters: expected a mapping of parameters; got 3"),
         (LINEAR + "parameters: {normalise: true}\n", "unknown parameter of 'linear' (did you mean 'normalize'?)"),
-        (LINEAR.replace("weight: 2", "weight: 2, normalize: true"), "normalize: shared by all models: put it under"),
+        (LINEAR.replace("weight: 2", "weight: 2, normalize: false"), "normalize: shared by all models: put it under"),
         (LINEAR.replace("weight: 2", "weight: null"), "expected a value, a list of values, or {filter, value}"),
         (LINEAR.replace("weight: 2", "weight: [1, null]"), "weight[1]: expected a value"),
         (LINEAR.replace("weight: 2", "weight: [1, [2]]"), "weight[1]: expected a value"),
@@ -130,7 +132,6 @@ def test_unknown_keys_do_not_hide_what_needs_the_whole_recipe():
         (STACK.replace(", layer_range: [0, 4]", ""), "slices[0].sources[0].layer_range: this key is required"),
         ("merge_method: passthrough\nslices: [{sources: []}]\n", "a slice needs at least one source"),
         ("merge_method: passthrough\nslices: [{}]\n", "slices[0].sources: this key is required"),
-        (STACK + "residual_weight: 1\n", "residual_weight: unknown key"),
         (LINEAR + "tokenizer_source: union\n", "a union of vocabularies is not supported yet"),
         (LINEAR + "tokenizer: {}\n", "a union of vocabularies is not supported yet"),
         (LINEAR + "tokenizer: {source: a, tokens: {x: {source: a}}}\n", "changes to the vocabulary: not supported yet"),
@@ -141,8 +142,8 @@ def test_unknown_keys_do_not_hide_what_needs_the_whole_recipe():
         (LINEAR + "tokenizer: {sauce: a}\n", "tokenizer.sauce: unknown key (did you mean 'source'?)"),
         (LINEAR + "chat_template: chatml\n", "the built-in 'chatml' is not supported yet"),
         (LINEAR + "chat_template: short\n", "expected 'auto' or a Jinja template"),
-        (LINEAR.replace("model: a", "model: a+b"), "adapters"),
-        (LINEAR.replace("model: a", "model: {model: a, lora: b}"), "adapters"),
+        (LINEAR.replace("model: a", "model: a+b"), "recipe:3: models[0].model: 'a+b': adapters (model+lora) are not"),
+        (LINEAR.replace("model: a", "model: {model: a, lora: b}"), "'a+b': adapters (model+lora) are not supported"),
         (LINEAR.replace("model: a", "model: {path: a}"), "got a mapping of ['path']"),
     ],
 )  # fmt: skip
@@ -221,6 +222,27 @@ models:
     assert recipe.refs == (ModelRef("org/name", "abc"), ModelRef("a+b@c", "main"), ModelRef("../x"))
     assert str(recipe.refs[0]) == "org/name@abc"
     assert Recipe.load(recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize("name", ["ft@v2", "a@b@c", "a+b", "org/name@abc"])
+def test_a_reference_that_exists_as_a_path_is_that_path(tmp_path, monkeypatch, name):
+    (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    ref = model_ref(name)
+    assert ref == ModelRef(name)
+    assert ref.plain() == {"model": {"path": name}}
+
+
+@pytest.mark.parametrize("raw", ["", " ", "a\0b", "\udcff"])
+def test_what_no_path_and_no_id_can_be(raw):
+    with pytest.raises(ValueError, match="expected a model"):
+        model_ref(raw)
+
+
+def test_a_recipe_that_is_no_regular_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "r.yml")
+    with pytest.raises(RecipeError, match=r"r.yml: cannot read the recipe: expected a regular file, got a pipe"):
+        Recipe.load(tmp_path / "r.yml")
 
 
 def test_order_of_models_is_base_first_then_as_written():

@@ -23,7 +23,7 @@ GOOD = "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: 1}}\n
         ("x: !foreign {a: 1}\n", "no place in a recipe"),
         ("x: !!set {a, b}\n", "!!set has no place"),
         ("x: !!binary aGk=\n", "!!binary values have no place"),
-        ("d: 2001-01-01\n", "!!timestamp values have no place"),
+        ("merge_method: 2001-01-01\n", "expected a valid string; got '2001-01-01', which YAML reads as a date"),
         ("a: 1\nb: 2\na: 3\n", "recipe:3: duplicate key 'a' (first on line 1)"),
         ("1: x\n", "keys are strings, not '1'"),
         ("yes: x\n", "keys are strings, not 'yes'"),
@@ -46,7 +46,12 @@ def test_refused_with_a_line(text, said):
 
 def test_several_documents_are_several_recipes():
     (only,) = problems(GOOD + "---\n" + GOOD)
-    assert only == "recipe:4: more than one YAML document ('---'); one file is one recipe: split it"
+    assert only.startswith("recipe:4: more than one YAML document ('---'); one file is one recipe: split it")
+
+
+@pytest.mark.parametrize("text", ["---\n" + GOOD, GOOD + "---\n", "--- ~\n---\n" + GOOD + "...\n---\n# end\n"])
+def test_empty_documents_around_a_recipe_are_nothing(text):
+    assert Recipe.load(text) == Recipe.load(GOOD)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "a: " + "{b: " * 5000, "a:\n" + "- " * 3000])
@@ -120,6 +125,92 @@ def test_numpy_values_are_numbers():
     assert Recipe.load(data).models[0].parameters["weight"].plain() == 0.5
     data["models"][0]["parameters"]["weight"] = np.array([0.0, 1.0])
     assert Recipe.load(data).models[0].parameters["weight"].plain() == [0.0, 1.0]
+
+
+def test_a_key_again_with_the_same_value_is_a_warning():
+    recipe = Recipe.load(GOOD + "merge_method: linear\n")
+    assert recipe == Recipe.load(GOOD)
+    (said,) = recipe.warnings
+    assert said == "recipe:4: the key 'merge_method' (first on line 1) stands here again, with the same value"
+    (said,) = problems(GOOD + "dtype: float32\ndtype: float16\n")
+    assert said == "recipe:5: duplicate key 'dtype' (first on line 4) with another value"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("yes", "got true (or yes, on)"),
+        ("on", "got true (or yes, on)"),
+        ("true", "got true (or yes, on)"),
+        ("off", "got false (or no, off)"),
+        ("1:30", "got '1:30', which YAML reads as 90 (base 60)"),
+        ("-1:30.5", "got '-1:30.5', which YAML reads as -90.5 (base 60)"),
+        ("010", "got '010', which YAML reads as 8 (base 8)"),
+        ("-0_12", "got '-0_12', which YAML reads as -10 (base 8)"),
+        ("2024-01-01", "got '2024-01-01', which YAML reads as a date"),
+        ("0o17", "expected a number; got '0o17'"),
+    ],
+)
+def test_words_of_yaml_are_no_numbers(text, said):
+    for written in (text, f"[{text}, 1]", f"{{filter: x, value: {text}}}"):
+        (found,) = problems(GOOD.replace("weight: 1", f"weight: {written}"))
+        assert found.startswith("recipe:3: models[0].parameters.weight")
+        assert said in found
+
+
+@pytest.mark.parametrize(
+    ("text", "want"), [("07", 7), ("0x1f", 31), ("1_000", 1000), ("'010'", 10), (".5", 0.5), ("1e-3", 0.001)]
+)
+def test_numbers_that_say_what_they_are(text, want):
+    recipe = Recipe.load(GOOD.replace("weight: 1", f"weight: {text}"))
+    assert recipe.models[0].parameters["weight"].plain() == want
+
+
+@pytest.mark.parametrize("text", ["010", "1:30", "yes"])
+def test_words_of_yaml_are_no_seeds_and_no_layers(text):
+    stack = (
+        f"merge_method: passthrough\nseed: {text}\nslices: [{{sources: [{{model: a, layer_range: [0, {text}]}}]}}]\n"
+    )
+    seed, end = problems(stack)
+    assert seed.startswith("recipe:2: seed: expected a valid integer; got")
+    assert end.startswith("recipe:3: slices[0].sources[0].layer_range[1]: expected a valid integer; got")
+
+
+@pytest.mark.parametrize("text", ["yes", "on", "true", "'true'", "'on'", "'Y'", "y", "t", "1", "1.0", "'1'"])
+def test_every_yes_of_mergekit_is_true_where_a_boolean_is_wanted(text):
+    recipe = Recipe.load(GOOD + f"parameters: {{normalize: {text}}}\n")
+    assert recipe.parameters["normalize"].plain() is True
+
+
+@pytest.mark.parametrize("text", ["no", "off", "false", "'False'", "n", "f", "0", "0.0", "'0'"])
+def test_every_no_of_mergekit_is_false_where_a_boolean_is_wanted(text):
+    recipe = Recipe.load(GOOD + f"parameters: {{normalize: {text}}}\n")
+    assert recipe.parameters["normalize"].plain() is False
+
+
+@pytest.mark.parametrize("text", ["2", "010", "1:30", "maybe", "0.5", "'1.0'"])
+def test_what_is_no_boolean_in_mergekit_is_none_here(text):
+    (said,) = problems(GOOD + f"parameters: {{normalize: {text}}}\n")
+    assert said.startswith("recipe:4: parameters.normalize: expected ")
+
+
+def test_half_of_a_surrogate_pair_is_no_text():
+    for found in ({"chat_template": "\ud800 {{ x }}"}, {"models": [{"model": "\udc80"}]}):
+        with pytest.raises(RecipeError, match=r"is no text: it holds half of a surrogate pair"):
+            Recipe.load({"merge_method": "linear", **found})
+    with pytest.raises(RecipeError, match="neither a path nor a recipe"):
+        Recipe.load("\ud800")
+
+
+def test_no_name_steers_a_terminal():
+    text = 'merge_method: "\\e]0;x\\a"\n"\\e[2J": 1\nmodels:\n  - {model: "\\e[31m"}\n'
+    text += '  - {model: b, parameters: {"\\x9b": 1}}\n'
+    found = problems(text + "x: !%1b[2J y\n") + problems(text)
+    with pytest.raises(RecipeError) as error:
+        Recipe.load(text)
+    warned = Recipe.load(GOOD + '"\\e[2J": 1\nparameters: {"\\e[2J": 1}\n').warnings
+    assert len(warned) == 2
+    assert [t for t in (*found, *warned, str(error.value)) if not t.replace("\n", "").isprintable()] == []
 
 
 def test_lines():

@@ -8,7 +8,7 @@ few things, so that the scheduler cannot tell them apart.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 from fastmerge.ops.segments import Segments
 from fastmerge.runtime.devices.buffer import Buffer
@@ -16,6 +16,7 @@ from fastmerge.runtime.devices.cpu import CpuDevice, cores
 
 __all__ = ["Buffer", "CpuDevice", "Device", "cores"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -32,7 +33,7 @@ class Device(Protocol):
     def allocate(self, nbytes: int) -> Buffer:
         """A host slot of ``nbytes``; called once, by the worker's own thread, before anything else here."""
 
-    def run(self, work: Callable[[], T]) -> T:
+    def run(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Calls ``work``, which uploads, computes and downloads one unit, and may be called again after a failure."""
 
     def upload(self, host: Segments) -> Segments:

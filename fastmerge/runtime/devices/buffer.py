@@ -30,9 +30,14 @@ class Buffer:
     @classmethod
     def allocate(cls, nbytes: int) -> Buffer:
         """Ordinary memory of ``nbytes``, not yet touched."""
+        if not nbytes:
+            return _NOTHING
         memory = mmap.mmap(-1, max(nbytes, 1) + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
         data = np.frombuffer(memory, np.uint8)
         address = (data.ctypes.data + HUGE - 1) & -HUGE
         return cls(data, address, nbytes)
+
+
+_NOTHING = Buffer(np.zeros(0, np.uint8), 0, 0)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from fastmerge.ops.segments import Segments
 from fastmerge.runtime.devices.buffer import Buffer
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -28,9 +29,9 @@ class CpuDevice:
         """Ordinary memory."""
         return Buffer.allocate(nbytes)
 
-    def run(self, work: Callable[[], T]) -> T:
+    def run(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Once: on the CPU nothing is retried."""
-        return work()
+        return work(*args, **named)
 
     def upload(self, host: Segments) -> Segments:
         """Nothing to move."""

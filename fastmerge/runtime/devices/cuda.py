@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from fastmerge.sizes import show_bytes
 if TYPE_CHECKING:
     import torch
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 MOST_WORKERS = 8
@@ -135,7 +136,7 @@ class CudaDevice:
         self._streams.enter()
         return self._buffer
 
-    def run(self, work: Callable[[], T]) -> T:
+    def run(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Calls ``work``; where memory runs out, once more with an empty cache.
 
         Raises:
@@ -146,7 +147,7 @@ class CudaDevice:
         for _ in range(2):
             with _failures(self.name):
                 try:
-                    return work()
+                    return work(*args, **named)
                 except RuntimeError as error:
                     if not out_of_memory(error):
                         raise
@@ -202,9 +203,9 @@ class InPlace:
             self._torch.cuda.set_stream(self._stream)
         return Buffer.allocate(nbytes)
 
-    def run(self, work: Callable[[], T]) -> T:
+    def run(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Once: the memory is the caller's."""
-        return work()
+        return work(*args, **named)
 
     def upload(self, host: Segments) -> Segments:
         """Nothing to move, and nobody asks for non-finite outputs."""

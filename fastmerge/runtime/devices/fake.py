@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from fastmerge.errors import FastMergeError
 from fastmerge.ops.segments import HEADER, Segments
 from fastmerge.runtime.devices.buffer import Buffer
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -45,9 +46,9 @@ class FakeDevice:
         buffer.data[:] = 0xDD
         return buffer
 
-    def run(self, work: Callable[[], T]) -> T:
+    def run(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Once."""
-        return work()
+        return work(*args, **named)
 
     def _pause(self) -> None:
         if self.latency:
