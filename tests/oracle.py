@@ -11,6 +11,8 @@ from fastmerge.dtypes import BF16, F16, F32, F64
 from fastmerge.methods.parameters import called
 from fastmerge.ops.blocks import torch_dtype
 from fastmerge.ops.segments import HEADER, TILE, Segments
+from fastmerge.ops.spec import Op
+from fastmerge.philox import tensor_key
 from fastmerge.planning.from_tensors import TensorPlanner
 from fastmerge.runtime.stream import segment_row
 from tests.kernels_numpy import NumpyKernels
@@ -67,7 +69,7 @@ def make_op(method, name, shape, dtypes, parameters=None, *, preset=None, out=No
     models = tuple(range(len(dtypes) - has_base))
     planner = TensorPlanner(called(method, parameters, models, preset), has_base=has_base, seed=seed)
     spec = planner.spec(name, tuple(shape), tuple(dtypes), models, out)
-    return planner.op(name, spec, [0] * len(dtypes), ())._replace(inputs=())
+    return Op(name, spec, tensor_key(seed, name) if spec.method.random else 0)
 
 
 def inputs_of(op, seed=0, *, special=False, tie_free=False):
