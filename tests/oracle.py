@@ -8,9 +8,12 @@ import numpy as np
 import torch
 
 from fastmerge.dtypes import BF16, F16, F32, F64
-from fastmerge.methods.base import HEADER, TILE, Segments
-from fastmerge.methods.resolve import make_group
+from fastmerge.methods.parameters import called
 from fastmerge.ops.blocks import torch_dtype
+from fastmerge.ops.segments import HEADER, TILE, Segments
+from fastmerge.ops.spec import Op
+from fastmerge.philox import tensor_key
+from fastmerge.planning.from_tensors import TensorPlanner
 from fastmerge.runtime.stream import segment_row
 from tests.kernels_numpy import NumpyKernels
 
@@ -54,43 +57,44 @@ def case_parts(method, case):
     return parameters, case.get("preset"), models + has_base, has_base
 
 
-def group_of(method, case, shape, types, name="model.layers.0.w", out=None, seed=0):
-    parameters, preset, count, has_base = case_parts(method, case)
-    return make_group(
-        method,
-        name,
-        shape,
-        TYPES[types](count),
-        has_base=has_base,
-        out_dtype=out,
-        parameters=parameters,
-        preset=preset,
-        seed=seed,
-    )
+def op_of(method, case, shape, types, name="model.layers.0.w", out=None, seed=0):
+    """The op of one tensor of a case."""
+    parameters, preset, count, _ = case_parts(method, case)
+    return make_op(method, name, shape, TYPES[types](count), parameters, preset=preset, out=out, seed=seed)
 
 
-def inputs_of(group, seed=0, *, special=False, tie_free=False):
+def make_op(method, name, shape, dtypes, parameters=None, *, preset=None, out=None, seed=0):
+    """The op of one tensor, without sources and targets."""
+    has_base = method.contract.base == "required"
+    models = tuple(range(len(dtypes) - has_base))
+    planner = TensorPlanner(called(method, parameters, models, preset), has_base=has_base, seed=seed)
+    spec = planner.spec(name, tuple(shape), tuple(dtypes), models, out)
+    return Op(name, spec, tensor_key(seed, name) if spec.method.random else 0)
+
+
+def inputs_of(op, seed=0, *, special=False, tie_free=False):
     """Fine-tunes of one base: weights of sd 0.02, updates of sd 0.002, rounded to their types.
 
     Args:
-        group: shape and types.
+        op: shape and types.
         seed: of the numbers.
         special: sprinkle NaN, infinities, signed zeros, subnormals and the largest numbers.
         tie_free: magnitudes that no two elements share, large enough to survive the types.
     """
     g = torch.Generator().manual_seed(seed)
-    n = group.numel
+    spec = op.spec
+    n = spec.numel
     base = torch.randn(n, generator=g, dtype=torch.float64) * 0.02
     out = []
-    for i, d in enumerate(group.dtypes):
+    for i, d in enumerate(spec.dtypes):
         x = base.clone()
-        if i or not group.has_base:
+        if i or not spec.has_base:
             x += torch.randn(n, generator=g, dtype=torch.float64) * (0.5 if tie_free else 0.002)
         if special and n:
             odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-41, -1e-7, 6e4, -3e38])
             where = torch.randint(0, n, (1 + n // 40,), generator=g)
             x[where] = odd[torch.randint(0, len(odd), where.shape, generator=g)].double()
-        out.append(x.to(torch_dtype(d)).reshape(group.shape))
+        out.append(x.to(torch_dtype(d)).reshape(spec.shape))
     return out
 
 
@@ -99,17 +103,16 @@ def bits(t):
     return t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def segments(groups, inputs, outputs, pieces):
+def segments(ops, inputs, outputs, pieces):
     """Segment tables of pieces (group, e0, length) of tensors in memory, one table per combination of types."""
     rows = {}
     for g, e0, length in pieces.tolist():
-        group = groups[g]
-        assert [(t.dtype, t.shape) for t in inputs[g]] == [(torch_dtype(d), group.shape) for d in group.dtypes]
+        spec = ops[g].spec
+        assert [(t.dtype, t.shape) for t in inputs[g]] == [(torch_dtype(d), spec.shape) for d in spec.dtypes]
         assert all(t.is_contiguous() for t in inputs[g])
-        out = outputs[g].data_ptr() + e0 * group.out_dtype.size if outputs is not None else 0
-        places = [t.data_ptr() + e0 * d.size for t, d in zip(inputs[g], group.dtypes, strict=True)]
-        row = segment_row(out, length, e0, group, g, places)
-        rows.setdefault((group.dtypes, group.out_dtype), []).append(row)
+        out = outputs[g].data_ptr() + e0 * spec.out_dtype.size if outputs is not None else 0
+        places = [t.data_ptr() + e0 * d.size for t, d in zip(inputs[g], spec.dtypes, strict=True)]
+        rows.setdefault((spec.dtypes, spec.out_dtype), []).append(segment_row(ops[g], g, e0, length, out, places))
     out_segments = []
     for (dtypes, out_dtype), table in rows.items():
         data = np.array(table, np.int64).reshape(len(table), HEADER + len(dtypes))
@@ -117,31 +120,35 @@ def segments(groups, inputs, outputs, pieces):
     return out_segments
 
 
-def cut(method, groups, step):
+def cut(ops, step):
     """Pieces of at most about ``step`` elements, as the stream cuts them."""
     out = []
-    for g, group in enumerate(groups):
-        n, s = group.numel, max(TILE, step // TILE * TILE)
-        if method.scope(group) == "row" and n:
-            s = max(1, step // group.row) * group.row
+    for g, op in enumerate(ops):
+        n, s = op.spec.numel, max(TILE, step // TILE * TILE)
+        if op.spec.grain == "row" and n:
+            s = max(1, step // op.spec.row) * op.spec.row
         out += [(g, e0, min(s, n - e0)) for e0 in range(0, max(n, 1), s)]
     return np.array(out, np.int64).reshape(-1, 3)
 
 
-def drive(method, groups, inputs, backend, *, step=None, shuffle=None, most=200):
-    """Runs a program as the stream would: poisoned outputs between guards, pieces in any order, one call each."""
-    program = method.program(groups, backend)
+def drive(ops, inputs, backend, *, program=None, step=None, shuffle=None, most=200):
+    """Runs a program as the stream would: poisoned outputs between guards, pieces in any order, one call each.
+
+    ``program`` is the one that the method makes of the kernels of ``backend``, unless another one is given.
+    """
+    program = program or type(ops[0].spec.method).program(ops, backend)
     rng = random.Random(shuffle)
     guard = 64
-    held = [torch.full((g.numel * g.out_dtype.size + 2 * guard,), 0xDD, dtype=torch.uint8) for g in groups]
+    specs = [op.spec for op in ops]
+    held = [torch.full((s.numel * s.out_dtype.size + 2 * guard,), 0xDD, dtype=torch.uint8) for s in specs]
     outputs = [
-        h[guard : guard + g.numel * g.out_dtype.size].view(torch_dtype(g.out_dtype)).reshape(g.shape)
-        for h, g in zip(held, groups, strict=True)
+        h[guard : guard + s.numel * s.out_dtype.size].view(torch_dtype(s.out_dtype)).reshape(s.shape)
+        for h, s in zip(held, specs, strict=True)
     ]
     before = [[bits(t) for t in tensors] for tensors in inputs]
-    every = cut(method, groups, step or 1 << 62)
+    every = cut(ops, step or 1 << 62)
     if step is None and not program.ready and hasattr(backend, "kth"):
-        for s in segments(groups, inputs, None, every):
+        for s in segments(ops, inputs, None, every):
             program.settle(s, backend)
     passes = 0
     while not program.ready:
@@ -152,9 +159,9 @@ def drive(method, groups, inputs, backend, *, step=None, shuffle=None, most=200)
         if shuffle is not None:
             pieces = pieces[rng.sample(range(len(pieces)), len(pieces))]
         chunks = [pieces] if step is None else [pieces[i : i + 1] for i in range(len(pieces))]
-        program.advance([program.statistics(s) for c in chunks for s in segments(groups, inputs, None, c)])
+        program.advance([program.statistics(s) for c in chunks for s in segments(ops, inputs, None, c)])
     nonfinite = 0
-    for s in segments(groups, inputs, outputs, every):
+    for s in segments(ops, inputs, outputs, every):
         program.apply(s)
         nonfinite += int(s.nonfinite.sum())
     for h in held:

@@ -97,7 +97,9 @@ def _run(
         inputs = [_plain(t) for t in tensors]
         kept.append(inputs)
         models = tuple(range(len(inputs) - has_base))
-        key = (len(models), *((k, tuple(v) if isinstance(v, list) else v) for k, v in given.items()))
+        # Ops of one spec have the same inputs in memory.
+        where = tuple([isinstance(t, FileRange) for t in inputs])
+        key = (where, *((k, tuple(v) if isinstance(v, list) else v) for k, v in given.items()))
         if key not in planners:
             if problem := kind.contract.problem(kind.name, len(models), has_base=has_base):
                 raise RecipeError(problem)

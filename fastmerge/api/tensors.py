@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import operator
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.backends.choose import choose
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from fastmerge.planning.structure import Structure
 
 
+log = logging.getLogger("fastmerge")
+
+
 def merge_tensors(
     tensors: Sequence[torch.Tensor],
     method: str,
@@ -54,7 +58,7 @@ def merge_tensors(
             but a method with statistics waits for its sums, or for the few keys that its thresholds depend on.
         method: a name of ``fastmerge methods``.
         parameters: scalars for all inputs, sequences in input order (without the base for parameters of
-            non-base models), or mappings keyed by ``ids``; filters and gradients as in recipes
+            non-base models), or mappings keyed by ``ids``; filters as in recipes
             (:func:`fastmerge.methods.parameters.called`).
         ids: names of the inputs; 0, 1, ... where absent.
         base_index: which input is the base.
@@ -81,6 +85,9 @@ def merge_tensors(
         raise RecipeError(f"ids: expected {len(tensors)} different ids, got {keys!r}")
     at = None if base_index is None else _index(base_index, len(keys))
     call = _Call(get(method), keys, at, parameters, preset, seed)
+    if call.resolver.gradient:
+        shown = ", ".join(map(repr, call.resolver.gradients))
+        raise RecipeError(f"parameters: {shown}: a gradient needs the layers of a model, and this is one tensor")
     target = out_dtype or dtype
     group, spec = call.spec(
         name or "", [tensors[i] for i in call.order], _dtype(target) if target is not None else None
@@ -166,7 +173,7 @@ def _merge_states(
     for name in names:
         group = [s[name] for s in states]
         kept.append(group)
-        owner = owners.setdefault(_identity(name, group) or name, name)
+        owner = owners.setdefault(_identity(name, call.ids, group) or name, name)
         if owner != name:
             merged[name] = merged[owner]
             continue
@@ -183,6 +190,8 @@ def _merge_states(
             raise ShapeError(f"{name} is on {tensors[0].device} and the first tensor on {kept[0][0].device}")
         result = merged[name] = _result(spec, tensors[0], None, {})
         ops.append(call.op(name, spec, tensors, result))
+    for pattern in call.resolver.unmatched():
+        log.warning("the filter %r matches no tensor name", pattern)
     if ops:
         run(ops, kept[0][0].device, backend)
     return merged
@@ -261,16 +270,12 @@ def _index(base_index: Any, n: int) -> int:
     raise RecipeError(f"base_index: expected a whole number from {-n} to {n - 1}, got {base_index!r}")
 
 
-def _identity(name: str, tensors: Iterable[torch.Tensor]) -> Hashable:
+def _identity(name: str, ids: Sequence[Hashable], tensors: Sequence[torch.Tensor]) -> Hashable:
     """Equal for two names that are the same memory, read the same way, in every model; None for no memory."""
-    out = []
-    for t in tensors:
-        check(name, t)
-        address = t.data_ptr()
-        if not address:
-            return None
-        out.append((address, t.shape, t.stride(), t.dtype, t.device))
-    return tuple(out)
+    for key, t in zip(ids, tensors, strict=True):
+        check(f"{name}: input {key!r}", t)
+    out = tuple([(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+    return out if all(x[0] for x in out) else None
 
 
 def _one_device(name: str, ids: Sequence[Hashable], tensors: Sequence[torch.Tensor]) -> None:

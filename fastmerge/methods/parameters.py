@@ -194,9 +194,10 @@ class Resolver:
         self._place = place
         self._models = models
         declared = {p.name for p in method.params}
-        used = [setting for level in (*own, *common) for name, setting in level.items() if name in declared]
-        self.filters = tuple(dict.fromkeys(r.filter for s in used for r in s.rules if r.filter is not None))
-        self.gradient = any(s.gradient for s in used)
+        used = [(name, setting) for level in (*own, *common) for name, setting in level.items() if name in declared]
+        self.filters = tuple(dict.fromkeys(r.filter for _, s in used for r in s.rules if r.filter is not None))
+        self.gradients = tuple(dict.fromkeys(name for name, s in used if s.gradient))
+        self.gradient = bool(self.gradients)
         self._bit = {f: 1 << i for i, f in enumerate(self.filters)}
         self._matched = 0
         self._known: dict[tuple[int, tuple[tuple[int, int], ...], float], Method] = {}
@@ -298,6 +299,11 @@ def called(
     common: dict[str, Setting] = {}
     declared = {p.name: p for p in method.params}
     defaults = method.defaults(preset)
+    problems += [
+        f"{method.name} needs the parameter {p.name!r}: {p.doc}"
+        for p in method.params
+        if defaults[p.name] is REQUIRED and p.name not in (given or {})
+    ]
     for name, value in (given or {}).items():
         param = declared.get(name)
         if param is None:

@@ -44,6 +44,8 @@ class Target(Protocol):
 class Spec:
     """What all tensors of one kind have in common; compared by identity.
 
+    Ops of one spec also have the same inputs and targets in memory, as opposed to the slot of a unit.
+
     Attributes:
         method: what is computed, with its parameters.
         shape: of the result.

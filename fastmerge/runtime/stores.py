@@ -60,7 +60,7 @@ class OpStore:
         group_of = _positions(job, self._members)
         ops = [self._ops[o] for o, _, _ in unit.pieces]
         spec = ops[0].spec
-        cursor, addresses = self._inputs(ops, unit, buffer.address)
+        cursor, addresses = self._inputs(ops, unit, buffer)
         table: list[list[int]] = []
         size = spec.out_dtype.size
         shard = end = -1
@@ -78,13 +78,13 @@ class OpStore:
                 outs.append(cursor)
                 cursor += length * size
             table.append([*segment_row(op, group_of[o], e0, length, outs[0], inputs), *outs[1:]])
-        if cursor > buffer.address + buffer.nbytes:
-            raise AssertionError(f"a unit of {cursor - buffer.address} bytes in a slot of {buffer.nbytes}")
+        _check(cursor, buffer)
         counters = np.zeros(len(table), np.int64)
         return Segments(np.array(table, np.int64), spec.dtypes, spec.out_dtype, counters)
 
-    def _inputs(self, ops: Sequence[Op], unit: Unit, cursor: int) -> tuple[int, list[list[int]]]:
+    def _inputs(self, ops: Sequence[Op], unit: Unit, buffer: Buffer) -> tuple[int, list[list[int]]]:
         """Addresses of every input of every piece, by input; what files hold is read, and what is made is made."""
+        cursor = buffer.address
         reads: list[tuple[int, int, int, int]] = []
         made: list[tuple[Made, int, int, int]] = []
         addresses: list[list[int]] = []
@@ -119,6 +119,7 @@ class OpStore:
             if end > begin:
                 reads.append((fd, begin, at, end - begin))
             addresses.append(column)
+        _check(cursor, buffer)
         if reads:
             self._read(np.array(reads, np.int64))
         for made_source, e0, length, address in made:
@@ -256,6 +257,11 @@ class OpStore:
         """Persists what has been written and journals it."""
         if self._writer is not None:
             self._writer.sync()
+
+
+def _check(cursor: int, buffer: Buffer) -> None:
+    if cursor > buffer.address + buffer.nbytes:
+        raise AssertionError(f"a unit of {cursor - buffer.address} bytes in a slot of {buffer.nbytes}")
 
 
 def _who(source: Source) -> str:

@@ -13,10 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import fastmerge as fm
-from fastmerge.backends.native import NativeKernels
 from fastmerge.checkpoint import Writer
 from fastmerge.errors import BudgetError
-from fastmerge.runtime import placement, schedule
+from fastmerge.runtime import placement
 from fastmerge.runtime.devices.fake import FakeDevice
 from tests import tiny
 from tests.compare import differences
@@ -66,11 +65,12 @@ def test_the_same_bytes_from_the_reference_any_unit_size_and_any_devices(paths, 
     fm.merge(text, tmp_path / "reference", backend="reference")
     fm.merge(text, tmp_path / "native", backend="native")
     assert weights(tmp_path / "native") == weights(tmp_path / "reference")
-    monkeypatch.setattr(schedule, "UNIT_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(placement, "UNIT_ELEMENTS", 1 << 16)
     fm.merge(text, tmp_path / "chunks")
     assert weights(tmp_path / "chunks") == weights(tmp_path / "reference")
-    fakes = [FakeDevice(NativeKernels(), name=f"fake:{i}", latency=0.002, seed=i) for i in range(3)]
-    monkeypatch.setattr(placement, "devices", lambda chosen: fakes)
+    fakes = [FakeDevice(name=f"fake:{i}", latency=0.002, seed=i) for i in range(3)]
+    monkeypatch.setattr(placement, "workers", lambda chosen: len(fakes))
+    monkeypatch.setattr(placement, "CpuDevice", iter(fakes).__next__)
     fm.merge(text, tmp_path / "fake")
     assert weights(tmp_path / "fake") == weights(tmp_path / "reference")
     assert sum(f.uploads for f in fakes) > 0 or "passthrough" in name
@@ -85,12 +85,10 @@ def test_in_memory_is_the_same_as_on_disk(paths, name, tmp_path):
     spec = RECIPES[name]
     names = [n for n in ("base", *spec.get("names", "abc")) if n != "base" or spec.get("base", "base")]
     states = {n: load(paths[n]) for n in names}
-    group = next(o.group for o in planned.outputs if o.method)
-    parameters = {k: v for k, v in group.params.items() if v is not None}
-    for key in group.models[0]:
-        parameters[key] = group.models[0][key]
+    method = next(op.spec.method for op in planned.ops if op.spec.grain != "copy")
+    values = {p.name: getattr(method, p.field) for p in method.params}
+    parameters = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     preset = "paper" if "paper" in name else None
-    parameters = {k: v for k, v in parameters.items() if v is not None}
     base = "base" if spec.get("base", "base") else None
     got = fm.merge_state_dicts(states, spec["method"], parameters=parameters, base=base, preset=preset)
     assert differences(got, merged) == []
@@ -210,7 +208,7 @@ def test_an_overflow_that_the_merge_made_is_an_error(paths, tmp_path):
 
 @pytest.mark.parametrize("unit", [1 << 16, 1 << 20])
 def test_an_overflow_is_an_error_beside_a_nan_too(paths, tmp_path, monkeypatch, unit):
-    monkeypatch.setattr(schedule, "UNIT_ELEMENTS", unit)
+    monkeypatch.setattr(placement, "UNIT_ELEMENTS", unit)
     big = {k: torch.full_like(v, 1e4) for k, v in load(paths["a"]).items()}
     big["lm_head.weight"][0, 0] = float("nan")
     models = {n: tiny.write(tmp_path / n, big) for n in "ab"}

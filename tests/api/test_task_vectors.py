@@ -14,6 +14,7 @@ from fastmerge import (
 )
 from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.philox import tensor_key, threshold, u16
+from tests.compare import differences
 
 torch.set_num_threads(1)
 
@@ -103,6 +104,23 @@ def test_task_vectors(files, kind):
         assert torch.equal(merged[n], want), n
     with pytest.raises(RecipeError, match="lambdas: expected 1 values"):
         apply_task_vectors(a, [tau], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("other", [torch.bool, torch.int64, torch.float64, torch.uint8])
+def test_tensors_of_types_that_are_converted_lie_beside_others_of_their_shape(tmp_path, other):
+    """Some are read in the stream, some are converted in memory first."""
+    g = torch.Generator().manual_seed(0)
+    models = []
+    for i in range(2):
+        some = {n: torch.randn(300, 400, generator=g) for n in ("a", "c")}
+        some |= {n: (torch.randn(300, 400, generator=g) * 3).to(other) for n in ("b", "d")}
+        save_file(some, tmp_path / f"{i}.safetensors")
+        models.append(some)
+    base, tuned = models
+    tau = compute_task_vector(tmp_path / "0.safetensors", tmp_path / "1.safetensors")
+    assert differences(tau, {n: tuned[n].float() - base[n].float() for n in base}) == []
+    merged = apply_task_vectors(tmp_path / "0.safetensors", [tau], [0.5])
+    assert differences(merged, {n: base[n].float() + 0.5 * tau[n] for n in base}) == []
 
 
 def test_shapes_must_agree(files):

@@ -7,8 +7,8 @@ from mergekit.merge_methods import merge_state_dicts as peer_state_dicts
 from mergekit.merge_methods import merge_tensors as peer
 
 import fastmerge as fm
-from fastmerge.commands.bench import _group
 from fastmerge.methods import METHODS
+from tests import oracle
 
 
 def tensors(n=3, shape=(33, 65), dtype=torch.float32, seed=0):
@@ -82,7 +82,7 @@ def test_differing_names_are_refused_or_left_out():
     ("method", "parameters", "base", "words"),
     [
         ("tise", {}, None, ["tise", "ties"]),
-        ("linear", {}, None, ["weight", "required"]),
+        ("linear", {}, None, ["linear needs the parameter 'weight'"]),
         ("linear", {"wieght": 1}, None, ["wieght", "weight"]),
         ("ties", {"weight": 1.0}, None, ["base"]),
         ("ties", {"weight": [1.0], "density": 2.0}, 0, ["weight", "density", "2 problems"]),
@@ -150,7 +150,7 @@ def test_parameters_may_be_arrays_and_tensors(weight):
     assert torch.equal(fm.merge_tensors([a, b], "linear", parameters={"weight": weight}), want)
     flag = fm.merge_tensors([a, b], "linear", parameters={"weight": 0.5, "normalize": np.bool_(False)})
     assert torch.equal(flag, 0.5 * a + 0.5 * b)
-    for wrong in ([torch.ones(2), 1.0], torch.ones(2, 1), np.array(["x", "y"])):
+    for wrong in ([torch.ones(2), 1.0], torch.ones(2, 2), np.array(["x", "y"]), torch.ones(2, 1, 1)):
         with pytest.raises(fm.RecipeError, match="weight"):
             fm.merge_tensors([a, b], "linear", parameters={"weight": wrong})
     with pytest.raises(fm.RecipeError, match="parameter 'weight': expected 2 values, got 3"):
@@ -245,11 +245,9 @@ def test_out_must_not_overlap_an_input(case):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("position", [0, -1])
 def test_out_may_be_an_input_of_every_method(method, position):
-    group = _group(METHODS[method])
-    inputs = tensors(len(group.dtypes), shape=(1100, 1000))
-    own = {p.name for p in METHODS[method].params}
-    parameters = {k: v for k, v in (group.params | group.models[0]).items() if k in own and v is not None}
-    call = dict(parameters=parameters, base_index=0 if group.has_base else None, name="x")
+    parameters, preset, count, has_base = oracle.case_parts(METHODS[method], METHODS[method].cases[0])
+    inputs = tensors(count, shape=(1100, 1000))
+    call = dict(parameters=parameters, preset=preset, base_index=0 if has_base else None, name="x")
     want = fm.merge_tensors(inputs, method, **call)
     fm.merge_tensors(inputs, method, **call, out=inputs[position])
     assert torch.equal(inputs[position], want)

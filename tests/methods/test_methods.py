@@ -1,6 +1,5 @@
 """Every method by itself, collected from its class: programs against the reference bit for bit, and algebra."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -9,7 +8,6 @@ from fastmerge.dtypes import BF16, F16, F32, F64
 from fastmerge.errors import RecipeError
 from fastmerge.methods import METHODS, get
 from fastmerge.methods.base import REQUIRED
-from fastmerge.methods.resolve import make_group
 from tests import oracle
 from tests.compare import differences
 
@@ -23,97 +21,91 @@ every_backend = pytest.mark.parametrize("backend", oracle.KERNELS.values(), ids=
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 
 
-def unlike_reference(method, groups, inputs, backend, **how):
+def unlike_reference(ops, inputs, backend, **how):
     """What differs between a program on a backend and the method's reference."""
-    return differences(oracle.drive(method, groups, inputs, backend, **how), method.reference_all(inputs, groups))
+    return differences(oracle.drive(ops, inputs, backend, **how), reference(ops, inputs))
+
+
+def reference(ops, inputs):
+    return type(ops[0].spec.method).reference_all(inputs, ops)
 
 
 def batch(method, case, types, shapes, out=None, **data):
-    groups = [oracle.group_of(method, case, s, types, name=f"t{i}.weight", out=out) for i, s in enumerate(shapes)]
-    return groups, [oracle.inputs_of(g, seed=i, **data) for i, g in enumerate(groups)]
+    ops = [oracle.op_of(method, case, s, types, name=f"t{i}.weight", out=out) for i, s in enumerate(shapes)]
+    return ops, [oracle.inputs_of(op, seed=i, **data) for i, op in enumerate(ops)]
 
 
 @every_backend
 @pytest.mark.parametrize("types", oracle.TYPES)
 @every_case
 def test_small_shapes_in_one_batch(method, case, types, backend):
-    groups, inputs = batch(method, case, types, oracle.SHAPES)
-    assert unlike_reference(method, groups, inputs, backend) == []
+    ops, inputs = batch(method, case, types, oracle.SHAPES)
+    assert unlike_reference(ops, inputs, backend) == []
 
 
 @every_backend
 @pytest.mark.parametrize("types", ["bf16", "fp32", "mixed64"])
 @every_case
 def test_special_values(method, case, types, backend):
-    groups, inputs = batch(method, case, types, ((), (1,), (13, 77)), special=True)
-    assert unlike_reference(method, groups, inputs, backend) == []
+    ops, inputs = batch(method, case, types, ((), (1,), (13, 77)), special=True)
+    assert unlike_reference(ops, inputs, backend) == []
 
 
 @pytest.mark.parametrize("types", ["bf16", "fp32"])
 @every_case
 def test_several_tiles_in_any_pieces(method, case, types):
-    groups, inputs = batch(method, case, types, (BIG, (5, 9), LONG))
-    assert unlike_reference(method, groups, inputs, oracle.FAST) == []
-    assert unlike_reference(method, groups, inputs, oracle.FAST, step=1 << 16, shuffle=7) == []
+    ops, inputs = batch(method, case, types, (BIG, (5, 9), LONG))
+    assert unlike_reference(ops, inputs, oracle.FAST) == []
+    assert unlike_reference(ops, inputs, oracle.FAST, step=1 << 16, shuffle=7) == []
 
 
 @every_case
 def test_several_tiles_against_numpy(method, case):
-    groups, inputs = batch(method, case, "bf16", (BIG,))
-    assert unlike_reference(method, groups, inputs, oracle.KERNELS["numpy"], step=1 << 17, shuffle=3) == []
+    ops, inputs = batch(method, case, "bf16", (BIG,))
+    assert unlike_reference(ops, inputs, oracle.KERNELS["numpy"], step=1 << 17, shuffle=3) == []
 
 
 @pytest.mark.parametrize("out", [BF16, F16, F32, F64], ids=lambda d: d.name)
 @every_method
 def test_output_types(method, out):
     for types in ("bf16", "fp64"):
-        groups, inputs = batch(method, method.cases[0], types, ((17, 31),), out=out, special=True)
-        assert unlike_reference(method, groups, inputs, oracle.FAST) == [], types
+        ops, inputs = batch(method, method.cases[0], types, ((17, 31),), out=out, special=True)
+        assert unlike_reference(ops, inputs, oracle.FAST) == [], types
 
 
-TENSORWISE = [(m, c) for m, c in CASES if m.scope(oracle.group_of(m, c, (4, 4), "bf16")) != "model"]
+TENSORWISE = [(m, c) for m, c in CASES if oracle.op_of(m, c, (4, 4), "bf16").spec.grain != "model"]
 """Cases whose tensors do not depend on each other."""
 
 
 @pytest.mark.parametrize(("method", "case"), TENSORWISE, ids=[f"{m.name}-{m.cases.index(c)}" for m, c in TENSORWISE])
 def test_batched_is_one_by_one(method, case):
-    groups, inputs = batch(method, case, "bf16", oracle.SHAPES)
-    together = oracle.drive(method, groups, inputs, oracle.FAST)
-    alone = [oracle.drive(method, [g], [i], oracle.FAST)[0] for g, i in zip(groups, inputs, strict=True)]
+    ops, inputs = batch(method, case, "bf16", oracle.SHAPES)
+    together = oracle.drive(ops, inputs, oracle.FAST)
+    alone = [oracle.drive([g], [i], oracle.FAST)[0] for g, i in zip(ops, inputs, strict=True)]
     assert differences(together, alone) == []
 
 
 @every_case
 def test_whole_tensors_through_the_reference_backend(method, case):
-    groups, inputs = batch(method, case, "bf16", ((9, 11), (7,)))
-
-    class Backend:
-        name, params, contract = method.name, method.params, method.contract
-        scope = method.scope
-
-        @staticmethod
-        def program(groups, _):
-            return ReferenceProgram(method, groups)
-
-    got = oracle.drive(Backend, groups, inputs, None)
-    assert differences(got, method.reference_all(inputs, groups)) == []
+    ops, inputs = batch(method, case, "bf16", ((9, 11), (7,)))
+    got = oracle.drive(ops, inputs, None, program=ReferenceProgram(ops))
+    assert differences(got, reference(ops, inputs)) == []
 
 
 @every_method
 def test_inputs_may_be_strided_in_the_reference(method):
-    group = oracle.group_of(method, method.cases[0], (12, 8), "fp32")
-    inputs = oracle.inputs_of(group)
+    op = oracle.op_of(method, method.cases[0], (12, 8), "fp32")
+    inputs = oracle.inputs_of(op)
     strided = [x.T.contiguous().T for x in inputs]
     assert not strided[0].is_contiguous()
-    assert differences([method.reference(strided, group)], [method.reference(inputs, group)]) == []
+    assert differences(reference([op], [strided]), reference([op], [inputs])) == []
 
 
 def mixtures():
     """Each such case with the next one of its method that can have as many inputs, and says something else."""
 
     def said(m, case):
-        group = oracle.group_of(m, case, (70,), "fp32")
-        return group.params, group.models
+        return oracle.op_of(m, case, (70,), "fp32").spec.method
 
     found = []
     for i, (m, case) in enumerate(TENSORWISE):
@@ -127,9 +119,9 @@ def mixtures():
 @pytest.mark.parametrize(("method", "case", "other"), mixtures())
 def test_parameters_of_one_batch_may_differ(method, case, other):
     """Tensors of one call with other numbers and words: gradients and filters in a recipe make such batches."""
-    groups, inputs = batch(method, case, "fp32", ((8, 9), (70,), (40, 3)))
-    groups[1] = oracle.group_of(method, other, (70,), "fp32", name="t1.weight")
-    assert unlike_reference(method, groups, inputs, oracle.FAST) == []
+    ops, inputs = batch(method, case, "fp32", ((8, 9), (70,), (40, 3)))
+    ops[1] = oracle.op_of(method, other, (70,), "fp32", name="t1.weight")
+    assert unlike_reference(ops, inputs, oracle.FAST) == []
 
 
 @every_method
@@ -157,35 +149,61 @@ def test_unknown_names():
     with pytest.raises(RecipeError, match="did you mean 'linear'"):
         get("linaer")
     with pytest.raises(RecipeError, match="did you mean 'density'"):
-        make_group(get("ties"), "w", (2,), [F32] * 2, has_base=True, parameters={"weight": 1.0, "densty": 0.5})
+        oracle.make_op(get("ties"), "w", (2,), [F32] * 2, {"weight": 1.0, "densty": 0.5})
     with pytest.raises(RecipeError, match="unknown preset 'papr'"):
-        make_group(get("ties"), "w", (2,), [F32] * 2, has_base=True, preset="papr")
+        oracle.make_op(get("ties"), "w", (2,), [F32] * 2, preset="papr")
 
 
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("ties", {}, "'weight' is required"),
-        ("ties", {"weight": 1.0, "density": 1.5}, r"expected 0.0 .. 1.0, got 1.5"),
-        ("ties", {"weight": "much"}, "expected a number"),
-        ("ties", {"weight": float("nan")}, "finite"),
-        ("ties", {"weight": 1.0, "ties": "some"}, "expected one of index, all, spread"),
-        ("ties", {"weight": 1.0, "normalize": 1}, "expected true or false"),
+        ("ties", {}, "ties needs the parameter 'weight'"),
+        ("ties", {"weight": 1.0, "density": 1.5}, r"expected a number in 0 .. 1; got 1.5"),
+        ("ties", {"weight": "much"}, "expected a number; got 'much'"),
+        ("ties", {"weight": float("nan")}, "expected a finite number; got nan"),
+        ("ties", {"weight": 1.0, "ties": "some"}, "expected one of index, all, spread; got 'some'"),
+        ("ties", {"weight": 1.0, "normalize": 2}, "expected true or false; got 2"),
         ("ties", {"weight": [1.0, 2.0, 3.0]}, "expected 2 values, got 3"),
-        ("ties", {"weight": 1.0, "density": None}, "expected a value, got null"),
+        ("ties", {"weight": 1.0, "density": None}, "expected a value, got None"),
         ("linear", {"weight": [1.0, -1.0, 0.0]}, "sum to zero"),
-        ("slerp", {"t": 0.5}, "expected 1 .. 1 models"),
     ],
 )
 def test_bad_parameters(name, parameters, message):
     with pytest.raises(RecipeError, match=message):
-        make_group(get(name), "w", (2, 2), [F32] * 3, has_base=True, parameters=parameters)
+        oracle.make_op(get(name), "w", (2, 2), [F32] * 3, parameters)
 
 
 def test_all_problems_at_once():
     with pytest.raises(RecipeError) as e:
-        make_group(get("ties"), "w", (2,), [F32] * 2, has_base=True, parameters={"x": 1, "density": 2.0})
+        oracle.make_op(get("ties"), "w", (2,), [F32] * 2, {"x": 1, "density": 2.0})
     assert len(e.value.problems) == 3
+
+
+def test_numbers_of_inputs():
+    def problem(name, count, *, has_base):
+        return get(name).contract.problem(name, count, has_base=has_base)
+
+    assert problem("slerp", 2, has_base=True) == "slerp: expected 1 models besides the base, got 2"
+    assert problem("model_stock", 1, has_base=True) == "model_stock: expected 2 or more models besides the base, got 1"
+    assert problem("passthrough", 2, has_base=False) == "passthrough: expected 1 inputs, got 2"
+    assert problem("ties", 1, has_base=False) == "ties needs a base model; none was given"
+    assert problem("ties", 5, has_base=True) is None
+    assert problem("linear", 1, has_base=False) is None
+
+
+@every_case
+def test_parameters_are_typed_and_frozen(method, case):
+    made = oracle.op_of(method, case, (4,), "fp32").spec.method
+    assert type(made) is method
+    defaults = method.defaults(case.get("preset"))
+    for p in method.params:
+        value = getattr(made, p.field)
+        every = (value,) if p.scope == "shared" else value
+        assert isinstance(every, tuple)
+        words = p.type if isinstance(p.type, tuple) else ()
+        assert all(x in words or type(x) is p.type or x is defaults[p.name] for x in every)
+        with pytest.raises(AttributeError):
+            setattr(made, p.field, value)
 
 
 # ---- algebra -------------------------------------------------------------------------------------------
@@ -195,10 +213,9 @@ def merge(name, inputs, **parameters):
     method = get(name)
     preset = parameters.pop("preset", None)
     dtypes = [{torch.bfloat16: BF16, torch.float32: F32, torch.float64: F64}[x.dtype] for x in inputs]
-    has_base = method.contract.base == "required"
-    group = make_group(method, "w", inputs[0].shape, dtypes, has_base=has_base, parameters=parameters, preset=preset)
-    (got,) = oracle.drive(method, [group], [inputs], oracle.FAST)
-    assert differences([got], method.reference_all([inputs], [group])) == [], "the program is not the reference"
+    ops = [oracle.make_op(method, "w", inputs[0].shape, dtypes, parameters, preset=preset)]
+    (got,) = oracle.drive(ops, [inputs], oracle.FAST)
+    assert differences([got], reference(ops, [inputs])) == [], "the program is not the reference"
     return got
 
 
@@ -325,23 +342,23 @@ def test_whole_model_threshold_ranks_across_tensors():
     """Two layers whose deltas differ 10 times: a common threshold keeps nothing of the small one."""
     method = get("ties")
     parameters = {"weight": 1.0, "density": 0.3, "trim_scope": "model"}
-    groups = [make_group(method, n, (300, 400), [F32] * 2, has_base=True, parameters=parameters) for n in ("b", "a")]
+    ops = [oracle.make_op(method, n, (300, 400), [F32] * 2, parameters) for n in ("b", "a")]
     g = torch.Generator().manual_seed(0)
     xs = [torch.rand(300, 400, generator=g) + 1, (torch.rand(300, 400, generator=g) + 1) * 10]
     inputs = [[torch.zeros_like(x), x] for x in xs]
-    outs = oracle.drive(method, groups, inputs, oracle.FAST, step=1 << 16, shuffle=1)
-    assert differences(outs, method.reference_all(inputs, groups)) == []
+    outs = oracle.drive(ops, inputs, oracle.FAST, step=1 << 16, shuffle=1)
+    assert differences(outs, reference(ops, inputs)) == []
     assert int((outs[0] != 0).sum()) == 0
     assert int((outs[1] != 0).sum()) == int(0.3 * 240000)
 
 
 def test_whole_model_refuses_mixed_precision_and_parameters():
     method = get("ties")
-    a = oracle.group_of(method, {"preset": "paper"}, (4,), "fp32", name="a")
-    b = oracle.group_of(method, {"preset": "paper"}, (4,), "fp64", name="b")
+    a = oracle.op_of(method, {"preset": "paper"}, (4,), "fp32", name="a")
+    b = oracle.op_of(method, {"preset": "paper"}, (4,), "fp64", name="b")
     with pytest.raises(RecipeError, match="precision"):
         method.program([a, b], oracle.FAST)
-    c = oracle.group_of(method, {"preset": "paper", "density": 0.3}, (4,), "fp32", name="c")
+    c = oracle.op_of(method, {"preset": "paper", "density": 0.3}, (4,), "fp32", name="c")
     with pytest.raises(RecipeError, match="the same parameters; c differs"):
         method.program([a, c], oracle.FAST)
 
@@ -350,19 +367,21 @@ def test_whole_model_over_types_and_bundles():
     method = get("ties")
     case = {"weight": [1.0, 0.4], "density": [0.2, 0.6], "trim_scope": "model"}
     tensors = (("z", (300, 301), "bf16"), ("m", (90,), "fp32"), ("a", (200, 777), "bf16"), ("é", (3, 0), "bf16"))
-    groups = [oracle.group_of(method, case, s, t, name=n) for n, s, t in tensors]
-    inputs = [oracle.inputs_of(g, seed=i) for i, g in enumerate(groups)]
-    assert unlike_reference(method, groups, inputs, oracle.FAST) == []
-    assert unlike_reference(method, groups, inputs, oracle.KERNELS["numpy"], step=1 << 16, shuffle=5) == []
+    ops = [oracle.op_of(method, case, s, t, name=n) for n, s, t in tensors]
+    inputs = [oracle.inputs_of(op, seed=i) for i, op in enumerate(ops)]
+    assert unlike_reference(ops, inputs, oracle.FAST) == []
+    assert unlike_reference(ops, inputs, oracle.KERNELS["numpy"], step=1 << 16, shuffle=5) == []
+
+
+def warned(name, case):
+    spec = oracle.op_of(get(name), case, (2,), "fp32").spec
+    return spec.method.warn(spec)
 
 
 def test_warnings():
-    ties = get("ties")
-    assert ties.warn(oracle.group_of(ties, {"weight": [1.0, -1.0]}, (2,), "fp32"))
-    assert ties.warn(oracle.group_of(ties, {"preset": "seed"}, (2,), "fp32"))
-    assert not ties.warn(oracle.group_of(ties, {"weight": 1.0, "density": 0.2}, (2,), "fp32"))
-    slerp = get("slerp")
-    assert slerp.warn(oracle.group_of(slerp, {"t": 2.0}, (2,), "fp32"))
-    linear = get("linear")
-    assert linear.warn(oracle.group_of(linear, {"weight": [1.0, -0.999]}, (2,), "fp32"))
-    assert np.isfinite(linear.tables(oracle.group_of(linear, {"weight": 0.5}, (2,), "fp32"))[1])
+    assert warned("ties", {"weight": [1.0, -1.0]})
+    assert warned("ties", {"preset": "task_vectors"})
+    assert not warned("ties", {"weight": 1.0, "density": 0.2})
+    assert warned("slerp", {"t": 2.0})
+    assert warned("linear", {"weight": [1.0, -0.999]})
+    assert not warned("linear", {"weight": 0.5})

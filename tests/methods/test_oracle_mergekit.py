@@ -49,41 +49,42 @@ NAMES = [f"{name}-{i}" for i, (name, _) in enumerate(CASES)]
 every_case = pytest.mark.parametrize(("name", "case"), CASES, ids=NAMES)
 
 
-def theirs(name, group, inputs, case, monkeypatch, dtype=None):
+def theirs(name, op, inputs, case, monkeypatch, dtype=None):
     """mergekit's result; its random masks are replaced by ours."""
     parameters = {}
     for key, value in case.items():
         if key != "models":
             # per-model values may not name the base where the method has one
-            each = dict(enumerate(value, start=group.has_base)) if isinstance(value, list) else value
+            each = dict(enumerate(value, start=op.spec.has_base)) if isinstance(value, list) else value
             parameters[key] = each
-    density = [m.get("density", 1.0) for m in group.models]
+    density = getattr(op.spec.method, "density", (1.0,) * len(op.spec.models))
     masks = [
-        torch.from_numpy(u16(group.key, i, DROP, 0, group.numel).astype("int64") < t).reshape(group.shape)
-        for i, t, d in zip(group.indices, dropped(name, group), density, strict=True)
+        torch.from_numpy(u16(op.key, i, DROP, 0, op.spec.numel).astype("int64") < t).reshape(op.spec.shape)
+        for i, t, d in zip(op.spec.models, dropped(op), density, strict=True)
         if d < 1
     ]
     supply = iter(masks)
     monkeypatch.setattr(sparsify.torch, "bernoulli", lambda p: next(supply).to(p.dtype))
-    return merge_tensors(inputs, name, parameters=parameters, base_index=0 if group.has_base else None, dtype=dtype)
+    return merge_tensors(inputs, name, parameters=parameters, base_index=0 if op.spec.has_base else None, dtype=dtype)
 
 
-def dropped(name, group):
-    return get(name).spec(group).bernoulli if name.startswith("dare") else [65536] * len(group.models)
+def dropped(op):
+    method = op.spec.method
+    return method.rules(op.spec).bernoulli if method.name.startswith("dare") else [65536] * len(op.spec.models)
 
 
-def ours(name, group, inputs):
-    return oracle.drive(get(name), [group], [inputs], oracle.FAST)[0]
+def ours(op, inputs):
+    return oracle.drive([op], [inputs], oracle.FAST)[0]
 
 
 @pytest.mark.parametrize("types", TOLERANCE)
 @every_case
 def test_against_mergekit(name, case, types, monkeypatch):
     for i, shape in enumerate(SHAPES):
-        group = oracle.group_of(get(name), case, shape, types)
-        inputs = oracle.inputs_of(group, seed=i, tie_free=True)
-        want = theirs(name, group, inputs, case, monkeypatch)
-        got = ours(name, group, inputs)
+        op = oracle.op_of(get(name), case, shape, types)
+        inputs = oracle.inputs_of(op, seed=i, tie_free=True)
+        want = theirs(name, op, inputs, case, monkeypatch)
+        got = ours(op, inputs)
         assert got.shape == want.shape
         assert got.dtype == want.dtype
         # mergekit computes random masks, and with them the delta, in fp32 even for fp64 tensors on the CPU
@@ -93,50 +94,50 @@ def test_against_mergekit(name, case, types, monkeypatch):
 
 def test_dare_in_fp64_written_out():
     case = {"weight": [1.0, 0.5], "density": [0.3, 0.6], "lambda": 1.3}
-    group = oracle.group_of(get("dare_linear"), case, (90, 70), "fp64")
-    base, *others = oracle.inputs_of(group)
+    op = oracle.op_of(get("dare_linear"), case, (90, 70), "fp64")
+    base, *others = oracle.inputs_of(op)
     want = base.clone()
-    for i, (x, m) in enumerate(zip(others, group.models, strict=True)):
+    for i, (x, weight, density) in enumerate(zip(others, [1.0, 0.5], [0.3, 0.6], strict=True)):
         d = x - base
-        random = torch.from_numpy(u16(group.key, i, DROP, 0, group.numel).astype("int64")).reshape(d.shape)
-        kept = d * (random < int(m["density"] * 65536 + 0.5))
-        want += 1.3 * m["weight"] * kept * (d.abs().sum() / kept.abs().sum())
-    assert (ours("dare_linear", group, [base, *others]) - want).abs().max() <= 1e-12
+        random = torch.from_numpy(u16(op.key, i, DROP, 0, op.spec.numel).astype("int64")).reshape(d.shape)
+        kept = d * (random < int(density * 65536 + 0.5))
+        want += 1.3 * weight * kept * (d.abs().sum() / kept.abs().sum())
+    assert (ours(op, [base, *others]) - want).abs().max() <= 1e-12
 
 
 def test_slerp_of_siblings_is_linear(monkeypatch):
-    group = oracle.group_of(get("slerp"), {"t": 0.3}, (40, 50), "fp64")
-    inputs = oracle.inputs_of(group)  # updates of 10 %: |cos| is above the threshold
+    op = oracle.op_of(get("slerp"), {"t": 0.3}, (40, 50), "fp64")
+    inputs = oracle.inputs_of(op)  # updates of 10 %: |cos| is above the threshold
     inputs[1] = inputs[0] + 0.1 * (inputs[1] - inputs[0])
-    want = theirs("slerp", group, inputs, {"t": 0.3}, monkeypatch)
+    want = theirs("slerp", op, inputs, {"t": 0.3}, monkeypatch)
     assert torch.allclose(want, 0.7 * inputs[0] + 0.3 * inputs[1], atol=1e-16)
-    assert torch.allclose(ours("slerp", group, inputs), want, atol=1e-16)
+    assert torch.allclose(ours(op, inputs), want, atol=1e-16)
 
 
 @every_case
 def test_bf16_is_at_least_as_accurate(name, case, monkeypatch):
-    group = oracle.group_of(get(name), case, (64, 512), "bf16")
-    exact = oracle.group_of(get(name), case, (64, 512), "fp64")
-    inputs = oracle.inputs_of(group, seed=5, tie_free=True)
-    truth = get(name).reference([x.double() for x in inputs], exact)
+    op = oracle.op_of(get(name), case, (64, 512), "bf16")
+    exact = oracle.op_of(get(name), case, (64, 512), "fp64")
+    inputs = oracle.inputs_of(op, seed=5, tie_free=True)
+    truth = exact.spec.method.reference([x.double() for x in inputs], exact)
 
     def error(x):
         return (x.double() - truth).square().mean().sqrt().item()
 
-    want = theirs(name, group, inputs, case, monkeypatch)
-    assert error(ours(name, group, inputs)) <= 1.001 * error(want)
+    want = theirs(name, op, inputs, case, monkeypatch)
+    assert error(ours(op, inputs)) <= 1.001 * error(want)
 
 
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.5])
 def test_ties_on_equal_magnitudes_is_the_same_set(density, monkeypatch):
     """bf16 weights: many magnitudes are equal; mergekit keeps an arbitrary subset of those at the threshold."""
     case = {"weight": [1.0], "density": density, "normalize": False}
-    group = oracle.group_of(get("ties"), case, (64, 1024), "bf16", out=oracle.F32)
-    inputs = oracle.inputs_of(group, seed=1)
+    op = oracle.op_of(get("ties"), case, (64, 1024), "bf16", out=oracle.F32)
+    inputs = oracle.inputs_of(op, seed=1)
     wide = [x.float() for x in inputs]
     delta = wide[1] - wide[0]
-    got = ours("ties", group, inputs) - wide[0]
-    want = theirs("ties", group, wide, case, monkeypatch) - wide[0]
+    got = ours(op, inputs) - wide[0]
+    want = theirs("ties", op, wide, case, monkeypatch) - wide[0]
     k = max(1, int(density * delta.numel()))
     at = delta.abs().flatten().sort(descending=True).values[k - 1]
     assert at > 0
@@ -168,12 +169,12 @@ def peft_functions():
 @pytest.mark.parametrize("types", TOLERANCE)
 def test_ties_preset_peft(types, elect, theirs_elect):
     case = {"preset": "peft", "weight": [0.9, 1.1, 0.4], "density": 0.35, "elect": elect}
-    group = oracle.group_of(get("ties"), case, (33, 65), types)
-    inputs = oracle.inputs_of(group, tie_free=True)
+    op = oracle.op_of(get("ties"), case, (33, 65), types)
+    inputs = oracle.inputs_of(op, tie_free=True)
     inputs[0] = torch.zeros_like(inputs[0])
     weights = torch.tensor(case["weight"], dtype=inputs[0].dtype)
     want = peft_functions().ties(inputs[1:], weights, 0.35, theirs_elect)
-    assert (ours("ties", group, inputs) - want).abs().max() <= TOLERANCE[types] * want.abs().max()
+    assert (ours(op, inputs) - want).abs().max() <= TOLERANCE[types] * want.abs().max()
 
 
 # ---- the papers' rules, written out ------------------------------------------------------------------------
@@ -197,10 +198,10 @@ def test_ties_presets_of_the_authors(types, preset, merge, lam):
     method = get("ties")
     case = {"preset": preset, "models": 3}
     shapes = {"b.weight": (200, 300), "a.weight": (100, 301), "c.bias": (77,)}
-    groups = [oracle.group_of(method, case, s, types, name=n, out=oracle.F64) for n, s in shapes.items()]
-    inputs = [oracle.inputs_of(g, seed=i) for i, g in enumerate(groups)]
-    outs = oracle.drive(method, groups, inputs, oracle.FAST)
-    order = sorted(range(3), key=lambda g: groups[g].name)
+    ops = [oracle.op_of(method, case, s, types, name=n, out=oracle.F64) for n, s in shapes.items()]
+    inputs = [oracle.inputs_of(g, seed=i) for i, g in enumerate(ops)]
+    outs = oracle.drive(ops, inputs, oracle.FAST)
+    order = sorted(range(3), key=lambda g: ops[g].name)
     bases = torch.cat([inputs[g][0].double().flatten() for g in order])
     deltas = [torch.cat([(inputs[g][i].double() - inputs[g][0].double()).flatten() for g in order]) for i in (1, 2, 3)]
     want = bases + lam * paper(deltas, 0.2, merge)
@@ -213,36 +214,36 @@ def test_ties_presets_of_the_authors(types, preset, merge, lam):
 def test_ties_preset_sdmecha():
     """Per tensor, all ties, the more frequent sign, the base where none is, the mean of what agrees."""
     case = {"preset": "sdmecha", "models": 4}
-    group = oracle.group_of(get("ties"), case, (50, 60), "fp64")
-    inputs = oracle.inputs_of(group)
+    op = oracle.op_of(get("ties"), case, (50, 60), "fp64")
+    inputs = oracle.inputs_of(op)
     d = torch.stack([(x - inputs[0]).flatten() for x in inputs[1:]])
     kth = d.abs().kthvalue(max(int(0.8 * d.shape[1]), 1), dim=1, keepdim=True).values
     d = d * (d.abs() >= kth)
     sign = torch.sign(torch.sign(d).sum(dim=0))
     agree = (torch.sign(d) == sign) & (sign != 0)
     want = inputs[0].flatten() + (d * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
-    assert (ours("ties", group, inputs).flatten() - want).abs().max() <= 1e-12
+    assert (ours(op, inputs).flatten() - want).abs().max() <= 1e-12
 
 
 def test_dare_ties_of_the_paper_trims_after_the_drop():
     case = {"preset": "paper", "density": 0.5, "trim_density": 0.3, "trim_scope": "tensor", "models": 2}
-    group = oracle.group_of(get("dare_ties"), case, (90, 80), "fp64")
-    inputs = oracle.inputs_of(group)
+    op = oracle.op_of(get("dare_ties"), case, (90, 80), "fp64")
+    inputs = oracle.inputs_of(op)
     deltas = []
     for i, x in enumerate(inputs[1:]):
-        mask = torch.from_numpy(u16(group.key, i, DROP, 0, group.numel).astype("int64") < 32768)
+        mask = torch.from_numpy(u16(op.key, i, DROP, 0, op.spec.numel).astype("int64") < 32768)
         deltas.append((x - inputs[0]).flatten() * mask * 2)
     want = inputs[0].flatten() + paper(deltas, 0.3, "mean")
-    assert (ours("dare_ties", group, inputs).flatten() - want).abs().max() <= 1e-12
+    assert (ours(op, inputs).flatten() - want).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("models", [2, 3, 5])
 def test_model_stock_of_fusionbench_averages_angles(models):
-    group = oracle.group_of(get("model_stock"), {"preset": "fusionbench", "models": models}, (30, 40), "fp64")
-    inputs = oracle.inputs_of(group)
+    op = oracle.op_of(get("model_stock"), {"preset": "fusionbench", "models": models}, (30, 40), "fp64")
+    inputs = oracle.inputs_of(op)
     d = [(x - inputs[0]).flatten() for x in inputs[1:]]
     pairs = [(a, b) for i, a in enumerate(d) for b in d[i + 1 :]]
     angle = torch.stack([torch.acos(a @ b / (a.norm() * b.norm())) for a, b in pairs]).mean()
     t = models * angle.cos() / (1 + (models - 1) * angle.cos())
     want = t * sum(inputs[1:]) / models + (1 - t) * inputs[0]
-    assert (ours("model_stock", group, inputs) - want).abs().max() <= 1e-12
+    assert (ours(op, inputs) - want).abs().max() <= 1e-12
