@@ -188,12 +188,15 @@ class ShardFiles:
     def write_file(self, name: str, data: bytes | Path) -> None:
         """Writes a file beside the shards, durably, with the permissions that the umask leaves."""
         path = self._data / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         content = data if isinstance(data, bytes) else data.read_bytes()
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         self._names[fd] = str(path)
         try:
             self._write_bytes(fd, content)
             os.fsync(fd)
+            for directory in path.parents[: name.count("/")]:
+                system.sync_directory(directory)
         finally:
             del self._names[fd]
             os.close(fd)

@@ -29,6 +29,7 @@ class Report:
         fingerprint: of recipe, seed, inputs, layout and engine: equal ones give equal bytes.
         nonfinite: tensors with NaN or Inf in their output, with counts.
         warnings: everything that the plan and the run warned about.
+        account: what became of the tensors of every model: counts, and the names of what is left out.
         details: versions, recipe, inputs, checksums: what ``merge_report.json`` holds besides.
     """
 
@@ -44,6 +45,7 @@ class Report:
     fingerprint: str
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    account: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -59,7 +61,7 @@ class Report:
     def load(cls, directory: str | os.PathLike[str]) -> Report:
         """The report that a merge left in its output directory."""
         facts = json.loads((Path(directory) / "merge_report.json").read_bytes())
-        return cls(**{f.name: facts[f.name] for f in fields(cls)})
+        return cls(**{f.name: facts[f.name] for f in fields(cls) if f.name in facts})
 
     def __str__(self) -> str:
         devices = ", ".join(dict.fromkeys(self.devices))
