@@ -56,4 +56,8 @@ class Names:
 
     def plain(self) -> dict[str, Any]:
         """The recipe as dictionaries and lists, with these names."""
-        return self.recipe.plain(lambda ref: self._refs.get(ref, ref).plain())
+
+        def plain(ref: ModelRef) -> Any:
+            return self._refs.get(ref, ref).plain()
+
+        return self.recipe.plain(plain)
