@@ -256,18 +256,20 @@ def _report(planned: Plan, out: str, started: float, stats: Stats, placed: Place
 
 def _extras(planned: Plan, writer: Writer, report: Report) -> None:
     """Everything in the output directory that is not weights."""
-    from fastmerge.report.card import card, hub_id
+    from fastmerge.recipe.dump import dump
+    from fastmerge.report.card import card
+    from fastmerge.report.names import Names
 
     if planned.config:
         writer.add("config.json", (json.dumps(planned.config, indent=2) + "\n").encode())
     for name, path in planned.carry:
         writer.add(name, path)
-    text = planned.recipe.to_yaml()
+    names = Names(planned.recipe, planned.checkpoints)
+    text = dump(names.plain())
     writer.add("mergekit_config.yml", text.encode())
     method = next((op.spec.method for op in planned.ops if op.spec.grain != "copy"), None)
-    models = [(c.ref, hub_id(c.ref) is None) for c in planned.checkpoints]
     name, formula, paper = (method.name, method.formula, method.paper) if method else ("passthrough", "copy", "")
-    writer.add("README.md", card(Path(report.out).name, name, formula, paper, models, text).encode())
+    writer.add("README.md", card(Path(report.out).name, name, formula, paper, names.shown, text).encode())
     writer.sync()
     checksums = [list(c) for c in writer.checksums()]
     facts = {"features": writer.features, "checksums": checksums, "files": writer.files()}

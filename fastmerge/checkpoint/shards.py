@@ -212,6 +212,7 @@ class ShardFiles:
             OutputError: the file that was to be copied is not what it was.
         """
         path = self._data / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         digest, at = xxhash.xxh3_64(), 0
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         self._names[fd] = str(path)
@@ -221,6 +222,8 @@ class ShardFiles:
                 digest.update(block)
                 at += len(block)
             os.fsync(fd)
+            for directory in path.parents[: name.count("/")]:
+                system.sync_directory(directory)
         finally:
             del self._names[fd]
             os.close(fd)

@@ -141,13 +141,13 @@ class Writer:
         """Adds a file (config, tokenizer, card, report) that :meth:`commit` writes beside the shards.
 
         Args:
-            name: one plain file name.
+            name: a plain file name, perhaps in plain directories (``1_Pooling/config.json``).
             data: its content, or a file to copy.
 
         Raises:
-            OutputError: the name is a path, or one of the model's own files.
+            OutputError: the name leads elsewhere, or is one of the model's own files.
         """
-        if name in {"", ".", ".."} or "/" in name or "\x00" in name:
+        if len(parts := name.split("/")) > 4 or not all(p.strip(".") and "\x00" not in p for p in parts):
             raise OutputError(f"{name!r}: expected a plain file name")
         if name == INDEX_NAME or name in {s.name for s in self.layout.shards}:
             raise OutputError(f"{name}: is written by the merge itself")

@@ -12,12 +12,14 @@ from typing import Any
 from fastmerge.checkpoint import Checkpoint, Layout, Seen, layout, of_fields, without_gc
 from fastmerge.checkpoint.adapter import Adapter
 from fastmerge.dtypes import DType
-from fastmerge.errors import CheckpointError
+from fastmerge.errors import CheckpointError, RecipeError
 from fastmerge.ops.spec import Op
 from fastmerge.planning import carry as carrying
+from fastmerge.planning import compare as comparing
 from fastmerge.planning import config_json as configuring
 from fastmerge.planning.outputs import Outputs
 from fastmerge.planning.plan import Plan
+from fastmerge.planning.restack import SourceLayer
 from fastmerge.planning.rows import Models, sliced, whole
 from fastmerge.recipe import ModelRef, Recipe
 from fastmerge.version import __version__
@@ -60,10 +62,11 @@ def plan(
         raise CheckpointError(problems)
     warnings |= dict.fromkeys(opened.align(recipe))
     outputs = Outputs(recipe, opened, seed)
-    layers: list[tuple[ModelRef, int]] | None = None
+    layers: list[SourceLayer] | None = None
     if recipe.slices:
         stacked = sliced(recipe, recipe.parts, opened)
-        rows, layers = stacked.rows, stacked.layers
+        rows = stacked.rows
+        layers = [SourceLayer(str(ref), opened.checkpoints[ref].config, i) for ref, i in stacked.layers]
     else:
         _same_depth(recipe, opened)
         rows = whole(recipe, recipe.parts[0], opened, gradient=outputs.parts[0].resolver.gradient)
@@ -79,18 +82,19 @@ def plan(
     donor_ref = recipe.base_model or _first(recipe)
     donor = opened.checkpoints[donor_ref]
     tokenizer = opened.checkpoints[recipe.tokenizer_source or donor_ref]
-    files, notes = carrying.carry(recipe, donor, tokenizer, checkpoints)
-    warnings |= dict.fromkeys(notes)
+    warnings |= dict.fromkeys(_compare(recipe, opened, donor_ref))
     config = None
     if donor.config:
         config, notes = configuring.rewrite(
             donor.config,
             dtype=_main_type(made),
             untied=outputs.notes.untied,
-            layers=None if layers is None else [(opened.checkpoints[ref].config, i) for ref, i in layers],
+            layers=layers,
             structure=None if layers is None else opened.structure(donor_ref),
         )
         warnings |= dict.fromkeys(notes)
+    files, notes = carrying.carry(recipe, donor, tokenizer, checkpoints, _by_row(recipe, opened), config)
+    warnings |= dict.fromkeys(notes)
     warnings |= outputs.notes.warnings
     adapters = tuple([a.checkpoint for a in opened.adapters.values()])
     checkpoints = (*checkpoints, *adapters)
@@ -136,6 +140,28 @@ def _open(
     if problems:
         raise CheckpointError(problems)
     return out, adapters
+
+
+def _compare(recipe: Recipe, models: Models, donor: ModelRef) -> list[str]:
+    """What the configurations of the models say otherwise than the donor's, which the output takes.
+
+    Raises:
+        RecipeError: where layers are taken over from a model in which they compute something else.
+    """
+    configs = {ref: c.config for ref, c in models.checkpoints.items() if ref != donor}
+    alone = {part.sources[0].model for part in recipe.parts if recipe.slices and len(part.sources) == 1}
+    mine = models.checkpoints[donor].config
+    problems = comparing.strangers(str(donor), mine, [(str(r), c) for r, c in configs.items() if r in alone])
+    if problems:
+        raise RecipeError(problems)
+    return comparing.disagreements(str(donor), mine, [(str(r), c) for r, c in configs.items()])
+
+
+def _by_row(recipe: Recipe, models: Models) -> list[Checkpoint]:
+    """Models that give rows to the embeddings or the head of the output."""
+    parts = recipe.parts
+    refs = dict.fromkeys(s.model for part in (parts[0], parts[-1]) for s in part.sources)
+    return [models.checkpoints[ref] for ref in refs]
 
 
 def _same_depth(recipe: Recipe, models: Models) -> None:

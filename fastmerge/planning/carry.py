@@ -1,49 +1,59 @@
-"""Files that go into the output beside the weights: tokenizer, generation settings, chat template."""
+"""Files that go into the output beside the weights: tokenizer, generation settings, chat template, licence, code."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint.discover import contained
 from fastmerge.errors import RecipeError
+from fastmerge.planning import tokens
+from fastmerge.planning.code import Code
+from fastmerge.planning.config_json import set_ids, special_ids
+from fastmerge.planning.templates import TEMPLATES
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint
     from fastmerge.recipe import Recipe
 
 TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*.txt", "*.spm", "*.tiktoken",
+    "tiktoken.model", "spiece.model", "sentencepiece*.model", "*.bpe.model", "bpe.codes", "codes.bpe", "*.bpe",
+    "dict.txt", "tekken.json", "ice_text.model", "normalizer.json", "chat_template*",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+"""Names of tokenizers, their vocabularies and templates, as patterns."""
+
 OTHERS = (
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-_MOST = 256 << 20
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "feature_extraction_config.json", "modules.json", "sentence_*_config.json", "config_sentence_transformers.json",
+    "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "Notice*", "License*",
+)  # fmt: skip
+"""Names of what else a model is used with, as patterns."""
+
+_NEVER = (".py", ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".onnx", ".gguf", ".msgpack", ".h5")
+"""Endings that no pattern takes: weights, and code that only a configuration may name."""
+
+_MODULE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_MOST_JSON = 16 << 20
+_MOST_FILES = 1000
 
 Carry = tuple[tuple[str, Path | bytes], ...]
 
 
 def carry(
-    recipe: Recipe, donor: Checkpoint, tokenizer: Checkpoint, models: Sequence[Checkpoint]
+    recipe: Recipe,
+    donor: Checkpoint,
+    tokenizer: Checkpoint,
+    models: Sequence[Checkpoint],
+    by_row: Sequence[Checkpoint],
+    config: dict[str, Any] | None,
 ) -> tuple[Carry, list[str]]:
     """What the output takes over.
 
@@ -51,31 +61,61 @@ def carry(
         recipe: may ask for a tokenizer and a chat template.
         donor: the model whose other files are copied.
         tokenizer: the model whose tokenizer files are copied.
-        models: all; where the recipe asks for a tokenizer, they must have the same vocabulary.
+        models: all, for their chat templates.
+        by_row: those that give rows to the output's embeddings: they must number their tokens alike.
+        config: of the output; the tokens that the tokenizer's model stops at, and where its code is, are written to it.
 
     Returns:
         Names with files or bytes, and warnings.
 
     Raises:
-        RecipeError: where a tokenizer is asked for and the vocabularies differ.
+        RecipeError: where vocabularies differ, so that rows of embeddings do not belong together.
     """
-    warnings: list[str] = []
-    if recipe.tokenizer_source is not None:
-        _same_vocabulary(tokenizer, models, warnings)
+    problems, warnings = tokens.check(tokenizer, by_row, asked=recipe.tokenizer_source is not None)
+    if problems:
+        raise RecipeError(problems)
     found: dict[str, Path | bytes] = {}
-    for names, model in ((TOKENIZER, tokenizer), (OTHERS, donor)):
-        for name in names:
-            path = _inside(model, name, warnings)
-            if path is not None:
-                found[name] = path
+    for patterns, model in ((TOKENIZER, tokenizer), (OTHERS, donor)):
+        found |= _matching(model, patterns, warnings)
+    found |= _modules(donor, warnings)
+    if tokenizer is not donor:
+        _tokens_of(tokenizer, donor, found, config, warnings)
+    _code(donor, tokenizer, found, config, warnings)
     template = recipe.chat_template
     if template == "auto":
         template = _plurality(models)
         if template is None:
             warnings.append("chat_template: auto: no model has one")
     if template is not None:
-        _set_template(found, template)
+        _set_template(found, TEMPLATES.get(template, template))
     return tuple(found.items()), warnings
+
+
+def _matching(model: Checkpoint, patterns: Sequence[str], warnings: list[str]) -> dict[str, Path | bytes]:
+    """Files of a model whose names match, in the order of the patterns."""
+    found: dict[str, Path | bytes] = {}
+    listed = {"": _names(model.path)}
+    for pattern in patterns:
+        directory, _, last = pattern.rpartition("/")
+        if directory not in listed:
+            listed[directory] = _names(model.path / directory)
+        for name in listed[directory]:
+            if fnmatchcase(name, last) and not name.endswith(_NEVER):
+                full = f"{directory}/{name}" if directory else name
+                path = _inside(model, full, warnings)
+                if path is not None:
+                    found.setdefault(full, path)
+    return found
+
+
+def _names(directory: Path) -> list[str]:
+    """Names of the ordinary files of a directory that are safe to write."""
+    try:
+        with os.scandir(directory) as entries:
+            names = sorted(e.name for e in entries if _MODULE_PART.fullmatch(e.name) and e.is_file())
+    except OSError:
+        return []
+    return names[:_MOST_FILES]
 
 
 def _inside(model: Checkpoint, name: str, warnings: list[str]) -> Path | None:
@@ -83,65 +123,114 @@ def _inside(model: Checkpoint, name: str, warnings: list[str]) -> Path | None:
     path = model.path / name
     if not path.is_file():
         return None
-    if not contained(path, model.path):
-        warnings.append(f"{path}: a link that leaves the model's directory; not copied")
+    if not contained(path, model.path) and not _blob(path):
+        text = f"{path}: a link that leaves the model's directory; not copied"
+        if text not in warnings:
+            warnings.append(text)
         return None
     return path
 
 
-def _same_vocabulary(tokenizer: Checkpoint, models: Sequence[Checkpoint], warnings: list[str]) -> None:
-    problems = []
-    for model in models:
-        if model is tokenizer:
+def _blob(path: Path) -> bool:
+    """Whether a link leads to a file that was downloaded from the hub."""
+    blobs = Path(os.path.realpath(path)).parent
+    return blobs.name == "blobs" and blobs.parent.name.startswith("models--")
+
+
+def _modules(donor: Checkpoint, warnings: list[str]) -> dict[str, Path | bytes]:
+    """The directories that modules.json of a sentence-transformers model names (pooling, normalisation, dense)."""
+    tree = _json(_inside(donor, "modules.json", warnings))
+    found: dict[str, Path | bytes] = {}
+    weights: list[str] = []
+    for module in tree if isinstance(tree, list) else []:
+        said = module.get("path") if isinstance(module, dict) else None
+        if not isinstance(said, str) or not said.strip("/"):
             continue
-        for name in _VOCABULARIES:
-            mine, other = (_inside(m, name, warnings) for m in (tokenizer, model))
-            if mine is not None and other is not None:
-                if not _equal(mine, other):
-                    problems.append(
-                        f"tokenizer: {model.ref!r} has another vocabulary than {tokenizer.ref!r}; rearranging "
-                        "embeddings is not supported yet"
-                    )
-                break
-        else:
-            warnings.append(f"tokenizer: the vocabularies of {tokenizer.ref!r} and {model.ref!r} cannot be compared")
-    if problems:
-        raise RecipeError(problems)
+        parts = PurePosixPath(said).parts
+        if len(parts) > 3 or not all(_MODULE_PART.fullmatch(p) for p in parts):
+            warnings.append(f"modules.json names {said!r}, which is no plain directory of the model; not copied")
+            continue
+        directory = "/".join(parts)
+        for name in _names(donor.path / directory):
+            full = f"{directory}/{name}"
+            path = _inside(donor, full, warnings)
+            if path is not None and not name.endswith(".py"):
+                found[full] = path
+                weights += [full] if name.endswith(_NEVER) else []
+    if weights:
+        warnings.append(f"copied from {donor.ref!r}, not merged: {', '.join(weights)}")
+    return found
 
 
-def _equal(a: Path, b: Path) -> bool:
-    x, y = a.read_bytes()[:_MOST], b.read_bytes()[:_MOST]
-    if x == y or a.suffix != ".json":
-        return x == y
-    mine = _tokens(x)
-    return mine is not None and bool(mine == _tokens(y))
+def _tokens_of(
+    tokenizer: Checkpoint,
+    donor: Checkpoint,
+    found: dict[str, Path | bytes],
+    config: dict[str, Any] | None,
+    warnings: list[str],
+) -> None:
+    """The tokens that a model begins, stops and pads with go along with its tokenizer."""
+    settings = "generation_config.json"
+    own = _json(_inside(tokenizer, settings, warnings))
+    ids = special_ids(tokenizer.config)
+    generation = {**ids, **special_ids(own if isinstance(own, dict) else {})}
+    changed = set_ids(config, ids) if config is not None else []
+    tree = _json(found.get(settings))
+    if generation and (isinstance(tree, dict) or settings not in found):
+        tree = tree if isinstance(tree, dict) else {}
+        before = set_ids(tree, generation)
+        if before:
+            found[settings] = (json.dumps(tree, indent=2) + "\n").encode()
+            changed += [f"{text} (generation)" for text in before]
+    if changed:
+        warnings.append(
+            f"the tokenizer is that of {tokenizer.ref!r} and the configuration that of {donor.ref!r}, with the "
+            f"tokenizer's tokens: {', '.join(changed)}"
+        )
 
 
-def _tokens(data: bytes) -> Any:
-    """Vocabulary and added tokens of a tokenizer.json or vocab.json."""
+def _code(
+    donor: Checkpoint,
+    tokenizer: Checkpoint,
+    found: dict[str, Path | bytes],
+    config: dict[str, Any] | None,
+    warnings: list[str],
+) -> None:
+    """Code that configurations name: copied as data from a directory, referred to where it is on the hub."""
+    code = Code(warnings)
+    if config is not None and "auto_map" in config:
+        config["auto_map"] = code.take(donor, config["auto_map"], "config.json")
+    for name in [n for n in found if n.endswith("_config.json") and "/" not in n]:
+        tree = _json(found[name])
+        if isinstance(tree, dict) and "auto_map" in tree:
+            model = tokenizer if name.startswith("tokenizer") else donor
+            mapped = code.take(model, tree["auto_map"], name)
+            if mapped != tree["auto_map"]:
+                found[name] = json.dumps({**tree, "auto_map": mapped}, indent=2, ensure_ascii=False).encode()
+    found |= code.files
+
+
+def _json(file: Path | bytes | None) -> Any:
+    """What a JSON file holds; None where there is none, or it is damaged or very large."""
+    if file is None:
+        return None
     try:
-        tree = json.loads(data)
-        if "model" not in tree:
-            return tree
-        added = {t["content"]: t["id"] for t in tree.get("added_tokens") or []}
-        vocabulary = tree["model"]["vocab"]
-        return {**vocabulary, **added} if isinstance(vocabulary, dict) else (vocabulary, added)
-    except (ValueError, KeyError, TypeError, RecursionError):
+        if isinstance(file, Path):
+            if file.stat().st_size > _MOST_JSON:
+                return None
+            file = file.read_bytes()
+        return json.loads(file)
+    except (OSError, ValueError, RecursionError):
         return None
 
 
 def _template(model: Checkpoint) -> str | None:
     """The chat template of a model, as data; it is never rendered."""
     jinja = _inside(model, "chat_template.jinja", [])
-    if jinja is not None:
+    if jinja is not None and jinja.stat().st_size <= _MOST_JSON:
         return jinja.read_text("utf-8", errors="replace").strip() or None
-    path = _inside(model, "tokenizer_config.json", [])
-    if path is None:
-        return None
-    try:
-        found = json.loads(path.read_bytes()).get("chat_template")
-    except (ValueError, AttributeError, RecursionError):
-        return None
+    tree = _json(_inside(model, "tokenizer_config.json", []))
+    found = tree.get("chat_template") if isinstance(tree, Mapping) else None
     if isinstance(found, list):  # several named ones
         found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
     return found.strip() or None if isinstance(found, str) else None
@@ -155,13 +244,7 @@ def _plurality(models: Sequence[Checkpoint]) -> str | None:
 def _set_template(found: dict[str, Path | bytes], template: str) -> None:
     found["chat_template.jinja"] = template.encode()
     found.pop("chat_template.json", None)
-    config = found.get("tokenizer_config.json")
-    if not isinstance(config, Path):
-        return
-    try:
-        tree = json.loads(config.read_bytes())
-    except (ValueError, RecursionError):
-        return
+    tree = _json(found.get("tokenizer_config.json"))
     if isinstance(tree, dict) and "chat_template" in tree:
         tree["chat_template"] = template
         found["tokenizer_config.json"] = json.dumps(tree, indent=2, ensure_ascii=False).encode()

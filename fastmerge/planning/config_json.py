@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastmerge.dtypes import DType
+from fastmerge.planning.restack import SourceLayer, count_keys, restack
 from fastmerge.planning.structure import TEXT_CONFIGS, Structure
 
 _TYPE_KEYS = ("torch_dtype", "dtype")
+_QUANTISED = ("quantization_config", "compression_config")
+_TIE = "tie_word_embeddings"
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Tokens that a model begins, stops and pads with."""
 
 
 def rewrite(
@@ -18,7 +23,7 @@ def rewrite(
     *,
     dtype: DType | None,
     untied: bool,
-    layers: Sequence[tuple[Mapping[str, Any], int]] | None,
+    layers: Sequence[SourceLayer] | None,
     structure: Structure | None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The configuration of the output.
@@ -27,84 +32,79 @@ def rewrite(
         config: the donor's.
         dtype: type of most bytes of the output; None leaves the type alone.
         untied: whether the output has a head of its own that some model tied to its embedding.
-        layers: for each output layer, the configuration and the layer that it comes from; None without slices.
+        layers: where each output layer comes from; None without slices.
         structure: of the donor; used with ``layers`` only.
 
     Returns:
         The configuration and warnings.
+
+    Raises:
+        RecipeError: with every key that gives layers a meaning which the slices do not keep.
     """
     out = copy.deepcopy(dict(config))
     warnings: list[str] = []
     if dtype is not None:
         _set_type(out, dtype)
-    if untied and out.get("tie_word_embeddings") is not False:
-        out["tie_word_embeddings"] = False
+    if untied:
+        # In a model with several parts the key at the top decides; programs that read the text part alone see its own.
+        out[_TIE] = False
+        for block in text_blocks(out):
+            if _TIE in block:
+                block[_TIE] = False
+    for block in (out, *text_blocks(out)):
+        # Models whose tensors are quantised are refused: what is left of such a section describes none of them.
+        for key in _QUANTISED:
+            block.pop(key, None)
     if layers is not None:
-        main, keys = (structure.main, structure.keys) if structure is not None else (None, ())
+        main = structure.main if structure is not None else None
+        keys = structure.keys if structure is not None else ()
+        if main is not None:
+            keys = keys or tuple(count_keys(config, main.count))
+            warnings += restack(out, keys, main.count, layers)
         if not keys:
             warnings.append(f"config.json has no layer count to rewrite; the output has {len(layers)} layers")
-        for path in keys:
-            block = _block(out, path[:-1])
-            block[path[-1]] = len(layers)
-            if main is not None:
-                _restack(block, main.count, layers, path[:-1], warnings)
-    if "auto_map" in out:
-        warnings.append("config.json refers to custom code (auto_map); *.py files are not copied")
     return out, warnings
 
 
-def _set_type(out: dict[str, Any], dtype: DType) -> None:
-    keys = [key for key in _TYPE_KEYS if key in out] or ["torch_dtype"]
-    for key in keys:
-        out[key] = dtype.name
+def text_blocks(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The parts of a configuration that describe its language model, if it has such parts."""
     for name in TEXT_CONFIGS:
-        block = out.get(name)
+        block = config.get(name)
         if isinstance(block, dict):
-            for key in _TYPE_KEYS:
-                if key in block:
-                    block[key] = dtype.name
+            yield block
 
 
-def _block(config: Any, path: Sequence[str]) -> Any:
-    for key in path:
-        config = config[key]
-    return config
+def special_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokens of :data:`IDS` that a configuration names: numbers or lists of them."""
+    found: dict[str, Any] = {}
+    for block in (*text_blocks(config), config):
+        found |= {key: block[key] for key in IDS if block.get(key) is not None}
+    return found
 
 
-def _restack(
-    block: dict[str, Any],
-    count: int,
-    layers: Sequence[tuple[Mapping[str, Any], int]],
-    path: Sequence[str],
-    warnings: list[str],
-) -> None:
-    """Lists with one entry per layer follow the layers; lists of layer numbers are renumbered."""
-    identity = [layer for _, layer in layers] == list(range(count))
-    for key, value in list(block.items()):
-        if not isinstance(value, list) or not ("layer" in key or "block" in key):
-            continue
-        if len(value) == count:
-            picked = []
-            for source, layer in layers:
-                own = _own_list(source, path, key)
-                picked.append(own[layer] if layer < len(own) else value[min(layer, count - 1)])
-            block[key] = picked
-        elif not identity and _layer_numbers(value, count):
-            block[key] = [i for i, (source, layer) in enumerate(layers) if layer in _own_list(source, path, key)]
-            warnings.append(f"config.json: {key} was read as a list of layer numbers and renumbered")
+def set_ids(config: dict[str, Any], ids: Mapping[str, Any]) -> list[str]:
+    """Writes the tokens that a model begins, stops and pads with, wherever the configuration names them.
+
+    Returns:
+        What was changed, each as ``key old -> new``.
+    """
+    changed: dict[str, None] = {}
+    for key, value in ids.items():
+        blocks = [b for b in (config, *text_blocks(config)) if key in b] or [config]
+        for block in blocks:
+            if block.get(key) != value:
+                changed[f"{key} {block.get(key)} -> {value}"] = None
+                block[key] = value
+    return list(changed)
 
 
-def _layer_numbers(value: list[Any], count: int) -> bool:
-    whole = all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < count for v in value)
-    return bool(value) and whole and len(set(value)) == len(value)
-
-
-def _own_list(config: Mapping[str, Any], path: Sequence[str], key: str) -> list[Any]:
-    try:
-        found = _block(config, path).get(key)
-    except (KeyError, AttributeError, TypeError):
-        return []
-    return found if isinstance(found, list) else []
+def _set_type(out: dict[str, Any], dtype: DType) -> None:
+    for key in [key for key in _TYPE_KEYS if key in out] or ["torch_dtype"]:
+        out[key] = dtype.name
+    for block in text_blocks(out):
+        for key in _TYPE_KEYS:
+            if key in block:
+                block[key] = dtype.name
 
 
 def canonical(config: Mapping[str, Any] | None) -> str:

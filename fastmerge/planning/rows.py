@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.errors import CheckpointError, RecipeError, ShapeError
+from fastmerge.planning.layers import Layers, incomplete, sizes
 from fastmerge.planning.names import align, kind, unwrapped
-from fastmerge.planning.restack import Layers, incomplete, sizes
 from fastmerge.planning.sources import ModelSources
 from fastmerge.planning.structure import Stack, Structure, is_last_norm, is_post, is_pre, roots, structure
 from fastmerge.recipe import ModelRef, Part, Recipe

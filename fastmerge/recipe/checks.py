@@ -150,10 +150,9 @@ def _tokenizer(recipe: Recipe, problems: Problems) -> Recipe:
         known = ", ".join(str(r) for r in refs(recipe))
         problems.add(loc, f"{str(source)!r} is not a model of this recipe{hint(str(source), known.split(', '))}")
     template = recipe.chat_template
-    if template in BUILT_IN_TEMPLATES:
-        problems.add(("chat_template",), f"the built-in {template!r} is not supported yet: write it out, or 'auto'")
-    elif template and template != "auto" and (len(template) < 20 or "{" not in template):
-        problems.add(("chat_template",), f"expected 'auto' or a Jinja template; got {template[:40]!r}")
+    named = ("auto", *BUILT_IN_TEMPLATES)
+    if template and template not in named and (len(template) < 20 or "{" not in template):
+        problems.add(("chat_template",), f"expected {', '.join(named)} or a Jinja template; got {template[:40]!r}")
     return recipe.model_copy(update={"tokenizer": None, "tokenizer_source": source})
 
 

@@ -20,7 +20,13 @@ def _sequence(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.SequenceNode:
     return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
 
 
+def _text(dumper: yaml.SafeDumper, data: str) -> yaml.ScalarNode:
+    # Text of several lines stays on one line of YAML, so that none of it looks like anything else.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\n" in data else None)
+
+
 _Dumper.add_representer(list, _sequence)
+_Dumper.add_representer(str, _text)
 
 
 def dump(plain: dict[str, Any]) -> str:

@@ -1,4 +1,8 @@
-"""The model card: README.md of the merged model, as the Hub expects it."""
+"""The model card: README.md of the merged model, as the Hub expects it.
+
+Names, templates and recipes are other people's text. None of it may end its place in the card: titles are escaped,
+code is fenced by more backticks than it holds, and the front matter is YAML of plain values.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,10 @@ from collections.abc import Sequence
 
 import yaml
 
-_CACHED = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
-
-
-def hub_id(ref: str) -> str | None:
-    """The Hub id behind a model reference: itself, or the one that its cache path tells; None for local paths."""
-    cached = _CACHED.search(ref)
-    if cached:
-        return f"{cached[1]}/{cached[2]}"
-    name = ref.split("@", maxsplit=1)[0]
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not ref.startswith((".", "/")) else None
+_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
+_INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]+")
+_MARKUP = re.compile(r"([\\`*_{}\[\]()#+.!|<>&~$:=-])")
+_TICKS = re.compile(r"`+")
 
 
 def card(name: str, method: str, formula: str, paper: str, models: Sequence[tuple[str, bool]], recipe: str) -> str:
@@ -27,24 +25,53 @@ def card(name: str, method: str, formula: str, paper: str, models: Sequence[tupl
         method: name of the merge method.
         formula: of the method.
         paper: of the method; a link is shown as one.
-        models: (reference, whether it is a local path) of every input; local paths are shown by their last part.
+        models: name of every input, and whether that is a Hub id.
         recipe: the YAML that was merged.
     """
     ids: list[str] = []
     shown: list[str] = []
-    for ref, local in models:
-        hub = hub_id(ref) if not local or "models--" in ref else None
-        if hub and hub not in ids:
-            ids.append(hub)
-        last = ref.rstrip("/").rsplit("/", maxsplit=1)[-1]
-        shown.append(f"[{hub}](https://huggingface.co/{hub})" if hub else f"`{last}`")
+    for model, on_hub in models:
+        if on_hub and _ID.fullmatch(model):
+            ids.append(model)
+            shown.append(f"[{model}](https://huggingface.co/{model})")
+        else:
+            shown.append(_code(model))
     front: dict[str, object] = {"library_name": "transformers", "tags": ["mergekit", "merge", "fastmerge"]}
     if ids:
-        front = {"base_model": ids, **front}
+        front = {"base_model": list(dict.fromkeys(ids)), **front}
     listed = "\n".join(f"* {s}" for s in dict.fromkeys(shown))
     return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {name}\n\n"
-        f"This model was merged with [fastmerge](https://pypi.org/project/fastmerge/) by the method **{method}**"
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {_text(name)}\n\n"
+        f"This model was merged with fastmerge by the method **{_text(method)}**"
         f"{f' ([paper]({paper}))' if paper.startswith('http') else ''}.\n\n"
-        f"`{formula}`\n\n## Models\n\n{listed}\n\n## Recipe\n\n```yaml\n{recipe.rstrip()}\n```\n"
+        f"{_code(formula)}\n\n## Models\n\n{listed}\n\n## Recipe\n\n{_block(recipe, 'yaml')}\n"
     )
+
+
+def _line(text: str) -> str:
+    """Text without line breaks and characters that cannot be seen."""
+    return _INVISIBLE.sub(" ", text).strip() or "model"
+
+
+def _text(text: str) -> str:
+    """One line in which nothing is markup; letters, digits and what no markup knows stay as they are."""
+    return _MARKUP.sub(r"\\\1", _line(text)).replace(r"\-", "-").replace(r"\.", ".").replace(r"\_", "_")
+
+
+def _code(text: str) -> str:
+    """One line as code, between more backticks than it holds."""
+    line = _line(text)
+    ticks = "`" * (1 + _longest(line))
+    space = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{ticks}{space}{line}{space}{ticks}"
+
+
+def _block(text: str, language: str) -> str:
+    """Lines as code, fenced by more backticks than they hold."""
+    fence = "`" * max(3, 1 + _longest(text))
+    lines = text.replace("\r", " ").rstrip()
+    return f"{fence}{language}\n{lines}\n{fence}"
+
+
+def _longest(text: str) -> int:
+    return max(map(len, _TICKS.findall(text)), default=0)

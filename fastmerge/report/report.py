@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Report:
         fingerprint: of recipe, seed, inputs, layout and engine: equal ones give equal bytes.
         nonfinite: tensors with NaN or Inf in their output, with counts.
         warnings: everything that the plan and the run warned about.
+        account: what became of the tensors of every model: counts, and the names of what is left out.
         details: versions, recipe, inputs, checksums: what ``merge_report.json`` holds besides.
     """
 
@@ -46,6 +47,7 @@ class Report:
     fingerprint: str
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    account: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -72,10 +74,10 @@ class Report:
             raise OutputError(str(error)) from None
         if facts is None:
             raise OutputError(f"{path}: is missing")
-        missing = [f.name for f in fields(cls) if f.name not in facts]
+        missing = [f.name for f in fields(cls) if f.name not in facts and f.default is f.default_factory is MISSING]
         if missing:
             raise OutputError(f"{path}: not a merge report: without {', '.join(missing)}")
-        return cls(**{f.name: facts[f.name] for f in fields(cls)})
+        return cls(**{f.name: facts[f.name] for f in fields(cls) if f.name in facts})
 
     def __str__(self) -> str:
         devices = ", ".join(dict.fromkeys(self.devices))

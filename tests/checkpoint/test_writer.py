@@ -183,7 +183,10 @@ def test_rows_outside_the_data_are_refused(tmp_path):
         writer.write(np.array([[0, 4096, 0, 1]]))
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc/x", "a\x00", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../x", "a/../x", "a//b", "a/", "a/b/c/d/e", "/etc/x", "a\x00", "model.safetensors.index.json"],
+)
 def test_extras_are_plain_names(tmp_path, name):
     plan, _ = example_layout()
     with Writer(tmp_path / "out", plan, fingerprint="f", io=PosixIo()) as writer, pytest.raises(OutputError):

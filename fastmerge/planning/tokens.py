@@ -1,0 +1,251 @@
+"""Whether models give the same numbers to the same tokens: rows of their embeddings are merged by number."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastmerge.checkpoint.discover import contained
+
+if TYPE_CHECKING:
+    from fastmerge.checkpoint import Checkpoint
+
+MOST = 64 << 20
+"""Bytes of a vocabulary file that is read; a larger one is compared byte for byte only."""
+
+VOCABULARIES = (
+    "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "tiktoken.model", "qwen.tiktoken", "tekken.json",
+)  # fmt: skip
+"""Files that number tokens, the most telling first."""
+
+EXAMPLES = 3
+_BLOCK = 1 << 20
+_VOCABULARY = re.compile(r'"vocab"\s*:\s*')
+_ADDED = re.compile(r'"added_tokens"\s*:\s*(?=\[)')
+
+
+class Difference(NamedTuple):
+    """What two vocabularies say differently.
+
+    Attributes:
+        common: numbers that both give to a token.
+        other: how many of them go to different tokens.
+        examples: (number, token here, token there) of a few of those.
+    """
+
+    common: int
+    other: int
+    examples: tuple[tuple[int, str, str], ...]
+
+    def __str__(self) -> str:
+        shown = "; ".join(f"{i} is {a!r} and {b!r}" for i, a, b in self.examples)
+        return f"{self.other} of {self.common} tokens differ ({shown})"
+
+
+UNKNOWN = Difference(0, 0, ((-1, "", ""),))
+"""Of files that differ and are not understood."""
+
+
+def compare(mine: Checkpoint, other: Checkpoint, read: dict[Path, dict[int, str] | None]) -> Difference | None:
+    """Compares the vocabularies of two models by the first file that both have.
+
+    Args:
+        mine: one model.
+        other: the other one.
+        read: what :func:`tokens` said of files already.
+
+    Returns:
+        The difference, :data:`UNKNOWN`, or None where the models have no file in common.
+    """
+    for name in VOCABULARIES:
+        a, b = vocabulary_file(mine, name), vocabulary_file(other, name)
+        if a is None or b is None:
+            continue
+        if same_bytes(a, b):
+            return Difference(0, 0, ())
+        if a not in read:
+            read[a] = tokens(a)
+        x, y = read[a], tokens(b)
+        return UNKNOWN if x is None or y is None else _difference(x, y)
+    return None
+
+
+def vocabulary_file(model: Checkpoint, name: str) -> Path | None:
+    """A file of a model; None where there is none, or it is no ordinary file of this model."""
+    path = model.path / name
+    return path if path.is_file() and contained(path, model.path) else None
+
+
+def has_vocabulary(model: Checkpoint) -> bool:
+    """Whether a model has a file that numbers tokens."""
+    return any(vocabulary_file(model, name) is not None for name in VOCABULARIES)
+
+
+def same_bytes(a: Path, b: Path) -> bool:
+    """Whether two files are equal, read in pieces."""
+    try:
+        if os.path.samefile(a, b):  # noqa: PTH121
+            return True
+        if a.stat().st_size != b.stat().st_size:
+            return False
+        with a.open("rb", buffering=0) as x, b.open("rb", buffering=0) as y:
+            while block := x.read(_BLOCK):
+                if y.read(len(block)) != block:
+                    return False
+    except OSError:
+        return False
+    return True
+
+
+def tokens(path: Path) -> dict[int, str] | None:
+    """The tokens of a vocabulary file by number, each byte of their UTF-8 as one character (see :func:`_text`).
+
+    Decoded so, text takes a quarter of the memory that one emoji in it would cost otherwise.
+
+    Returns:
+        None where the file is too large, or says nothing that is understood.
+    """
+    try:
+        if path.stat().st_size > MOST:
+            return None
+        data = path.read_bytes()
+        if path.suffix == ".model" and path.stem != "tiktoken":
+            return dict(enumerate(_pieces(data)))
+        text = data.decode("latin-1")
+        if path.suffix == ".txt":
+            return dict(enumerate(text.split("\n")))
+        if path.suffix in {".model", ".tiktoken"}:
+            return {int(rank): token for token, rank in (line.split() for line in text.splitlines() if line)}
+        if path.name == "vocab.json":
+            return _numbered(json.loads(text)) | _added_file(path.parent)
+        return _tokenizer(text)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return None
+
+
+def _tokenizer(text: str) -> dict[int, str] | None:
+    """Vocabulary and added tokens of a tokenizer.json, without its merges, which are most of its objects."""
+    decoder = json.JSONDecoder()
+    found: dict[int, str] = {}
+    for match in _VOCABULARY.finditer(text):
+        raw, _ = decoder.raw_decode(text, match.end())
+        if isinstance(raw, list):  # [token, score] in order, or mistral's mappings
+            found = {i: str(t["token_bytes"] if isinstance(t, dict) else t[0]) for i, t in enumerate(raw)}
+        elif isinstance(raw, dict):
+            found = _numbered(raw)
+        if found:
+            break
+    added = _ADDED.search(text)
+    if added is not None:
+        for token in decoder.raw_decode(text, added.end())[0]:
+            found[int(token["id"])] = str(token["content"])
+    return found or None
+
+
+def _numbered(raw: dict[str, Any]) -> dict[int, str]:
+    return {i: token for token, i in raw.items() if isinstance(i, int)}
+
+
+def _added_file(directory: Path) -> dict[int, str]:
+    path = directory / "added_tokens.json"
+    if not path.is_file() or not contained(path, directory) or path.stat().st_size > MOST:
+        return {}
+    return _numbered(json.loads(path.read_bytes().decode("latin-1")))
+
+
+def _pieces(data: bytes) -> Iterator[str]:
+    """The pieces of a sentencepiece model, in their order: field 1 of field 1 of its protocol buffer."""
+    for field, piece in _fields(data):
+        if field == 1:
+            yield next((text for inner, text in _fields(piece) if inner == 1), b"").decode("latin-1")
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of the fields of a protocol buffer; numbers are passed over."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+            if shift > 63:
+                raise ValueError("no protocol buffer")
+
+    while at < len(data):
+        key = varint()
+        kind = key & 7
+        if kind == 0:
+            varint()
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        elif kind == 2:
+            size = varint()
+            if at + size > len(data):
+                raise ValueError("no protocol buffer")
+            yield key >> 3, data[at : at + size]
+            at += size
+        else:
+            raise ValueError("no protocol buffer")
+
+
+def _difference(x: Mapping[int, str], y: Mapping[int, str]) -> Difference:
+    common = x.keys() & y.keys()
+    other = sorted(i for i in common if x[i] != y[i] and _text(x[i]) != _text(y[i]))
+    return Difference(len(common), len(other), tuple((i, _text(x[i]), _text(y[i])) for i in other[:EXAMPLES]))
+
+
+def _text(token: str) -> str:
+    """A token as people read it; what was escaped in the file is as it is."""
+    try:
+        return token.encode("latin-1").decode()
+    except ValueError:
+        return token
+
+
+def check(tokenizer: Checkpoint, models: Iterable[Checkpoint], *, asked: bool) -> tuple[list[str], list[str]]:
+    """Compares the vocabulary of the tokenizer that the output takes with those of the models that are merged.
+
+    Args:
+        tokenizer: the model whose tokenizer the output takes.
+        models: models whose embeddings are merged row by row.
+        asked: whether the recipe asks for that tokenizer by name; then a difference is an error.
+
+    Returns:
+        Problems and warnings.
+    """
+    problems: list[str] = []
+    warnings: list[str] = []
+    read: dict[Path, dict[int, str] | None] = {}
+    for model in models:
+        if model is tokenizer:
+            continue
+        found = compare(tokenizer, model, read)
+        if found is None or found is UNKNOWN:
+            if asked and found is UNKNOWN:
+                problems.append(f"tokenizer: {model.ref!r} has another vocabulary than {tokenizer.ref!r}")
+            elif asked or found is UNKNOWN or (has_vocabulary(model) and has_vocabulary(tokenizer)):
+                warnings.append(
+                    f"tokenizer: the vocabularies of {tokenizer.ref!r} and {model.ref!r} cannot be compared"
+                )
+        elif found.other and (asked or 2 * found.other > found.common):
+            problems.append(
+                f"tokenizer: {model.ref!r} has another vocabulary than {tokenizer.ref!r}: {found}; rearranging "
+                "embeddings is not supported yet"
+            )
+        elif found.other:
+            warnings.append(
+                f"tokenizer: {model.ref!r} has other tokens than {tokenizer.ref!r}, whose tokenizer the output takes: "
+                f"{found}; their rows are merged as they are"
+            )
+    return problems, warnings

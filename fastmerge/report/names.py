@@ -1,0 +1,63 @@
+"""What models are called where others read it: Hub ids, and the last parts of paths."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastmerge.checkpoint import Checkpoint
+    from fastmerge.recipe import ModelRef, Recipe
+
+_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([\w.-]+)/")
+
+
+class Names:
+    """Names of the models of a recipe without the places where they lie on this machine.
+
+    A model of the Hub keeps its id. Any other is called by the last part of its path, with a number behind it where
+    two models would have the same name.
+
+    Args:
+        recipe: with the references.
+        checkpoints: the models, in the order of ``recipe.refs``.
+
+    Attributes:
+        shown: for each model its name, and whether that is a Hub id.
+    """
+
+    def __init__(self, recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> None:
+        self.recipe = recipe
+        self.shown: list[tuple[str, bool]] = []
+        self._refs: dict[ModelRef, ModelRef] = {}
+        self._local: dict[str, str] = {}
+        for ref, checkpoint in zip(recipe.refs, checkpoints, strict=True):
+            cached = _CACHED.search(f"{checkpoint.path}/")
+            if cached is None:
+                named = replace(ref, path=self._name(ref.path, checkpoint.path), revision=None)
+            else:
+                repository = f"{cached[1]}/{cached[2]}"
+                # A path in the cache is one commit.
+                named = replace(ref, path=repository, revision=ref.revision if ref.path == repository else cached[3])
+            self.shown.append((named.path, cached is not None))
+            self._refs[ref] = named
+
+    def _name(self, path: str, opened: Path) -> str:
+        """The last part of a path; of ``.`` and the like that of the directory which they mean."""
+        if path not in self._local:
+            last = PurePath(path).name
+            name = last if last.strip(".") else opened.resolve().name or "model"
+            taken = set(self._local.values())
+            numbered = (f"{name}-{i}" for i in range(2, len(taken) + 3))
+            self._local[path] = next(n for n in (name, *numbered) if n not in taken)
+        return self._local[path]
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as dictionaries and lists, with these names."""
+
+        def plain(ref: ModelRef) -> Any:
+            return self._refs.get(ref, ref).plain()
+
+        return self.recipe.plain(plain)

@@ -1,0 +1,104 @@
+"""The model card and the recipe beside it: other people's text stays where it belongs, and no path of this machine."""
+
+import json
+
+import pytest
+import yaml
+
+from fastmerge.recipe import Recipe
+from fastmerge.recipe.dump import dump
+from fastmerge.report.card import card
+from fastmerge.report.names import Names
+from fastmerge.report.report import Report
+from tests.recipe.fakes import checkpoint
+
+LINEAR = "merge_method: linear\nmodels: [{model: %s}, {model: %s}]\nparameters: {weight: 1}\n"
+
+
+def make(name="out", models=(("a", False),), recipe="x: 1\n"):
+    return card(name, "ties", "base + sum", "https://arxiv.org/abs/1", models, recipe)
+
+
+def test_the_whole_card():
+    assert make(models=(("org/a", True), ("b", False), ("org/a", True))) == (
+        "---\nbase_model:\n- org/a\nlibrary_name: transformers\ntags:\n- mergekit\n- merge\n- fastmerge\n---\n"
+        "# out\n\n"
+        "This model was merged with fastmerge by the method **ties** ([paper](https://arxiv.org/abs/1)).\n\n"
+        "`base + sum`\n\n## Models\n\n* [org/a](https://huggingface.co/org/a)\n* `b`\n\n"
+        "## Recipe\n\n```yaml\nx: 1\n```\n"
+    )
+
+
+@pytest.mark.parametrize("text", ["x\n# Injected", "x\r\n\r\n# Injected", "x\u2028# Injected", "---\nlicense: mit"])
+def test_names_stay_on_their_line(text):
+    found = make(name=text, models=((text, False), (text, True)))
+    assert found.count("\n#") == make().count("\n#")
+    assert found.count("\n---") == 1
+    assert yaml.safe_load(found.split("---")[1])["library_name"] == "transformers"
+    assert "base_model" not in found, "what is no id is not listed as one"
+
+
+def test_names_hold_no_markup():
+    title = make(name="<script>[a](b) *c* `d` e_f-1.0").splitlines()[7]
+    assert title == r"# \<script\>\[a\]\(b\) \*c\* \`d\` e_f-1.0"
+    assert "``a`b``" in make(models=(("a`b", False),))
+    assert "`` `a ``" in make(models=(("`a", False),))
+
+
+def test_a_fence_is_longer_than_what_it_holds():
+    text = make(recipe="a: |\n  ```\n  # Injected\n  `````\n")
+    assert text.endswith("## Recipe\n\n``````yaml\na: |\n  ```\n  # Injected\n  `````\n``````\n")
+
+
+def test_templates_of_several_lines_are_one_line_of_yaml():
+    template = "{{ messages }}\n```\n\n# Injected\n"
+    recipe = Recipe.load({**yaml.safe_load(LINEAR % ("a", "b")), "chat_template": template})
+    text = recipe.to_yaml()
+    assert "\n# Injected" not in text
+    assert Recipe.load(text) == recipe
+
+
+def names(text, *paths, **refs):
+    recipe = Recipe.load(text)
+    return Names(recipe, tuple(checkpoint({}, path=p, ref=str(r)) for p, r in zip(paths, recipe.refs, strict=True)))
+
+
+def test_local_models_are_called_by_the_last_part_of_their_path():
+    text = LINEAR % ("/home/me/x/final", "y/final/") + "base_model: /data/base\n"
+    found = names(text, "/data/base", "/home/me/x/final", "/cwd/y/final")
+    assert found.shown == [("base", False), ("final", False), ("final-2", False)]
+    text = dump(found.plain())
+    assert [m["model"] for m in yaml.safe_load(text)["models"]] == ["final", "final-2"]
+    assert yaml.safe_load(text)["base_model"] == "base"
+    assert "/" not in text
+    assert Recipe.load(text).merge_method == "linear"
+
+
+def test_models_of_the_hub_keep_their_id():
+    cache = "/home/me/.cache/huggingface/hub/models--org--name/snapshots"
+    found = names(LINEAR % ("org/name", f"{cache}/c0ffee"), f"{cache}/abc", f"{cache}/c0ffee")
+    assert found.shown == [("org/name", True), ("org/name", True)]
+    assert found.plain()["models"][0]["model"] == "org/name"
+    assert "/home" not in dump(found.plain())
+    assert "c0ffee" in dump(found.plain())
+
+
+def test_a_relative_path_is_no_id():
+    found = names(LINEAR % ("models/a", "models/b"), "/work/models/a", "/work/models/b")
+    assert found.shown == [("a", False), ("b", False)]
+
+
+def test_a_path_without_a_name(tmp_path):
+    here = tmp_path / "here"
+    here.mkdir()
+    assert names(LINEAR % (".", "b"), here, "/b").shown == [("here", False), ("b", False)]
+
+
+def test_reports_of_earlier_versions_load(tmp_path):
+    report = Report("out", 1.0, 1, 1, {}, "read", 1, ("cpu",), "native", "f", account={"counts": {}})
+    (tmp_path / "merge_report.json").write_text(report.to_json())
+    assert Report.load(tmp_path) == Report.load(tmp_path)
+    assert Report.load(tmp_path).account == {"counts": {}}
+    old = {k: v for k, v in json.loads(report.to_json()).items() if k != "account"}
+    (tmp_path / "merge_report.json").write_text(json.dumps(old))
+    assert Report.load(tmp_path).account == {}
