@@ -50,8 +50,7 @@ def estimate(
     budget = parse_bytes(memory) if memory is not None else default_memory()
     if gpus:
         name, read_rate = "triton", GPU_READ_RATE
-        share = max(map(gpus.count, gpus))
-        vram = None if max_vram is None else Vram(parse_bytes(max_vram) // share, share)
+        vram = None if max_vram is None else Vram(parse_bytes(max_vram), max(map(gpus.count, gpus)))
         wants = budgets.need(ops, elements=cuda.UNIT_ELEMENTS)
         slots = gpu_slots(wants, len(gpus), Budget(budget), vram)
         jobs = schedule(ops, slot=slots.nbytes, elements=cuda.UNIT_ELEMENTS)
