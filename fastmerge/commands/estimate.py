@@ -105,6 +105,9 @@ def _lines(name: str, value: Any) -> list[tuple[str, str]]:
         return [("" if i else name, str(item)) for i, item in enumerate(value)]
     if name == "tensors":
         return [(name, ", ".join(f"{count:,} {what}" for what, count in value.items() if count))]
+    if name == "account":
+        each = [f"{ref}: {', '.join(f'{n:,} {what}' for what, n in counts.items())}" for ref, counts in value.items()]
+        return [("" if i else name, text) for i, text in enumerate(each)]
     if name == "dtypes":
         return [(name, ", ".join(f"{dtype} ({show_bytes(nbytes)})" for dtype, nbytes in value.items()))]
     if name.startswith(("bytes", "memory")):
