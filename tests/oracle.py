@@ -148,7 +148,7 @@ def drive(ops, inputs, backend, *, program=None, step=None, shuffle=None, most=2
     every = cut(ops, step or 1 << 62)
     if step is None and not program.ready and hasattr(backend, "kth"):
         for s in segments(ops, inputs, None, every):
-            program.settle(s, backend)
+            program.resident(s)
     passes = 0
     while not program.ready:
         passes += 1

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +17,8 @@ from fastmerge.backends.probe import cuda_reason, gpu_reason, native_reason
 from fastmerge.dtypes import BY_NAME, FLOATS, DType
 from fastmerge.errors import BackendUnavailable, RecipeError, ShapeError
 from fastmerge.ops.blocks import gram, torch_dtype
-from fastmerge.ops.replicate import COLUMNS, HEADER, MOST_SIGMA, Copies, launch, reference, rows
-from fastmerge.ops.segments import TILE, Segments
+from fastmerge.ops.replicate import MOST_SIGMA, CudaReplicate, ReplicateProgram, reference
+from fastmerge.ops.segments import E0, HEADER, LENGTH, OUT, TILE, Segments
 from fastmerge.philox import tensor_key
 from fastmerge.runtime.devices import cores
 from fastmerge.tensors import check, extent, plain
@@ -106,9 +106,12 @@ def replicate_experts(
         for there, copy in zip(outputs, copies, strict=True):
             there.copy_(copy)
         return outputs
-    source = np.array([[x.data_ptr(), x.numel(), 0, key - (1 << 64) if key >> 63 else key]], np.int64)
-    places = np.array([[t.data_ptr() for t in outputs]], np.int64)
-    kernels(Copies(rows(source, places, np.array(scales), np.array(which, np.int64)), kind, target))
+    first, *others = (t.data_ptr() for t in outputs)
+    head = [first, x.numel(), 0, x.numel(), key - (1 << 64) if key >> 63 else key, 0, 0]
+    table = np.array([[*head, x.data_ptr(), *others]], np.int64)
+    whole = Segments(table, (kind,), target, outputs=len(outputs))
+    program = ReplicateProgram(kernels, np.array([scales]), np.array(which, np.int64))
+    _spread(program, whole) if x.device.type == "cpu" else program.apply(whole)
     return outputs
 
 
@@ -163,19 +166,17 @@ def _outputs(out: Any, tensor: torch.Tensor, count: int, dtype: torch.dtype) -> 
     return outputs
 
 
-def _kernels(x: torch.Tensor, backend: str | None) -> Callable[[Copies], None] | None:
-    """What runs a table of copies on the device of ``x``; None for the reference."""
+def _kernels(x: torch.Tensor, backend: str | None) -> Any:
+    """The kernels that replicate on the device of ``x``; None for the reference."""
     if x.is_cuda:
         return _cuda_kernels(x.device, backend)
     chosen = cpu_backend(backend)
-    if chosen.kernels is None:
-        return None
-    if chosen.name != "native" or x.device.type != "cpu":
+    if chosen.kernels is not None and (chosen.name != "native" or x.device.type != "cpu"):
         raise BackendUnavailable(f"backend {chosen.name}: has no expert replication on {x.device}")
-    return lambda copies: _spread(copies, chosen.kernels.replicate)
+    return chosen.kernels
 
 
-def _cuda_kernels(device: torch.device, backend: str | None) -> Callable[[Copies], None] | None:
+def _cuda_kernels(device: torch.device, backend: str | None) -> CudaReplicate | None:
     """The same on CUDA, where what is named for the CPU's sake does not count."""
     if wanted(backend) == "reference":
         return None
@@ -183,7 +184,7 @@ def _cuda_kernels(device: torch.device, backend: str | None) -> Callable[[Copies
         raise BackendUnavailable("backend triton: has no expert replication")
     reason = native_reason() or _built_without()
     if reason is None:
-        return lambda copies: launch(copies, device)
+        return CudaReplicate(device)
     if backend == "native":
         raise BackendUnavailable(f"backend native: {reason}")
     say(f"replicate_experts on {device}: {reason}; falling back to the reference, which is much slower")
@@ -196,22 +197,22 @@ def _built_without() -> str | None:
     return None if _native.has_cuda() else "the extension was built without nvcc (see FASTMERGE_CUDA)"
 
 
-def _spread(copies: Copies, replicate: Callable[[Copies], None]) -> None:
+def _spread(program: ReplicateProgram, whole: Segments) -> None:
     """Cuts the one row of a table into pieces for the cores; small tensors stay on the calling thread."""
-    row = copies.table
-    n, experts = int(row[0, 1]), (row.shape[1] - HEADER) // COLUMNS
-    step = -(-max(-(-n // cores()), PIECE // experts, 1) // TILE) * TILE
+    row, n = whole.table, int(whole.table[0, LENGTH])
+    step = -(-max(-(-n // cores()), PIECE // whole.outputs, 1) // TILE) * TILE
     if n <= step:
-        replicate(copies)
+        program.apply(whole)
         return
     starts = np.arange(0, n, step)
     table = np.repeat(row, len(starts), axis=0)
-    table[:, 0] += starts * copies.in_dtype.size
-    table[:, 1] = np.minimum(step, n - starts)
-    table[:, 2] += starts
-    table[:, HEADER::COLUMNS] += starts[:, None] * copies.out_dtype.size
+    table[:, LENGTH] = np.minimum(step, n - starts)
+    table[:, E0] += starts
+    table[:, HEADER] += starts * whole.dtypes[0].size
+    table[:, [OUT, *range(HEADER + 1, table.shape[1])]] += starts[:, None] * whole.out_dtype.size
+    pieces = [replace(whole, table=table[s : s + 1]) for s in range(len(starts))]
     with ThreadPoolExecutor(len(starts), thread_name_prefix="fastmerge-replicate") as pool:
-        list(pool.map(lambda s: replicate(dataclasses.replace(copies, table=table[s : s + 1])), range(len(starts))))
+        list(pool.map(program.apply, pieces))
 
 
 def _rms(x: torch.Tensor, dtype: DType, name: str) -> float:

@@ -14,6 +14,7 @@ from fastmerge.api import experts as replicate
 from fastmerge.backends import choose as dispatch
 from fastmerge.backends.native import NativeKernels
 from fastmerge.errors import BackendUnavailable, RecipeError, ShapeError
+from fastmerge.ops.replicate import CudaReplicate
 
 
 @pytest.fixture
@@ -31,11 +32,10 @@ def test_on_cuda_the_backend_of_the_environment_does_not_count(fresh, named):
     """All but the reference: it names what computes on CPU cores, or merges."""
     if named is not None:
         fresh.setenv("FASTMERGE_BACKEND", named)
-    launched = []
-    fresh.setattr(replicate, "launch", lambda copies, device: launched.append((copies, device)))
     fresh.setattr(_native, "has_cuda", lambda: True)
-    replicate._kernels(CUDA, None)("table")
-    assert launched == [("table", CUDA.device)]
+    found = replicate._kernels(CUDA, None)
+    assert isinstance(found, CudaReplicate)
+    assert found.device == CUDA.device
     fresh.setenv("FASTMERGE_BACKEND", "reference")
     assert replicate._kernels(CUDA, None) is None
 
@@ -61,9 +61,9 @@ def test_any_number_of_threads_gives_the_same_bytes(fresh, dtype, out_dtype):
     x = torch.randn(300_001, generator=torch.Generator().manual_seed(0)).to(dtype)
     used, inner = [], NativeKernels.replicate
 
-    def count(self, copies):
-        used.append((threading.current_thread() is threading.main_thread(), int(copies.table[0, 1])))
-        inner(self, copies)
+    def count(self, segments, *tables):
+        used.append((threading.current_thread() is threading.main_thread(), int(segments.table[0, 1])))
+        inner(self, segments, *tables)
 
     fresh.setattr(NativeKernels, "replicate", count)
     given = {"noise": 0.3, "name": "w", "seed": 1, "out_dtype": out_dtype}
