@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fastmerge.checkpoint import of_fields
 from fastmerge.planning import tied
+from fastmerge.planning.layers import gaps
 from fastmerge.planning.missing import buffer, fate, lost, optional, value_head
 from fastmerge.planning.names import shown
-from fastmerge.planning.restack import gaps
 from fastmerge.planning.rows import Models, Row, Sources
 from fastmerge.planning.shapes import GATHER
 from fastmerge.planning.tying import Tying
