@@ -1,30 +1,43 @@
 """Filters, gradients and precedence, against mergekit 0.1.5's own resolution of random recipes."""
 
 import random
+from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 from typing import Literal
 
 import pytest
 import yaml
-from fastmerge.recipe.resolve import Resolver
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastmerge.recipe as package
 from fastmerge.errors import RecipeError
-from fastmerge.methods.base import REQUIRED, Contract, Method, Param
+from fastmerge.methods.base import REQUIRED, Contract, Method, per_model, shared
+from fastmerge.methods.parameters import Resolver
 from fastmerge.recipe import Recipe
 
-PARAMS = (
-    Param("need", "model", float, REQUIRED, ""),
-    Param("own", "model", float, 0.75, "", -10.0, 10.0),
-    Param("count", "model", int, 3, ""),
-    Param("level", "shared", float, 0.5, ""),
-    Param("flag", "shared", bool, False, ""),
-    Param("word", "shared", ("x", "y", "z"), "x", ""),
-)
-FAKE = type("Fake", (Method,), {"name": "fake", "contract": Contract("optional"), "params": PARAMS, "presets": {}})
+
+@dataclass(frozen=True, kw_only=True)
+class Fake(Method):
+    """A method with a parameter of every kind."""
+
+    name = "fake"
+    summary = formula = paper = ""
+    contract = Contract("optional")
+
+    need: tuple[float, ...] = per_model("")
+    own: tuple[float, ...] = per_model("", 0.75, low=-10.0, high=10.0)
+    count: tuple[int, ...] = per_model("", 3)
+    level: float = shared("", 0.5)
+    flag: bool = shared("", default=False)
+    word: Literal["x", "y", "z"] = shared("", "x")
+
+    def reference(self, inputs, op):
+        return inputs[0]
+
+
+PARAMS = Fake.params
 NAMES = (
     "model.embed_tokens.weight",
     "model.layers.0.self_attn.q_proj.weight",
@@ -37,7 +50,7 @@ NAMES = (
 @pytest.fixture(autouse=True, scope="module")
 def registry():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(package, "METHODS", MappingProxyType({"fake": FAKE}))
+        patch.setattr(package, "METHODS", MappingProxyType({"fake": Fake}))
         yield
 
 
@@ -124,15 +137,25 @@ def theirs(raw, output, inputs, t):
     return dict(shared), {str(m): dict(v) for m, v in own.items() if m != base}
 
 
-def ours(recipe, output, inputs, t):
+def made(recipe):
     (part,) = recipe.parts
-    resolver = Resolver(FAKE, part, recipe.parameters, FAKE.defaults())
+    levels = part.parameters, recipe.parameters
+    refs = [str(s.model) for s in part.sources]
+    return part, Resolver(Fake, [s.parameters for s in part.sources], levels, place="models: ", models=refs)
+
+
+def ours(recipe, output, inputs, t):
+    part, resolver = made(recipe)
     who = [i for i, s in enumerate(part.sources) if s.model != part.base]
     try:
-        own = {str(part.sources[i].model): resolver.own(i, resolver.mask(inputs[i]), t) for i in who}
-        return resolver.shared(resolver.mask(output), t), own
+        method = resolver.method(output, [(i, inputs[i]) for i in who], t)
     except RecipeError:
         return None
+    own = {
+        str(part.sources[i].model): {p.name: getattr(method, p.field)[n] for p in PARAMS if p.scope == "model"}
+        for n, i in enumerate(who)
+    }
+    return {p.name: getattr(method, p.field) for p in PARAMS if p.scope == "shared"}, own
 
 
 SCALARS = {
@@ -219,7 +242,7 @@ def test_yaml_there_and_back(raw):
 def resolver(parameters, *, models=None):
     models = models or [{"model": "a", "parameters": {"need": 1}}]
     recipe = Recipe.load({"merge_method": "fake", "models": models, "parameters": parameters})
-    return Resolver(FAKE, recipe.parts[0], recipe.parameters, FAKE.defaults())
+    return made(recipe)[1]
 
 
 @pytest.mark.parametrize(
@@ -240,32 +263,32 @@ def resolver(parameters, *, models=None):
 )
 def test_rules(setting, name, t, want):
     found = resolver({"level": setting})
-    assert found.shared(found.mask(name), t)["level"] == want
+    assert found.method(name, [(0, name)], t).level == want
 
 
 def test_integers_do_not_become_fractions():
     found = resolver({"count": [1, 4]})
-    assert found.own(0, 0, 1.0)["count"] == 4
+    assert found.method("x", [(0, "x")], 1.0).count == (4,)
     with pytest.raises(RecipeError, match=r"models: count: an integer parameter cannot be interpolated to 2\.5"):
-        found.own(0, 0, 0.5)
+        found.method("x", [(0, "x")], 0.5)
 
 
 def test_interpolation_stays_inside_the_bounds():
     recipe = resolver({"own": [10, 10, 10]})
     for i in range(1000):
-        assert recipe.own(0, 0, i / 999)["own"] <= 10
+        assert recipe.method("x", [(0, "x")], i / 999).own[0] <= 10
 
 
 def test_outcomes_are_cached_and_unmatched_filters_known():
     found = resolver({"level": [{"filter": "mlp", "value": 1}, {"filter": "typo", "value": 2}], "own": 3})
-    one, two = found.mask("a.mlp.b"), found.mask("c.mlp.d")
-    assert found.shared(one, 0.1) is found.shared(two, 0.9)
+    one, two = (found.method(n, [(0, n)], t) for n, t in (("a.mlp.b", 0.1), ("c.mlp.d", 0.9)))
+    assert one is two
     assert found.unmatched() == ["typo"]
     assert not found.gradient
 
 
 def test_a_required_parameter_that_every_filter_misses():
     found = resolver({}, models=[{"model": "a", "parameters": {"need": {"filter": "mlp", "value": 1}}}])
-    assert found.own(0, found.mask("mlp"))["need"] == 1
-    with pytest.raises(RecipeError, match="no filter gives the required parameter 'need' of 'a' a value"):
-        found.own(0, found.mask("attn"))
+    assert found.method("mlp", [(0, "mlp")]).need == (1.0,)
+    with pytest.raises(RecipeError, match="fake needs the parameter 'need' of 'a': no filter gives it a value"):
+        found.method("attn", [(0, "attn")])
