@@ -104,10 +104,9 @@ def _lines(name: str, value: Any) -> list[tuple[str, str]]:
     if isinstance(value, list):
         return [("" if i else name, str(item)) for i, item in enumerate(value)]
     if name == "tensors":
-        return [(name, ", ".join(f"{count:,} {what}" for what, count in value.items() if count))]
+        return [(name, _counts(value))]
     if name == "account":
-        each = [f"{ref}: {', '.join(f'{n:,} {what}' for what, n in counts.items())}" for ref, counts in value.items()]
-        return [("" if i else name, text) for i, text in enumerate(each)]
+        return [("" if i else name, f"{model}: {_counts(counts)}") for i, (model, counts) in enumerate(value.items())]
     if name == "dtypes":
         return [(name, ", ".join(f"{dtype} ({show_bytes(nbytes)})" for dtype, nbytes in value.items()))]
     if name.startswith(("bytes", "memory")):
@@ -115,3 +114,7 @@ def _lines(name: str, value: Any) -> list[tuple[str, str]]:
     if name == "seconds_estimated":
         return [("time", f"about {value:.3g} s with files in the page cache")]
     return [(name, f"{value:,}" if isinstance(value, int) and name != "seed" else str(value))]
+
+
+def _counts(value: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in value.items() if count)

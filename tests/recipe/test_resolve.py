@@ -20,10 +20,9 @@ from fastmerge.recipe import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Fake(Method):
-    """A method with a parameter of every kind."""
+    """A parameter of every kind."""
 
     name = "fake"
-    summary = formula = paper = ""
     contract = Contract("optional")
 
     need: tuple[float, ...] = per_model("")
@@ -34,7 +33,7 @@ class Fake(Method):
     word: Literal["x", "y", "z"] = shared("", "x")
 
     def reference(self, inputs, op):
-        return inputs[0]
+        raise NotImplementedError
 
 
 PARAMS = Fake.params
@@ -137,25 +136,23 @@ def theirs(raw, output, inputs, t):
     return dict(shared), {str(m): dict(v) for m, v in own.items() if m != base}
 
 
-def made(recipe):
+def resolver_of(recipe):
     (part,) = recipe.parts
-    levels = part.parameters, recipe.parameters
-    refs = [str(s.model) for s in part.sources]
-    return part, Resolver(Fake, [s.parameters for s in part.sources], levels, place="models: ", models=refs)
+    names = [str(s.model) for s in part.sources]
+    levels = (part.parameters, recipe.parameters)
+    return Resolver(Fake, [s.parameters for s in part.sources], levels, place="models: ", models=names)
 
 
 def ours(recipe, output, inputs, t):
-    part, resolver = made(recipe)
+    (part,) = recipe.parts
     who = [i for i, s in enumerate(part.sources) if s.model != part.base]
     try:
-        method = resolver.method(output, [(i, inputs[i]) for i in who], t)
+        made = resolver_of(recipe).method(output, [(i, inputs[i]) for i in who], t)
     except RecipeError:
         return None
-    own = {
-        str(part.sources[i].model): {p.name: getattr(method, p.field)[n] for p in PARAMS if p.scope == "model"}
-        for n, i in enumerate(who)
-    }
-    return {p.name: getattr(method, p.field) for p in PARAMS if p.scope == "shared"}, own
+    shared = {p.name: getattr(made, p.field) for p in PARAMS if p.scope == "shared"}
+    own = {p.name: getattr(made, p.field) for p in PARAMS if p.scope == "model"}
+    return shared, {str(part.sources[m].model): {n: v[i] for n, v in own.items()} for i, m in enumerate(who)}
 
 
 SCALARS = {
@@ -241,8 +238,11 @@ def test_yaml_there_and_back(raw):
 
 def resolver(parameters, *, models=None):
     models = models or [{"model": "a", "parameters": {"need": 1}}]
-    recipe = Recipe.load({"merge_method": "fake", "models": models, "parameters": parameters})
-    return made(recipe)[1]
+    return resolver_of(Recipe.load({"merge_method": "fake", "models": models, "parameters": parameters}))
+
+
+def resolved(found, name="x", t=0.0):
+    return found.method(name, [(0, name)], t)
 
 
 @pytest.mark.parametrize(
@@ -263,32 +263,40 @@ def resolver(parameters, *, models=None):
 )
 def test_rules(setting, name, t, want):
     found = resolver({"level": setting})
-    assert found.method(name, [(0, name)], t).level == want
+    assert resolved(found, name, t).level == want
 
 
 def test_integers_do_not_become_fractions():
     found = resolver({"count": [1, 4]})
-    assert found.method("x", [(0, "x")], 1.0).count == (4,)
+    assert resolved(found, t=1.0).count == (4,)
     with pytest.raises(RecipeError, match=r"models: count: an integer parameter cannot be interpolated to 2\.5"):
-        found.method("x", [(0, "x")], 0.5)
+        resolved(found, t=0.5)
 
 
 def test_interpolation_stays_inside_the_bounds():
-    recipe = resolver({"own": [10, 10, 10]})
+    found = resolver({"own": [10, 10, 10]})
     for i in range(1000):
-        assert recipe.method("x", [(0, "x")], i / 999).own[0] <= 10
+        assert resolved(found, t=i / 999).own[0] <= 10
 
 
 def test_outcomes_are_cached_and_unmatched_filters_known():
     found = resolver({"level": [{"filter": "mlp", "value": 1}, {"filter": "typo", "value": 2}], "own": 3})
-    one, two = (found.method(n, [(0, n)], t) for n, t in (("a.mlp.b", 0.1), ("c.mlp.d", 0.9)))
-    assert one is two
+    assert resolved(found, "a.mlp.b", 0.1) is resolved(found, "c.mlp.d", 0.9)
+    assert resolved(found, "a.mlp.b") is not resolved(found, "a.attn.b")
     assert found.unmatched() == ["typo"]
+    assert found.filters == ("mlp", "typo")
     assert not found.gradient
+
+
+def test_filters_of_a_model_see_its_tensor_and_shared_ones_the_result():
+    found = resolver({"level": {"filter": "out", "value": 1}, "own": [{"filter": "in", "value": 2}, {"value": 3}]})
+    assert (resolved(found, "out").level, resolved(found, "out").own) == (1.0, (3.0,))
+    made = found.method("out", [(0, "in")])
+    assert (made.level, made.own) == (1.0, (2.0,))
 
 
 def test_a_required_parameter_that_every_filter_misses():
     found = resolver({}, models=[{"model": "a", "parameters": {"need": {"filter": "mlp", "value": 1}}}])
-    assert found.method("mlp", [(0, "mlp")]).need == (1.0,)
-    with pytest.raises(RecipeError, match="fake needs the parameter 'need' of 'a': no filter gives it a value"):
-        found.method("attn", [(0, "attn")])
+    assert resolved(found, "mlp").need == (1.0,)
+    with pytest.raises(RecipeError, match="models: fake needs the parameter 'need' of 'a': no filter gives it a value"):
+        resolved(found, "attn")
