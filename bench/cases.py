@@ -16,8 +16,7 @@ import numpy.typing as npt
 from bench import calls
 from bench.calls import DENSITY, Family, Work
 from bench.generate import pools, to_bf16
-from fastmerge.ops.replicate import rows as replicate_rows
-from fastmerge.philox import normal_lines
+from fastmerge.ops.segments import Segments
 
 MODELS = 3
 BF16 = 3
@@ -150,13 +149,13 @@ def case(kernels: Any, name: str, f: Family, models: int | None = None) -> Case:
     return Case(name, TYPES[f.code][0], len(f.tuned), elements, nbytes, RUNS[f.n], f.out, f.base, make(kernels, f))
 
 
-def replicate(native: Any, d: Family) -> Iterator[Case]:
+def replicate(kernels: Any, d: Family) -> Iterator[Case]:
     """A tensor to its experts: all clean, or all but the first with noise."""
     outs = [d.out, *(np.zeros_like(d.out) for _ in range(EXPERTS - 1))]
-    source = np.array([[d.base.ctypes.data, d.n, 0, 1]], np.int64)
-    places, numbers, lines = np.array([[x.ctypes.data for x in outs]], np.int64), np.arange(EXPERTS), normal_lines()
+    first, *others = (x.ctypes.data for x in outs)
+    table = np.array([[first, d.n, 0, d.n, 1, 0, 0, d.base.ctypes.data, *others]], np.int64)
+    segments, numbers = Segments(table, (d.dtype,), d.dtype, outputs=EXPERTS), np.arange(EXPERTS)
     nbytes = (EXPERTS + 1) * d.out.nbytes
     for name, noise in (("replicate", 0.0), ("replicate noise", 1e-3)):
-        table = replicate_rows(source, places, np.where(numbers > 0, noise, 0.0), numbers)
-        work = functools.partial(native.replicate, table, d.code, d.code, lines)
+        work = functools.partial(kernels.replicate, segments, np.where(numbers > 0, noise, 0.0)[None], numbers)
         yield Case(name, TYPES[d.code][0], EXPERTS, d.n, nbytes, RUNS[d.n], d.out, d.base, work)

@@ -36,9 +36,9 @@ def one(measure: Measure, kernels: Any, device: str, where: str, name: str, n: i
 
 
 def copies(measure: Measure, where: str, name: str, n: int, code: int = cases.BF16) -> None:
-    native = pytest.importorskip("fastmerge._native")
+    native = pytest.importorskip("fastmerge.backends.native")
     f = cases.family(n, code)
-    for case in cases.replicate(native, f):  # which owns the copies
+    for case in cases.replicate(native.NativeKernels(), f):  # which owns the copies
         if case.kernel == name:
             take(measure, where, case)
 

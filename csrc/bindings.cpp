@@ -40,11 +40,12 @@ T* data(const py::array& a, const char* name, std::initializer_list<int64_t> sha
   return const_cast<T*>(static_cast<const T*>(a.data()));
 }
 
-Table check_table(const py::array& table, const py::array& ins, const Needs& needs) {
+Table check_table(const py::array& table, const py::array& ins, const Needs& needs, int64_t outputs = 1) {
   Table t;
   t.codes = data<int32_t>(ins, "ins", {-1});
   t.inputs = static_cast<int32_t>(ins.shape(0));
-  t.data = data<int64_t>(table, "table", {-1, kHeader + t.inputs});
+  t.outputs = static_cast<int32_t>(outputs);
+  t.data = data<int64_t>(table, "table", {-1, kHeader + t.inputs + outputs - 1});
   t.segments = table.shape(0);
   check(t, needs);
   return t;
@@ -252,36 +253,49 @@ void consensus(const py::array& table, const py::array& ins, int out_code, int r
 
 // ---- replicate ----------------------------------------------------------------------------------------------
 
-ReplicateArgs replicate_args(const py::array& table, int in_code, int out_code) {
+ReplicateArgs replicate_args(const py::array& table, const py::array& ins, int out_code, const py::array& sigma,
+                             const py::array& numbers) {
   ReplicateArgs a;
-  a.table = data<int64_t>(table, "table", {-1, -1});
-  a.segments = table.shape(0);
-  a.experts = experts_of(table.shape(1));
-  a.in_code = in_code;
+  a.numbers = data<int64_t>(numbers, "numbers", {-1});
+  const int64_t outputs = numbers.shape(0);
+  if (outputs < 1 || outputs > INT32_MAX) fail("numbers: expected one per output, got " + std::to_string(outputs));
+  a.sigma = data<double>(sigma, "sigma", {-1, outputs});
+  Needs needs;
+  needs.parameters = sigma.shape(0), needs.out_code = out_code;
+  check_code(out_code, "out_code");
+  data<int32_t>(ins, "ins", {1});
+  a.table = check_table(table, ins, needs, outputs);
   a.out_code = out_code;
   check(a);
+  a.safe = safe_input(out_code, most_sigma(a));
   return a;
 }
 
-void replicate(const py::array& table, int in_code, int out_code, const py::array& lines) {
-  ReplicateArgs a = replicate_args(table, in_code, out_code);
+void replicate(const py::array& table, const py::array& ins, int out_code, const py::array& sigma,
+               const py::array& numbers, const py::array& lines, const py::array& nonfinite) {
+  ReplicateArgs a = replicate_args(table, ins, out_code, sigma, numbers);
   a.lines = reinterpret_cast<const NormalLine*>(data<float>(lines, "lines", {kNormalLines, 2}));
+  a.nonfinite = data<int64_t>(nonfinite, "nonfinite", {nonfinite.size() ? a.table.segments : 0}, true);
+  if (nonfinite.size() == 0) a.nonfinite = nullptr;
   run(kernels().replicate, a);
 }
 
 #if defined(FASTMERGE_HAS_CUDA)
-// `there`: address of table, first and lines on the device, one after the other.
-int cuda_launch(int device, int64_t stream, const py::array& table, int in_code, int out_code, const py::array& first,
-                int64_t blocks, int64_t there) {
-  ReplicateArgs a = replicate_args(table, in_code, out_code);
-  ReplicateWalk walk = {data<int64_t>(first, "first", {a.segments + 1}), 0, blocks};
-  walk.tiles = check(a, walk);
+// `there`: address of table, first, sigma, numbers and lines on the device, one after the other.
+int cuda_launch(int device, int64_t stream, const py::array& table, const py::array& ins, int out_code,
+                const py::array& sigma, const py::array& numbers, const py::array& first, int64_t blocks, int64_t there,
+                int64_t nonfinite) {
+  ReplicateArgs a = replicate_args(table, ins, out_code, sigma, numbers);
+  ReplicateWalk walk = {data<int64_t>(first, "first", {a.table.segments + 1}), 0, blocks};
+  walk.tiles = check(a.table, walk);
   if (device < 0 || there == 0) fail("device or there: not a device's address");
-  const bool random = any_noise(a);
-  const int64_t* at = reinterpret_cast<const int64_t*>(there);
-  a.table = at;
-  walk.first = at + table.size();
-  a.lines = reinterpret_cast<const NormalLine*>(walk.first + first.size());
+  const bool random = most_sigma(a) > 0;
+  a.table.data = reinterpret_cast<const int64_t*>(there);
+  walk.first = a.table.data + table.size();
+  a.sigma = reinterpret_cast<const double*>(walk.first + first.size());
+  a.numbers = reinterpret_cast<const int64_t*>(a.sigma + sigma.size());
+  a.lines = reinterpret_cast<const NormalLine*>(a.numbers + numbers.size());
+  a.nonfinite = reinterpret_cast<int64_t*>(nonfinite);
   py::gil_scoped_release release;
   return walk.tiles ? cuda_replicate(device, stream, a, walk, random) : 0;
 }
@@ -357,10 +371,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("consensus", consensus, arg("table"), arg("ins"), arg("out_code"), arg("round_code"), arg("drop"), arg("trim"),
         arg("model_index"), arg("bern"), arg("thr"), arg("cut"), arg("elect"), arg("split"), arg("zero"), arg("merge"),
         arg("f"), arg("scale"), arg("nonfinite"));
-  m.def("replicate", replicate, arg("table"), arg("in_code"), arg("out_code"), arg("lines"));
+  m.def("replicate", replicate, arg("table"), arg("ins"), arg("out_code"), arg("sigma"), arg("numbers"), arg("lines"),
+        arg("nonfinite"));
 #if defined(FASTMERGE_HAS_CUDA)
-  m.def("cuda_replicate", cuda_launch, arg("device"), arg("stream"), arg("table"), arg("in_code"), arg("out_code"),
-        arg("first"), arg("blocks"), arg("there"));
+  m.def("cuda_replicate", cuda_launch, arg("device"), arg("stream"), arg("table"), arg("ins"), arg("out_code"),
+        arg("sigma"), arg("numbers"), arg("first"), arg("blocks"), arg("there"), arg("nonfinite"));
   m.def("cuda_error", cuda_error, arg("status"));
 #endif
   m.def("philox_u16", philox_lanes, arg("key"), arg("model"), arg("op"), arg("e0"), arg("n"));

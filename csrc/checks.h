@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "replicate.h"
 
 namespace fastmerge {
 
@@ -62,8 +62,10 @@ inline void check(const Table& t, const Needs& needs) {
     if (s.length < 0 || s.e0 < 0) fail_at(i, "length and e0 must not be negative");
     if (s.length == 0) continue;
     if (needs.by_row && s.row <= 0) fail_at(i, "expected a row length above 0, got " + std::to_string(s.row));
-    if (needs.out_code >= 0 && (s.out == 0 || s.out % size_of(needs.out_code) != 0))
-      fail_at(i, "the output address is 0 or not aligned to its elements");
+    for (int32_t e = 0; needs.out_code >= 0 && e < t.outputs; ++e)
+      if (t.output(s, e) == 0 || t.output(s, e) % size_of(needs.out_code) != 0)
+        fail_at(i, (t.outputs > 1 ? "address of output " + std::to_string(e) : std::string("the output address")) +
+                       " is 0 or not aligned to its elements");
     for (int32_t m = 0; m < t.inputs; ++m)
       if (s.in[m] == 0 || s.in[m] % size_of(t.codes[m]) != 0)
         fail_at(i, "address of input " + std::to_string(m) + " is 0 or not aligned to its elements");
@@ -108,55 +110,40 @@ inline void check_ranges(const int64_t* first, int64_t groups, int64_t rows) {
            std::to_string(rows));
 }
 
-inline int32_t experts_of(int64_t columns) {
-  const int64_t experts = (columns - 4) / 3;
-  if (experts < 1 || columns != 4 + 3 * experts || experts > std::numeric_limits<int32_t>::max())
-    fail("table: expected 4 + 3 E columns for E > 0 experts, got " + std::to_string(columns));
-  return static_cast<int32_t>(experts);
-}
-
+// What the table alone does not tell: the sigma of every output of every segment, and the outputs' numbers.
 inline void check(const ReplicateArgs& a) {
-  check_code(a.in_code, "in_code");
-  check_code(a.out_code, "out_code");
-  for (int64_t i = 0; i < a.segments; ++i) {
-    const Source& s = a[i];
-    if (s.length < 0 || s.e0 < 0) fail_at(i, "length and e0 must not be negative");
-    if (s.length == 0) continue;
-    if (s.in == 0 || s.in % size_of(a.in_code) != 0)
-      fail_at(i, "the input address is 0 or not aligned to its elements");
-    for (int32_t e = 0; e < a.experts; ++e) {
-      const Expert& x = s.experts[e];
-      if (x.out == 0 || x.out % size_of(a.out_code) != 0)
-        fail_at(i, "the output address of expert " + std::to_string(e) + " is 0 or not aligned to its elements");
-      if (!(x.sigma >= 0 && x.sigma <= kMostSigma))
-        fail_at(i, "sigma of expert " + std::to_string(e) + ": expected 0..2^100, got " + std::to_string(x.sigma));
-      if (x.number < 0 || x.number > 0xffffffffll)
-        fail_at(i, "number of expert " + std::to_string(e) + ": expected 0..2^32 - 1");
+  const Table& t = a.table;
+  for (int32_t e = 0; e < t.outputs; ++e)
+    if (a.numbers[e] < 0 || a.numbers[e] > 0xffffffffll)
+      fail("numbers: expected 0..2^32 - 1, got " + std::to_string(a.numbers[e]));
+  for (int64_t i = 0; i < t.segments; ++i)
+    for (int32_t e = 0; t[i].length && e < t.outputs; ++e) {
+      const double sigma = a.sigma[t[i].group * t.outputs + e];
+      if (!(sigma >= 0 && sigma <= kMostSigma))
+        fail_at(i, "sigma of output " + std::to_string(e) + ": expected 0..2^100, got " + std::to_string(sigma));
     }
-  }
 }
 
 // The tiles of a walk, which must be those of the table.
-inline int64_t check(const ReplicateArgs& a, const ReplicateWalk& walk) {
+inline int64_t check(const Table& t, const ReplicateWalk& walk) {
   if (walk.tile < 1) fail("blocks: expected at least 1, got " + std::to_string(walk.tile));
   int64_t tiles = 0;
-  for (int64_t i = 0; i <= a.segments; ++i) {
+  for (int64_t i = 0; i <= t.segments; ++i) {
     if (walk.first[i] != tiles) fail("first: expected " + std::to_string(tiles) + " at " + std::to_string(i));
-    if (i == a.segments || a[i].length == 0) continue;
-    const int64_t blocks = ((a[i].e0 + a[i].length - 1) >> 3) - (a[i].e0 >> 3) + 1;
+    if (i == t.segments || t[i].length == 0) continue;
+    const int64_t blocks = ((t[i].e0 + t[i].length - 1) >> 3) - (t[i].e0 >> 3) + 1;
     tiles += (blocks + walk.tile - 1) / walk.tile;
   }
   return tiles;
 }
 
-// Whether any expert has noise, in the work type.
-inline bool any_noise(const ReplicateArgs& a) {
-  for (int64_t i = 0; i < a.segments; ++i)
-    for (int32_t e = 0; e < a.experts; ++e) {
-      const double sigma = a[i].experts[e].sigma;
-      if ((a.in_code == kF64 ? sigma : static_cast<float>(sigma)) != 0) return true;
-    }
-  return false;
+// The largest sigma of a call; 0 where no output has noise in the work type.
+inline double most_sigma(const ReplicateArgs& a) {
+  const Table& t = a.table;
+  double most = 0;
+  for (int64_t i = 0; i < t.segments; ++i)
+    for (int32_t e = 0; t[i].length && e < t.outputs; ++e) most = std::max(most, a.sigma[t[i].group * t.outputs + e]);
+  return t.wide() ? most : static_cast<float>(most);
 }
 
 }  // namespace fastmerge

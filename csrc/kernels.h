@@ -7,7 +7,6 @@
 #include <cstdint>
 
 #include "bits.h"
-#include "replicate.h"
 
 namespace fastmerge {
 
@@ -24,7 +23,7 @@ struct Segment {
   int64_t key;     // Philox key, as bits
   int64_t group;   // (first) parameter row
   int64_t stats;   // first row of this piece in the output partials
-  int64_t in[1];   // addresses, as many as the table has inputs
+  int64_t in[1];   // addresses, as many as the table has inputs; then those of the outputs after the first
 };
 
 struct Table {
@@ -32,10 +31,13 @@ struct Table {
   int64_t segments;
   int32_t inputs;        // M; the delta kernels have the base at 0 and N = M - 1 models
   const int32_t* codes;  // element type of each input
+  int32_t outputs = 1;   // E
 
-  __attribute__((always_inline)) const Segment& operator[](int64_t s) const {
-    return *reinterpret_cast<const Segment*>(data + s * (kHeader + inputs));
+  FM_MEMBER const Segment& operator[](int64_t s) const {
+    return *reinterpret_cast<const Segment*>(data + s * (kHeader + inputs + outputs - 1));
   }
+  // The address of output e.
+  FM_MEMBER int64_t output(const Segment& s, int32_t e) const { return e == 0 ? s.out : s.in[inputs - 1 + e]; }
   // The work type is double exactly when an input is.
   __attribute__((always_inline)) bool wide() const {
     for (int32_t i = 0; i < inputs; ++i)
@@ -151,6 +153,34 @@ struct ConsensusArgs {
   const double* f;      // [P, N, 3] c, g, a
   const double* scale;  // [P, 3] lambda, div, majority sign
   int64_t* nonfinite;   // [S], added to
+};
+
+constexpr int32_t kNormalLines = 177;  // rows of fastmerge.philox.normal_lines
+
+// |n| = a + b * (t + 16) for the ranks t of one slot.
+struct alignas(8) NormalLine {
+  float a, b;
+};
+
+constexpr double kMostSigma = 0x1p100;  // noise is finite, so that only a NaN gives a NaN
+
+// Of one input and E outputs, which overlap neither it nor each other. The CUDA kernel takes the same, with the
+// device's addresses.
+struct ReplicateArgs {
+  Table table;
+  int32_t out_code;
+  float safe;               // see safe_input
+  const double* sigma;      // [P, E] 0 .. kMostSigma, rounded once to the work type
+  const int64_t* numbers;   // [E] 0 .. 2^32 - 1: model_index of the counter
+  const NormalLine* lines;  // [kNormalLines]
+  int64_t* nonfinite;       // [S], added to; or null
+};
+
+// Where a launch's tiles lie: `tile` Philox blocks each, those of segment s from first[s] on (first [S + 1]).
+struct ReplicateWalk {
+  const int64_t* first;
+  int64_t tiles;
+  int64_t tile;
 };
 
 // One instruction set's kernels.

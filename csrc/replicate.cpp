@@ -1,7 +1,9 @@
-// Expert replication on a CPU core: the source is read once, and written for every expert while it stays in cache.
+// Expert replication on a CPU core: the source is read once, and written for every output while it stays in cache.
 #include "replicate.h"
 
-#include "kernels.h"
+#include <limits>
+#include <type_traits>
+
 #include "lanes.h"
 #include "tile.h"
 
@@ -9,24 +11,91 @@ namespace fastmerge {
 namespace FM_ISA {
 namespace {
 
-constexpr int64_t kRun = 8 * kBlock;    // elements that go to every expert before the next ones are read
+// Counting results that are not finite takes a few percent of a copy, and is done where it is asked for (kCount).
+
+constexpr int64_t kRun = 8 * kBlock;    // elements that go to every output before the next ones are read
 constexpr int64_t kFarBytes = 8 << 20;  // outputs that no cache could hold are written past it
 constexpr size_t kLine = 64;            // bytes
 
+// What tells finite values of a type from others as bytes pass: the parts of a word that hold exponents, as signed
+// integers that are largest where a value is not finite.
+template <class T>
+struct Exponents {
+  using Part = std::conditional_t<sizeof(T) == 2, int16_t, int32_t>;
+  using Parts __attribute__((vector_size(sizeof(Word)))) = Part;
+  static constexpr Part kInfinity = std::is_same_v<T, Fp16>    ? 0x7c00
+                                    : std::is_same_v<T, Bf16>  ? 0x7f80
+                                    : std::is_same_v<T, float> ? 0x7f800000
+                                                               : 0x7ff00000;
+  static Parts mask() {
+    Parts m = {};
+    constexpr size_t kStride = sizeof(T) / sizeof(Part);  // little-endian: the last part of a value has the exponent
+    for (size_t i = kStride - 1; i < sizeof m / sizeof(Part); i += kStride) m[i] = std::numeric_limits<Part>::max();
+    return m;
+  }
+};
+
 // Copies bytes; kFar: past the caches, which saves the reading of what is overwritten. (memcpy changes at a few
 // kilobytes to an instruction that is slow in the cache of some processors.)
-template <bool kFar>
-void copy(char* to, const char* from, size_t n) {
+template <class T, bool kFar, bool kCount>
+int64_t copy(char* to, const char* from, size_t n) {
   size_t i = kFar ? -reinterpret_cast<uintptr_t>(to) % kLine : 0;
   i = i < n ? i : n;
   memcpy(to, from, i);
+  using Parts = typename Exponents<T>::Parts;
+  const Parts mask = Exponents<T>::mask();
+  Parts most = {};
+  const size_t start = i;
   for (; i + kLine <= n; i += kLine)
     for (size_t j = 0; j < kLine; j += sizeof(Word)) {
       Word w;
       memcpy(&w, from + i + j, sizeof w);
       put<kFar>(to + i + j, w);
+      if constexpr (kCount) {
+        Parts p;
+        memcpy(&p, &w, sizeof p);
+        p &= mask;
+        most = p > most ? p : most;
+      }
     }
   memcpy(to + i, from + i, n - i);
+  if constexpr (!kCount) return 0;
+  const auto count = [&](size_t low, size_t high) {
+    return nonfinite_block(reinterpret_cast<const T*>(from + low), static_cast<int64_t>((high - low) / sizeof(T)));
+  };
+  bool finite = true;
+  for (size_t j = 0; j < sizeof most / sizeof(most[0]); ++j) finite &= most[j] < Exponents<T>::kInfinity;
+  return count(0, start) + (finite ? 0 : count(start, i)) + count(i, n);
+}
+
+// Elements [at, at + n) to every output that is a mere copy.
+template <class T, bool kCount, bool kFar>
+int64_t copies(const ReplicateArgs& a, const Segment& s, int64_t at, int64_t n) {
+  using W = typename WorkOf<T>::type;
+  const auto* from = reinterpret_cast<const char*>(s.in[0] + at * static_cast<int64_t>(sizeof(T)));
+  const double* sigmas = a.sigma + s.group * a.table.outputs;
+  int64_t each = 0, made = 0;
+  for (int32_t e = 0; e < a.table.outputs; ++e) {
+    if (static_cast<W>(sigmas[e]) != W(0)) continue;
+    auto* to = reinterpret_cast<char*>(a.table.output(s, e) + at * static_cast<int64_t>(sizeof(T)));
+    const auto run = made++ ? copy<T, kFar, false> : copy<T, kFar, kCount>;
+    each += run(to, from, static_cast<size_t>(n) * sizeof(T));
+  }
+  return made * each;
+}
+
+template <bool kCount, bool kFar>
+int64_t copies(const ReplicateArgs& a, const Segment& s, int64_t at, int64_t n) {
+  switch (a.out_code) {
+    case kBF16:
+      return copies<Bf16, kCount, kFar>(a, s, at, n);
+    case kF16:
+      return copies<Fp16, kCount, kFar>(a, s, at, n);
+    case kF32:
+      return copies<float, kCount, kFar>(a, s, at, n);
+    default:
+      return copies<double, kCount, kFar>(a, s, at, n);
+  }
 }
 
 // y = x + sigma * normal(u) for whole steps of n elements.
@@ -39,54 +108,64 @@ void noisy_steps(const W* x, const uint16_t* u, W sigma, const NormalLine* lines
   }
 }
 
-// n <= kBlock elements from `at` on, for all experts that are not mere copies.
-template <class W>
-void block(const ReplicateArgs& a, const Source& s, int64_t at, int64_t n) {
+// n <= kBlock elements from `at` on, for all outputs that are not mere copies.
+template <class W, bool kCount>
+int64_t block(const ReplicateArgs& a, const Segment& s, int64_t at, int64_t n) {
   alignas(64) W x[kBlock], y[kBlock];
   alignas(64) uint16_t u[kBlock];
-  load_any(a.in_code, s.in, at, n, x);
-  for (int32_t i = 0; i < a.experts; ++i) {
-    const Expert& e = s.experts[i];
-    const W sigma = static_cast<W>(e.sigma);
+  load_any(a.table.codes[0], s.in[0], at, n, x);
+  const double* sigmas = a.sigma + s.group * a.table.outputs;
+  int64_t bad = 0;
+  for (int32_t e = 0; e < a.table.outputs; ++e) {
+    const W sigma = static_cast<W>(sigmas[e]);
+    const W* made = x;
     if (sigma != W(0)) {
-      random_block(static_cast<uint64_t>(s.key), static_cast<uint32_t>(e.number), kNoise, s.e0 + at, n, u);
+      random_block(static_cast<uint64_t>(s.key), static_cast<uint32_t>(a.numbers[e]), kNoise, s.e0 + at, n, u);
       memset(u + n, 0, static_cast<size_t>(round_up(n) - n) * 2);
       noisy_steps(x, u, sigma, a.lines, round_up(n), y);
-      store_any(a.out_code, e.out, at, n, y);
-    } else if (a.in_code != a.out_code) {
-      store_any(a.out_code, e.out, at, n, x);
+      made = y;
+    } else if (a.table.codes[0] == a.out_code) {
+      continue;
     }
+    const int64_t some = store_any(a.out_code, a.table.output(s, e), at, n, made);
+    if (kCount) bad += some;
   }
+  return bad;
 }
 
-template <class W>
-void source(const ReplicateArgs& a, const Source& s) {
-  const int64_t size = size_of(a.in_code);
-  const bool far = s.length * size >= kFarBytes;
-  int32_t copies = 0;
-  for (int32_t i = 0; i < a.experts; ++i)
-    copies += a.in_code == a.out_code && static_cast<W>(s.experts[i].sigma) == W(0);
+// One segment.
+template <class W, bool kCount>
+int64_t segment(const ReplicateArgs& a, const Segment& s) {
+  const bool far = s.length * size_of(a.table.codes[0]) >= kFarBytes;
+  const double* sigmas = a.sigma + s.group * a.table.outputs;
+  int32_t mere = 0;
+  for (int32_t e = 0; e < a.table.outputs; ++e)
+    mere += a.table.codes[0] == a.out_code && static_cast<W>(sigmas[e]) == W(0);
+  int64_t bad = 0;
   for (int64_t at = 0, n; at < s.length; at += n) {
     n = s.length - at < kRun ? s.length - at : kRun;
-    for (int32_t i = 0; copies && i < a.experts; ++i)
-      if (static_cast<W>(s.experts[i].sigma) == W(0))
-        (far ? copy<true> : copy<false>)(reinterpret_cast<char*>(s.experts[i].out + at * size),
-                                         reinterpret_cast<const char*>(s.in + at * size),
-                                         static_cast<size_t>(n * size));
+    if (mere) bad += far ? copies<kCount, true>(a, s, at, n) : copies<kCount, false>(a, s, at, n);
     // All blocks but the first start where a counter does.
-    for (int64_t j = 0, m; copies < a.experts && j < n; j += m) {
+    for (int64_t j = 0, m; mere < a.table.outputs && j < n; j += m) {
       m = kBlock - ((s.e0 + at + j) & 7);
       m = n - j < m ? n - j : m;
-      block<W>(a, s, at + j, m);
+      bad += block<W, kCount>(a, s, at + j, m);
     }
   }
   if (far) streamed();
+  return bad;
 }
 
 }  // namespace
 
 void replicate(const ReplicateArgs& a) {
-  for (int64_t i = 0; i < a.segments; ++i) a.in_code == kF64 ? source<double>(a, a[i]) : source<float>(a, a[i]);
+  const bool wide = a.table.wide(), counts = a.nonfinite != nullptr;
+  const auto run = wide ? (counts ? segment<double, true> : segment<double, false>)
+                        : (counts ? segment<float, true> : segment<float, false>);
+  for (int64_t i = 0; i < a.table.segments; ++i) {
+    const int64_t bad = run(a, a.table[i]);
+    if (counts) a.nonfinite[i] += bad;
+  }
 }
 
 }  // namespace FM_ISA

@@ -2,7 +2,7 @@
 // allocates nothing, waits for nothing, and reads nothing but device memory that the caller filled.
 #include <cuda_runtime.h>
 
-#include "kernels.h"
+#include "replicate.h"
 
 namespace fastmerge {
 namespace {
@@ -60,7 +60,7 @@ Kernel kernel_of(int32_t out_code, bool random) {
 }
 
 Kernel kernel_of(const ReplicateArgs& a, bool random) {
-  switch (a.in_code) {
+  switch (a.table.codes[0]) {
     case kBF16:
       return kernel_of<Bf16>(a.out_code, random);
     case kF16:

@@ -1,50 +1,13 @@
-// Expert replication: out_e = round(x + sigma_e * n_e) for every expert e, with n_e standard normal; an expert whose
-// sigma is 0 gets x itself, converted, or its very bytes where the types agree. First the arithmetic; then the walk of
+// Expert replication: out_e = round(x + sigma_e * n_e) for every output e, with n_e standard normal; one whose sigma
+// is 0 gets x itself, converted, or its very bytes where the types agree. First the arithmetic; then the walk of
 // the CUDA kernel, which a host can take as well, and does in the tests.
 #pragma once
 
 #include <type_traits>
 
-#include "bits.h"
+#include "kernels.h"
 
 namespace fastmerge {
-
-constexpr int32_t kNormalLines = 177;  // rows of fastmerge.philox.normal_lines
-
-// |n| = a + b * (t + 16) for the ranks t of one slot.
-struct alignas(8) NormalLine {
-  float a, b;
-};
-
-// One expert of a segment: 0 <= sigma <= kMostSigma is rounded once to the work type.
-struct Expert {
-  int64_t out;  // address; overlaps neither the input nor another output
-  double sigma;
-  int64_t number;  // model_index of the counter
-};
-constexpr double kMostSigma = 0x1p100;  // noise is finite, so that only a NaN gives a NaN
-
-// One row of the table, with as many experts as the table has.
-struct Source {
-  int64_t in;  // address
-  int64_t length;
-  int64_t e0;   // logical index of the first element in the whole tensor
-  int64_t key;  // Philox key, as bits
-  Expert experts[1];
-};
-
-struct ReplicateArgs {
-  const int64_t* table;  // [S, 4 + 3 E]
-  int64_t segments;
-  int32_t experts;  // E
-  int32_t in_code;
-  int32_t out_code;
-  const NormalLine* lines;  // [kNormalLines]
-
-  FM_MEMBER const Source& operator[](int64_t s) const {
-    return *reinterpret_cast<const Source*>(table + s * (4 + 3 * static_cast<int64_t>(experts)));
-  }
-};
 
 // double where the input is fp64.
 template <class T>
@@ -67,6 +30,14 @@ FM_HD uint32_t normal_slot(float place) { return (bits_of(place) >> 19) - 0x830u
 // The normal number; `sign` holds its sign in the top bit.
 FM_HD float normal_on(NormalLine line, float place, uint32_t sign) {
   return float_of(bits_of(line.a + line.b * place) ^ (sign & 0x80000000u));
+}
+
+constexpr float kMostNormal = 8;  // no normal number is as large
+
+// No input up to this magnitude makes an output of a type that is not finite, whatever the noise; -1 where any might.
+FM_HD float safe_input(int32_t out_code, double most_sigma) {
+  const float half = out_code == kF16 ? 0x1p14f : 0x1p126f;
+  return kMostNormal * most_sigma <= half ? half : -1.0f;
 }
 
 template <class W>
@@ -126,10 +97,14 @@ FM_HD uint32_t pair_of(float low, float high, const Fp16*) {
   return r;
 }
 
-// Values that are worth their registers: not computed anew for every expert.
+// Values that are worth their registers: not computed anew for every output.
 FM_HD void keep(float& x) { asm volatile("" : "+f"(x)); }
 FM_HD void keep(double& x) { asm volatile("" : "+d"(x)); }
 FM_HD void keep(uint32_t& x) { asm volatile("" : "+r"(x)); }
+template <class T>
+FM_HD void keep(const T*& x) {
+  asm volatile("" : "+l"(x));
+}
 #else
 template <class T>
 FM_HD void keep(T&) {}
@@ -168,23 +143,53 @@ FM_HD void normals(const Table& table, uint32_t word, float& low, float& high) {
   high = normal_on(table(b), b, word);
 }
 
-// One Philox block of a source for every expert. With kFast it must be whole, every address aligned, and false is
-// returned, and nothing written, where a NaN would need the careful conversion.
+// An entry of a table, which is in global memory and which no launch writes (an address that was kept tells neither).
+#if defined(__CUDA_ARCH__)
+FM_HD double constant(const double* p) { return __ldg(p); }
+FM_HD int64_t constant(const int64_t* p) { return __ldg(reinterpret_cast<const long long*>(p)); }
+#else
+template <class T>
+FM_HD T constant(const T* p) {
+  return *p;
+}
+#endif
+
+// How many of the eight that exist are not finite.
+template <class T>
+FM_HD int32_t nonfinite8(const Eight<T>& r, const Span& span) {
+  int32_t bad = 0;
+  for (int j = 0; j < 8; ++j) bad += j >= span.lo && j < span.hi && !is_finite(r.v[j]);
+  return bad;
+}
+
+// To a counter that other threads add to.
+FM_HD void add_to(int64_t* total, int32_t n) {
+#if defined(__CUDA_ARCH__)
+  atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(n));
+#else
+  *total += n;
+#endif
+}
+
+// One Philox block of a segment for every output. With kFast it must be whole, every address aligned, and false is
+// returned, and nothing written, where an input is beyond a.safe: a NaN needs the careful conversion, and results that
+// are not finite are counted.
 template <class In, class Out, bool kRandom, bool kFast, class Table>
-FM_HD bool replicate8(const Source& s, int32_t experts, int64_t block, const Table& table) {
+FM_HD bool replicate8(const ReplicateArgs& a, int64_t n, int64_t block, const Table& table) {
   using W = typename WorkOf<In>::type;
-  constexpr bool kCopies = std::is_same_v<In, Out>;           // where there is no noise
+  constexpr bool kCopies = std::is_same_v<In, Out>;  // where there is no noise
+  const Segment& s = a.table[n];
   const int64_t at = 8 * block - s.e0, left = s.length - at;  // relative to the segment's first element
   const Span span = {at < 0 ? static_cast<int>(-at) : 0, left < 8 ? static_cast<int>(left) : 8};
-  const Eight<In> raw = get8<kFast, In>(s.in + at * static_cast<int64_t>(sizeof(In)), span);
+  const Eight<In> raw = get8<kFast, In>(s.in[0] + at * static_cast<int64_t>(sizeof(In)), span);
   W x[8];
-  bool nan = false;
+  bool safe = true;
   for (int j = 0; j < 8; ++j) {
     x[j] = load<W>(raw.v[j]);
-    nan |= x[j] != x[j];
+    safe &= kCopies && !kRandom ? is_finite(raw.v[j]) : x[j] <= a.safe && -x[j] <= a.safe;
     if (kRandom && kFast) keep(x[j]);
   }
-  if (kFast && nan && (kRandom || !kCopies)) return false;
+  if (kFast && !safe) return false;
   uint32_t keys[10][2];
   for (int r = 0; kRandom && r < 10; ++r) {
     const uint64_t key = static_cast<uint64_t>(s.key);
@@ -192,43 +197,56 @@ FM_HD bool replicate8(const Source& s, int32_t experts, int64_t block, const Tab
     keys[r][1] = static_cast<uint32_t>(key >> 32) + static_cast<uint32_t>(r) * 0xBB67AE85u;
     if (kFast) keep(keys[r][0]), keep(keys[r][1]);
   }
-  for (const Expert *e = s.experts, *end = e + experts; e != end; ++e) {
-    const int64_t to = e->out + at * static_cast<int64_t>(sizeof(Out));
-    const W sigma = kRandom ? static_cast<W>(e->sigma) : W(0);
-    if (sigma == W(0)) {
-      if constexpr (kCopies)
-        put8<kFast>(raw, to, span);
-      else
-        put8<kFast>(store8<kFast, Out>(x), to, span);
-      continue;
+  const auto clean = [&]() -> Eight<Out> {  // an output without noise
+    if constexpr (kCopies)
+      return raw;
+    else
+      return store8<kFast, Out>(x);
+  };
+  const double* sigmas = a.sigma + s.group * a.table.outputs;
+  const int64_t *numbers = a.numbers, *places = s.in;
+  constexpr bool kKept = kFast || !kRandom;  // elsewhere the compiler would make the loop twice
+  if (kKept) keep(sigmas), keep(numbers), keep(places);
+  int64_t place = s.out;
+  int32_t bad = 0;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1
+#endif
+  for (uint32_t e = 0, outputs = static_cast<uint32_t>(a.table.outputs);;) {
+    const int64_t to = place + at * static_cast<int64_t>(sizeof(Out));
+    const W sigma = kRandom ? static_cast<W>(constant(sigmas + e)) : W(0);
+    if (sigma != W(0)) {
+      uint32_t c[4] = {static_cast<uint32_t>(block), static_cast<uint32_t>(static_cast<uint64_t>(block) >> 32),
+                       static_cast<uint32_t>(constant(numbers + e)), kNoise};
+      for (int r = 0; r < 10; ++r) philox_round(c, keys[r][0], keys[r][1]);
+      W y[8];
+      for (int j = 0; j < 4; ++j) {
+        float low, high;
+        normals(table, c[j], low, high);
+        y[2 * j] = noisy(x[2 * j], sigma, low);
+        y[2 * j + 1] = noisy(x[2 * j + 1], sigma, high);
+      }
+      const Eight<Out> made = store8<kFast, Out>(y);
+      put8<kFast>(made, to, span);
+      if (!kFast) bad += nonfinite8(made, span);
+    } else {
+      const Eight<Out> made = clean();
+      put8<kFast>(made, to, span);
+      if (!kFast && kRandom) bad += nonfinite8(made, span);
     }
-    uint32_t c[4] = {static_cast<uint32_t>(block), static_cast<uint32_t>(static_cast<uint64_t>(block) >> 32),
-                     static_cast<uint32_t>(e->number), kNoise};
-    for (int r = 0; r < 10; ++r) philox_round(c, keys[r][0], keys[r][1]);
-    W y[8];
-    for (int j = 0; j < 4; ++j) {
-      float low, high;
-      normals(table, c[j], low, high);
-      y[2 * j] = noisy(x[2 * j], sigma, low);
-      y[2 * j + 1] = noisy(x[2 * j + 1], sigma, high);
-    }
-    put8<kFast>(store8<kFast, Out>(y), to, span);
+    if (++e >= outputs) break;
+    place = kKept ? constant(places + e) : places[e];
   }
+  if (!kFast && !kRandom) bad = a.table.outputs * nonfinite8(clean(), span);
+  if (!kFast && bad && a.nonfinite) add_to(a.nonfinite + n, bad);
   return true;
 }
-
-// Where a launch's tiles lie: `tile` Philox blocks each, those of segment s from first[s] on (first [S + 1]).
-struct ReplicateWalk {
-  const int64_t* first;
-  int64_t tiles;
-  int64_t tile;
-};
 
 // Thread `thread` of `threads` in tile `t`.
 template <class In, class Out, bool kRandom, class Table>
 FM_HD void replicate_tile(const ReplicateArgs& a, const ReplicateWalk& walk, int64_t t, int thread, int threads,
                           const Table& table) {
-  int64_t n = 0, end = a.segments;  // the last segment that starts at or before t is the one that has it
+  int64_t n = 0, end = a.table.segments;  // the last segment that starts at or before t is the one that has it
   while (end - n > 1) {
     const int64_t middle = (n + end) / 2;
     if (walk.first[middle] <= t)
@@ -236,15 +254,15 @@ FM_HD void replicate_tile(const ReplicateArgs& a, const ReplicateWalk& walk, int
     else
       end = middle;
   }
-  const Source& s = a[n];
-  int64_t odd = s.in - s.e0 * static_cast<int64_t>(sizeof(In));
-  for (int32_t i = 0; i < a.experts; ++i) odd |= s.experts[i].out - s.e0 * static_cast<int64_t>(sizeof(Out));
+  const Segment& s = a.table[n];
+  int64_t odd = s.in[0] - s.e0 * static_cast<int64_t>(sizeof(In));
+  for (int32_t e = 0; e < a.table.outputs; ++e) odd |= a.table.output(s, e) - s.e0 * static_cast<int64_t>(sizeof(Out));
   const int64_t from = (s.e0 >> 3) + (t - walk.first[n]) * walk.tile, last = (s.e0 + s.length - 1) >> 3;
   for (int64_t i = thread; i < walk.tile && from + i <= last; i += threads) {
     const int64_t block = from + i, e = 8 * block;
     const bool fast = odd % 16 == 0 && e >= s.e0 && e + 8 <= s.e0 + s.length;
-    if (!fast || !replicate8<In, Out, kRandom, true>(s, a.experts, block, table))
-      replicate8<In, Out, kRandom, false>(s, a.experts, block, table);
+    if (!fast || !replicate8<In, Out, kRandom, true>(a, n, block, table))
+      replicate8<In, Out, kRandom, false>(a, n, block, table);
   }
 }
 

@@ -143,20 +143,33 @@ def consensus(
     (coefficient, gate, vote weight), scale [P, 3] (lambda, div, majority sign), nonfinite [S], added to.
     """
 
-def replicate(table: _I64, in_code: int, out_code: int, lines: _F32) -> None:
-    """``x + sigma n`` for every expert; table [S, 4 + 3 E] (fastmerge.ops.replicate), lines [177, 2].
+def replicate(table: _I64, ins: _I32, out_code: int, sigma: _F64, numbers: _I64, lines: _F32, nonfinite: _I64) -> None:
+    """``x + sigma n`` for every output; table [S, 7 + E], sigma [P, E], numbers [E], lines [177, 2], nonfinite [S].
 
-    A sigma of 0 converts, or copies bytes where the types agree.
+    The table's columns after that of the one input are the addresses of the outputs after the first. A sigma of 0
+    converts, or copies bytes where the types agree. Counts of results that are not finite are added to ``nonfinite``,
+    unless it is empty.
     """
 
 def cuda_replicate(
-    device: int, stream: int, table: _I64, in_code: int, out_code: int, first: _I64, blocks: int, there: int
+    device: int,
+    stream: int,
+    table: _I64,
+    ins: _I32,
+    out_code: int,
+    sigma: _F64,
+    numbers: _I64,
+    first: _I64,
+    blocks: int,
+    there: int,
+    nonfinite: int,
 ) -> int:
     """The same on a CUDA device; only where :func:`has_cuda`. Returns a status, 0 for success, and does not wait.
 
-    ``there`` is an address on the device that holds a copy of ``table``, ``first`` and the lines of the normals, one
-    after the other: this call checks the former two, allocates nothing and copies nothing. ``first`` [S + 1] counts
-    tiles of ``blocks`` Philox blocks.
+    ``there`` is an address on the device that holds a copy of ``table``, ``first``, ``sigma``, ``numbers`` and the
+    lines of the normals, one after the other: this call checks all but the lines, allocates nothing and copies
+    nothing. ``first`` [S + 1] counts tiles of ``blocks`` Philox blocks. ``nonfinite`` is the address of [S] counters
+    on the device, or 0.
     """
 
 def cuda_error(status: int) -> str:

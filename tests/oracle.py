@@ -10,11 +10,10 @@ import torch
 from fastmerge.dtypes import BF16, F16, F32, F64
 from fastmerge.methods.parameters import called
 from fastmerge.ops.blocks import torch_dtype
-from fastmerge.ops.segments import HEADER, TILE, Segments
+from fastmerge.ops.segments import HEADER, TILE, Segments, segment_row
 from fastmerge.ops.spec import Op
 from fastmerge.philox import tensor_key
 from fastmerge.planning.from_tensors import TensorPlanner
-from fastmerge.runtime.stream import segment_row
 from tests.kernels_numpy import NumpyKernels
 
 torch.set_num_threads(1)
@@ -149,7 +148,7 @@ def drive(ops, inputs, backend, *, program=None, step=None, shuffle=None, most=2
     every = cut(ops, step or 1 << 62)
     if step is None and not program.ready and hasattr(backend, "kth"):
         for s in segments(ops, inputs, None, every):
-            program.settle(s, backend)
+            program.resident(s)
     passes = 0
     while not program.ready:
         passes += 1

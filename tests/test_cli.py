@@ -85,11 +85,15 @@ def test_a_plan_is_for_people(recipe, paths):
         f"models             {paths['base']}",
         f"                   {paths['a']}",
         "tensors            21 merged",
+        f"account            {paths['base']}: 21 merged",
+        f"                   {paths['a']}: 21 merged",
         "elements           226,624",
         "bytes in           1.81 MB",
         "bytes out          453 kB",
         "bytes copied       0 bytes",
         "dtypes             bfloat16 (453 kB)",
+        f"account            {paths['base']}: 21 merged",
+        f"                   {paths['a']}: 21 merged",
         "seed               0",
     ):
         assert line in lines, lines
@@ -281,8 +285,8 @@ def test_merging_on_the_cpu_imports_no_torch(recipe, tmp_path):
 
 def test_auto_and_plan_do_not_import_torch_where_no_driver_is(recipe, tmp_path):
     code = (
-        "import sys\nfrom fastmerge.backends import choose\nfrom fastmerge.cli import main\n"
-        "choose.ctypes.CDLL = lambda name: (_ for _ in ()).throw(OSError())\n"
+        "import ctypes, sys\nfrom fastmerge.cli import main\nreal = ctypes.CDLL\n"
+        "ctypes.CDLL = lambda name, *a, **k: real('nothing' if name == 'libcuda.so.1' else name, *a, **k)\n"
         "try:\n    main(sys.argv[1:])\nfinally:\n    print(*sys.modules, file=sys.stderr)"
     )
     for words in (["merge", recipe, tmp_path / "out", "-q"], ["plan", recipe]):
@@ -297,11 +301,11 @@ def test_auto_and_plan_do_not_import_torch_where_no_driver_is(recipe, tmp_path):
 def test_a_stopped_merge_says_how_to_go_on_and_does(paths, recipe, tmp_path, number):
     slow = (
         "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from fastmerge.runtime import schedule, placement\n"
+        "from fastmerge.runtime import placement\n"
         "from fastmerge.runtime.devices.fake import FakeDevice\n"
-        "from fastmerge.backends.native import NativeKernels\n"
-        "schedule.UNIT_ELEMENTS = 1 << 16\n"
-        "placement.devices = lambda chosen: [FakeDevice(NativeKernels(), latency=0.4)]\n"
+        "placement.UNIT_ELEMENTS = 1 << 16\n"
+        "placement.workers = lambda chosen: 1\n"
+        "placement.CpuDevice = lambda: FakeDevice(latency=0.4)\n"
         "print('ready', flush=True)\n"
         "from fastmerge.cli import main\nmain(sys.argv[1:])\n"
     )

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from fastmerge.api.tensors import run
 from fastmerge.backends.choose import cpu_backend, say, wanted
 from fastmerge.backends.probe import cuda_reason, gpu_reason, native_reason
 from fastmerge.dtypes import BY_NAME, FLOATS, DType
 from fastmerge.errors import BackendUnavailable, RecipeError, ShapeError
+from fastmerge.methods.replicate import Replicate
 from fastmerge.ops.blocks import gram, torch_dtype
-from fastmerge.ops.replicate import COLUMNS, HEADER, MOST_SIGMA, Copies, launch, reference, rows
-from fastmerge.ops.segments import TILE, Segments
+from fastmerge.ops.replicate import MOST_SIGMA, launch
+from fastmerge.ops.segments import TILE, Segments, segment_row
+from fastmerge.ops.sources import Memory
+from fastmerge.ops.spec import Op, Spec
 from fastmerge.philox import tensor_key
-from fastmerge.runtime.devices import cores
 from fastmerge.tensors import check, extent, plain
 
 if TYPE_CHECKING:
@@ -100,15 +101,16 @@ def replicate_experts(
     if not sigma <= MOST_SIGMA:
         raise RecipeError(f"{name or 'tensor'}: noise of standard deviation {sigma}, expected at most 2**100")
     scales = [0.0 if first_clean and e == 0 else sigma for e in which]
-    kernels = _kernels(x, backend)
-    if kernels is None:
-        copies = reference(x, which, scales, key, target)
-        for there, copy in zip(outputs, copies, strict=True):
-            there.copy_(copy)
-        return outputs
-    source = np.array([[x.data_ptr(), x.numel(), 0, key - (1 << 64) if key >> 63 else key]], np.int64)
-    places = np.array([[t.data_ptr() for t in outputs]], np.int64)
-    kernels(Copies(rows(source, places, np.array(scales), np.array(which, np.int64)), kind, target))
+    method = Replicate(experts=tuple(which), sigma=tuple(scales))
+    spec = Spec(method, tuple(x.shape), (kind,), target)
+    targets = tuple([Memory(t.data_ptr(), target, spec.shape) for t in outputs])
+    op = Op(name, spec, key, (Memory(x.data_ptr(), kind, spec.shape),), targets)
+    if x.is_cuda:
+        _on_cuda(op, x, outputs, backend)
+    elif wanted(backend) == "triton":
+        raise BackendUnavailable(f"backend triton: has no expert replication on {x.device}")
+    else:
+        run([op], x.device, backend, elements=max(TILE, PIECE // len(which)))
     return outputs
 
 
@@ -163,55 +165,38 @@ def _outputs(out: Any, tensor: torch.Tensor, count: int, dtype: torch.dtype) -> 
     return outputs
 
 
-def _kernels(x: torch.Tensor, backend: str | None) -> Callable[[Copies], None] | None:
-    """What runs a table of copies on the device of ``x``; None for the reference."""
-    if x.is_cuda:
-        return _cuda_kernels(x.device, backend)
-    chosen = cpu_backend(backend)
-    if chosen.kernels is None:
-        return None
-    if chosen.name != "native" or x.device.type != "cpu":
-        raise BackendUnavailable(f"backend {chosen.name}: has no expert replication on {x.device}")
-    return lambda copies: _spread(copies, chosen.kernels.replicate)
-
-
-def _cuda_kernels(device: torch.device, backend: str | None) -> Callable[[Copies], None] | None:
-    """The same on CUDA, where what is named for the CPU's sake does not count."""
+def _has_kernel(device: torch.device, backend: str | None) -> bool:
+    """Whether the CUDA kernel runs, or the reference; what is named for the CPU's sake does not count."""
     if wanted(backend) == "reference":
-        return None
+        return False
     if backend == "triton":
         raise BackendUnavailable("backend triton: has no expert replication")
     reason = native_reason() or _built_without()
     if reason is None:
-        return lambda copies: launch(copies, device)
+        return True
     if backend == "native":
         raise BackendUnavailable(f"backend native: {reason}")
     say(f"replicate_experts on {device}: {reason}; falling back to the reference, which is much slower")
-    return None
+    return False
+
+
+def _on_cuda(op: Op, x: torch.Tensor, outputs: Sequence[torch.Tensor], backend: str | None) -> None:
+    """One launch on the caller's stream."""
+    if not _has_kernel(x.device, backend):
+        for there, copy in zip(outputs, op.spec.method.references([x], op), strict=True):
+            there.copy_(copy)
+        return
+    row = segment_row(op, 0, 0, x.numel(), outputs[0].data_ptr(), [x.data_ptr()])
+    table = np.array([[*row, *(t.data_ptr() for t in outputs[1:])]], np.int64)
+    segments = Segments(table, op.spec.dtypes, op.spec.out_dtype, outputs=len(outputs))
+    method = cast("Replicate", op.spec.method)
+    launch(segments, np.array([method.sigma]), np.array(method.experts, np.int64), x.device)
 
 
 def _built_without() -> str | None:
     from fastmerge import _native
 
     return None if _native.has_cuda() else "the extension was built without nvcc (see FASTMERGE_CUDA)"
-
-
-def _spread(copies: Copies, replicate: Callable[[Copies], None]) -> None:
-    """Cuts the one row of a table into pieces for the cores; small tensors stay on the calling thread."""
-    row = copies.table
-    n, experts = int(row[0, 1]), (row.shape[1] - HEADER) // COLUMNS
-    step = -(-max(-(-n // cores()), PIECE // experts, 1) // TILE) * TILE
-    if n <= step:
-        replicate(copies)
-        return
-    starts = np.arange(0, n, step)
-    table = np.repeat(row, len(starts), axis=0)
-    table[:, 0] += starts * copies.in_dtype.size
-    table[:, 1] = np.minimum(step, n - starts)
-    table[:, 2] += starts
-    table[:, HEADER::COLUMNS] += starts[:, None] * copies.out_dtype.size
-    with ThreadPoolExecutor(len(starts), thread_name_prefix="fastmerge-replicate") as pool:
-        list(pool.map(lambda s: replicate(dataclasses.replace(copies, table=table[s : s + 1])), range(len(starts))))
 
 
 def _rms(x: torch.Tensor, dtype: DType, name: str) -> float:

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmerge.ops.kernels import U64, Brackets, Deltas, Found, Keep, Rules, Votes
-from fastmerge.ops.replicate import Copies
 from fastmerge.ops.segments import F64, I64, Segments
 from fastmerge.ops.spec import Spec
 from fastmerge.philox import normal_lines
@@ -48,7 +47,7 @@ class NativeKernels:
         self._native: Any = _native
 
     def supports(self, spec: Spec) -> str | None:
-        """Every family has its kernels here."""
+        """Every kernel is here."""
         return None
 
     def combine(self, segments: Segments, coef: F64, scale: F64, *, delta: bool, per_row: bool) -> None:
@@ -102,9 +101,10 @@ class NativeKernels:
             nonfinite(s),
         )
 
-    def replicate(self, copies: Copies) -> None:
-        """Every expert of every source, with noise where its sigma is not 0; see :class:`Copies`."""
-        self._native.replicate(copies.table, copies.in_dtype.code, copies.out_dtype.code, normal_lines())
+    def replicate(self, segments: Segments, sigma: F64, numbers: I64) -> None:
+        """One input to E outputs, each with its noise."""
+        s = segments
+        self._native.replicate(s.table, codes(s), s.out_dtype.code, sigma, numbers, normal_lines(), s.nonfinite)
 
 
 def _flat(keep: Keep) -> tuple[Any, ...]:

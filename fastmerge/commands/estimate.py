@@ -50,8 +50,7 @@ def estimate(
     budget = parse_bytes(memory) if memory is not None else default_memory()
     if gpus:
         name, read_rate = "triton", GPU_READ_RATE
-        share = max(map(gpus.count, gpus))
-        vram = None if max_vram is None else Vram(parse_bytes(max_vram) // share, share)
+        vram = None if max_vram is None else Vram(parse_bytes(max_vram), max(map(gpus.count, gpus)))
         wants = budgets.need(ops, elements=cuda.UNIT_ELEMENTS)
         slots = gpu_slots(wants, len(gpus), Budget(budget), vram)
         jobs = schedule(ops, slot=slots.nbytes, elements=cuda.UNIT_ELEMENTS)
@@ -105,7 +104,9 @@ def _lines(name: str, value: Any) -> list[tuple[str, str]]:
     if isinstance(value, list):
         return [("" if i else name, str(item)) for i, item in enumerate(value)]
     if name == "tensors":
-        return [(name, ", ".join(f"{count:,} {what}" for what, count in value.items() if count))]
+        return [(name, _counts(value))]
+    if name == "account":
+        return [("" if i else name, f"{model}: {_counts(counts)}") for i, (model, counts) in enumerate(value.items())]
     if name == "dtypes":
         return [(name, ", ".join(f"{dtype} ({show_bytes(nbytes)})" for dtype, nbytes in value.items()))]
     if name.startswith(("bytes", "memory")):
@@ -113,3 +114,7 @@ def _lines(name: str, value: Any) -> list[tuple[str, str]]:
     if name == "seconds_estimated":
         return [("time", f"about {value:.3g} s with files in the page cache")]
     return [(name, f"{value:,}" if isinstance(value, int) and name != "seed" else str(value))]
+
+
+def _counts(value: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in value.items() if count)

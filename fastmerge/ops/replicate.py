@@ -13,25 +13,19 @@ An expert's bytes depend on nothing but its number, so any subset of experts, in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from fastmerge.dtypes import DType
 from fastmerge.errors import BackendUnavailable
 from fastmerge.ops.blocks import number, round_to, torch_dtype
-from fastmerge.ops.segments import F64, I64
+from fastmerge.ops.program import OnePass
+from fastmerge.ops.segments import E0, F64, GROUP, I64, LENGTH, Segments
 from fastmerge.philox import NOISE, normal, normal_lines
 
 if TYPE_CHECKING:
     import torch
-
-HEADER = 4
-"""Columns of a row before its experts: input address, length, e0, Philox key (bits)."""
-
-COLUMNS = 3
-"""Columns per expert: output address, sigma (bits of fp64), number."""
 
 MOST_SIGMA = 2.0**100
 """Largest sigma: noise is finite, so only a NaN makes a NaN."""
@@ -40,54 +34,52 @@ BLOCKS = 1024
 """Philox blocks (8 elements) of a tile of the CUDA kernel: four per thread, between two looks into the table."""
 
 
-@dataclass(frozen=True, slots=True)
-class Copies:
-    """Pieces of tensors and where their experts go, all of one input and one output type.
+class Replicates(Protocol):
+    """Kernels that replicate: those of the extension."""
 
-    ``table`` is int64 ``[S, 4 + 3 E]``, see :func:`rows`. Addresses need only the alignment of their elements; where
-    that of logical element 0 is 16 bytes, the CUDA kernel moves 128 bits at a time. No output overlaps an input or
-    another output.
-    """
-
-    table: I64
-    in_dtype: DType
-    out_dtype: DType
+    def replicate(self, segments: Segments, sigma: F64, numbers: I64) -> None:
+        """One input to E outputs; ``sigma [P, E]`` and ``numbers [E]`` as in :class:`ReplicateProgram`."""
 
 
-def rows(sources: I64, outputs: I64, sigma: F64, numbers: I64) -> I64:
-    """The table of :class:`Copies`.
+class ReplicateProgram(OnePass):
+    """One input to E outputs, each with its noise."""
 
-    Args:
-        sources: int64 ``[S, 4]``: input address, length, e0, Philox key (bits).
-        outputs: int64 ``[S, E]``: addresses.
-        sigma: fp64 ``[S, E]`` or ``[E]``, 0 .. 2**100; each is rounded once to the work type by the kernel.
-        numbers: int64 ``[E]``: the experts' numbers, 0 .. 2**32 - 1.
+    def __init__(self, kernels: Replicates, sigma: F64, numbers: I64) -> None:
+        """Takes the tables.
 
-    Returns:
-        int64 ``[S, 4 + 3 E]``.
-    """
-    table = np.empty((len(sources), HEADER + COLUMNS * outputs.shape[1]), np.int64)
-    table[:, :HEADER] = sources
-    table[:, HEADER::COLUMNS] = outputs
-    table[:, HEADER + 1 :: COLUMNS] = np.ascontiguousarray(sigma, np.float64).view(np.int64)
-    table[:, HEADER + 2 :: COLUMNS] = numbers
-    return table
+        Args:
+            kernels: the backend.
+            sigma: ``[P, E]``, one row per tensor: standard deviation of the noise of each output, 0 .. 2**100.
+            numbers: ``[E]`` the experts' numbers, 0 .. 2**32 - 1.
+        """
+        self._kernels = kernels
+        self._sigma = np.ascontiguousarray(sigma, np.float64)
+        self._numbers = np.ascontiguousarray(numbers, np.int64)
+
+    def apply(self, segments: Segments) -> None:
+        """One kernel call."""
+        self._kernels.replicate(segments, self._sigma, self._numbers)
 
 
 def first_tiles(table: I64, blocks: int) -> I64:
     """Where each segment's tiles of ``blocks`` Philox blocks start, and then their number: int64 ``[S + 1]``."""
-    length, e0 = table[:, 1], table[:, 2]
+    length, e0 = table[:, LENGTH], table[:, E0]
     touched = np.where(length > 0, ((e0 + length - 1) >> 3) - (e0 >> 3) + 1, 0)
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(-(-touched // blocks))])
 
 
-def launch(copies: Copies, device: torch.device) -> None:
+def launch(segments: Segments, sigma: F64, numbers: I64, device: torch.device) -> None:
     """Runs the CUDA kernel on the current stream of a device, and does not wait for it.
 
-    The table goes to the device in one copy, made and freed by torch in the order of that stream.
+    Everything but the data goes to the device in one copy, made and freed by torch in the order of that stream.
+    Addresses need only the alignment of their elements; where that of logical element 0 is 16 bytes, the kernel moves
+    128 bits at a time.
 
     Args:
-        copies: addresses of the device's memory, which must stay valid until the stream has come by.
+        segments: of one input and E outputs, with addresses of the device's memory, which must stay valid until the
+            stream has come by; so must ``nonfinite``, a tensor there, or empty.
+        sigma: ``[P, E]``, see :class:`ReplicateProgram`.
+        numbers: ``[E]``.
         device: a CUDA device with an index.
 
     Raises:
@@ -101,15 +93,22 @@ def launch(copies: Copies, device: torch.device) -> None:
     native: Any = _native
     if not native.has_cuda():
         raise BackendUnavailable("replicate on CUDA: the extension was built without nvcc (see FASTMERGE_CUDA)")
-    first = first_tiles(copies.table, BLOCKS)
+    first = first_tiles(segments.table, BLOCKS)
     if first[-1] == 0:
         return
-    packed = np.concatenate([copies.table.reshape(-1), first, normal_lines().view(np.int64).reshape(-1)])
+    used, rows = np.unique(segments.table[:, GROUP], return_inverse=True)  # a plan has more groups than a call
+    table, sigma = segments.table.copy(), sigma[used]
+    table[:, GROUP] = rows
+    ins = np.array([d.code for d in segments.dtypes], np.int32)
+    args = table, ins, segments.out_dtype.code, sigma, numbers, first
+    packed = [table, first, sigma.view(np.int64), numbers, normal_lines().view(np.int64)]
+    bad: Any = segments.nonfinite
     with torch.cuda.device(device):
-        there = torch.from_numpy(packed).pin_memory().to(device, non_blocking=True)
+        there = torch.from_numpy(np.concatenate([a.reshape(-1) for a in packed])).pin_memory()
+        there = there.to(device, non_blocking=True)
         stream = torch.cuda.current_stream(device).cuda_stream
-        codes = copies.in_dtype.code, copies.out_dtype.code
-        status = native.cuda_replicate(device.index, stream, copies.table, *codes, first, BLOCKS, there.data_ptr())
+        counters = bad.data_ptr() if len(bad) else 0
+        status = native.cuda_replicate(device.index, stream, *args, BLOCKS, there.data_ptr(), counters)
     if status:
         raise BackendUnavailable(f"replicate on {device}: {native.cuda_error(status)} (CUDA error {status})")
 

@@ -32,9 +32,9 @@ F64 = npt.NDArray[np.float64]
 class Segments:
     """A table of pieces of tensors, the argument of every kernel call.
 
-    ``table`` is int64 ``[S, 7 + M]``, one row per piece: the columns above, then one input address per model, base
-    first.
-    All rows share the input types, the output type and the number of inputs. A piece starts at a multiple
+    ``table`` is int64 ``[S, 7 + M + E - 1]``, one row per piece: the columns above, then one input address per model,
+    base first, then the addresses of the results after the first, where there are more (E: ``outputs``).
+    All rows share the input types, the output type and the numbers of inputs and outputs. A piece starts at a multiple
     of the tile, or of the row for methods that work by row, unless a program asked for it otherwise.
     Kernels add their non-finite outputs to ``nonfinite`` ``[S]``, which is empty where nobody asks; on a GPU it is a
     tensor of the device, so that counting does not wait.
@@ -44,6 +44,7 @@ class Segments:
     dtypes: tuple[DType, ...]
     out_dtype: DType
     nonfinite: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
+    outputs: int = 1
 
     def __len__(self) -> int:
         return len(self.table)

@@ -37,11 +37,17 @@ class Budget:
     Attributes:
         memory: host bytes for all slots together; None for no limit.
         vram: bytes of each GPU for slots; None for a third of what is free.
-        halved: why it is less than the user said; empty where it is not.
+        host: bytes of all slots together, where the host refused twice as many; None for no limit.
+        device: the same of the slots of one logical GPU, where a GPU refused.
+        gpu: name of that GPU.
+        halved: what was refused last; empty where nothing was.
     """
 
     memory: int | None
     vram: int | None = None
+    host: int | None = None
+    device: int | None = None
+    gpu: str | None = None
     halved: str = ""
 
 
@@ -57,11 +63,11 @@ class Placement:
 
 @dataclass(frozen=True)
 class Vram:
-    """What the slots of a logical GPU may take.
+    """What the slots of a GPU may take.
 
     Attributes:
-        nbytes: of one logical GPU.
-        share: how many logical devices share the GPU.
+        nbytes: of one GPU.
+        share: how many logical devices share it.
         said: how errors name the number.
         gpu: name of the GPU whose free memory it depends on; None for ``--max-vram``.
     """
@@ -109,15 +115,20 @@ def place(ops: Sequence[Op], chosen: Backend, budget: Budget) -> Iterator[Placem
     jobs = schedule(ops, slot=slots.nbytes, elements=gpu.UNIT_ELEMENTS, whole=chosen.whole)
     # No more slots than units: they would be locked for nothing.
     count = max(1, min(slots.number, sum(len(j.units) for j in jobs)))
-    held = _reserve(Slots(slots.nbytes, count), gpus)
+    slots = Slots(slots.nbytes, count)
     try:
-        yield Placement(chosen, jobs, slots.nbytes, held)
-    finally:
-        _release(gpus, held)
+        held = _reserve(slots, gpus)
+        try:
+            yield Placement(chosen, jobs, slots.nbytes, held)
+        finally:
+            _release(gpus, held)
+    except NoRoom as error:
+        error.nbytes = slots.nbytes * (slots.number if error.gpu is None else -(-slots.number // len(gpus)))
+        raise
 
 
 def smaller(chosen: Backend, budget: Budget, error: BudgetError) -> tuple[Backend, Budget]:
-    """With what to try again: half of a budget that could not be had; without a GPU that has no room for a slot.
+    """With what to try again: half of the slots that could not be had; without a GPU that has no room for a slot.
 
     GPUs that the user did not name are left out, with a warning; without any, the CPU takes over.
 
@@ -125,19 +136,21 @@ def smaller(chosen: Backend, budget: Budget, error: BudgetError) -> tuple[Backen
         BudgetError: where nothing is left to try.
     """
     if isinstance(error, NoRoom) and error.nbytes > 1:
-        half = error.nbytes // 2
-        what = {"memory": half} if error.gpu is None else {"vram": half}
-        return chosen, replace(budget, halved=str(error), **what)
+        half, why = error.nbytes // 2, str(error)
+        if error.gpu is None:
+            return chosen, replace(budget, host=half, halved=why)
+        return chosen, replace(budget, device=half, gpu=error.gpu, halved=why)
     text = f"{budget.halved}, and less does not do ({error})" if budget.halved else str(error)
     lost = error.gpu if isinstance(error, TooSmall | NoRoom) else None
+    again = Budget(budget.memory, budget.vram)
     if chosen.gpus and chosen.otherwise is not None and (lost is not None or budget.halved):
         left = tuple(i for i in chosen.gpus if f"cuda:{i}" != lost) if lost else ()
         if left:
             say(f"{lost} not used: {text}")
-            return replace(chosen, gpus=left), replace(budget, halved="")
+            return replace(chosen, gpus=left), again
         if chosen.otherwise != chosen.name:
             say(f"GPUs not used: {text}; merging on the CPU")
-            return cpu_backend(chosen.otherwise), replace(budget, halved="")
+            return cpu_backend(chosen.otherwise), again
     if budget.halved:
         raise BudgetError(f"{text}; continue with --resume, there or on another --device") from None
     raise error
@@ -187,7 +200,11 @@ def gpu_slots(wants: Need, gpus: int, budget: Budget, vram: Vram | None) -> Slot
     wanted += [(n, 0) for n in range(gpus, 0, -1)]
 
     def largest(slots: int) -> int:
-        device = wants.best if vram is None else gpu.largest_slot(-(-slots // gpus), vram.nbytes)
+        device = wants.best if vram is None else gpu.largest_slot(-(-slots // gpus), vram.nbytes // vram.share)
+        if budget.device is not None:
+            device = min(device, budget.device // -(-slots // gpus))
+        if budget.host is not None:
+            device = min(device, budget.host // slots)
         if budget.memory is None:
             return device
         return min(device, int((budget.memory - wants.apart) / charge) // slots)
@@ -195,10 +212,14 @@ def gpu_slots(wants: Need, gpus: int, budget: Budget, vram: Vram | None) -> Slot
     found = fit(wants.least, wants.best, wanted, largest)
     if found is not None:
         return found
-    if vram is not None and gpu.largest_slot(1, vram.nbytes) < wants.least:
+    if vram is not None and gpu.largest_slot(1, vram.nbytes // vram.share) < wants.least:
         least = vram.share * gpu.arena(1, wants.least)
-        have = f"{vram.said} {vram.share * vram.nbytes} bytes"
+        have = f"{vram.said} {vram.nbytes} bytes"
         raise TooSmall(f"{have} is below the minimum of this recipe: expected >= {least} bytes", vram.gpu)
+    for limit, name in ((budget.device, budget.gpu), (budget.host, None)):
+        if limit is not None and limit < wants.least:
+            have = f"a slot of {limit} bytes"
+            raise TooSmall(f"{have} is below the minimum of this recipe: expected >= {wants.least} bytes", name)
     raise _below(wants, budget.memory or 0, charge)
 
 
@@ -217,10 +238,9 @@ def logical(chosen: Backend) -> list[Gpu]:
 def _limit(gpus: Sequence[Gpu], budget: Budget) -> Vram:
     """``--max-vram``, or what the GPU with the least free memory can spare."""
     if budget.vram is not None:
-        share = max(g.share for g in gpus)
-        return Vram(budget.vram // share, share)
+        return Vram(budget.vram, max(g.share for g in gpus))
     room, share, name = min(((g.room, g.share, g.name) for g in gpus), key=lambda r: r[0] // r[1])
-    return Vram(room // share, share, f"a third of the free memory of {name}:", name)
+    return Vram(room, share, f"a third of the free memory of {name}:", name)
 
 
 def _reserve(slots: Slots, gpus: Sequence[Gpu]) -> list[CudaDevice]:
@@ -234,9 +254,6 @@ def _reserve(slots: Slots, gpus: Sequence[Gpu]) -> list[CudaDevice]:
         held = [g.reserve(len(range(i, slots.number, len(gpus))), slots.nbytes) for i, g in enumerate(gpus)]
         every = [held[i % len(gpus)][i // len(gpus)] for i in range(slots.number)]
         each(CudaDevice.pin, every, name="pin")  # a thread each: an error of the runtime stays with its thread
-    except NoRoom as error:
-        _release(gpus, every)
-        raise NoRoom(str(error), error.gpu, slots.number * slots.nbytes) from None
     except BaseException:
         _release(gpus, every)
         raise

@@ -137,11 +137,11 @@ class _Cutter:
         grain = "whole" if spec.grain == "matrix" or (spec.grain != "copy" and self._whole(spec)) else spec.grain
         room = self._elements if self._slot is None else chunk(self._slot, price, self._elements)
         # A tensor with statistics that is a little too large is cheaper to keep than to read twice.
-        most = room
-        if grain == "tensor":
-            most = 2 * self._elements if self._slot is None else chunk(self._slot, price, 2 * self._elements)
-        elif grain == "whole":
+        most = self._elements * (2 if grain == "tensor" else 1)
+        if grain == "whole":
             most = spec.numel
+        elif self._slot is not None and price.element:
+            most = min(most, (self._slot - price.piece) // price.element)
         step = max(1, room // spec.row) * spec.row if grain == "row" and spec.row else room
         return _Kind(grain, (*spec.batch, grain, price), price, most, step)
 

@@ -8,7 +8,8 @@ import torch
 
 import fastmerge as fm
 from fastmerge.api import tensors as memory
-from fastmerge.backends import choose as dispatch
+from fastmerge.backends import choose as choosing
+from fastmerge.backends import probe
 from fastmerge.backends.choose import Backend
 from fastmerge.commands import estimate
 from fastmerge.errors import BackendUnavailable
@@ -18,28 +19,29 @@ from tests import tiny
 @pytest.fixture
 def card(monkeypatch):
     """A machine where everything is there but the facts that a test changes."""
-    monkeypatch.setattr(dispatch, "_WORKING", set())
-    monkeypatch.setattr(dispatch, "absent_reason", lambda: None)
-    monkeypatch.setattr(dispatch, "driver_reason", lambda: None)
-    dispatch.say.cache_clear()
+    monkeypatch.setattr(probe, "_WORKING", set())
+    for module in (choosing, probe):
+        monkeypatch.setattr(module, "absent_reason", lambda: None)
+        monkeypatch.setattr(module, "driver_reason", lambda: None)
+    choosing.say.cache_clear()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "Some GPU")
-    monkeypatch.setattr(dispatch, "_trial", lambda device: None)
-    monkeypatch.setattr(dispatch, "gpu_backend", lambda gpus: Backend("triton", None, gpus))
+    monkeypatch.setattr(probe, "_trial", lambda device: None)
+    monkeypatch.setattr(choosing, "gpu_backend", lambda gpus: Backend("triton", None, gpus))
     return monkeypatch
 
 
 def test_devices_by_name(card):
-    assert dispatch.choose("auto").gpus == (0, 1)
-    assert dispatch.choose("cuda").gpus == (1,)
-    assert dispatch.choose("cuda:0, cuda:1").gpus == (0, 1)
-    assert dispatch.choose("cuda:0,cuda:0", "triton").gpus == (0, 0)
-    assert dispatch.choose("cpu").gpus == ()
-    assert dispatch.choose("auto", "native").gpus == ()
+    assert choosing.choose("auto").gpus == (0, 1)
+    assert choosing.choose("cuda").gpus == (1,)
+    assert choosing.choose("cuda:0, cuda:1").gpus == (0, 1)
+    assert choosing.choose("cuda:0,cuda:0", "triton").gpus == (0, 0)
+    assert choosing.choose("cpu").gpus == ()
+    assert choosing.choose("auto", "native").gpus == ()
 
 
 def old_driver():
@@ -49,36 +51,36 @@ def old_driver():
 @pytest.mark.parametrize(
     ("change", "spec", "words"),
     [
-        ((dispatch, "driver_reason", lambda: "no NVIDIA driver is installed"), "cuda", "no NVIDIA driver"),
+        ((choosing, "driver_reason", lambda: "no NVIDIA driver is installed"), "cuda", "no NVIDIA driver"),
         ((torch.version, "cuda", None), "cuda", "built without CUDA"),
         ((torch.cuda, "init", old_driver), "cuda", "too old"),
         ((torch.cuda, "get_device_capability", lambda i: (7, 5)), "cuda", "7.5; expected 8.0"),
-        ((dispatch, "_trial", lambda device: 1 / 0), "cuda", "ZeroDivisionError"),
-        ((dispatch, "_trial", lambda device: None), "cuda:2", "no GPU 2; torch sees 2"),
-        ((dispatch, "_trial", lambda device: None), "cuda:0,cpu", "unknown device 'cpu'"),
-        ((dispatch, "_trial", lambda device: None), "cuda:x", "unknown device"),
+        ((probe, "_trial", lambda device: 1 / 0), "cuda", "ZeroDivisionError"),
+        ((probe, "_trial", lambda device: None), "cuda:2", "no GPU 2; torch sees 2"),
+        ((probe, "_trial", lambda device: None), "cuda:0,cpu", "unknown device 'cpu'"),
+        ((probe, "_trial", lambda device: None), "cuda:x", "unknown device"),
     ],
 )
 def test_a_named_gpu_works_or_says_why_in_one_line(card, change, spec, words):
     card.setattr(*change)
     with pytest.raises(BackendUnavailable) as caught:
-        dispatch.choose(spec)
+        choosing.choose(spec)
     assert words in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_backend_for_the_cpu_refuses_gpus(card):
     with pytest.raises(BackendUnavailable, match="native runs on CPU cores"):
-        dispatch.choose("cuda", "native")
+        choosing.choose("cuda", "native")
     card.setenv("FASTMERGE_BACKEND", "reference")
     with pytest.raises(BackendUnavailable, match="reference runs on CPU cores"):
-        dispatch.choose("cuda:0")
+        choosing.choose("cuda:0")
 
 
 def test_auto_falls_back_and_warns_once(card, caplog):
     card.setattr(torch.cuda, "get_device_capability", lambda i: (7, 0))
-    assert dispatch.choose("auto").gpus == ()
-    assert dispatch.choose("auto").name == "native"
+    assert choosing.choose("auto").gpus == ()
+    assert choosing.choose("auto").name == "native"
     (said,) = caplog.records
     assert said.levelno == logging.WARNING
     assert "GPUs not used: Some GPU has compute capability 7.0" in said.getMessage()
@@ -86,7 +88,7 @@ def test_auto_falls_back_and_warns_once(card, caplog):
 
 @pytest.mark.parametrize("variable", ["TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "no driver", "no device"])
 def test_where_no_gpu_is_meant_nothing_is_said(monkeypatch, caplog, variable):
-    dispatch.say.cache_clear()
+    choosing.say.cache_clear()
     for name, value in (("TRITON_INTERPRET", "1"), ("CUDA_VISIBLE_DEVICES", "")):
         monkeypatch.setenv(name, value) if name == variable else monkeypatch.delenv(name, raising=False)
 
@@ -95,56 +97,57 @@ def test_where_no_gpu_is_meant_nothing_is_said(monkeypatch, caplog, variable):
             raise OSError
         return SimpleNamespace(cuInit=lambda flags: 100) if variable == "no device" else None
 
-    monkeypatch.setattr(dispatch.ctypes, "CDLL", load)
+    monkeypatch.setattr(probe.ctypes, "CDLL", load)
     with caplog.at_level(logging.DEBUG, "fastmerge"):
-        assert dispatch.choose("auto").gpus == ()
+        assert choosing.choose("auto").gpus == ()
     assert not caplog.records
 
 
 @pytest.mark.parametrize("missing", [["triton"], ["torch", "triton"]])
 def test_a_driver_without_torch_or_triton_is_said(monkeypatch, caplog, missing):
-    dispatch.say.cache_clear()
+    choosing.say.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(dispatch.ctypes, "CDLL", lambda name: None)
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None if name in missing else object())
-    assert dispatch.choose("auto").gpus == ()
+    monkeypatch.setattr(probe.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(probe.importlib.util, "find_spec", lambda name: None if name in missing else object())
+    assert choosing.choose("auto").gpus == ()
     (said,) = caplog.records
     words = f"GPUs not used: {' and '.join(missing)} not installed; install torch and triton (the extra 'gpu'); merging"
     assert words in said.getMessage()
     with pytest.raises(BackendUnavailable, match="not installed; install torch and triton"):
-        dispatch.choose("cuda")
+        choosing.choose("cuda")
 
 
 def test_where_all_outputs_are_copies_no_gpu_is_asked(card, tmp_path):
     paths = tiny.family(tmp_path, models=1, layers=1, hidden=16, vocab=30)
     copied = f"{{merge_method: passthrough, models: [{{model: {paths['a']}}}]}}"
-    card.setattr(dispatch, "cuda_reason", lambda: pytest.fail("CUDA was started"))
+    for module in (choosing, probe):
+        card.setattr(module, "cuda_reason", lambda: pytest.fail("CUDA was started"))
     report = fm.merge(copied, tmp_path / "out")
     assert set(report.devices) == {"cpu"}
     assert " s on cpu (" in str(report)
     facts = estimate.estimate(fm.plan(copied), memory=None, device="auto", backend=None)
     assert facts["backend"] == "native"
-    outputs = fm.plan(copied).outputs
-    assert dispatch.device_for("cuda", outputs, None) == "cuda"
-    assert dispatch.device_for("auto", outputs, "triton") == "auto", "what is named is used"
-    computed = fm.plan(tiny.recipe(paths, "linear", names=("a",), base=None, weight=0.5)).outputs
-    assert dispatch.device_for("auto", computed, None) == "auto"
+    ops = fm.plan(copied).ops
+    assert choosing.device_for("cuda", ops, None) == "cuda"
+    assert choosing.device_for("auto", ops, "triton") == "auto", "what is named is used"
+    computed = fm.plan(tiny.recipe(paths, "linear", names=("a",), base=None, weight=0.5)).ops
+    assert choosing.device_for("auto", computed, None) == "auto"
 
 
 def test_a_gpu_that_failed_once_is_tried_again_and_one_that_worked_is_not(card):
     tries = []
-    card.setattr(dispatch, "_trial", lambda device: (tries.append(device), "no" if len(tries) == 1 else None)[1])
-    assert [dispatch.gpu_reason(0) for _ in range(4)] == ["no", None, None, None]
+    card.setattr(probe, "_trial", lambda device: (tries.append(device), "no" if len(tries) == 1 else None)[1])
+    assert [probe.gpu_reason(0) for _ in range(4)] == ["no", None, None, None]
     assert len(tries) == 2
 
 
 def test_errors_name_what_the_caller_passed(card):
     with pytest.raises(BackendUnavailable, match="^--device cuda:7: there is no GPU 7"):
-        dispatch.choose("cuda:7")
-    card.setattr(dispatch, "_trial", lambda device: "no")
+        choosing.choose("cuda:7")
+    card.setattr(probe, "_trial", lambda device: "no")
     tensor = torch.zeros(3)
-    card.setattr(memory, "choose", lambda device, *a, **k: dispatch.choose("cuda:0", *a, **k))
+    card.setattr(memory, "choose", lambda device, *a, **k: choosing.choose("cuda:0", *a, **k))
     for call in (
         lambda: fm.merge_tensors([tensor] * 2, "linear", parameters={"weight": 0.5}),
         lambda: fm.ties_merge({"a": tensor}, [{"a": tensor}]),
@@ -172,17 +175,17 @@ def test_errors_name_what_the_caller_passed(card):
 def test_a_plan_counts_the_gpus_that_cuda_shows(monkeypatch, tmp_path, told, want):
     for i in range(4):
         (tmp_path / f"0000:0{i}:00.0").mkdir()
-    monkeypatch.setattr(dispatch, "PROC", tmp_path)
-    monkeypatch.setattr(dispatch.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(choosing, "PROC", tmp_path)
+    monkeypatch.setattr(probe.ctypes, "CDLL", lambda name: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("FASTMERGE_BACKEND", raising=False)
     if told is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
-    assert dispatch.expected_gpus("auto") == tuple(range(want))
+    assert choosing.expected_gpus("auto") == tuple(range(want))
     if told in ("", "-1"):
         with pytest.raises(BackendUnavailable, match="hides every GPU"):
-            dispatch.expected_gpus("cuda:0")
+            choosing.expected_gpus("cuda:0")
     elif want:
-        assert dispatch.expected_gpus("cuda:0,cuda") == (0, 0)
+        assert choosing.expected_gpus("cuda:0,cuda") == (0, 0)

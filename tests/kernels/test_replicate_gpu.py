@@ -7,7 +7,8 @@ import fastmerge as fm
 from fastmerge import _native
 from fastmerge.backends.native import NativeKernels
 from fastmerge.dtypes import BY_CODE
-from fastmerge.ops.replicate import Copies, launch, rows
+from fastmerge.ops.replicate import launch
+from fastmerge.ops.segments import Segments
 from tests.backends.test_native import TORCH, values
 from tests.compare import differences
 
@@ -19,7 +20,7 @@ pytestmark = [
 ]
 
 PAIRS = [(i, o) for i in range(4) for o in range(4)]
-SIGMA, NUMBERS = np.array([0.0, 0.02, 1.5]), np.array([0, 3, 2**32 - 1])
+SIGMA, NUMBERS = np.array([[0.0, 0.02, 1.5], [9e3, 0.0, 0.1]]), np.array([0, 3, 2**32 - 1])
 # elements, logical index of the first one, elements by which input and outputs are moved from an aligned address
 SEGMENTS = [
     (1 << 20, 0, 0, 0), (0, 5, 0, 0), (70_001, 3, 3, 3), (9, 2**35 - 1, 0, 1), (4096, 8, 8, 8), (1, 0, 0, 0),
@@ -31,25 +32,30 @@ def batch(code, out_code, device, sigma):
     """One table over all segments, and the outputs with room around them."""
     rng = np.random.default_rng(code)
     inputs, outputs, table = [], [], []
-    for n, e0, shift, moved in SEGMENTS:
+    for s, (n, e0, shift, moved) in enumerate(SEGMENTS):
         x = torch.from_numpy(values(code, n + shift, rng)).view(TORCH[code]).to(device)
         outs = [torch.full((n + moved + 1,), 7.0, dtype=TORCH[out_code], device=device) for _ in NUMBERS]
-        places = np.array([[t.data_ptr() + moved * t.element_size() for t in outs]], np.int64)
-        source = np.array([[x.data_ptr() + shift * x.element_size(), n, e0, 0x1234567890ABCDEF]], np.int64)
-        table.append(rows(source, places, sigma, NUMBERS))
+        first, *others = (t.data_ptr() + moved * t.element_size() for t in outs)
+        head = [first, n, e0, n, 0x1234567890ABCDEF, s % len(sigma), 0]
+        table.append([*head, x.data_ptr() + shift * x.element_size(), *others])
         inputs.append(x)
         outputs += outs
-    return Copies(np.concatenate(table), BY_CODE[code], BY_CODE[out_code]), outputs, inputs
+    bad = np.zeros(len(table), np.int64)
+    segments = Segments(np.array(table), (BY_CODE[code],), BY_CODE[out_code], bad, len(NUMBERS))
+    return segments, outputs, inputs
 
 
 @pytest.mark.parametrize("sigma", [SIGMA, 0 * SIGMA], ids=["noisy", "clean"])
 @pytest.mark.parametrize(("code", "out_code"), PAIRS)
 def test_cuda_equals_native(code, out_code, sigma):
-    copies, want, _keep = batch(code, out_code, torch.device("cpu"), sigma)
-    NativeKernels().replicate(copies)
-    copies, got, _kept = batch(code, out_code, torch.device("cuda", 0), sigma)
-    launch(copies, torch.device("cuda", 0))
+    host, want, _keep = batch(code, out_code, torch.device("cpu"), sigma)
+    NativeKernels().replicate(host, sigma, NUMBERS)
+    device = torch.device("cuda", 0)
+    there, got, _kept = batch(code, out_code, device, sigma)
+    there.nonfinite = torch.zeros(len(there), dtype=torch.int64, device=device)
+    launch(there, sigma, NUMBERS, device)
     assert differences(got, want) == []
+    assert there.nonfinite.tolist() == host.nonfinite.tolist()
 
 
 @pytest.mark.parametrize("dtype", TORCH.values(), ids=str)
@@ -73,6 +79,6 @@ def test_a_launch_leaves_the_current_device_and_its_errors_alone():
     got = fm.replicate_experts(x, 2, noise=0.5, mode="absolute")
     assert torch.cuda.current_device() == before
     assert torch.equal(got[0], x)
-    empty = np.zeros((1, 7), np.int64)
-    assert _native.cuda_replicate(10_000, 0, empty, 3, 3, np.zeros(2, np.int64), 1, 8) == 0  # nothing to launch
+    args = np.zeros((1, 8), np.int64), np.array([3], np.int32), 3, np.zeros((1, 1)), np.zeros(1, np.int64)
+    assert _native.cuda_replicate(10_000, 0, *args, np.zeros(2, np.int64), 1, 8, 0) == 0  # nothing to launch
     torch.cuda.synchronize()

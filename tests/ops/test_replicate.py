@@ -10,7 +10,8 @@ import fastmerge as fm
 from fastmerge import _native
 from fastmerge.backends.native import NativeKernels
 from fastmerge.dtypes import BY_CODE
-from fastmerge.ops.replicate import Copies, first_tiles, reference, rows
+from fastmerge.ops.replicate import ReplicateProgram, first_tiles, reference
+from fastmerge.ops.segments import GROUP, Segments
 from fastmerge.philox import NOISE, normal, normal_lines, tensor_key
 from tests.backends.isas import ISAS, using
 from tests.backends.test_native import TORCH, values
@@ -37,23 +38,39 @@ def tensor(x, code):
     return torch.from_numpy(x.copy()).view(TORCH[code])
 
 
+def table_of(source, outs):
+    """One row: ``source`` is (input address, length, e0, key), ``outs`` are the addresses of the outputs."""
+    at, length, e0, key = source
+    head = [outs[0], length, e0, length, key - 2**64 * (key >> 63), 0, 0]
+    return np.array([[*head, at, *outs[1:]]], np.int64)
+
+
 def run(kernels, x, code, out_code, *, e0=0, numbers=NUMBERS, sigma=SIGMA, key=KEY, shift=0, pieces=None):
-    """Experts of stored values, in buffers with sentinels, at ``shift`` elements from the start of a page."""
+    """Outputs of stored values, in buffers with sentinels, at ``shift`` elements from the start of a page."""
     kind = store(np.zeros(1), out_code).dtype
     buffers = [np.full(len(x) + 2 + shift, 113, kind) for _ in numbers]
     outs = [b[1 + shift : 1 + shift + len(x)] for b in buffers]
-    table = []
-    for low, high in pieces or [(0, len(x))]:
-        source = np.array(
-            [[x.ctypes.data + low * x.itemsize, high - low, e0 + low, key - 2**64 * (key >> 63)]], np.int64
+    pieces = pieces or [(0, len(x))]
+    table = [
+        table_of(
+            (x.ctypes.data + low * x.itemsize, high - low, e0 + low, key),
+            [o.ctypes.data + low * o.itemsize for o in outs],
         )
-        places = np.array([[o.ctypes.data + low * o.itemsize for o in outs]], np.int64)
-        table.append(rows(source, places, np.array(sigma), np.array(numbers)))
-    kernels.replicate(Copies(np.concatenate(table), BY_CODE[code], BY_CODE[out_code]))
+        for low, high in pieces
+    ]
+    bad = np.zeros(len(pieces), np.int64)
+    segments = Segments(np.concatenate(table), (BY_CODE[code],), BY_CODE[out_code], bad, len(numbers))
+    ReplicateProgram(kernels, np.array([sigma]), np.array(numbers)).apply(segments)
     for b, o in zip(buffers, outs, strict=True):
         assert set(b[: 1 + shift]) | {b[-1]} == {113}, "wrote beside an output"
         assert o.base is b
+    counted = [sum(nonfinite(o[low:high], out_code) for o in outs) for low, high in pieces]
+    assert bad.tolist() == counted, "counts of non-finite results"
     return outs
+
+
+def nonfinite(x, code):
+    return int((~np.isfinite(widen(x, code, np.float64))).sum())
 
 
 def want(x, code, out_code, *, e0=0, numbers=NUMBERS, sigma=SIGMA, key=KEY):
@@ -119,42 +136,81 @@ def test_a_sigma_that_rounds_to_zero_copies_bytes(kernels):
     assert not np.array_equal(run(kernels, x, 3, 3, numbers=[4], sigma=[1.0])[0], x)
 
 
+def test_each_group_has_its_own_noise(kernels):
+    x = [stored(1, n, seed=n) for n in (100, 7, 3000)]
+    outs = [[np.zeros_like(a) for _ in NUMBERS] for a in x]
+    table = np.concatenate(
+        [table_of((a.ctypes.data, len(a), 0, KEY), [o.ctypes.data for o in to]) for a, to in zip(x, outs, strict=True)]
+    )
+    table[:, GROUP] = [2, 0, 2]
+    sigma = np.array([SIGMA, [9.0] * 4, SIGMA[::-1]])
+    segments = Segments(table, (BY_CODE[1],), BY_CODE[1], outputs=4)
+    ReplicateProgram(kernels, sigma, np.array(NUMBERS)).apply(segments)
+    for a, to, row in zip(x, outs, [2, 0, 2], strict=True):
+        assert differences(to, want(a, 1, 1, sigma=sigma[row].tolist())) == []
+
+
+@pytest.mark.parametrize("noise", [1e4, 1e5])
+def test_what_overflows_is_counted(kernels, noise):
+    x = np.linspace(-65_504, 65_504, 999).astype(np.float16).view(np.uint16)
+    got = run(kernels, x, 2, 2, sigma=[0.0, noise, noise, 1.0])  # run compares the counts
+    assert nonfinite(got[0], 2) == 0
+    assert nonfinite(got[1], 2) > 0
+
+
 def test_malformed_tables_are_refused():
     x, lines = np.zeros(8, np.float32), normal_lines()
     at, out = x.ctypes.data, np.zeros(8, np.float32).ctypes.data
+    good = {
+        "table": table_of((at, 8, 0, 0), [out, out + 64]), "ins": np.array([1], np.int32), "out_code": 1,
+        "sigma": np.array([[0.1, 0.2]]), "numbers": np.array([1, 2]), "lines": lines,
+        "nonfinite": np.zeros(1, np.int64),
+    }  # fmt: skip
 
-    def table(source=(at, 8, 0, 0), place=out, sigma=0.1, expert=1):
-        return rows(np.array([source]), np.array([[place]]), np.array([sigma]), np.array([expert]))
+    def row(source=(at, 8, 0, 0), places=(out, out + 64), group=0):
+        table = table_of(source, places)
+        table[:, GROUP] = group
+        return {"table": table}
 
     bad = [
-        (table((at, -1, 0, 0)), "length"), (table((at, 8, -1, 0)), "e0"), (table((0, 8, 0, 0)), "input address"),
-        (table((at + 2, 8, 0, 0)), "input address"), (table(place=0), "output address of expert 0"),
-        (table(sigma=-1.0), "sigma"), (table(sigma=np.nan), "sigma"), (table(sigma=1e38), "sigma"),
-        (table(expert=-1), "number"), (table(expert=2**32), "number"), (table()[:, :6].copy(), "columns"),
-        (table()[:, :4].copy(), "columns"), (table().astype(np.int32), "dtype"),
+        (row((at, -1, 0, 0)), "length"), (row((at, 8, -1, 0)), "e0"), (row((0, 8, 0, 0)), "address of input 0"),
+        (row((at + 2, 8, 0, 0)), "address of input 0"), (row(places=(0, out)), "address of output 0"),
+        (row(places=(out, 0)), "address of output 1"), (row(places=(out, out + 2)), "address of output 1"),
+        (row(group=1), "parameter row 1 of 1"), (row(group=-1), "parameter row -1"),
+        (row(places=(out,)), "table: expected shape"), (row(places=(out,) * 3), "table: expected shape"),
+        ({"table": good["table"].astype(np.int32)}, "table: expected dtype"),
+        ({"sigma": np.array([[-1.0, 0]])}, "sigma of output 0"),
+        ({"sigma": np.array([[0, np.nan]])}, "sigma of output 1"),
+        ({"sigma": np.array([[0, 1e38]])}, "sigma of output 1"),
+        ({"sigma": np.array([0.1, 0.2])}, "sigma: expected shape"),
+        ({"sigma": np.array([[0.1]])}, "sigma: expected shape"), ({"sigma": np.zeros((0, 2))}, "parameter row 0 of 0"),
+        ({"numbers": np.array([1, -1])}, "numbers"), ({"numbers": np.array([1, 2**32])}, "numbers"),
+        ({"numbers": np.zeros(0, np.int64), "sigma": np.zeros((1, 0))}, "numbers"),
+        ({"ins": np.array([4], np.int32)}, "code"), ({"ins": np.array([1, 1], np.int32)}, "ins: expected shape"),
+        ({"out_code": -1}, "code"), ({"out_code": 4}, "code"), ({"lines": lines[:100].copy()}, "lines"),
+        ({"nonfinite": np.zeros(2, np.int64)}, "nonfinite"),
     ]  # fmt: skip
-    for t, word in bad:
+    for change, word in bad:
         with pytest.raises(ValueError, match=word):
-            _native.replicate(t, 1, 1, lines)
-    for args in ((table(), 4, 1, lines), (table(), 1, -1, lines), (table(), 1, 1, lines[:100].copy())):
-        with pytest.raises(ValueError, match="code|lines"):
-            _native.replicate(*args)
-    _native.replicate(table((0, 0, 0, 0), place=0), 1, 1, lines)  # nothing to do, so no address is needed
+            _native.replicate(**{**good, **change})
+    _native.replicate(**{**good, **row((0, 0, 0, 0), (0, 0))})  # nothing to do, so no address is needed
+    assert good["nonfinite"] == 0
 
 
 @pytest.mark.skipif(not _native.has_cuda(), reason="built without CUDA")
 def test_walks_are_checked_before_a_launch():
     x = np.zeros(100, np.float32)
-    source = np.array([[x.ctypes.data, 100, 3, 0], [x.ctypes.data, 0, 0, 0]], np.int64)
-    table = rows(source, np.full((2, 2), x.ctypes.data), np.array([0.0, 0.1]), np.arange(2))
+    at = x.ctypes.data
+    table = np.concatenate([table_of((at, 100, 3, 0), [at, at]), table_of((at, 0, 0, 0), [at, at])])
     first = first_tiles(table, 4)
     assert first.tolist() == [0, 4, 4]  # elements 3 .. 102: 13 blocks of Philox
+    args = table, np.array([1], np.int32), 1, np.array([[0.0, 0.1]]), np.arange(2)
     for wrong in (first + 1, first[:2].copy(), np.array([0, 3, 3]), np.array([0, 4, 5])):
         with pytest.raises(ValueError, match="first"):
-            _native.cuda_replicate(0, 0, table, 1, 1, wrong, 4, 8)
+            _native.cuda_replicate(0, 0, *args, wrong, 4, 8, 0)
     for device, blocks, there in ((-1, 4, 8), (0, 4, 0), (0, 0, 8)):
         with pytest.raises(ValueError, match="device|blocks"):
-            _native.cuda_replicate(device, 0, table, 1, 1, first, blocks, there)
+            _native.cuda_replicate(device, 0, *args, first, blocks, there, 0)
     assert "driver" in _native.cuda_error(35)
 
 

@@ -33,15 +33,14 @@ class Walk:
     def __init__(self, library, blocks, programs):
         self.library, self.blocks, self.programs = library, blocks, programs
 
-    def replicate(self, copies):
-        t = np.ascontiguousarray(copies.table)
+    def replicate(self, segments, sigma, numbers):
+        t = np.ascontiguousarray(segments.table)
         first, lines = first_tiles(t, self.blocks), normal_lines()
-        experts = (t.shape[1] - 4) // 3
-        sigma = t[:, 5::3].copy().view(np.float64)
+        at = [a.ctypes.data_as(ctypes.c_void_p) for a in (sigma, numbers, lines, segments.nonfinite, first)]
         self.library.walk(
-            t.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(len(t)), experts, copies.in_dtype.code,
-            copies.out_dtype.code, lines.ctypes.data_as(ctypes.c_void_p), first.ctypes.data_as(ctypes.c_void_p),
-            ctypes.c_int64(self.blocks), self.programs, THREADS, int(sigma.any()),
+            t.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(len(t)), segments.outputs, segments.dtypes[0].code,
+            segments.out_dtype.code, *at, ctypes.c_int64(self.blocks), self.programs, THREADS,
+            ctypes.c_double(sigma.max()),
         )  # fmt: skip
 
 
@@ -69,6 +68,15 @@ def test_the_walk_equals_the_reference(library, code, out_code):
         clean = {"numbers": [1, 2], "sigma": [0.0, 0.0]}
         got = run(walk, x, code, out_code, e0=e0, **clean)
         assert differences(got, want(x, code, out_code, e0=e0, **clean)) == [], (n, e0, clean)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e3, 1e5])
+def test_the_walk_counts_what_is_not_finite(library, noise):
+    x = np.linspace(-65_504, 65_504, 2048).astype(np.float16).view(np.uint16)
+    x[77] = 0x7C00
+    got = run(Walk(library, 16, 3), x, 2, 2, sigma=[0.0, noise, noise, 0.0])  # run compares the counts
+    assert differences(got, want(x, 2, 2, sigma=[0.0, noise, noise, 0.0])) == []
+    assert np.isinf(got[0].view(np.float16)).sum() == 1
 
 
 def test_the_walk_finds_its_segments(library):

@@ -15,8 +15,23 @@ def make(text, **models):
 
 
 def names(made):
-    return [o.name for o in made.outputs]
+    return [o.name for o in made.ops]
 
 
 def by_name(made):
-    return {o.name: o for o in made.outputs}
+    return {o.name: o for o in made.ops}
+
+
+def models_of(op):
+    """The model that each input of an op is read from."""
+    return tuple(source.model for source in op.inputs)
+
+
+def tensors_of(op):
+    """The tensor that each input of an op is."""
+    return [source.info.name for source in op.inputs]
+
+
+def method_of(op):
+    """The name of what is computed; None where bytes are copied."""
+    return None if op.spec.grain == "copy" else op.spec.method.name

@@ -8,7 +8,8 @@ from safetensors.numpy import save_file
 
 from fastmerge.checkpoint import Checkpoint
 from fastmerge.errors import ShapeError
-from tests.planning.plans import LINEAR, SLERP, STOCK, TIES, by_name, make
+from fastmerge.ops.sources import FileRange
+from tests.planning.plans import LINEAR, SLERP, STOCK, TIES, by_name, make, method_of, models_of
 from tests.recipe.fakes import checkpoint, llama
 
 COPY = "merge_method: passthrough\nslices:\n  - sources: [{model: a, layer_range: [0, 2]}]\n"
@@ -83,7 +84,11 @@ def test_counters_that_differ_are_those_of_the_reference(counted, text):
     made = make(text, **models)
     out = by_name(made)["bn.num_batches_tracked"]
     first = made.checkpoints[0]
-    assert (out.models, out.inputs, out.method) == ((0,), (first.tensors["bn.num_batches_tracked"],), None)
+    assert (models_of(out), out.inputs, method_of(out)) == (
+        (0,),
+        (FileRange(first.tensors["bn.num_batches_tracked"], 0),),
+        None,
+    )
     assert any("bn.num_batches_tracked: taken from" in w for w in made.warnings)
     assert everything(made)
 
@@ -91,7 +96,7 @@ def test_counters_that_differ_are_those_of_the_reference(counted, text):
 def test_counters_that_agree_are_compared_as_ever(counted):
     models = {n: counted(n, 7) for n in ("a", "b")}
     made = make(LINEAR, **models)
-    assert by_name(made)["bn.num_batches_tracked"].models == (0, 1)
+    assert models_of(by_name(made)["bn.num_batches_tracked"]) == (0, 1)
     assert made.warnings == ()
 
 
@@ -99,7 +104,7 @@ def test_counters_that_agree_are_compared_as_ever(counted):
 def test_buffers_of_different_length_are_those_of_the_reference(kind):
     a, b = (llama(extra={"x.position_ids": (kind, (1, n))}) for n in (4, 8))
     made = make(TIES + "dtype: float32\n", base=b, a=a, b=a)
-    assert (by_name(made)["x.position_ids"].shape, by_name(made)["x.position_ids"].models) == ((1, 8), (0,))
+    assert (by_name(made)["x.position_ids"].spec.shape, models_of(by_name(made)["x.position_ids"])) == ((1, 8), (0,))
 
 
 def empty(model):

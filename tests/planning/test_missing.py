@@ -3,9 +3,7 @@
 import pytest
 
 from fastmerge.errors import CheckpointError, RecipeError
-from fastmerge.methods import METHODS
-from fastmerge.recipe import Recipe
-from tests.planning.plans import LINEAR, SLERP, STOCK, TIES, by_name, make, names
+from tests.planning.plans import LINEAR, SLERP, STOCK, TIES, by_name, make, method_of, models_of, names, tensors_of
 from tests.recipe.fakes import checkpoint, llama
 
 
@@ -115,10 +113,10 @@ class TestOptional:
     def test_prediction_layers(self):
         extra = {"model.layers.4.eh_proj.weight": (8, 8), "mtp.fc.weight": (8, 8)}
         made = by_name(make(TIES, base=llama(extra=extra), a=llama(extra=extra), b=llama()))
-        assert made["model.layers.4.eh_proj.weight"].models == (0, 1)
+        assert models_of(made["model.layers.4.eh_proj.weight"]) == (0, 1)
         assert "mtp.fc.weight" not in names(make(TIES, base=llama(), a=llama(extra=extra), b=llama()))
         alone = by_name(make(LINEAR, a=llama(extra=extra), b=llama()))
-        assert alone["mtp.fc.weight"].method is None
+        assert method_of(alone["mtp.fc.weight"]) is None
 
 
 class TestParts:
@@ -152,7 +150,7 @@ class TestParts:
 
     def test_a_tower_beside_a_whole_model(self):
         out = by_name(make(TIES, base=self.whole, a=self.tower(), b=self.whole))
-        assert out["text_model.norm.weight"].models == (0, 2)
+        assert models_of(out["text_model.norm.weight"]) == (0, 2)
 
     @pytest.mark.parametrize("lost", ["layers.1.mlp.fc1", "fc1", "norm"])
     def test_a_tower_that_lost_something(self, lost):
@@ -176,7 +174,7 @@ class TestParts:
 
     def test_methods_without_a_base_take_what_one_model_alone_has(self):
         made = make(LINEAR, a=self.whole, b=self.tower())
-        assert by_name(made)["logit_scale"].method is None
+        assert method_of(by_name(made)["logit_scale"]) is None
         three = LINEAR.replace("{model: b}", "{model: b}, {model: c}")
         assert "logit_scale" in lacking(three, a=self.whole, b=self.tower(), c=self.whole)
 
@@ -190,7 +188,7 @@ class TestParts:
         kept = {n: i.shape for n, i in llama().tensors.items() if "q_proj" in n}
         for config in ({"model_type": "llama"}, {}):
             made = make(TIES, base=llama(), a=checkpoint(kept, config=config), b=llama())
-            assert by_name(made)["model.norm.weight"].models == (0, 2)
+            assert models_of(by_name(made)["model.norm.weight"]) == (0, 2)
         other = checkpoint(kept, config={"model_type": "gpt2"})
         assert "missing from 'a'" in lacking(TIES, base=llama(), a=other, b=llama())
 
@@ -204,20 +202,22 @@ class TestOptingIn:
 
     @pytest.fixture(autouse=True)
     def opted_in(self, monkeypatch):
-        monkeypatch.setattr(Recipe, "missing", "merge", raising=False)
+        whole = make
+        merging = "missing: merge\n"
+        monkeypatch.setitem(globals(), "make", lambda text, **models: whole(text + merging, **models))
 
     def test_methods_without_a_base_merge_what_is_there(self):
         extra = {"bias": (8,)}
         made = make(LINEAR, a=llama(extra=extra), b=llama())
         out = by_name(made)["bias"]
-        assert (out.method, len(out.inputs), len(out.group.models)) == (METHODS["linear"], 1, 1)
+        assert (method_of(out), len(out.inputs), len(out.spec.method.weight)) == ("linear", 1, 1)
         assert made.warnings == ("missing from 'b': bias: the others are merged",)
         text = LINEAR.replace("{model: b}", "{model: b}, {model: c}")
         made = make(text, a=llama(extra=extra), b=llama(), c=llama(extra=extra))
         out = by_name(made)["bias"]
-        assert out.models == (0, 2)
-        assert out.group.indices == (0, 2)
-        assert len(out.group.models) == 2
+        assert models_of(out) == (0, 2)
+        assert out.spec.models == (0, 2)
+        assert len(out.spec.method.weight) == 2
         assert made.warnings == ("missing from 'b': bias: the others are merged",)
 
     def test_tensors_that_the_first_model_lacks_come_last(self):
@@ -231,22 +231,22 @@ class TestOptingIn:
         extra = {"bias": (8,)}
         made = make(TIES + "dtype: float32\n", base=llama(extra=extra), a=llama(), b=llama())
         out = by_name(made)["bias"]
-        assert (out.method, len(out.inputs), out.dtype.name) == (METHODS["passthrough"], 1, "float32")
+        assert (method_of(out), len(out.inputs), out.spec.out_dtype.name) == ("passthrough", 1, "float32")
         made = make(TIES, base=llama(extra=extra), a=llama(), b=llama(extra=extra))
         out = by_name(made)["bias"]
-        assert out.models == (0, 2)
-        assert out.group.indices == (1,)
+        assert models_of(out) == (0, 2)
+        assert out.spec.models == (1,)
 
     def test_pairs_pass_a_survivor_through(self):
         for a, b in ((llama(extra={"bias": (8,)}), llama()), (llama(), llama(extra={"bias": (8,)}))):
             made = make(SLERP, a=a, b=b)
-            assert by_name(made)["bias"].method is None
+            assert method_of(by_name(made)["bias"]) is None
 
     def test_model_stock_takes_the_base_where_too_few_have_it(self):
         extra = {"bias": (8,)}
         for a in (llama(extra=extra), llama()):
             made = make(STOCK, base=llama(extra=extra), a=a, b=llama())
-            assert (by_name(made)["bias"].method, by_name(made)["bias"].models) == (None, (0,))
+            assert (method_of(by_name(made)["bias"]), models_of(by_name(made)["bias"])) == (None, (0,))
         made = make(STOCK, base=llama(), a=llama(extra=extra), b=llama(extra=extra))
         assert "bias" not in names(made)
         assert "too few models have it; it is not in the output" in made.warnings[0]
@@ -271,7 +271,7 @@ def test_different_depths_are_refused():
 def test_heads_that_one_model_ties():
     made = make(TIES, base=llama(head=False, config={"tie_word_embeddings": True}), a=llama(), b=llama())
     out = by_name(made)["lm_head.weight"]
-    assert [info.name for info in out.inputs] == ["model.embed_tokens.weight", "lm_head.weight", "lm_head.weight"]
+    assert tensors_of(out) == ["model.embed_tokens.weight", "lm_head.weight", "lm_head.weight"]
     assert made.config["tie_word_embeddings"] is False
     assert "missing from 'base': lm_head.weight: the tied embedding takes its place" in made.warnings
     assert "lm_head.weight" not in names(make(TIES, **{n: llama(head=False) for n in ("base", "a", "b")}))
@@ -290,7 +290,7 @@ parameters:
     - {filter: typo, value: 1}
 """
     made = make(text, a=llama(3), b=llama(3))
-    t = {n: o.group.params["t"] for n, o in by_name(made).items()}
+    t = {n: o.spec.method.t for n, o in by_name(made).items()}
     assert [t[f"model.layers.{i}.self_attn.q_proj.weight"] for i in range(3)] == [0, 0.5, 1]
     assert [t[f"model.layers.{i}.mlp.down_proj.weight"] for i in range(3)] == [0.5, 0.6, 0.7]
     assert t["lm_head.weight"] == t["model.norm.weight"] == 0.125
@@ -307,12 +307,15 @@ def test_a_gradient_needs_layers():
 
 def test_one_layer_is_the_end_of_a_gradient():
     made = make(SLERP.replace("t: 0.5", "t: [0, 1]"), a=llama(1), b=llama(1))
-    assert by_name(made)["model.layers.0.mlp.down_proj.weight"].group.params["t"] == 1.0
+    assert by_name(made)["model.layers.0.mlp.down_proj.weight"].spec.method.t == 1.0
 
 
 def test_every_missing_parameter_and_method_problem_is_said_with_its_tensor():
     text = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: {filter: mlp, value: 1}}\n"
-    with pytest.raises(RecipeError, match=r"lm_head\.weight: models: no filter gives the required parameter 'weight'"):
+    with pytest.raises(
+        RecipeError,
+        match=r"lm_head\.weight: models: linear needs the parameter 'weight' of 'a': no filter gives it a value",
+    ):
         make(text, a=llama(), b=llama())
     text = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: -1}}]\n"
     with pytest.raises(RecipeError, match=r"lm_head\.weight: linear: weights .* sum to zero"):
@@ -326,5 +329,5 @@ def test_warnings_of_methods_come_once():
 
 def test_equal_outcomes_share_their_parameters():
     made = make(TIES, base=llama(), a=llama(), b=llama())
-    assert len({id(o.group.params) for o in made.outputs}) == 1
-    assert len({id(o.group.models[1]) for o in made.outputs}) == 1
+    assert len({id(op.spec.method) for op in made.ops}) == 1
+    assert len({op.spec for op in made.ops}) == len({op.spec.shape for op in made.ops}), "one spec per kind of tensor"

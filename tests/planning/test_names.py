@@ -4,7 +4,7 @@ import pytest
 
 from fastmerge.errors import CheckpointError
 from fastmerge.planning.names import align, kind, shown, unwrapped
-from tests.planning.plans import LINEAR, SLERP, TIES, by_name, make, names
+from tests.planning.plans import LINEAR, SLERP, TIES, by_name, make, names, tensors_of
 from tests.recipe.fakes import checkpoint, llama
 
 
@@ -141,7 +141,7 @@ def test_outputs_have_the_names_of_the_reference(text, prefix):
     made = make(text, base=llama(), a=llama(), b=prefixed(llama(), prefix))
     assert names(made) == list(llama().tensors)
     out = by_name(made)["model.layers.2.mlp.down_proj.weight"]
-    assert out.inputs[-1].name == f"{prefix}model.layers.2.mlp.down_proj.weight"
+    assert tensors_of(out)[-1] == f"{prefix}model.layers.2.mlp.down_proj.weight"
     assert len(made.warnings) == 1
 
 
@@ -163,7 +163,7 @@ def test_slices_of_models_whose_prefixes_differ():
     )
     made = make(text, a=llama(2), b=prefixed(llama(2), "x."))
     assert (
-        by_name(made)["model.layers.3.mlp.down_proj.weight"].inputs[0].name == "x.model.layers.1.mlp.down_proj.weight"
+        tensors_of(by_name(made)["model.layers.3.mlp.down_proj.weight"])[0] == "x.model.layers.1.mlp.down_proj.weight"
     )
 
 

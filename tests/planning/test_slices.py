@@ -3,7 +3,7 @@
 import pytest
 
 from fastmerge.errors import CheckpointError, RecipeError, ShapeError
-from tests.planning.plans import by_name, make, names
+from tests.planning.plans import by_name, make, method_of, models_of, names, tensors_of
 from tests.recipe.fakes import checkpoint, llama
 
 
@@ -28,7 +28,7 @@ def projections(recipe, **models):
 def test_slices_restack_layers():
     made = make(stack(("a", 0, 3), ("b", 2, 4), ("a", 2, 3)), a=llama(4), b=llama(4))
     out = by_name(made)
-    where = {n: (o.models[0], o.inputs[0].name) for n, o in out.items()}
+    where = {n: (models_of(o)[0], tensors_of(o)[0]) for n, o in out.items()}
     origin = [(0, 0), (0, 1), (0, 2), (1, 2), (1, 3), (0, 2)]
     for i, (model, layer) in enumerate(origin):
         assert where[f"model.layers.{i}.mlp.down_proj.weight"] == (model, f"model.layers.{layer}.mlp.down_proj.weight")
@@ -36,14 +36,14 @@ def test_slices_restack_layers():
     assert where["model.norm.weight"][0] == 0
     assert len(out) == 3 + 6 * 3
     assert made.config["num_hidden_layers"] == 6
-    assert all(o.method is None for o in made.outputs)
+    assert all(method_of(o) is None for o in made.ops)
     assert names(made)[0] == "model.embed_tokens.weight"
     assert names(made)[-2:] == ["lm_head.weight", "model.norm.weight"]
 
 
 def test_ends_come_from_the_first_and_the_last_slice():
     made = make(stack(("a", 0, 2), ("b", 2, 4)), a=llama(), b=llama())
-    where = {n: o.models[0] for n, o in by_name(made).items() if "layers" not in n}
+    where = {n: models_of(o)[0] for n, o in by_name(made).items() if "layers" not in n}
     assert where == {"model.embed_tokens.weight": 0, "lm_head.weight": 1, "model.norm.weight": 1}
 
 
@@ -64,11 +64,11 @@ def test_gradients_and_filters_of_slices():
     slices = [sources(("a", 0, 3), ("b", 1, 4)), sources(("b", 3, 4), ("a", 0, 1), **last)]
     recipe = {"merge_method": "slerp", "base_model": "a", "slices": slices, "parameters": {"t": [0, 1]}}
     out = projections(recipe, a=llama(4), b=llama(4))
-    assert [o.group.params["t"] for o in out] == [0.0, 0.5, 1.0, 0.875], "the shared filter sees the output's name"
+    assert [o.spec.method.t for o in out] == [0.0, 0.5, 1.0, 0.875], "the shared filter sees the output's name"
     _, first, _, last = out
 
     def read(o):
-        return [(model, info.name.split(".")[2]) for model, info in zip(o.models, o.inputs, strict=True)]
+        return [(model, name.split(".")[2]) for model, name in zip(models_of(o), tensors_of(o), strict=True)]
 
     assert read(first) == [(0, "1"), (1, "2")]
     assert read(last) == [(1, "3"), (0, "0")], "the slice's base"
@@ -83,15 +83,14 @@ slices:
       - {model: b, layer_range: [2, 4], parameters: {weight: [{filter: layers.2., value: 3}, {value: 4}]}}
 """
     out = projections(text, a=llama(4), b=llama(4))
-    weights = [[m["weight"] for m in o.group.models] for o in out]
-    assert weights == [[1.0, 3.0], [2.0, 4.0]]
+    assert [o.spec.method.weight for o in out] == [(1.0, 3.0), (2.0, 4.0)]
 
 
 def test_random_numbers_know_a_model_by_its_place_in_the_recipe():
     slices = [sources(("x", 0, 2), ("a", 0, 2)), sources(("b", 2, 4), ("x", 2, 4), ("a", 2, 4))]
     recipe = {"merge_method": "ties", "base_model": "x", "slices": slices, "parameters": {"weight": 1}}
     out = projections(recipe, x=llama(4), a=llama(4), b=llama(4))
-    assert [o.group.indices for o in out] == [(0,), (0,), (1, 0), (1, 0)]
+    assert [o.spec.models for o in out] == [(0,), (0,), (1, 0), (1, 0)]
 
 
 def test_slices_that_do_not_fit():
@@ -146,7 +145,7 @@ def test_prediction_layers_move_with_the_end():
 def two_slices(a, b):
     """For each tensor outside the layers, which of two models it comes from."""
     made = make(stack(("a", 0, 2), ("b", 0, 2)), a=a, b=b)
-    return {n: o.models[0] for n, o in by_name(made).items() if ".layers." not in n}
+    return {n: models_of(o)[0] for n, o in by_name(made).items() if ".layers." not in n}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +171,7 @@ def test_a_vision_tower_is_of_one_piece(language, vision, projector, head):
         model = checkpoint(dict.fromkeys(order, (4, 4)), config=config)
         out = two_slices(model, model)
         made = by_name(make(stack(("a", 0, 2), ("b", 0, 2)), a=model, b=model))
-        assert {made[n].models for n in towers} == {(0,)}
+        assert {models_of(made[n]) for n in towers} == {(0,)}
         assert (out[f"{language}.norm.weight"], out[f"{head}.weight"]) == (1, 1)
         assert out[f"{language}.embed_tokens.weight"] == 0
 
@@ -189,7 +188,7 @@ def test_prediction_modules_come_from_the_last_slice():
     extra = {f"mtp.layers.{i}.w": (8, 8) for i in range(2)} | {"mtp.norm.weight": (8,)}
     model = llama(2, extra=extra)
     made = by_name(make(stack(("a", 0, 2), ("b", 0, 2)), a=model, b=model))
-    assert {made[n].models for n in extra} == {(1,)}
+    assert {models_of(made[n]) for n in extra} == {(1,)}
 
 
 def test_layers_of_different_sizes():
@@ -210,7 +209,7 @@ def test_sizes_that_a_configuration_gives_by_layer():
     with pytest.raises(ShapeError, match="down_proj"):
         make(text, a=wide((16, 16)), b=wide((32, 32)))
     made = make(text, a=wide((16, 24), intermediate_size=[16, 24]), b=wide((32, 48), intermediate_size=[32, 48]))
-    assert by_name(made)["model.layers.3.mlp.down_proj.weight"].shape == (8, 48)
+    assert by_name(made)["model.layers.3.mlp.down_proj.weight"].spec.shape == (8, 48)
     assert make(stack(("a", 0, 2), ("a", 0, 2)), a=wide((16, 24)))
 
 

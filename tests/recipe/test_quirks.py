@@ -168,8 +168,8 @@ def test_the_plan_has_the_warnings_first_with_their_lines(tmp_path):
 
 
 def test_warnings_are_capped(tmp_path):
-    found = Recipe.load(LINEAR + "".join(f"kzx{i}: 1\n" for i in range(250))).warnings
-    assert len(found) == 201
+    found = Recipe.load(LINEAR + "".join(f"kzx{i}: 1\n" for i in range(300))).warnings
+    assert len(found) == 251
     assert found[-1] == "recipe: ... and 50 more warnings"
 
 

@@ -9,7 +9,6 @@ from fastmerge.recipe import ModelRef, Recipe
 from fastmerge.recipe.checks import refs
 from fastmerge.recipe.schema import Input, Shape, model_ref
 from fastmerge.recipe.tree import locate
-from tests.recipe.fakes import problems
 
 
 def read(raw):
@@ -136,17 +135,7 @@ tokenizer_source: a
 """
 
 
-def test_each_adapter_is_refused_where_it_stands():
-    said = "adapters (model+lora) are not supported yet: merge the adapter into its model first"
-    assert problems(ADAPTED) == [
-        f"recipe:2: base_model: 'a+l': {said}",
-        f"recipe:4: models[0].model: 'b+l': {said}",
-        f"recipe:5: models[1].model: 'c+k@v': {said}",
-    ]
-
-
-def test_recipes_with_adapters_come_back(monkeypatch):
-    monkeypatch.setattr("fastmerge.recipe.checks._adapters", lambda recipe, problems: None)
+def test_recipes_with_adapters_come_back():
     recipe = Recipe.load(ADAPTED)
     assert [str(ref) for ref in recipe.refs] == ["a+l", "b+l", "c+k@v"]
     assert recipe.adapters == (ModelRef("l"), ModelRef("k", "v"))

@@ -1,30 +1,42 @@
 """Filters, gradients and precedence, against mergekit 0.1.5's own resolution of random recipes."""
 
 import random
+from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 from typing import Literal
 
 import pytest
 import yaml
-from fastmerge.recipe.resolve import Resolver
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastmerge.recipe as package
 from fastmerge.errors import RecipeError
-from fastmerge.methods.base import REQUIRED, Contract, Method, Param
+from fastmerge.methods.base import REQUIRED, Contract, Method, per_model, shared
+from fastmerge.methods.parameters import Resolver
 from fastmerge.recipe import Recipe
 
-PARAMS = (
-    Param("need", "model", float, REQUIRED, ""),
-    Param("own", "model", float, 0.75, "", -10.0, 10.0),
-    Param("count", "model", int, 3, ""),
-    Param("level", "shared", float, 0.5, ""),
-    Param("flag", "shared", bool, False, ""),
-    Param("word", "shared", ("x", "y", "z"), "x", ""),
-)
-FAKE = type("Fake", (Method,), {"name": "fake", "contract": Contract("optional"), "params": PARAMS, "presets": {}})
+
+@dataclass(frozen=True, kw_only=True)
+class Fake(Method):
+    """A parameter of every kind."""
+
+    name = "fake"
+    contract = Contract("optional")
+
+    need: tuple[float, ...] = per_model("")
+    own: tuple[float, ...] = per_model("", 0.75, low=-10.0, high=10.0)
+    count: tuple[int, ...] = per_model("", 3)
+    level: float = shared("", 0.5)
+    flag: bool = shared("", default=False)
+    word: Literal["x", "y", "z"] = shared("", "x")
+
+    def reference(self, inputs, op):
+        raise NotImplementedError
+
+
+PARAMS = Fake.params
 NAMES = (
     "model.embed_tokens.weight",
     "model.layers.0.self_attn.q_proj.weight",
@@ -37,7 +49,7 @@ NAMES = (
 @pytest.fixture(autouse=True, scope="module")
 def registry():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(package, "METHODS", MappingProxyType({"fake": FAKE}))
+        patch.setattr(package, "METHODS", MappingProxyType({"fake": Fake}))
         yield
 
 
@@ -124,15 +136,23 @@ def theirs(raw, output, inputs, t):
     return dict(shared), {str(m): dict(v) for m, v in own.items() if m != base}
 
 
+def resolver_of(recipe):
+    (part,) = recipe.parts
+    names = [str(s.model) for s in part.sources]
+    levels = (part.parameters, recipe.parameters)
+    return Resolver(Fake, [s.parameters for s in part.sources], levels, place="models: ", models=names)
+
+
 def ours(recipe, output, inputs, t):
     (part,) = recipe.parts
-    resolver = Resolver(FAKE, part, recipe.parameters, FAKE.defaults())
     who = [i for i, s in enumerate(part.sources) if s.model != part.base]
     try:
-        own = {str(part.sources[i].model): resolver.own(i, resolver.mask(inputs[i]), t) for i in who}
-        return resolver.shared(resolver.mask(output), t), own
+        made = resolver_of(recipe).method(output, [(i, inputs[i]) for i in who], t)
     except RecipeError:
         return None
+    shared = {p.name: getattr(made, p.field) for p in PARAMS if p.scope == "shared"}
+    own = {p.name: getattr(made, p.field) for p in PARAMS if p.scope == "model"}
+    return shared, {str(part.sources[m].model): {n: v[i] for n, v in own.items()} for i, m in enumerate(who)}
 
 
 SCALARS = {
@@ -218,8 +238,11 @@ def test_yaml_there_and_back(raw):
 
 def resolver(parameters, *, models=None):
     models = models or [{"model": "a", "parameters": {"need": 1}}]
-    recipe = Recipe.load({"merge_method": "fake", "models": models, "parameters": parameters})
-    return Resolver(FAKE, recipe.parts[0], recipe.parameters, FAKE.defaults())
+    return resolver_of(Recipe.load({"merge_method": "fake", "models": models, "parameters": parameters}))
+
+
+def resolved(found, name="x", t=0.0):
+    return found.method(name, [(0, name)], t)
 
 
 @pytest.mark.parametrize(
@@ -240,32 +263,40 @@ def resolver(parameters, *, models=None):
 )
 def test_rules(setting, name, t, want):
     found = resolver({"level": setting})
-    assert found.shared(found.mask(name), t)["level"] == want
+    assert resolved(found, name, t).level == want
 
 
 def test_integers_do_not_become_fractions():
     found = resolver({"count": [1, 4]})
-    assert found.own(0, 0, 1.0)["count"] == 4
+    assert resolved(found, t=1.0).count == (4,)
     with pytest.raises(RecipeError, match=r"models: count: an integer parameter cannot be interpolated to 2\.5"):
-        found.own(0, 0, 0.5)
+        resolved(found, t=0.5)
 
 
 def test_interpolation_stays_inside_the_bounds():
-    recipe = resolver({"own": [10, 10, 10]})
+    found = resolver({"own": [10, 10, 10]})
     for i in range(1000):
-        assert recipe.own(0, 0, i / 999)["own"] <= 10
+        assert resolved(found, t=i / 999).own[0] <= 10
 
 
 def test_outcomes_are_cached_and_unmatched_filters_known():
     found = resolver({"level": [{"filter": "mlp", "value": 1}, {"filter": "typo", "value": 2}], "own": 3})
-    one, two = found.mask("a.mlp.b"), found.mask("c.mlp.d")
-    assert found.shared(one, 0.1) is found.shared(two, 0.9)
+    assert resolved(found, "a.mlp.b", 0.1) is resolved(found, "c.mlp.d", 0.9)
+    assert resolved(found, "a.mlp.b") is not resolved(found, "a.attn.b")
     assert found.unmatched() == ["typo"]
+    assert found.filters == ("mlp", "typo")
     assert not found.gradient
+
+
+def test_filters_of_a_model_see_its_tensor_and_shared_ones_the_result():
+    found = resolver({"level": {"filter": "out", "value": 1}, "own": [{"filter": "in", "value": 2}, {"value": 3}]})
+    assert (resolved(found, "out").level, resolved(found, "out").own) == (1.0, (3.0,))
+    made = found.method("out", [(0, "in")])
+    assert (made.level, made.own) == (1.0, (2.0,))
 
 
 def test_a_required_parameter_that_every_filter_misses():
     found = resolver({}, models=[{"model": "a", "parameters": {"need": {"filter": "mlp", "value": 1}}}])
-    assert found.own(0, found.mask("mlp"))["need"] == 1
-    with pytest.raises(RecipeError, match="no filter gives the required parameter 'need' of 'a' a value"):
-        found.own(0, found.mask("attn"))
+    assert resolved(found, "mlp").need == (1.0,)
+    with pytest.raises(RecipeError, match="models: fake needs the parameter 'need' of 'a': no filter gives it a value"):
+        resolved(found, "attn")

@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 
 import fastmerge as fm
 from fastmerge.api import merge as engine
-from fastmerge.backends.choose import Backend
+from fastmerge.backends.choose import Backend, say
 from fastmerge.backends.native import NativeKernels
 from fastmerge.errors import BudgetError, FastMergeError
 from fastmerge.kernels import TritonKernels, _launch
-from fastmerge.methods.base import TILE
+from fastmerge.ops.segments import TILE
 from fastmerge.runtime import placement
+from fastmerge.runtime.devices import cuda
 from fastmerge.runtime.devices.cuda import Gpu
-from fastmerge.runtime.devices.streams import CudaStreams
+from fastmerge.runtime.devices.streams import CudaStreams, NoRoom
+from fastmerge.runtime.placement import Budget, place, smaller
 from tests import tiny
 from tests.api.test_merge import RECIPES, recipe_of, weights
 from tests.runtime.host_streams import HostStreams
@@ -40,6 +42,8 @@ class Native:
 
     def __getattr__(self, name):
         call = getattr(self._kernels, name)
+        if name == "supports":
+            return call
 
         def run(segments, *args, **kwargs):
             if name != "fold" and isinstance(segments.nonfinite, torch.Tensor):
@@ -66,7 +70,7 @@ class Tight(HostStreams):
 
     def pin(self, buffer):
         if sum(self.locked.values()) + buffer.nbytes > self.pins:
-            raise placement.NoRoom(f"{buffer.nbytes} bytes of host memory cannot be page-locked (CUDA error 2)")
+            raise NoRoom(f"{buffer.nbytes} bytes of host memory cannot be page-locked (CUDA error 2)")
         self.locked[buffer.address] = buffer.nbytes
         return super().pin(buffer)
 
@@ -97,11 +101,9 @@ def pretend(monkeypatch):
         made = [Tight(**limits) for _ in range(gpus)]
         chosen = Backend("triton", kernels, (0,) * gpus)
         monkeypatch.setattr(engine, "choose", lambda spec, name: choose(spec, name) if spec == "cpu" else chosen)
-        monkeypatch.setattr(placement, "UNIT_ELEMENTS", unit)
+        monkeypatch.setattr(cuda, "UNIT_ELEMENTS", unit)
         monkeypatch.setattr(placement, "SMALLEST", smallest)
-        monkeypatch.setattr(
-            placement, "logical", lambda chosen: [Gpu("cuda:0", chosen.kernels, s, share=gpus) for s in made]
-        )
+        monkeypatch.setattr(placement, "logical", lambda chosen: [Gpu("cuda:0", s, share=gpus) for s in made])
         return made
 
     return start
@@ -188,18 +190,50 @@ def test_the_minimum_of_max_vram_is_exact(paths, tmp_path, pretend, gpus):
     fm.merge(text, tmp_path / "out", device="cuda", max_vram=least)
 
 
-@pytest.mark.parametrize(("limit", "memory", "vram"), [({"pins": 800_000}, 1, 0), ({"most": 800_000}, 0, 1)])
-def test_a_refusal_halves_the_budget_that_was_given(paths, monkeypatch, limit, memory, vram):
-    """Not what the slots take of it, from which the tables of rows would go off again."""
-    asked, fit = [], placement.fit
-    monkeypatch.setattr(placement, "fit", lambda *a, **k: asked.append((k["memory"], k["vram"].nbytes)) or fit(*a, **k))
-    gpu = Gpu("cuda:0", Native(), Tight(**limit))
-    outputs = fm.plan(recipe_of(paths, "slerp rows")).outputs
-    _, slots = placement._reserve(outputs, [gpu], 1 << 32, placement.Vram(1 << 32))
-    placement._release([gpu], slots)
-    assert len(asked) > 1
-    assert asked == [((1 << 32) >> i * memory, (1 << 32) >> i * vram) for i in range(len(asked))]
-    assert gpu.streams.tries < len(asked), "what would be the same slots again is not asked for"
+@pytest.mark.parametrize("limit", [{"pins": 1_500_000}, {"most": 1_500_000}], ids=["host", "device"])
+@pytest.mark.parametrize("memory", [None, 1 << 32])
+@pytest.mark.parametrize("gpus", [1, 3])
+def test_a_refusal_halves_what_was_asked_for(paths, monkeypatch, limit, memory, gpus):
+    """Of all slots together; not the budgets, from which tables and lists would go off again."""
+    made = [Gpu(f"cuda:{i}", Tight(**limit)) for i in range(gpus)]
+    monkeypatch.setattr(placement, "logical", lambda chosen: made)
+    ops = fm.plan(recipe_of(paths, "ties")).ops
+    chosen, budget, asked = Backend("triton", Native(), tuple(range(gpus))), Budget(memory, 1 << 32), []
+    for _ in range(12):
+        try:
+            with place(ops, chosen, budget) as placed:
+                taken = len(placed.workers) * placed.slot
+                taken //= 1 if "pins" in limit else gpus
+            break
+        except NoRoom as error:
+            chosen, budget = smaller(chosen, budget, error)
+            asked.append(error.nbytes)
+            assert (budget.memory, budget.vram, budget.halved) == (memory, 1 << 32, str(error))
+            assert error.gpu == (None if "pins" in limit else "cuda:0")
+            assert (budget.host, budget.device)["most" in limit] == error.nbytes // 2
+    assert asked
+    assert all(after <= before // 2 for before, after in itertools.pairwise([*asked, taken]))
+    assert taken > asked[-1] / 4, "not less than that"
+    assert not any(g.streams.locked for g in made)
+
+
+def test_a_gpu_that_refuses_small_slots_alone_is_left_out(paths, monkeypatch):
+    """Whatever the others can, what is asked of all of them is halved until the one gives up."""
+    monkeypatch.setattr(cuda, "UNIT_ELEMENTS", TILE)
+    made = [Gpu("cuda:0", Tight()), Gpu("cuda:1", Tight(most=1000)), Gpu("cuda:2", Tight())]
+    monkeypatch.setattr(placement, "logical", lambda chosen: [made[i] for i in chosen.gpus])
+    ops = fm.plan(recipe_of(paths, "ties")).ops
+    chosen, budget, tries = Backend("triton", Native(), (0, 1, 2), "auto"), Budget(1 << 32), 0
+    while 1 in chosen.gpus:
+        tries += 1
+        assert tries < 20
+        with pytest.raises(BudgetError) as caught, place(ops, chosen, budget):
+            pytest.fail("cuda:1 has no room for a slot")
+        chosen, budget = smaller(chosen, budget, caught.value)
+    assert chosen.gpus == (0, 2)
+    assert budget == Budget(1 << 32), "the others start again with everything"
+    with place(ops, chosen, budget) as placed:
+        assert {w.name for w in placed.workers} == {"cuda:0", "cuda:2"}
 
 
 class Failing(Native):
@@ -301,8 +335,8 @@ def test_a_gpu_that_fails_while_slots_are_given_back_hides_nothing(paths, tmp_pa
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
-        (SHORT[0], BudgetError, r"^cuda:0: out of memory .* less does not do \(--max-vram .*\); continue with"),
-        (SHORT[1], BudgetError, r"^cuda:0: out of memory .* less does not do \(--max-vram .*\); continue with"),
+        (SHORT[0], BudgetError, r"^cuda:0: out of memory .* less does not do \(a slot of .*\); continue with"),
+        (SHORT[1], BudgetError, r"^cuda:0: out of memory .* less does not do \(a slot of .*\); continue with"),
         (SHORT[2], BudgetError, r"^cuda:0: out of pinned host memory .* less does not do \(.*\); continue with"),
         (RuntimeError("CUDA error: unspecified launch failure\nmore"), FastMergeError, "launch failure; continue with"),
     ],
@@ -347,13 +381,12 @@ def several(monkeypatch):
     choose = engine.choose
 
     def start(*made, otherwise="auto", kernels=None):
+        say.cache_clear()
         chosen = Backend("triton", kernels or Native(), tuple(range(len(made))), otherwise)
         monkeypatch.setattr(engine, "choose", lambda spec, name: choose(spec, name) if spec == "cpu" else chosen)
-        monkeypatch.setattr(placement, "UNIT_ELEMENTS", TILE)
+        monkeypatch.setattr(cuda, "UNIT_ELEMENTS", TILE)
         monkeypatch.setattr(placement, "SMALLEST", TILE)
-        monkeypatch.setattr(
-            placement, "logical", lambda chosen: [Gpu(f"cuda:{i}", chosen.kernels, made[i]) for i in chosen.gpus]
-        )
+        monkeypatch.setattr(placement, "logical", lambda chosen: [Gpu(f"cuda:{i}", made[i]) for i in chosen.gpus])
         return made
 
     return start

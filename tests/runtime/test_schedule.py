@@ -117,6 +117,15 @@ def test_a_tensor_with_statistics_that_is_a_little_too_large_is_kept_whole():
     assert [len(j.units) for j in schedule([op(0, (n,), "element")], elements=UNIT)] == [2]
 
 
+@pytest.mark.parametrize("grain", ["element", "tensor", "row"])
+def test_a_tensor_that_fits_its_slot_is_not_cut(grain):
+    """Slots are as large as the largest tensor where that is less than they would be: not a tile less."""
+    ops = [op(0, (140, 1000), grain), op(1, (7,), "element")]
+    jobs = schedule(ops, slot=need(ops).best, elements=UNIT)
+    assert all(j.resident for j in jobs)
+    assert jobs[0].units[0].pieces[0] == (0, 0, 140_000)
+
+
 def test_what_a_caller_owns_takes_no_slot():
     spec = op(0, (4_000_000,), "tensor").spec
     mine = Memory(0, BF16, spec.shape)
@@ -167,7 +176,9 @@ def test_samples_are_cut_at_tiles_and_fit_the_slot(asked, slot):
     pieces = [(g, tile * TILE, n) for g, tile, n in asked]
     units = list(sample_units(ops, job, pieces, slot))
     got = [p for u in units for p in u.pieces]
-    want = [(g, e0, min(TILE, start + n - e0)) for g, start, n in pieces for e0 in range(start, start + max(n, 1), TILE)]
+    want = [
+        (g, e0, min(TILE, start + n - e0)) for g, start, n in pieces for e0 in range(start, start + max(n, 1), TILE)
+    ]
     assert got == want
     assert not slot or all(u.nbytes <= slot for u in units)
     assert all(len({ops[o].spec.batch for o, _, _ in u.pieces}) == 1 for u in units)

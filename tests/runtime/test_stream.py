@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,15 +13,18 @@ from hypothesis import strategies as st
 
 from fastmerge.dtypes import F32
 from fastmerge.errors import FastMergeError, Interrupted
-from fastmerge.methods.base import TILE, Group, Program
-from fastmerge.planning import Output
-from fastmerge.runtime import schedule as scheduling
+from fastmerge.ops.program import Program
+from fastmerge.ops.segments import TILE
+from fastmerge.ops.sources import Memory
+from fastmerge.ops.spec import Op, Spec
+from fastmerge.runtime import workers as workers_module
 from fastmerge.runtime.devices import CpuDevice
 from fastmerge.runtime.devices.fake import FakeDevice
 from fastmerge.runtime.schedule import schedule
-from fastmerge.runtime.stores import MemoryStore
-from fastmerge.runtime.stream import Runner
+from fastmerge.runtime.stores import OpStore
+from fastmerge.runtime.workers import Runner
 from tests.compare import differences
+from tests.runtime import ops as toys
 
 
 def view(address, n):
@@ -36,10 +38,10 @@ class Sums(Program):
     doubled or read too early shows.
     """
 
-    def __init__(self, groups, passes):
-        self.groups, self.passes, self.step = groups, passes, 0
-        self.sample = np.zeros(len(groups))
-        self.total = np.zeros(len(groups))
+    def __init__(self, ops, passes):
+        self.ops, self.passes, self.step = ops, passes, 0
+        self.sample = np.zeros(len(ops))
+        self.total = np.zeros(len(ops))
 
     @property
     def ready(self):
@@ -47,9 +49,8 @@ class Sums(Program):
 
     def pieces(self):
         if self.step == 0 and self.passes == 2:
-            return np.array(
-                [[g, (group.numel // 2), min(3, group.numel - group.numel // 2)] for g, group in enumerate(self.groups)]
-            )
+            sizes = [op.spec.numel for op in self.ops]
+            return np.array([[g, n // 2, min(3, n - n // 2)] for g, n in enumerate(sizes)])
         return None
 
     def statistics(self, segments):
@@ -57,13 +58,13 @@ class Sums(Program):
 
     def advance(self, partials):
         into = self.sample if self.step == 0 and self.passes == 2 else self.total
-        seen = np.zeros(len(self.groups))
+        seen = np.zeros(len(self.ops))
         for partial in partials:
             for group, value, length in partial:
                 into[group] += value
                 seen[group] += length
         if into is self.total:
-            assert list(seen) == [g.numel for g in self.groups], "a pass must see every element once"
+            assert list(seen) == [op.spec.numel for op in self.ops], "a pass must see every element once"
         self.step += 1
 
     def apply(self, segments):
@@ -74,61 +75,44 @@ class Sums(Program):
             view(int(r[0]), n)[:] = view(int(r[7]), n) - view(int(r[8]), n) + np.float32(add)
 
 
-class Toy:
-    """Stands for a method class."""
+class Toy(toys.Toy):
+    """Stands for a method that has a program."""
 
-    def __init__(self, scope, passes):
-        self.kind, self.passes = scope, passes
-
-    def scope(self, group):
-        return self.kind
-
-    def program(self, groups, kernels):
-        return Sums(groups, self.passes)
+    def __init__(self, grain, passes):
+        super().__init__(grain)
+        self.passes = self.words = passes
 
 
 def problem(specs, seed=0):
-    """Outputs, inputs, and the results that are expected."""
+    """Ops, inputs, results, and what they should be."""
     rng = np.random.default_rng(seed)
-    outputs, inputs, expected = [], [], []
-    whole = {}
-    for i, (n, scope, passes) in enumerate(specs):
-        toy = whole.setdefault((scope, passes), Toy(scope, passes))
-        group = Group(
-            name=str(i),
-            shape=(n,),
-            dtypes=(F32, F32),
-            out_dtype=F32,
-            params={},
-            models=({}, {}),
-            has_base=False,
-            indices=(0, 1),
-        )
+    ops, inputs, results, expected = [], [], [], []
+    for i, (n, grain, passes) in enumerate(specs):
         x, y = (rng.integers(-8, 8, n).astype(np.float32) for _ in range(2))
-        outputs.append(Output(name=str(i), dtype=F32, shape=(n,), models=(), inputs=(), method=toy, group=group))
+        out = np.full(n, np.nan, np.float32)
+        sources, target = (tuple(Memory(a.ctypes.data, F32, (n,)) for a in some) for some in ((x, y), (out,)))
+        ops.append(Op(str(i), Spec(Toy(grain, passes), (n,), (F32, F32), F32), 0, sources, target))
         inputs.append((x, y))
+        results.append(out)
         add = x.sum() if passes else 0
         add += x[n // 2 : n // 2 + 3].sum() if passes == 2 else 0
         expected.append(x - y + np.float32(add))
-    return outputs, inputs, expected
+    return ops, inputs, results, expected
 
 
-def factory(outs, device):
-    return outs[0].method.program([o.group for o in outs], device.kernels)
+class Durable(OpStore):
+    """Results in memory that pretend to need a sync, as those in files do."""
+
+    durable = True
+    synced = 0
+
+    def sync(self):
+        self.synced += 1
 
 
-def run(outputs, inputs, devices, elements):
-    results = [np.full(max(o.group.numel, 1), np.nan, np.float32) for o in outputs]
-    old = scheduling.UNIT_ELEMENTS
-    scheduling.UNIT_ELEMENTS = elements
-    try:
-        work = replace(schedule(outputs, workers=len(devices), memory=None), slot_bytes=0)
-    finally:
-        scheduling.UNIT_ELEMENTS = old
-    store = MemoryStore(outputs, [[a.ctypes.data for a in row] for row in inputs], [r.ctypes.data for r in results])
-    runner = Runner(outputs, work, store, devices, factory)
-    runner.run()
-    return [r[: o.group.numel] for r, o in zip(results, outputs, strict=True)]
+def run(ops, devices, elements):
+    jobs = schedule(ops, elements=elements)
+    Runner(ops, jobs, OpStore(ops), devices, lambda some: Sums(some, some[0].spec.method.passes)).run()
 
 
 specs = st.lists(
@@ -146,35 +130,35 @@ specs = st.lists(
 @given(specs, st.integers(1, 5), st.sampled_from([TILE, 2 * TILE, 8 * TILE]), st.integers(0, 10**6))
 def test_any_devices_chunks_and_timings_give_the_same_result(spec, workers, elements, seed):
     spec = [(n, "tensor" if passes else scope, passes) for n, scope, passes in spec]
-    outputs, inputs, expected = problem(spec, seed)
+    ops, inputs, results, expected = problem(spec, seed)
     before = [[a.copy() for a in row] for row in inputs]
-    devices = [FakeDevice(None, name=f"fake:{i}", latency=0.002, seed=seed + i) for i in range(workers)]
-    assert differences(run(outputs, inputs, devices, elements), expected) == []
+    devices = [FakeDevice(name=f"fake:{i}", latency=0.002, seed=seed + i) for i in range(workers)]
+    run(ops, devices, elements)
+    assert differences(results, expected) == []
     for row, old in zip(inputs, before, strict=True):
         assert differences(row, old) == [], "an input was written to"
 
 
 def test_a_whole_model_job_passes_one_barrier():
-    outputs, inputs, _ = problem([(TILE * 3, "model", 1), (10, "model", 1), (TILE, "model", 1)])
-    devices = [FakeDevice(None, name=f"fake:{i}", latency=0.001) for i in range(3)]
-    want = [x - y + np.float32(x.sum()) for x, y in inputs]
-    assert differences(run(outputs, inputs, devices, TILE), want) == []
+    ops, _, results, expected = problem([(TILE * 3, "model", 1), (10, "model", 1), (TILE, "model", 1)])
+    run(ops, [FakeDevice(name=f"fake:{i}", latency=0.001) for i in range(3)], TILE)
+    assert differences(results, expected) == []
 
 
 @pytest.mark.parametrize("fail_at", [0, 1, 4])
 def test_the_first_fault_ends_the_run_and_every_thread(fail_at):
-    outputs, inputs, _ = problem([(TILE * 6, "tensor", 2)] * 3)
-    devices = [FakeDevice(None, name=f"fake:{i}", latency=0.001, fail_at=fail_at if i == 1 else -1) for i in range(3)]
+    ops, *_ = problem([(TILE * 6, "tensor", 2)] * 3)
+    devices = [FakeDevice(name=f"fake:{i}", latency=0.001, fail_at=fail_at if i == 1 else -1) for i in range(3)]
     with pytest.raises(FastMergeError, match="fake:1: injected fault"):
-        run(outputs, inputs, devices, TILE)
+        run(ops, devices, TILE)
     assert not [t for t in threading.enumerate() if t.name.startswith("fastmerge-")]
 
 
 def test_a_fault_while_solving_ends_the_run(monkeypatch):
-    outputs, inputs, _ = problem([(TILE * 4, "tensor", 1)])
+    ops, *_ = problem([(TILE * 4, "tensor", 1)])
     monkeypatch.setattr(Sums, "advance", lambda self, partials: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(outputs, inputs, [CpuDevice(None), CpuDevice(None)], TILE)
+        run(ops, [CpuDevice(), CpuDevice()], TILE)
 
 
 @pytest.fixture
@@ -193,34 +177,69 @@ def default_signals():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_stop_gracefully_within_seconds(number, default_signals):
-    outputs, inputs, _ = problem([(TILE * 40, "element", 0)])
-    slow = [FakeDevice(None, name=f"fake:{i}", latency=0.2) for i in range(2)]
+    ops, *_ = problem([(TILE * 40, "element", 0)])
+    slow = [FakeDevice(name=f"fake:{i}", latency=0.2) for i in range(2)]
     threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
     started = time.monotonic()
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with pytest.raises(Interrupted) as caught:
-        run(outputs, inputs, slow, TILE)
+        run(ops, slow, TILE)
     assert caught.value.exit_code == 128 + number
     assert time.monotonic() - started < 5
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
 
 
 def test_ignored_signals_stay_ignored(default_signals):
-    outputs, inputs, expected = problem([(TILE, "element", 0)])
+    ops, _, results, expected = problem([(TILE * 2, "element", 0)])
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGHUP)).start()
-        got = run(outputs, inputs, [FakeDevice(None, latency=0.2)], TILE)
+        run(ops, [FakeDevice(name=f"fake:{i}", latency=0.2) for i in range(2)], TILE)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, old)
-    assert differences(got, expected) == []
+    assert differences(results, expected) == []
 
 
 def test_no_worker_outlives_a_failing_progress_display(monkeypatch):
-    outputs, inputs, _ = problem([(TILE * 20, "element", 0)])
+    ops, *_ = problem([(TILE * 20, "element", 0)])
     whole = Runner.run
     monkeypatch.setattr(Runner, "run", lambda self: whole(self, progress=lambda stats: 1 / 0))
     with pytest.raises(ZeroDivisionError):
-        run(outputs, inputs, [FakeDevice(None, name=f"fake:{i}", latency=0.05) for i in range(2)], TILE)
+        run(ops, [FakeDevice(name=f"fake:{i}", latency=0.05) for i in range(2)], TILE)
     assert not [t for t in threading.enumerate() if t.name.startswith("fastmerge-")]
+
+
+@pytest.fixture
+def no_threads(monkeypatch):
+    monkeypatch.setattr(threading.Thread, "start", lambda self: pytest.fail("a thread was started"))
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_one_worker_stays_on_the_callers_thread(no_threads, passes):
+    ops, _, results, expected = problem([(TILE * 5, "tensor" if passes else "element", passes), (7, "element", 0)])
+    run(ops, [CpuDevice()], TILE)
+    assert differences(results, expected) == []
+
+
+def test_one_unit_stays_on_the_callers_thread_whatever_workers_there_are(no_threads):
+    ops, _, results, expected = problem([(TILE, "tensor", 2)])
+    run(ops, [CpuDevice() for _ in range(4)], TILE)
+    assert differences(results, expected) == []
+
+
+def test_an_error_on_the_callers_thread_is_the_same_error(no_threads):
+    ops, *_ = problem([(TILE, "element", 0)])
+    with pytest.raises(FastMergeError, match="fake:0: injected fault"):
+        run(ops, [FakeDevice(fail_at=0)], TILE)
+
+
+def test_what_must_be_durable_is_synced_beside_the_work(monkeypatch):
+    """So that a signal ends it, and a kill costs little, even with one worker and one unit."""
+    monkeypatch.setattr(workers_module, "SYNC_SECONDS", 0.01)
+    ops, _, results, expected = problem([(TILE, "element", 0)])
+    store = Durable(ops)
+    jobs = schedule(ops, elements=TILE)
+    Runner(ops, jobs, store, [FakeDevice(latency=0.5, seed=3)], lambda some: Sums(some, 0)).run()
+    assert store.synced > 0
+    assert differences(results, expected) == []

@@ -156,7 +156,7 @@ class CudaDevice:
                 self._streams.settle()
         what, nbytes = "memory" if device else "pinned host memory", self._gpu.nbytes * self._gpu.share
         text = f"{self.name}: out of {what} for the kernels' temporaries beside slots of {show_bytes(nbytes)}"
-        raise NoRoom(text, self.name if device else None, nbytes)
+        raise NoRoom(text, self.name if device else None)
 
     def upload(self, host: Segments) -> Segments:
         """Copies all inputs in one range, and moves the table to the device slot."""

@@ -23,13 +23,14 @@ class NoRoom(BudgetError):
 
     Attributes:
         gpu: name of the GPU whose memory it is; None for the host's.
-        nbytes: what the slots took, or would have taken.
+        nbytes: what the slots took, or would have taken: all of them on the host, those of one logical GPU on a
+            device; 0 until it is known.
     """
 
-    def __init__(self, text: str, gpu: str | None = None, nbytes: int = 0) -> None:
+    def __init__(self, text: str, gpu: str | None = None) -> None:
         super().__init__(text)
         self.gpu = gpu
-        self.nbytes = nbytes
+        self.nbytes = 0
 
 
 class Streams(Protocol):
