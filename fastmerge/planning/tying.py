@@ -80,7 +80,7 @@ class Tying:
                 if not merged_once and not (head and says):
                     continue
                 if not self._copy(last, family, original, n):
-                    untied |= head
+                    untied |= head and bool(lacking or says)
                 elif merged_once:
                     (copies if n in kept else dropped).append((n, original))
         self.ties = tied.Ties(untied, tuple(copies), tuple(dropped))

@@ -191,6 +191,13 @@ def test_an_embedding_that_is_stored_as_a_head_only(stored):
         make(LINEAR, a=whole, b=stored(**{HEAD: 1, "x": 2}))
 
 
+def test_a_configuration_that_says_nothing_of_ties_stays_so(stored):
+    models = [stored({"k": 1}, **{EMBED: 1, HEAD: v}) for v in (1, 2, 3)]
+    for text in (TIES, DARE):
+        made = make(text, base=models[0], a=models[1], b=models[2])
+        assert "tie_word_embeddings" not in made.config
+
+
 def test_nothing_is_read_where_nothing_depends_on_it(stored, monkeypatch):
     monkeypatch.setattr(tied, "same", None)
     models = [stored(**{EMBED: v, HEAD: EMBED}) for v in (1, 2)]
