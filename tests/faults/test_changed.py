@@ -289,10 +289,10 @@ def test_resume_beside_a_report_that_is_none(recipe, out, text):
 
 
 def test_a_large_file_is_carried_without_being_held(recipe, out):
-    """A tokenizer of 64 MB passes in pieces: nothing near its size is allocated for it."""
+    """A vocabulary of 64 MB passes in pieces: nothing near its size is allocated for it."""
     import tracemalloc
 
-    path = out.parent / "x" / "tokenizer.json"
+    path = out.parent / "x" / "vocab.bpe"
     with path.open("wb") as f:
         f.truncate(64 << 20)
     tracemalloc.start()
@@ -301,7 +301,7 @@ def test_a_large_file_is_carried_without_being_held(recipe, out):
         most = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert (out / "tokenizer.json").stat().st_size == 64 << 20
+    assert (out / "vocab.bpe").stat().st_size == 64 << 20
     assert most < 40 << 20
 
 
