@@ -142,8 +142,7 @@ inline double most_sigma(const ReplicateArgs& a) {
   const Table& t = a.table;
   double most = 0;
   for (int64_t i = 0; i < t.segments; ++i)
-    for (int32_t e = 0; t[i].length && e < t.outputs; ++e)
-      most = std::max(most, a.sigma[t[i].group * t.outputs + e]);
+    for (int32_t e = 0; t[i].length && e < t.outputs; ++e) most = std::max(most, a.sigma[t[i].group * t.outputs + e]);
   return t.wide() ? most : static_cast<float>(most);
 }
 

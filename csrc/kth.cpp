@@ -1,11 +1,13 @@
-// The k-th largest keys of whole tensors that are in memory, in one call: what ops/selection/select.py does over chunks.
+// The k-th largest keys of whole tensors that are in memory, in one call: what ops/selection/select.py does over
+// chunks.
 //
 // For each tensor a sample of scattered blocks gives every model a bracket of keys that probably holds its k-th; one
 // count settles whether it does. Tensors of a mixture of experts have some 80,000 elements and there are 18,000 of
 // them, so no pass of theirs may cost calls of numpy. What a bracket misses is left to the caller.
 //
-// The rules are those of ops/selection/brackets.py; its constants differ (few blocks of at least 256 elements, six standard
-// deviations), because there a block costs Python and a miss reads a large tensor again, here only a pass in memory.
+// The rules are those of ops/selection/brackets.py; its constants differ (few blocks of at least 256 elements, six
+// standard deviations), because there a block costs Python and a miss reads a large tensor again, here only a pass in
+// memory.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>

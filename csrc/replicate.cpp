@@ -23,10 +23,10 @@ template <class T>
 struct Exponents {
   using Part = std::conditional_t<sizeof(T) == 2, int16_t, int32_t>;
   using Parts __attribute__((vector_size(sizeof(Word)))) = Part;
-  static constexpr Part kInfinity = std::is_same_v<T, Fp16>     ? 0x7c00
-                                    : std::is_same_v<T, Bf16>   ? 0x7f80
-                                    : std::is_same_v<T, float>  ? 0x7f800000
-                                                                : 0x7ff00000;
+  static constexpr Part kInfinity = std::is_same_v<T, Fp16>    ? 0x7c00
+                                    : std::is_same_v<T, Bf16>  ? 0x7f80
+                                    : std::is_same_v<T, float> ? 0x7f800000
+                                                               : 0x7ff00000;
   static Parts mask() {
     Parts m = {};
     constexpr size_t kStride = sizeof(T) / sizeof(Part);  // little-endian: the last part of a value has the exponent

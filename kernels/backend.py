@@ -162,11 +162,10 @@ class TritonKernels:
             return self._put(s.nonfinite), s.nonfinite
         return torch.zeros(len(s.table), dtype=torch.int64, device=self.device), np.zeros(0, np.int64)
 
-    @staticmethod
-    def supports(spec: Any) -> str | None:
-        """Every family has its kernels here."""
-        del spec
-        return None
+    def supports(self, spec: Any) -> str | None:
+        """Why a spec's program would miss a kernel here; None where it has all."""
+        lacking = [name for name in spec.method.needs if not hasattr(self, name)]
+        return f"the Triton backend has no kernel {lacking[0]!r}" if lacking else None
 
     # ---- kernels ---------------------------------------------------------------------------------------
 

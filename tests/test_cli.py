@@ -92,6 +92,8 @@ def test_a_plan_is_for_people(recipe, paths):
         "bytes out          453 kB",
         "bytes copied       0 bytes",
         "dtypes             bfloat16 (453 kB)",
+        f"account            {paths['base']}: 21 merged",
+        f"                   {paths['a']}: 21 merged",
         "seed               0",
     ):
         assert line in lines, lines

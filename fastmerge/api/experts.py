@@ -6,21 +6,22 @@ import itertools
 import math
 import operator
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from fastmerge.api.tensors import run
 from fastmerge.backends.choose import cpu_backend, say, wanted
 from fastmerge.backends.probe import cuda_reason, gpu_reason, native_reason
 from fastmerge.dtypes import BY_NAME, FLOATS, DType
 from fastmerge.errors import BackendUnavailable, RecipeError, ShapeError
+from fastmerge.methods.replicate import Replicate
 from fastmerge.ops.blocks import gram, torch_dtype
-from fastmerge.ops.replicate import MOST_SIGMA, CudaReplicate, ReplicateProgram, reference
-from fastmerge.ops.segments import E0, HEADER, LENGTH, OUT, TILE, Segments
+from fastmerge.ops.replicate import MOST_SIGMA, launch
+from fastmerge.ops.segments import TILE, Segments, segment_row
+from fastmerge.ops.sources import Memory
+from fastmerge.ops.spec import Op, Spec
 from fastmerge.philox import tensor_key
-from fastmerge.runtime.devices import cores
 from fastmerge.tensors import check, extent, plain
 
 if TYPE_CHECKING:
@@ -100,18 +101,16 @@ def replicate_experts(
     if not sigma <= MOST_SIGMA:
         raise RecipeError(f"{name or 'tensor'}: noise of standard deviation {sigma}, expected at most 2**100")
     scales = [0.0 if first_clean and e == 0 else sigma for e in which]
-    kernels = _kernels(x, backend)
-    if kernels is None:
-        copies = reference(x, which, scales, key, target)
-        for there, copy in zip(outputs, copies, strict=True):
-            there.copy_(copy)
-        return outputs
-    first, *others = (t.data_ptr() for t in outputs)
-    head = [first, x.numel(), 0, x.numel(), key - (1 << 64) if key >> 63 else key, 0, 0]
-    table = np.array([[*head, x.data_ptr(), *others]], np.int64)
-    whole = Segments(table, (kind,), target, outputs=len(outputs))
-    program = ReplicateProgram(kernels, np.array([scales]), np.array(which, np.int64))
-    _spread(program, whole) if x.device.type == "cpu" else program.apply(whole)
+    method = Replicate(experts=tuple(which), sigma=tuple(scales))
+    spec = Spec(method, tuple(x.shape), (kind,), target)
+    targets = tuple([Memory(t.data_ptr(), target, spec.shape) for t in outputs])
+    op = Op(name, spec, key, (Memory(x.data_ptr(), kind, spec.shape),), targets)
+    if x.is_cuda:
+        _on_cuda(op, x, outputs, backend)
+    elif wanted(backend) == "triton":
+        raise BackendUnavailable(f"backend triton: has no expert replication on {x.device}")
+    else:
+        run([op], x.device, backend, elements=max(TILE, PIECE // len(which)))
     return outputs
 
 
@@ -166,53 +165,38 @@ def _outputs(out: Any, tensor: torch.Tensor, count: int, dtype: torch.dtype) -> 
     return outputs
 
 
-def _kernels(x: torch.Tensor, backend: str | None) -> Any:
-    """The kernels that replicate on the device of ``x``; None for the reference."""
-    if x.is_cuda:
-        return _cuda_kernels(x.device, backend)
-    chosen = cpu_backend(backend)
-    if chosen.kernels is not None and (chosen.name != "native" or x.device.type != "cpu"):
-        raise BackendUnavailable(f"backend {chosen.name}: has no expert replication on {x.device}")
-    return chosen.kernels
-
-
-def _cuda_kernels(device: torch.device, backend: str | None) -> CudaReplicate | None:
-    """The same on CUDA, where what is named for the CPU's sake does not count."""
+def _has_kernel(device: torch.device, backend: str | None) -> bool:
+    """Whether the CUDA kernel runs, or the reference; what is named for the CPU's sake does not count."""
     if wanted(backend) == "reference":
-        return None
+        return False
     if backend == "triton":
         raise BackendUnavailable("backend triton: has no expert replication")
     reason = native_reason() or _built_without()
     if reason is None:
-        return CudaReplicate(device)
+        return True
     if backend == "native":
         raise BackendUnavailable(f"backend native: {reason}")
     say(f"replicate_experts on {device}: {reason}; falling back to the reference, which is much slower")
-    return None
+    return False
+
+
+def _on_cuda(op: Op, x: torch.Tensor, outputs: Sequence[torch.Tensor], backend: str | None) -> None:
+    """One launch on the caller's stream."""
+    if not _has_kernel(x.device, backend):
+        for there, copy in zip(outputs, op.spec.method.references([x], op), strict=True):
+            there.copy_(copy)
+        return
+    row = segment_row(op, 0, 0, x.numel(), outputs[0].data_ptr(), [x.data_ptr()])
+    table = np.array([[*row, *(t.data_ptr() for t in outputs[1:])]], np.int64)
+    segments = Segments(table, op.spec.dtypes, op.spec.out_dtype, outputs=len(outputs))
+    method = cast("Replicate", op.spec.method)
+    launch(segments, np.array([method.sigma]), np.array(method.experts, np.int64), x.device)
 
 
 def _built_without() -> str | None:
     from fastmerge import _native
 
     return None if _native.has_cuda() else "the extension was built without nvcc (see FASTMERGE_CUDA)"
-
-
-def _spread(program: ReplicateProgram, whole: Segments) -> None:
-    """Cuts the one row of a table into pieces for the cores; small tensors stay on the calling thread."""
-    row, n = whole.table, int(whole.table[0, LENGTH])
-    step = -(-max(-(-n // cores()), PIECE // whole.outputs, 1) // TILE) * TILE
-    if n <= step:
-        program.apply(whole)
-        return
-    starts = np.arange(0, n, step)
-    table = np.repeat(row, len(starts), axis=0)
-    table[:, LENGTH] = np.minimum(step, n - starts)
-    table[:, E0] += starts
-    table[:, HEADER] += starts * whole.dtypes[0].size
-    table[:, [OUT, *range(HEADER + 1, table.shape[1])]] += starts[:, None] * whole.out_dtype.size
-    pieces = [replace(whole, table=table[s : s + 1]) for s in range(len(starts))]
-    with ThreadPoolExecutor(len(starts), thread_name_prefix="fastmerge-replicate") as pool:
-        list(pool.map(program.apply, pieces))
 
 
 def _rms(x: torch.Tensor, dtype: DType, name: str) -> float:

@@ -330,7 +330,12 @@ def _result(
 
 
 def run(
-    ops: Sequence[Op], home: torch.device, backend: str | None = None, checkpoints: Sequence[Checkpoint] = ()
+    ops: Sequence[Op],
+    home: torch.device,
+    backend: str | None = None,
+    checkpoints: Sequence[Checkpoint] = (),
+    *,
+    elements: int = UNIT_ELEMENTS,
 ) -> None:
     """Runs ops whose targets are in memory.
 
@@ -339,13 +344,14 @@ def run(
         home: that device.
         backend: as in :func:`merge_tensors`.
         checkpoints: of the sources in files.
+        elements: per unit of work on the CPU.
 
     Raises:
         BackendUnavailable: if the backend cannot work on that device.
     """
     chosen = choose(str(home), backend, said=f"tensors on {home}")
     chosen.check(ops)
-    elements = MEMORY_ELEMENTS if chosen.gpus else UNIT_ELEMENTS
+    elements = MEMORY_ELEMENTS if chosen.gpus else elements
     workers: list[Device] = [InPlace(home)] if chosen.gpus else [CpuDevice() for _ in range(cores())]
     if not checkpoints:
         jobs = schedule(ops, elements=elements, whole=chosen.whole)

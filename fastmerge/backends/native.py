@@ -47,7 +47,7 @@ class NativeKernels:
         self._native: Any = _native
 
     def supports(self, spec: Spec) -> str | None:
-        """Every family has its kernels here."""
+        """Every kernel is here."""
         return None
 
     def combine(self, segments: Segments, coef: F64, scale: F64, *, delta: bool, per_row: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from fastmerge.checkpoint import Checkpoint, seal
 from fastmerge.checkpoint.seal import REPORT_NAME as REPORT
 from fastmerge.errors import CheckpointError
 from fastmerge.runtime.devices import cores
+from fastmerge.runtime.workers import each
 
 BLOCK = 8 << 20
 """Bytes per read."""
@@ -87,14 +87,13 @@ def verify(directory: str | os.PathLike[str]) -> Verification:
     if len(recipes) > 1:
         found.problems.append("the shards come from different recipes: stale files of another merge")
     found.recipe = next(iter(recipes), None)
-    with ThreadPoolExecutor(cores()) as pool:
-        for name, bad, size in pool.map(lambda n: _scan(model, n), model.tensors):
-            found.nbytes += size
-            if bad:
-                found.nonfinite[name] = bad
-        facts = _report(found, model)
-        if facts is not None:
-            _checksums(found, facts, pool)
+    for name, bad, size in each(lambda n: _scan(model, n), list(model.tensors), threads=cores(), name="verify"):
+        found.nbytes += size
+        if bad:
+            found.nonfinite[name] = bad
+    facts = _report(found, model)
+    if facts is not None:
+        _checksums(found, facts)
     found.unchecked = max(0, found.nbytes - found.checked)
     return found
 
@@ -148,7 +147,7 @@ def _scan(model: Checkpoint, name: str) -> tuple[str, int, int]:
     return name, bad, info.nbytes
 
 
-def _checksums(found: Verification, facts: dict[str, Any], pool: ThreadPoolExecutor) -> None:
+def _checksums(found: Verification, facts: dict[str, Any]) -> None:
     """Compares every range that the merge recorded; whatever the report holds, this raises nothing."""
     directory = Path(found.directory)
     ranges, wrong = _ranges(directory, facts)
@@ -157,9 +156,8 @@ def _checksums(found: Verification, facts: dict[str, Any], pool: ThreadPoolExecu
         found.problems.append(f"{directory / REPORT}: {len(wrong) - SHOWN} more entries are wrong")
     ends: dict[str, int] = defaultdict(int)
     ranges.sort(key=lambda r: (r[0], r[1]))
-    for (shard, offset, nbytes, _), wrong_bytes in zip(
-        ranges, pool.map(lambda r: _differs(directory, r), ranges), strict=True
-    ):
+    differ = each(lambda r: _differs(directory, r), ranges, threads=cores(), name="verify")
+    for (shard, offset, nbytes, _), wrong_bytes in zip(ranges, differ, strict=True):
         # A resumed merge may have recorded overlapping ranges; each byte counts once.
         found.checked += max(0, offset + nbytes - max(offset, ends[shard]))
         ends[shard] = max(ends[shard], offset + nbytes)

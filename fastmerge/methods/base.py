@@ -119,6 +119,8 @@ def _params(owner: type[Method]) -> tuple[Param, ...]:
     hints = typing.get_type_hints(owner)
     out = []
     for field in dataclasses.fields(owner):
+        if not field.metadata:
+            continue  # of a method that no recipe names
         about = dict(field.metadata)
         name, scope = about.pop("name") or field.name, about.pop("scope")
         kind = _value_type(hints[field.name], per_model=scope != "shared")
@@ -148,13 +150,15 @@ class Method(ABC):
     :meth:`reference`; everything else has a default.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = ""
     summary: ClassVar[str]
     formula: ClassVar[str]
     paper: ClassVar[str]
     contract: ClassVar[Contract]
     params = typing.cast("tuple[Param, ...]", _Params())
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Kernels of its program that not every backend has."""
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     """Parameter sets that tests and benches iterate: plain parameters (a sequence gives one value per model),
     and optionally ``preset`` and ``models`` (how many non-base models; the contract decides otherwise)."""

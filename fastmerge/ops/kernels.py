@@ -151,3 +151,6 @@ class Kernels(Protocol):
 
     def consensus(self, segments: Segments, keep: Keep, rules: Rules) -> None:
         """The merge of task vectors into the output addresses."""
+
+    def replicate(self, segments: Segments, sigma: F64, numbers: I64) -> None:
+        """One input to E outputs with noise; sigma ``[P, E]``, numbers ``[E]``. Not on every backend."""

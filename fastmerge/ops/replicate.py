@@ -35,7 +35,7 @@ BLOCKS = 1024
 
 
 class Replicates(Protocol):
-    """Kernels that replicate: those of the extension, and :class:`CudaReplicate`."""
+    """Kernels that replicate: those of the extension."""
 
     def replicate(self, segments: Segments, sigma: F64, numbers: I64) -> None:
         """One input to E outputs; ``sigma [P, E]`` and ``numbers [E]`` as in :class:`ReplicateProgram`."""
@@ -59,18 +59,6 @@ class ReplicateProgram(OnePass):
     def apply(self, segments: Segments) -> None:
         """One kernel call."""
         self._kernels.replicate(segments, self._sigma, self._numbers)
-
-
-class CudaReplicate:
-    """The kernel on one CUDA device, as a backend that has nothing else."""
-
-    def __init__(self, device: torch.device) -> None:
-        """Takes a device with an index."""
-        self.device = device
-
-    def replicate(self, segments: Segments, sigma: F64, numbers: I64) -> None:
-        """Queued on the device's current stream; see :func:`launch`."""
-        launch(segments, sigma, numbers, self.device)
 
 
 def first_tiles(table: I64, blocks: int) -> I64:

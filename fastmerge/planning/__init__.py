@@ -169,10 +169,9 @@ def _same_depth(recipe: Recipe, models: Models) -> None:
 
     Looks only where the names differ: equal names are equal layers.
     """
-    refs = [s.model for s in recipe.parts[0].sources]
-    first = models.tensors(refs[0]).keys()
-    if all(models.tensors(ref).keys() == first for ref in refs[1:]):
+    if models.alike:
         return
+    refs = [s.model for s in recipe.parts[0].sources]
     depths: dict[str, dict[str, int]] = {}
     for ref in refs:
         for stack in models.structure(ref).stacks:

@@ -206,7 +206,7 @@ def _code(
             model = tokenizer if name.startswith("tokenizer") else donor
             mapped = code.take(model, tree["auto_map"], name)
             if mapped != tree["auto_map"]:
-                found[name] = json.dumps({**tree, "auto_map": mapped}, indent=2, ensure_ascii=False).encode()
+                found[name] = _dump({**tree, "auto_map": mapped})
     found |= code.files
 
 
@@ -242,9 +242,17 @@ def _plurality(models: Sequence[Checkpoint]) -> str | None:
 
 
 def _set_template(found: dict[str, Path | bytes], template: str) -> None:
-    found["chat_template.jinja"] = template.encode()
+    found["chat_template.jinja"] = template.encode("utf-8", "replace")  # JSON can hold what UTF-8 cannot
     found.pop("chat_template.json", None)
     tree = _json(found.get("tokenizer_config.json"))
     if isinstance(tree, dict) and "chat_template" in tree:
         tree["chat_template"] = template
-        found["tokenizer_config.json"] = json.dumps(tree, indent=2, ensure_ascii=False).encode()
+        found["tokenizer_config.json"] = _dump(tree)
+
+
+def _dump(tree: Any) -> bytes:
+    """JSON as people read it; with escapes where it holds lone surrogates, which UTF-8 cannot."""
+    try:
+        return json.dumps(tree, indent=2, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return json.dumps(tree, indent=2).encode()

@@ -6,12 +6,15 @@ are looked up and no more; everything else is decided by sets and by kinds.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastmerge.checkpoint import of_fields
 from fastmerge.planning import tied
-from fastmerge.planning.missing import buffer, fate, gaps, lost, optional, value_head
+from fastmerge.planning.layers import gaps
+from fastmerge.planning.missing import buffer, fate, lost, optional, value_head
 from fastmerge.planning.names import shown
 from fastmerge.planning.rows import Models, Row, Sources
 from fastmerge.planning.shapes import GATHER
@@ -22,7 +25,9 @@ if TYPE_CHECKING:
     from fastmerge.checkpoint import TensorInfo
 
 _BUFFERS = ("num_batches_tracked", "inv_freq", "position_ids", "masked_bias", "attn.bias", "attention.bias")
-_SMALL = 1 << 16
+_DEEP = 7
+"""Names of so many dots are those of experts in layers; no tied tensor has one."""
+
 _MERGE = "'missing: merge' in the recipe takes what there is"
 
 
@@ -80,35 +85,42 @@ class Inputs:
     def find(self, rows: Sequence[Row]) -> Iterator[Found]:
         """The rows that become outputs, with their inputs."""
         views = list({id(t): t for s in self.sources for t in s.tensors}.values())
-        if all(t.keys() == views[0].keys() for t in views[1:]):
+        if self.models.alike:
             del views[1:]
-        buffers = {n for t in views for n in t if n.endswith(_BUFFERS)}
-        rows = self._tying.decide(rows, list(dict.fromkeys(n for t in views for n in tied.candidates(t))))
+        names = [n for t in views for n in t if n.count(".") < _DEEP or not n.endswith("weight")]
+        buffers = {n for n in names if n.endswith(_BUFFERS)}
+        rows = self._tying.decide(rows, tied.candidates(dict.fromkeys(names)))
         self.problems += self._tying.problems
         copies: dict[str, tuple[str, ...]] = {}
         for name, original in self.ties.copies:
             copies[original] = (*copies.get(original, ()), name)
         left = dict((*self.ties.copies, *self.ties.dropped))
-        for row in rows:
-            sources = self.sources[row.part]
-            found = sources.find(row)
-            who, single = sources.order, False
-            if row.name in left:
-                self._leave(sources, found, f"a copy of {left[row.name]}")
-                continue
-            if not all(found):
-                some, single = self._incomplete(row, sources, found)
-                found = list(some)
-                who = tuple([i for i in who if found[i] is not None])
-                if not who:
+        special = buffers | left.keys() | copies.keys()
+        for part, group in itertools.groupby(rows, itemgetter(1)):
+            sources = self.sources[part]
+            run = list(group)
+            for row, infos in zip(run, sources.columns(run), strict=True):
+                if all(infos) and row.name not in special:
+                    yield of_fields(Found, (row, sources.order, infos, False, ()))
                     continue
-            elif row.name in buffers and len(found) > 1:
-                who, single = self._buffer(row, sources, found)
-            infos = tuple([info for i in who if (info := found[i]) is not None])
-            yield of_fields(Found, (row, who, infos, single, copies.get(row.name, ())))
+                found: list[TensorInfo | None] = [None] * len(infos)
+                for i, info in zip(sources.order, infos, strict=True):
+                    found[i] = info
+                who, single = sources.order, False
+                if row.name in left:
+                    self._leave(sources, found, f"a copy of {left[row.name]}")
+                    continue
+                if not all(found):
+                    found, single = self._incomplete(row, sources, found)
+                    who = tuple([i for i in who if found[i] is not None])
+                    if not who:
+                        continue
+                elif row.name in buffers and len(found) > 1:
+                    who, single = self._buffer(row, sources, found)
+                yield Found(row, who, tuple([i for w in who if (i := found[w])]), single, copies.get(row.name, ()))
         self._finish(rows)
 
-    def _leave(self, sources: Sources, found: Sequence[TensorInfo | None], rule: str) -> None:
+    def _leave(self, sources: Sources, found: list[TensorInfo | None], rule: str) -> None:
         """Notes that a tensor is left out, for each model that has it."""
         for ref, info in zip(sources.refs, found, strict=True):
             if info is not None:
@@ -117,13 +129,13 @@ class Inputs:
     def _note(self, what: str, refs: Sequence[str], name: str) -> None:
         self._notes.setdefault((what, tuple(refs)), []).append(name)
 
-    def _buffer(self, row: Row, sources: Sources, found: Sequence[TensorInfo | None]) -> tuple[tuple[int, ...], bool]:
+    def _buffer(self, row: Row, sources: Sources, found: list[TensorInfo | None]) -> tuple[tuple[int, ...], bool]:
         """Buffers that differ (counters of batch normalisation, lengths) are those of the reference."""
         infos = [info for info in found if info is not None]
         if not buffer(row.name, infos[0]):
             return sources.order, False
         alike = len({(i.shape, i.dtype) for i in infos}) == 1
-        if alike and not infos[0].dtype.mergeable and infos[0].nbytes <= _SMALL:
+        if alike and row.name.endswith("num_batches_tracked"):
             known = [tied.value(self.models.checkpoints[r], i) for r, i in zip(sources.refs, infos, strict=True)]
             alike = None in known or len(set(known)) == 1
         if alike:
@@ -135,7 +147,7 @@ class Inputs:
 
     def _incomplete(
         self, row: Row, sources: Sources, found: list[TensorInfo | None]
-    ) -> tuple[Sequence[TensorInfo | None], bool]:
+    ) -> tuple[list[TensorInfo | None], bool]:
         """What there is of a tensor that some models lack (none: no output), and whether one alone passes through."""
         nothing: list[TensorInfo | None] = [None] * len(found)
         stored, found = found, self._stand_in(row, sources, found)
@@ -181,15 +193,15 @@ class Inputs:
                     self._hints[f"config.json of {str(ref)!r} says that its head is not tied"] = None
         return out
 
-    def _only(self, sources: Sources, found: Sequence[TensorInfo | None]) -> tuple[list[TensorInfo | None], bool]:
+    def _only(self, sources: Sources, found: list[TensorInfo | None]) -> tuple[list[TensorInfo | None], bool]:
         """The reference's tensor alone."""
         others = [f if i != sources.first else None for i, f in enumerate(found)]
         self._leave(sources, others, f"taken from {str(sources.refs[sources.first])!r} alone")
         return [f if i == sources.first else None for i, f in enumerate(found)], True
 
     def _rest(
-        self, row: Row, sources: Sources, found: Sequence[TensorInfo | None], refs: Sequence[str], why: str
-    ) -> tuple[Sequence[TensorInfo | None], bool] | None:
+        self, row: Row, sources: Sources, found: list[TensorInfo | None], refs: Sequence[str], why: str
+    ) -> tuple[list[TensorInfo | None], bool] | None:
         """A tensor that some models may lack: of the others, where the method can tell; None where it cannot."""
         base, count = sources.base, sum(f is not None for f in found)
         if count == 1 and found[sources.first] is not None:
@@ -228,8 +240,8 @@ class Inputs:
         return family is not None and name in family.heads and any(n in tensors for n in family.names)
 
     def _opted_in(
-        self, row: Row, sources: Sources, found: Sequence[TensorInfo | None], refs: Sequence[str]
-    ) -> tuple[Sequence[TensorInfo | None], bool]:
+        self, row: Row, sources: Sources, found: list[TensorInfo | None], refs: Sequence[str]
+    ) -> tuple[list[TensorInfo | None], bool]:
         """Mergekit's rules for what some models lack; the base's tensor instead of none."""
         decision = fate(self.method, [f is not None for f in found], sources.base)
         if decision == "error":
@@ -301,7 +313,7 @@ class Inputs:
             if empty:
                 out.append(f"{str(ref)!r}: {shown(empty)}: empty tensors, {GATHER}")
             for stack in self.models.structure(ref).stacks if config else ():
-                names = gaps(stack, tensors, config)
+                names = gaps(self.models.layers(ref, stack), config)
                 layer = names[0].removeprefix(stack.prefix + ".").partition(".")[0] if names else ""
                 start = f"{stack.prefix}.{layer}."
                 if names and any(_reads(row, start, ref, self.sources[row.part]) for row in rows):

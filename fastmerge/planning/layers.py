@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +15,36 @@ if TYPE_CHECKING:
 
 
 class Layers:
-    """The layers of one model's stack: suffixes, with their shapes."""
+    """The layers of one stack of a model.
 
-    def __init__(self, stack: Stack, tensors: Mapping[str, TensorInfo]) -> None:
+    Attributes:
+        prefix: of the stack.
+        places: for each name of the model its layer (negative outside the stack) and its name in that.
+        layers: names in each layer.
+    """
+
+    def __init__(self, stack: Stack, names: Sequence[str]) -> None:
         self.prefix = stack.prefix
+        self.places: list[tuple[str, int, str]] = []
         self.layers: list[set[str]] = [set() for _ in range(stack.count)]
-        self.shapes: dict[str, set[tuple[int, ...]]] = {}
-        for name, info in tensors.items():
-            split = stack.split(name)
-            if split is not None and split[0] < stack.count:
-                self.layers[split[0]].add(split[1])
-                self.shapes.setdefault(split[1], set()).add(info.shape)
-        self.common = set.intersection(*self.layers) if self.layers else set()
+        for name in names:
+            layer, suffix = stack.split(name) or (-1, "")
+            self.places.append((name, layer, suffix))
+            if 0 <= layer < stack.count:
+                self.layers[layer].add(suffix)
+
+    @functools.cached_property
+    def common(self) -> set[str]:
+        """Names that every layer has."""
+        return set.intersection(*self.layers)
+
+    def shapes(self, tensors: Mapping[str, TensorInfo]) -> dict[str, set[tuple[int, ...]]]:
+        """For each name in a layer the shapes of its tensors, in a model of these names."""
+        out: dict[str, set[tuple[int, ...]]] = {}
+        for name, layer, suffix in self.places:
+            if 0 <= layer < len(self.layers):
+                out.setdefault(suffix, set()).add(tensors[name].shape)
+        return out
 
 
 def incomplete(models: Mapping[str, Layers], made: Sequence[tuple[str, int, set[str]]]) -> list[str]:
@@ -47,18 +67,23 @@ def incomplete(models: Mapping[str, Layers], made: Sequence[tuple[str, int, set[
     return out
 
 
-def sizes(models: Mapping[str, Layers], configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def sizes(
+    models: Mapping[str, Layers],
+    tensors: Mapping[str, Mapping[str, TensorInfo]],
+    configs: Mapping[str, Mapping[str, Any]],
+) -> list[str]:
     """Models whose layers have another size than those of the first.
 
     Sizes that a configuration gives layer by layer may differ; norms, which tell the hidden size, may not.
     """
     out = []
-    (first, whole), *others = models.items()
+    (first, one), *others = models.items()
+    whole = one.shapes(tensors[first]) if others else {}
     for ref, model in others:
         free = any(_by_layer(configs[r], len(models[r].layers)) for r in (first, ref))
         bad: dict[str, str] = {}
-        for suffix, shapes in model.shapes.items():
-            own = whole.shapes.get(suffix)
+        for suffix, shapes in model.shapes(tensors[ref]).items():
+            own = whole.get(suffix)
             if own is None or not own.isdisjoint(shapes) or (free and "norm" not in suffix):
                 continue
             bad.setdefault(kind(suffix), f"{suffix} {list(min(shapes))} and {list(min(own))}")
@@ -77,3 +102,25 @@ def _by_layer(config: Mapping[str, Any], count: int) -> bool:
         for block in blocks
         for key, v in block.items()
     )
+
+
+def gaps(stack: Layers, config: Mapping[str, object]) -> list[str]:
+    """Tensors that one layer of a model lost: all other layers are alike and have them, and it has the rest.
+
+    Whole modules that one layer lacks are no loss (models are built so), unless they are norms.
+    """
+    layers = stack.layers
+    alike = Counter(map(frozenset, layers))
+    full = max(alike, key=lambda s: (alike[s], len(s)), default=frozenset())
+    if len(alike) != 2 or alike[full] != len(layers) - 1 or config.get("num_kv_shared_layers"):
+        return []
+    i, odd = next((i, s) for i, s in enumerate(layers) if s != full)
+    if not odd < full:
+        return []
+    modules = {suffix.partition(".")[0] for suffix in odd}
+    return [
+        f"{stack.prefix}.{i}.{suffix}"
+        for suffix in sorted(full - odd)
+        if "relative_attention_bias" not in suffix
+        and (suffix.partition(".")[0] in modules or (len(layers) > 2 and "norm" in suffix))
+    ]

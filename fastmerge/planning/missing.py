@@ -8,14 +8,13 @@ rules instead (:func:`fate`).
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Literal
 
 from fastmerge.methods.base import Method
 from fastmerge.planning.names import kind
-from fastmerge.planning.structure import Stack, Structure, roots
+from fastmerge.planning.structure import Structure, roots
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint import TensorInfo
@@ -151,29 +150,3 @@ def _group(name: str, towers: Sequence[str]) -> str:
         if not any(r == prefix or r.startswith(prefix + ".") for r in towers):
             return prefix
     return name
-
-
-def gaps(stack: Stack, names: Iterable[str], config: Mapping[str, object]) -> list[str]:
-    """Tensors that one layer of a model lost: all other layers are alike and have them, and it has the rest.
-
-    Whole modules that one layer lacks are no loss (models are built so), unless they are norms.
-    """
-    layers: list[set[str]] = [set() for _ in range(stack.count)]
-    for name in names:
-        split = stack.split(name)
-        if split is not None and split[0] < stack.count:
-            layers[split[0]].add(split[1])
-    alike = Counter(map(frozenset, layers))
-    full = max(alike, key=lambda s: (alike[s], len(s)), default=frozenset())
-    if len(alike) != 2 or alike[full] != stack.count - 1 or config.get("num_kv_shared_layers"):
-        return []
-    i, odd = next((i, s) for i, s in enumerate(layers) if s != full)
-    if not odd < full:
-        return []
-    modules = {suffix.partition(".")[0] for suffix in odd}
-    return [
-        f"{stack.prefix}.{i}.{suffix}"
-        for suffix in sorted(full - odd)
-        if "relative_attention_bias" not in suffix
-        and (suffix.partition(".")[0] in modules or (stack.count > 2 and "norm" in suffix))
-    ]

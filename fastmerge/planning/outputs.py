@@ -92,7 +92,8 @@ class Outputs:
             made = self._op(row, part, who, infos, single=single or part.alone)
             if made is not None:
                 out.append(made)
-                out += [made._replace(name=name) for name in copies]
+                if copies:
+                    out += [made._replace(name=name) for name in copies]
         self.notes.other += self.inputs.problems
         self.notes.warnings |= self.inputs.warnings
         self.notes.untied = self.inputs.ties.untied

@@ -48,6 +48,9 @@ class Models:
         self._tensors: dict[ModelRef, Mapping[str, TensorInfo]] = {r: c.tensors for r, c in checkpoints.items()}
         self._structures: dict[ModelRef, Structure] = {}
         self._orders: dict[ModelRef, list[str]] = {}
+        self._layers: dict[tuple[ModelRef | None, Stack], Layers] = {}
+        self.alike = False
+        """Whether all models that are merged have the same names; known once they are aligned."""
 
     def align(self, recipe: Recipe) -> list[str]:
         """Gives all models that are merged the names of one of them: the base, else the first.
@@ -60,7 +63,8 @@ class Models:
         """
         refs = list(dict.fromkeys(s.model for part in recipe.parts for s in part.sources))
         first = recipe.base_model if recipe.base_model in refs else refs[0]
-        if all(self._tensors[ref].keys() == self._tensors[first].keys() for ref in refs):
+        self.alike = all(self._tensors[ref].keys() == self._tensors[first].keys() for ref in refs)
+        if self.alike:
             return []
         out, problems = [], []
         for ref in refs:
@@ -84,6 +88,7 @@ class Models:
                 )
         if problems:
             raise CheckpointError(problems)
+        self.alike = all(self._tensors[ref].keys() == whole.keys() for ref in refs)
         return out
 
     def tensors(self, ref: ModelRef) -> Mapping[str, TensorInfo]:
@@ -100,6 +105,13 @@ class Models:
             found = self.checkpoints[ref]
             self._structures[ref] = structure(self.tensors(ref), found.config)
         return self._structures[ref]
+
+    def layers(self, ref: ModelRef, stack: Stack) -> Layers:
+        """The layers of one of its stacks."""
+        key = (None if self.alike else ref, stack)
+        if key not in self._layers:
+            self._layers[key] = Layers(stack, self.order(ref))
+        return self._layers[key]
 
     def order(self, ref: ModelRef) -> list[str]:
         """Its tensor names as they lie in its files."""
@@ -121,12 +133,12 @@ class Sources:
             order.insert(0, order.pop(self.base))
         self.order = tuple(order)
 
-    def find(self, row: Row) -> list[TensorInfo | None]:
-        """The tensor in each source."""
-        name = row.inputs
-        if isinstance(name, str):
-            return [t.get(name) for t in self.tensors]
-        return [t.get(n) for t, n in zip(self.tensors, name, strict=True)]
+    def columns(self, rows: Sequence[Row]) -> Iterator[tuple[TensorInfo | None, ...]]:
+        """For each row of the part its tensor in each source, base first; None where a source has none."""
+        names: list[Any] = [row.inputs for row in rows]
+        one = set(map(type, names)) == {str}
+        own = (names if one else [self.name(row, i) for row in rows] for i in self.order)
+        return zip(*[map(self.tensors[i].get, n) for i, n in zip(self.order, own, strict=True)], strict=True)
 
     def name(self, row: Row, i: int) -> str:
         """Its name in one source."""
@@ -155,7 +167,7 @@ def whole(recipe: Recipe, part: Part, models: Models, *, gradient: bool) -> list
     first = reference(recipe, part)
     names = dict.fromkeys(models.order(first))
     others = [s.model for s in part.sources if s.model != first]
-    for ref in others:
+    for ref in others if not models.alike else ():
         if models.tensors(ref).keys() - names.keys():
             names |= dict.fromkeys(n for n in models.order(ref) if n not in names)
     if not gradient:
@@ -200,6 +212,7 @@ class _Slicer:
         self.strict = getattr(recipe, "missing", None) != "merge"
         self.sources = [_reference_first(recipe, part) for part in parts]
         self.stacks = _stacks(recipe, parts, models)
+        self.made: list[set[str]] = []
         self.before: dict[str, bool] = {}
         for refs in (self.sources[0], self.sources[-1]):
             for ref in refs:
@@ -213,7 +226,7 @@ class _Slicer:
             ref = self.sources[i][0]
             at = [s.model for s in part.sources].index(ref)
             layers += [(ref, layer) for layer in range(*part.ranges[at])]
-        self.check(rows, layers)
+        self.check(layers)
         last = len(self.parts) - 1
         main = self.stacks[self.sources[last][0]]
         for n in self.names(last):
@@ -224,25 +237,20 @@ class _Slicer:
                 rows.append(Row(out, last, n))
         return Stacked(self.as_in_file(rows) if len(self.parts) == 1 else rows, layers)
 
-    def check(self, rows: Sequence[Row], layers: Sequence[tuple[ModelRef, int]]) -> None:
+    def check(self, layers: Sequence[tuple[ModelRef, int]]) -> None:
         """Refuses layers that fit no one model.
 
         Raises:
             CheckpointError: where a layer lacks what all layers of one of the models have.
             ShapeError: where the layers of two models have different sizes.
         """
-        models = {str(ref): Layers(stack, self.models.tensors(ref)) for ref, stack in self.stacks.items()}
-        made: list[set[str]] = [set() for _ in layers]
-        stack = Stack(next(iter(self.stacks.values())).prefix, len(layers), 0)
-        for row in rows:
-            split = stack.split(row.name)
-            if split is not None:
-                made[split[0]].add(split[1])
-        found = [(str(ref), layer, suffixes) for (ref, layer), suffixes in zip(layers, made, strict=True)]
+        models = {str(ref): self.models.layers(ref, stack) for ref, stack in self.stacks.items()}
+        found = [(str(ref), layer, suffixes) for (ref, layer), suffixes in zip(layers, self.made, strict=True)]
         problems = incomplete(models, found) if self.strict else []
         if problems:
             raise CheckpointError(problems)
-        problems = sizes(models, {str(ref): self.models.checkpoints[ref].config for ref in self.stacks})
+        tensors = {str(ref): self.models.tensors(ref) for ref in self.stacks}
+        problems = sizes(models, tensors, {str(ref): self.models.config(ref) for ref in self.stacks})
         if problems:
             raise ShapeError(problems)
 
@@ -256,15 +264,14 @@ class _Slicer:
         towers = roots(self.models.structure(ref))
         own = towers.get(main.prefix, "")
         others = tuple(f"{root}." for prefix, root in towers.items() if prefix != main.prefix)
-        names = self.models.order(ref)
-        ends = [is_last_norm(n) for n in names if main.split(n) is None and (not own or n.startswith(own + "."))]
-        last_norm = True not in ends
+        places = self.models.layers(ref, main).places
+        ends = [n for n, i, _ in places if i < 0 and (not own or n.startswith(own + "."))]
+        last_norm = not any(map(is_last_norm, ends))
         before = True
-        for name in names:
-            split = main.split(name)
-            if split is not None and split[0] < main.count:
+        for name, i, _ in places:
+            if 0 <= i < main.count:
                 before = False
-            elif split is not None:
+            elif i >= 0:
                 yield name, False
             else:
                 apart = bool(own) and not name.startswith(own + ".") and not is_post(name.split(".")[0])
@@ -277,16 +284,16 @@ class _Slicer:
         starts = [a for a, _ in part.ranges]
         start_of = {s.model: a for s, a in zip(part.sources, starts, strict=True)}
         length = part.ranges[0][1] - part.ranges[0][0]
-        seen: set[tuple[int, str]] = set()
+        made: list[set[str]] = [set() for _ in range(length)]
+        self.made += made
         for ref in self.sources[i]:
             stack, start = self.stacks[ref], start_of[ref]
-            for name in self.models.order(ref):
-                split = stack.split(name)
-                if split is None or not 0 <= split[0] - start < length or (split[0] - start, split[1]) in seen:
+            for _, layer, suffix in self.models.layers(ref, stack).places:
+                k = layer - start
+                if layer < 0 or not 0 <= k < length or suffix in made[k]:
                     continue
-                k, suffix = split[0] - start, split[1]
-                seen.add((k, suffix))
-                inputs = tuple(f"{stack.prefix}.{a + k}.{suffix}" for a in starts)
+                made[k].add(suffix)
+                inputs = tuple([f"{stack.prefix}.{a + k}.{suffix}" for a in starts])
                 t = k / (length - 1) if length > 1 else 1.0
                 yield Row(f"{stack.prefix}.{offset + k}.{suffix}", i, inputs, t)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -22,29 +23,35 @@ class Names:
 
     Args:
         recipe: with the references.
-        checkpoints: the models, in the order of ``recipe.refs``.
+        checkpoints: the models, in the order of ``recipe.refs``, then the adapters of those that have one.
 
     Attributes:
-        shown: for each model its name, and whether that is a Hub id.
+        shown: for each model and adapter its name, and whether that is a Hub id.
     """
 
-    def __init__(self, recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> None:
+    def __init__(self, recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> None:
         self.recipe = recipe
         self.shown: list[tuple[str, bool]] = []
-        self._refs: dict[ModelRef, ModelRef] = {}
         self._local: dict[str, str] = {}
-        for ref, checkpoint in zip(recipe.refs, checkpoints, strict=True):
-            cached = _CACHED.search(f"{checkpoint.path}/")
-            if cached is None:
-                named = replace(ref, path=self._name(ref.path, checkpoint.path), revision=None)
-            else:
-                repository = f"{cached[1]}/{cached[2]}"
-                # A path in the cache is one commit.
-                named = replace(ref, path=repository, revision=ref.revision if ref.path == repository else cached[3])
-            self.shown.append((named.path, cached is not None))
-            self._refs[ref] = named
+        refs = recipe.refs
+        self._refs = {ref: self._named(ref, c) for ref, c in zip(refs, checkpoints, strict=False)}
+        adapted = [ref for ref in refs if ref.lora is not None]
+        for ref, checkpoint in zip(adapted, checkpoints[len(refs) :], strict=False):
+            if ref.lora is not None:
+                self._refs[ref] = replace(self._refs[ref], lora=self._named(ref.lora, checkpoint))
 
-    def _name(self, path: str, opened: Path) -> str:
+    def _named(self, ref: ModelRef, checkpoint: Checkpoint) -> ModelRef:
+        cached = _CACHED.search(f"{checkpoint.path}/")
+        if cached is None:
+            named = replace(ref, path=self._last(ref.path, checkpoint.path), revision=None)
+        else:
+            repository = f"{cached[1]}/{cached[2]}"
+            # A path in the cache is one commit.
+            named = replace(ref, path=repository, revision=ref.revision if ref.path == repository else cached[3])
+        self.shown.append((named.path, cached is not None))
+        return named
+
+    def _last(self, path: str, opened: Path) -> str:
         """The last part of a path; of ``.`` and the like that of the directory which they mean."""
         if path not in self._local:
             last = PurePath(path).name

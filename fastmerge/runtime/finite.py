@@ -45,22 +45,25 @@ class Finite:
         for s in np.flatnonzero(segments.nonfinite).tolist():
             op = ops[unit.pieces[s][0]]
             row = segments.table[s].tolist()
-            bad = _nonfinite(row[OUT], row[LENGTH], segments.out_dtype)
-            given = np.zeros_like(bad)
-            for address, dtype in zip(row[HEADER:], segments.dtypes, strict=True):
+            more = HEADER + len(segments.dtypes)
+            outs = [(a, _nonfinite(a, row[LENGTH], segments.out_dtype)) for a in (row[OUT], *row[more:])]
+            given = np.zeros(row[LENGTH], bool)
+            for address, dtype in zip(row[HEADER:more], segments.dtypes, strict=True):
                 given |= _nonfinite(address, row[LENGTH], dtype)
-            made = int((bad & ~given).sum())
+            made = sum(int((bad & ~given).sum()) for _, bad in outs)
+            total = sum(int(bad.sum()) for _, bad in outs)
             if made:
                 raise OutputError(
                     f"{op.name}: the merge made {made} NaN or Inf values out of finite inputs "
                     f"(stored as {segments.out_dtype.name}); expected finite ones: try out_dtype float32"
                 )
             if self.policy == "error":
-                raise OutputError(f"{op.name}: {int(bad.sum())} NaN or Inf values from its inputs (--nan error)")
+                raise OutputError(f"{op.name}: {total} NaN or Inf values from its inputs (--nan error)")
             if self.policy == "zero":
-                _bits(row[OUT], row[LENGTH], segments.out_dtype)[0][bad] = 0
+                for address, bad in outs:
+                    _bits(address, row[LENGTH], segments.out_dtype)[0][bad] = 0
             with self._lock:
-                self.found[op.name] += int(bad.sum())
+                self.found[op.name] += total
 
 
 def _bits(address: int, n: int, dtype: DType) -> tuple[npt.NDArray[Any], int]:

@@ -7,7 +7,7 @@ import fastmerge as fm
 from fastmerge import _native
 from fastmerge.backends.native import NativeKernels
 from fastmerge.dtypes import BY_CODE
-from fastmerge.ops.replicate import CudaReplicate
+from fastmerge.ops.replicate import launch
 from fastmerge.ops.segments import Segments
 from tests.backends.test_native import TORCH, values
 from tests.compare import differences
@@ -53,7 +53,7 @@ def test_cuda_equals_native(code, out_code, sigma):
     device = torch.device("cuda", 0)
     there, got, _kept = batch(code, out_code, device, sigma)
     there.nonfinite = torch.zeros(len(there), dtype=torch.int64, device=device)
-    CudaReplicate(device).replicate(there, sigma, NUMBERS)
+    launch(there, sigma, NUMBERS, device)
     assert differences(got, want) == []
     assert there.nonfinite.tolist() == host.nonfinite.tolist()
 

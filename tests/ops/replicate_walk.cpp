@@ -43,8 +43,9 @@ void all(const ReplicateArgs& a, const ReplicateWalk& walk, Grid grid, bool rand
 extern "C" void walk(const int64_t* table, int64_t segments, int32_t outputs, int32_t in_code, int32_t out_code,
                      const double* sigma, const int64_t* numbers, const float* lines, int64_t* nonfinite,
                      const int64_t* first, int64_t tile, int32_t programs, int32_t threads, double most) {
-  const ReplicateArgs a = {{table, segments, 1, &in_code, outputs}, out_code, safe_input(out_code, most), sigma, numbers,
-                           reinterpret_cast<const NormalLine*>(lines), nonfinite};
+  const ReplicateArgs a = {
+      {table, segments, 1, &in_code, outputs},    out_code, safe_input(out_code, most), sigma, numbers,
+      reinterpret_cast<const NormalLine*>(lines), nonfinite};
   const ReplicateWalk w = {first, first[segments], tile};
   const Grid grid = {programs, threads};
   const bool random = most > 0;

@@ -58,9 +58,9 @@ def test_templates_of_several_lines_are_one_line_of_yaml():
     assert Recipe.load(text) == recipe
 
 
-def names(text, *paths, **refs):
+def names(text, *paths):
     recipe = Recipe.load(text)
-    return Names(recipe, tuple(checkpoint({}, path=p, ref=str(r)) for p, r in zip(paths, recipe.refs, strict=True)))
+    return Names(recipe, [checkpoint({}, path=path) for path in paths])
 
 
 def test_local_models_are_called_by_the_last_part_of_their_path():
@@ -81,6 +81,15 @@ def test_models_of_the_hub_keep_their_id():
     assert found.plain()["models"][0]["model"] == "org/name"
     assert "/home" not in dump(found.plain())
     assert "c0ffee" in dump(found.plain())
+
+
+def test_adapters_have_names_too():
+    text = LINEAR % ("/x/base+/y/lora", "/x/base")
+    found = names(text, "/x/base", "/x/base", "/y/lora")
+    assert found.shown == [("base", False), ("base", False), ("lora", False)]
+    assert found.plain()["models"][1]["model"] == "base"
+    assert "/x" not in dump(found.plain())
+    assert "lora" in dump(found.plain())
 
 
 def test_a_relative_path_is_no_id():
