@@ -57,10 +57,12 @@ class ModelSources:
         if adapter is not None:
             self._updates, self._replaced = dict(adapter.updates), adapter.replaced
             self.warnings += adapter.checkpoint.warnings
-            for family in tied.families(tied.candidates([*self.tensors, *self._changed])):
-                self._untie(family, adapter.checkpoint.ref, checkpoint.ref)
-            self._headless(adapter.checkpoint.ref, checkpoint.ref)
-            self._check(adapter, checkpoint.ref)
+            ends = list(dict.fromkeys(tied.candidates([*self.tensors, *sorted(self._changed)])))
+            self._headless(ends, adapter.checkpoint.ref, checkpoint.ref)
+            for family in tied.families(ends):
+                self._untie(family, adapter.checkpoint, checkpoint.ref)
+            if not self.problems:
+                self._check(adapter, checkpoint.ref)
 
     @property
     def _changed(self) -> set[str]:
@@ -76,18 +78,24 @@ class ModelSources:
         names = [n for n in self._replaced if n in self._files and n not in self._stored.values()]
         return {"replaced by the adapter": names} if names else {}
 
-    def _untie(self, family: tied.Family, ref: str, base: str) -> None:
+    def _untie(self, family: tied.Family, adapter: Checkpoint, base: str) -> None:
         """What becomes of tied tensors of which the adapter changes some.
 
         A low-rank update of one is an update of the tensor that all are, as peft merges it. A trained copy of one
-        is a tensor of its own, and what the others are stays.
+        is a tensor of its own, and what the others are stays, unless the adapter has the same copy for all of them.
         """
         changed = [n for n in family.names if n in self._changed]
         stored = [n for n in family.names if n in self.tensors]
         says = tied.tied(self.config)
         if not changed or not stored or says is False or (says is None and len(stored) > 1):
             return
-        if any(n in self._replaced and n not in self._updates for n in changed):
+        trained = [n for n in changed if n in self._replaced and n not in self._updates]
+        if len(stored) == 1 and stored[0] in trained and set(trained) == set(changed) == set(family.names):
+            first, *others = (self._replaced[n] for n in trained)
+            if all(tied.same(adapter, first, other) for other in others):
+                self._replaced = {n: i for n, i in self._replaced.items() if n not in trained or n == stored[0]}
+                return
+        if trained:
             for name in changed:
                 if name not in self.tensors:
                     self._stored[name] = stored[0]
@@ -95,22 +103,22 @@ class ModelSources:
             self.config = {**self.config, "tie_word_embeddings": True}
         elif len(changed) > 1 or len(stored) > 1:
             self.problems.append(
-                f"{ref}: low-rank updates of {listing(changed)}, which {base!r} ties ({listing(family.names)}): {_PEFT}"
+                f"{adapter.ref}: low-rank updates of {listing(changed)}, which {base!r} ties "
+                f"({listing(family.names)}): {_PEFT}"
             )
         elif changed != stored:
             name = changed[0]
             self._updates = {stored[0] if n == name else n: u for n, u in self._updates.items()}
             self._replaced = {stored[0] if n == name else n: i for n, i in self._replaced.items()}
 
-    def _headless(self, ref: str, base: str) -> None:
+    def _headless(self, ends: list[str], ref: str, base: str) -> None:
         """An embedding of the adapter's own, and a head of the model's that is tied to it and has no name here."""
         classes = self.config.get("architectures")
         names = [n for n in classes if isinstance(n, str)] if isinstance(classes, list) else []
         if tied.tied(self.config) is False or not any(n.endswith(_HEADED) for n in names):
             return
-        ends = tied.candidates([*self._files, *sorted(self._changed)])
         own = [n for n in ends if n in self._replaced and n not in self._updates]
-        if own and len(dict.fromkeys(ends)) == 1:
+        if own and len(ends) == 1:
             self.problems.append(
                 f"{ref}: {own[0]} is the adapter's own, and {base!r} ties its head to the one that it replaces: {_PEFT}"
             )
