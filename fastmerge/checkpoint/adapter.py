@@ -117,8 +117,8 @@ class Adapter:
         if problems := _unsupported(config):
             raise CheckpointError([f"{path / CONFIG}: {p}" for p in problems])
         if not os.path.lexists(path / WEIGHTS):
-            pickle = " and pickled ones are not read" if os.path.lexists(path / PICKLED) else ""
-            raise CheckpointError(f"{path}: the adapter has no {WEIGHTS},{pickle} save it again with peft")
+            pickle = ", and pickled ones are not read" if os.path.lexists(path / PICKLED) else ""
+            raise CheckpointError(f"{path}: the adapter has no {WEIGHTS}{pickle}: save it again with peft")
         header = read_header(path / WEIGHTS)
         tensors = {i.name: i for i in header.tensors}
         found = _Found()

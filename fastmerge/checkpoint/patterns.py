@@ -10,6 +10,9 @@ from typing import Any
 STEPS = 500_000_000
 """Most steps that all matching may take in the worst case: a few seconds."""
 
+COMPILING = 25_000
+"""Steps that take as long as compiling a pattern."""
+
 _TOKEN = re.compile(
     r"(?P<atom>\\[^a-zA-Z0-9]|\\[dDwWsS]|\[\^?\]?(?:\\.|[^\[\]\\])*\]|[^\\\[\](){}*+?|^$])"
     r"|(?P<repeat>(?:[*+?]|\{[0-9]{0,3},?[0-9]{0,3}\})\??)|(?P<open>\((?:\?:)?)|(?P<close>\))|(?P<or>\|)|[\^$]"
@@ -71,5 +74,4 @@ def _steps(pattern: str, modules: Collection[str]) -> int:
         return STEPS + 1
     longest = max(map(len, modules), default=0) + 1
     starts = max((m.count(".") for m in modules), default=0) + 1
-    tries: int = len(modules) * starts * paths * math.prod(ways) * longest**repeats
-    return tries // math.factorial(repeats)
+    return COMPILING + len(modules) * starts * paths * math.prod(ways) * math.comb(longest + repeats, repeats)

@@ -1,12 +1,14 @@
 """Sources that are made on their way into a slot: any run of elements, against numpy and torch on whole tensors."""
 
 import ctypes
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from fastmerge.dtypes import BF16, BY_NAME, F16, F32, F64
+from fastmerge.ops import sources
 from fastmerge.ops.sources import Constant, LowRank, Memory, Noise, Rows, Wide, inputs_of
 from fastmerge.philox import NOISE, normal
 
@@ -74,6 +76,24 @@ def test_a_low_rank_update_in_the_order_of_ranks(dtype, transposed):
     exact = base.double() + 0.37 * (b.double() @ a.double()).T.reshape(9, 12) if transposed else None
     assert exact is None or torch.allclose(want.double(), exact, atol=1e-5)
     assert inputs_of(source) == (source.base, source.b, source.a)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("panel", [5, 40, 1000])
+def test_a_low_rank_update_without_the_kernel_has_the_same_bits(dtype, transposed, panel, monkeypatch):
+    base, a, b = torch.randn(13, 31).to(dtype), torch.randn(9, 31), torch.randn(13, 9)
+    base[0, :2], a[:, 0], b[1] = -0.0, float("nan"), -0.0
+    if transposed:
+        a, b = b.T.contiguous(), a.T.contiguous()
+    source = LowRank(memory(base), memory(b), memory(a), -1.5, transposed)
+    monkeypatch.setattr(sources, "PANEL", panel)
+    want = made(source, 0, base.numel())
+    monkeypatch.setitem(sys.modules, "fastmerge._native", None)
+    got = made(source, 0, base.numel())
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got[~got.isnan()].view(torch.uint8), want[~want.isnan()].view(torch.uint8))
+    assert torch.equal(want[40:].nan_to_num(), made(source, 40, base.numel() - 40).nan_to_num())
 
 
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
