@@ -20,6 +20,10 @@ _HEADED = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneratio
 """Ends of the names of model classes that have a head, tied or not."""
 
 _PEFT = "merge the adapter into its base with peft first"
+_BOTH = (
+    "is one of two tied ends: as peft merges it, the update is in both, so that the merged model computes something "
+    "else than base and adapter side by side"
+)
 
 
 class ModelSources:
@@ -108,19 +112,24 @@ class ModelSources:
             )
         elif changed != stored:
             name = changed[0]
+            self.warnings.append(f"{adapter.ref}: {name} {_BOTH}")
             self._updates = {stored[0] if n == name else n: u for n, u in self._updates.items()}
             self._replaced = {stored[0] if n == name else n: i for n, i in self._replaced.items()}
 
     def _headless(self, ends: list[str], ref: str, base: str) -> None:
-        """An embedding of the adapter's own, and a head of the model's that is tied to it and has no name here."""
+        """An embedding that the adapter changes, and a head of the model's that is tied to it and has no name here."""
         classes = self.config.get("architectures")
         names = [n for n in classes if isinstance(n, str)] if isinstance(classes, list) else []
         if tied.tied(self.config) is False or not any(n.endswith(_HEADED) for n in names):
             return
-        own = [n for n in ends if n in self._replaced and n not in self._updates]
-        if own and len(ends) == 1:
+        if len(ends) != 1:
+            return
+        if ends[0] in self._updates:
+            self.warnings.append(f"{ref}: {ends[0]} {_BOTH}")
+        elif ends[0] in self._replaced:
             self.problems.append(
-                f"{ref}: {own[0]} is the adapter's own, and {base!r} ties its head to the one that it replaces: {_PEFT}"
+                f"{ref}: {ends[0]} is the adapter's own, and {base!r} ties its head to the one that it replaces: "
+                f"{_PEFT}"
             )
 
     def _check(self, adapter: Adapter, base: str) -> None:

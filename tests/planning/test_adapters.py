@@ -243,9 +243,11 @@ def test_an_update_of_one_tied_end_is_one_of_both(tmp_path, end):
     base = model(tmp_path / "base", tie=True)
     found = factors("model.embed_tokens", base, embedding=end == EMBED)
     found = {n.replace("model.embed_tokens", end.removesuffix(".weight")): t for n, t in found.items()}
-    got = merge(tmp_path, passed(f"{base}+{adapter(tmp_path / 'a', found)}"))
+    text = passed(f"{base}+{adapter(tmp_path / 'a', found)}")
+    got = merge(tmp_path, text)
     delta = update(found).T if end == EMBED else update(found)
     assert HEAD not in got
+    assert [w for w in plan(Recipe.load(text)).warnings if f"{end} is one of two tied ends" in w]
     assert torch.equal(got[EMBED], (tensors(base)[EMBED].float() + delta).bfloat16())
     assert tied(tmp_path / "out") is True
 
