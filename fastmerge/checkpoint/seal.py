@@ -26,9 +26,16 @@ CARD_NAME = "README.md"
 
 MAX_REPORT = 1 << 30
 _BLOCK = 1 << 20
+_MAX_PARTS = 4
 
 Mark = tuple[int, str]
 """Bytes and their xxh3_64, in hex."""
+
+
+def plain_name(name: str) -> bool:
+    """Whether a name is that of a file of the output, perhaps in plain directories (``1_Pooling/config.json``)."""
+    parts = name.split("/")
+    return len(parts) <= _MAX_PARTS and all(part.strip(".") and "\0" not in part for part in parts)
 
 
 def blocks(path: Path, most: int | None = None) -> Iterator[bytes]:
@@ -95,7 +102,7 @@ def files_of(facts: Mapping[str, Any]) -> dict[str, Mark] | None:
         return None
     for name, entry in found.items():
         size, checksum = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-        if type(size) is not int or type(checksum) is not str or "/" in name or name in {"", ".", ".."}:
+        if type(size) is not int or type(checksum) is not str or not plain_name(name):
             return None
     return {name: (entry[0], entry[1]) for name, entry in found.items()}
 

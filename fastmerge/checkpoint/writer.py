@@ -147,7 +147,7 @@ class Writer:
         Raises:
             OutputError: the name leads elsewhere, or is one of the model's own files.
         """
-        if len(parts := name.split("/")) > 4 or not all(p.strip(".") and "\x00" not in p for p in parts):
+        if not seal.plain_name(name):
             raise OutputError(f"{name!r}: expected a plain file name")
         if name == INDEX_NAME or name in {s.name for s in self.layout.shards}:
             raise OutputError(f"{name}: is written by the merge itself")

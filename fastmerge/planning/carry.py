@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint.discover import contained
+from fastmerge.checkpoint.formats import parse_config
 from fastmerge.errors import RecipeError
 from fastmerge.planning import tokens
 from fastmerge.planning.code import Code
@@ -206,7 +207,7 @@ def _code(
             model = tokenizer if name.startswith("tokenizer") else donor
             mapped = code.take(model, tree["auto_map"], name)
             if mapped != tree["auto_map"]:
-                found[name] = json.dumps({**tree, "auto_map": mapped}, indent=2, ensure_ascii=False).encode()
+                found[name] = _dump({**tree, "auto_map": mapped})
     found |= code.files
 
 
@@ -219,8 +220,8 @@ def _json(file: Path | bytes | None) -> Any:
             if file.stat().st_size > _MOST_JSON:
                 return None
             file = file.read_bytes()
-        return json.loads(file)
-    except (OSError, ValueError, RecursionError):
+        return parse_config(file.decode(json.detect_encoding(file)))
+    except (OSError, ValueError):
         return None
 
 
@@ -242,9 +243,17 @@ def _plurality(models: Sequence[Checkpoint]) -> str | None:
 
 
 def _set_template(found: dict[str, Path | bytes], template: str) -> None:
-    found["chat_template.jinja"] = template.encode()
+    found["chat_template.jinja"] = template.encode("utf-8", "replace")  # JSON can hold what UTF-8 cannot
     found.pop("chat_template.json", None)
     tree = _json(found.get("tokenizer_config.json"))
     if isinstance(tree, dict) and "chat_template" in tree:
         tree["chat_template"] = template
-        found["tokenizer_config.json"] = json.dumps(tree, indent=2, ensure_ascii=False).encode()
+        found["tokenizer_config.json"] = _dump(tree)
+
+
+def _dump(tree: Any) -> bytes:
+    """JSON as people read it; with escapes where it holds lone surrogates, which UTF-8 cannot."""
+    try:
+        return json.dumps(tree, indent=2, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return json.dumps(tree, indent=2).encode()

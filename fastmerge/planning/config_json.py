@@ -12,7 +12,7 @@ from fastmerge.planning.restack import SourceLayer, count_keys, restack
 from fastmerge.planning.structure import TEXT_CONFIGS, Structure
 
 _TYPE_KEYS = ("torch_dtype", "dtype")
-_QUANTISED = ("quantization_config", "compression_config")
+_QUANTISED = ("quantization_config", "compression_config", "quantization")
 _TIE = "tie_word_embeddings"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Tokens that a model begins, stops and pads with."""
@@ -51,7 +51,7 @@ def rewrite(
         for block in text_blocks(out):
             if _TIE in block:
                 block[_TIE] = False
-    for block in (out, *text_blocks(out)):
+    for block in (out, *(b for b in out.values() if isinstance(b, dict))):
         # Models whose tensors are quantised are refused: what is left of such a section describes none of them.
         for key in _QUANTISED:
             block.pop(key, None)

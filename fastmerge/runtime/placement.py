@@ -198,13 +198,14 @@ def gpu_slots(wants: Need, gpus: int, budget: Budget, vram: Vram | None) -> Slot
     worth = wants.best * SMALLEST // gpu.UNIT_ELEMENTS
     wanted = [(workers_each(gpus) * gpus, worth), (gpu.LEAST_WORKERS * gpus, 0), (2 * gpus, 0)]
     wanted += [(n, 0) for n in range(gpus, 0, -1)]
+    refused = _refused(budget.device, wants.least), _refused(budget.host, wants.least)
 
     def largest(slots: int) -> int:
         device = wants.best if vram is None else gpu.largest_slot(-(-slots // gpus), vram.nbytes // vram.share)
-        if budget.device is not None:
-            device = min(device, budget.device // -(-slots // gpus))
-        if budget.host is not None:
-            device = min(device, budget.host // slots)
+        if refused[0] is not None:
+            device = min(device, refused[0] // -(-slots // gpus))
+        if refused[1] is not None:
+            device = min(device, refused[1] // slots)
         if budget.memory is None:
             return device
         return min(device, int((budget.memory - wants.apart) / charge) // slots)
@@ -216,11 +217,16 @@ def gpu_slots(wants: Need, gpus: int, budget: Budget, vram: Vram | None) -> Slot
         least = vram.share * gpu.arena(1, wants.least)
         have = f"{vram.said} {vram.nbytes} bytes"
         raise TooSmall(f"{have} is below the minimum of this recipe: expected >= {least} bytes", vram.gpu)
-    for limit, name in ((budget.device, budget.gpu), (budget.host, None)):
+    for limit, name in zip(refused, (budget.gpu, None), strict=True):
         if limit is not None and limit < wants.least:
             have = f"a slot of {limit} bytes"
             raise TooSmall(f"{have} is below the minimum of this recipe: expected >= {wants.least} bytes", name)
     raise _below(wants, budget.memory or 0, charge)
+
+
+def _refused(half: int | None, least: int) -> int | None:
+    """Half of what was refused; the smallest slot where that is more than half of it, but not all."""
+    return least if half is not None and half < least < 2 * half else half
 
 
 def workers_each(gpus: int) -> int:

@@ -8,6 +8,8 @@ import fastmerge as fm
 from fastmerge.errors import BackendUnavailable, BudgetError, ShapeError
 from fastmerge.kernels import TritonKernels, _launch
 from fastmerge.runtime import placement
+from fastmerge.runtime.devices import cuda
+from fastmerge.runtime.devices.streams import CudaStreams
 from tests import tiny
 from tests.api.test_merge import RECIPES, recipe_of, weights
 from tests.compare import differences
@@ -37,7 +39,7 @@ def test_every_device_list_and_unit_gives_the_bytes_of_the_cpu(paths, name, tmp_
     text = recipe_of(paths, name)
     fm.merge(text, tmp_path / "cpu", device="cpu")
     for unit in (1 << 25, 1 << 18, 1 << 16):
-        monkeypatch.setattr(placement, "UNIT_ELEMENTS", unit)
+        monkeypatch.setattr(cuda, "UNIT_ELEMENTS", unit)
         monkeypatch.setattr(placement, "SMALLEST", 1 << 16)
         for devices in ("cuda:0", "cuda:0,cuda:0"):
             out = tmp_path / f"{unit} {devices}"
@@ -65,9 +67,9 @@ def test_resume_on_another_device(paths, tmp_path, monkeypatch):
         whole(self, *args)
 
     monkeypatch.setattr(TritonKernels, "consensus", fail)
-    monkeypatch.setattr(placement, "UNIT_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(cuda, "UNIT_ELEMENTS", 1 << 16)
     monkeypatch.setattr(placement, "SMALLEST", 1 << 16)
-    with pytest.raises(BudgetError, match="--max-vram"):
+    with pytest.raises(BudgetError, match="less does not do"):
         fm.merge(text, tmp_path / "out", device="cuda")
     monkeypatch.undo()
     fm.merge(text, tmp_path / "out", device="cuda", resume=True)
@@ -89,13 +91,13 @@ def test_max_vram_bounds_the_slots(paths, tmp_path, monkeypatch):
 def test_slots_that_do_not_fit_are_made_smaller(paths, tmp_path, monkeypatch):
     text = recipe_of(paths, "ties")
     fm.merge(text, tmp_path / "cpu", device="cpu")
-    most, whole, tries = 6_000_000, placement.CudaStreams.reserve, []
+    most, whole, tries = 6_000_000, CudaStreams.reserve, []
 
     def reserve(self, nbytes):
         tries.append(nbytes)
         return whole(self, nbytes if nbytes <= most else 1 << 50)  # the real error of the real allocator
 
-    monkeypatch.setattr(placement.CudaStreams, "reserve", reserve)
+    monkeypatch.setattr(CudaStreams, "reserve", reserve)
     fm.merge(text, tmp_path / "gpu", device="cuda")
     assert tries[0] > most >= tries[-1]
     assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")

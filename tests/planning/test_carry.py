@@ -211,3 +211,14 @@ def test_code_on_the_hub_stays_there(tmp_path):
     assert settings == {"auto_map": {"AutoTokenizer": ["org/name.v2--t.T", None]}, "k": "é"}
     assert "which stays at org/name.v2 on the hub" in made.warnings[0]
     assert not any(name.endswith(".py") for name, _ in made.carry)
+
+
+def test_a_template_that_utf8_cannot_hold_is_carried(tmp_path):
+    from fastmerge.planning.carry import _set_template
+
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"chat_template": "old", "y": "\\ud800 é"}')
+    found = {"tokenizer_config.json": config}
+    _set_template(found, "\ud800 x")
+    assert found["chat_template.jinja"] == b"? x"
+    assert json.loads(found["tokenizer_config.json"]) == {"chat_template": "\ud800 x", "y": "\ud800 é"}
