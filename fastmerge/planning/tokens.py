@@ -218,6 +218,29 @@ def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
             raise ValueError("no protocol buffer")
 
 
+def special(model: Checkpoint) -> dict[str, tuple[str, int]]:
+    """The tokens with which a tokenizer begins and ends a text, by the key of a configuration: token and number."""
+    path = vocabulary_file(model, "tokenizer_config.json")
+    vocabulary = vocabulary_file(model, "tokenizer.json")
+    try:
+        said = json.loads(path.read_bytes()) if path is not None and path.stat().st_size <= MOST else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    found: dict[str, tuple[str, int]] = {}
+    wanted: dict[str, str] = {}
+    for name in ("bos_token", "eos_token"):
+        token = said.get(name) if isinstance(said, dict) else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            wanted[name] = token
+    numbered = (tokens(vocabulary) if wanted and vocabulary is not None else None) or {}
+    for i, token in numbered.items():
+        for name, one in wanted.items():
+            if token == one or _text(token) == one:
+                found[f"{name}_id"] = (one, i)
+    return found
+
+
 def _difference(x: Mapping[int, str], y: Mapping[int, str]) -> Difference:
     common = x.keys() & y.keys()
     other = sorted(i for i in common if x[i] != y[i] and _text(x[i]) != _text(y[i]))
