@@ -26,7 +26,7 @@ def answer(call):
     try:
         return call()
     except fm.RecipeError as e:
-        assert all("expected" in text or "entry" in text for text in e.problems), e.problems
+        assert all(any(w in text for w in ("expected", "entry", "input")) for text in e.problems), e.problems
         return REFUSED
 
 
