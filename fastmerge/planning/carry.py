@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint.discover import contained
+from fastmerge.checkpoint.formats import parse_config
 from fastmerge.errors import RecipeError
 from fastmerge.planning import tokens
 from fastmerge.planning.code import Code
@@ -219,8 +220,8 @@ def _json(file: Path | bytes | None) -> Any:
             if file.stat().st_size > _MOST_JSON:
                 return None
             file = file.read_bytes()
-        return json.loads(file)
-    except (OSError, ValueError, RecursionError):
+        return parse_config(file.decode(json.detect_encoding(file)))
+    except (OSError, ValueError):
         return None
 
 

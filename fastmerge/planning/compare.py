@@ -55,7 +55,7 @@ def meaning(config: Mapping[str, Any]) -> Meaning:
     out: Meaning = {}
     for name, keys in _SAME_KEYS.items():
         found = next((block[k] for k in keys if block.get(k) is not None), None)
-        if found is not None:
+        if found is not None and not isinstance(found, list):  # sizes by layer follow the layers
             out[name] = found
     if isinstance(out.get("activation"), str):
         gemma = str(block.get("model_type")).startswith("gemma") and out["activation"] == "gelu"

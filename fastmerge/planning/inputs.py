@@ -270,7 +270,7 @@ class Inputs:
             self.problems.insert(0, f"tensors that every model must have are missing: {where}: {self._advice()}")
         if self.merge_missing:
             self.problems[:0] = self._strangers()
-        elif self.method.contract.most == 1:
+        elif all(len(s.refs) == 1 for s in self.sources):
             self.problems += self._gaps(rows)
         for (what, refs), names in self._notes.items():
             missing = f"missing from {_list(refs)}: " if refs else ""

@@ -107,7 +107,7 @@ def _by_layer(config: Mapping[str, Any], count: int) -> bool:
 def gaps(stack: Layers, config: Mapping[str, object]) -> list[str]:
     """Tensors that one layer of a model lost: all other layers are alike and have them, and it has the rest.
 
-    Whole modules that one layer lacks are no loss (models are built so), unless they are norms.
+    Whole modules that one layer lacks are no loss (models are built so), unless they are norms of an inner layer.
     """
     layers = stack.layers
     alike = Counter(map(frozenset, layers))
@@ -117,10 +117,16 @@ def gaps(stack: Layers, config: Mapping[str, object]) -> list[str]:
     i, odd = next((i, s) for i, s in enumerate(layers) if s != full)
     if not odd < full:
         return []
-    modules = {suffix.partition(".")[0] for suffix in odd}
+    there = {_container(suffix) for suffix in odd}
+    inner = 0 < i < len(layers) - 1  # the first and the last layer may be built without a norm
     return [
         f"{stack.prefix}.{i}.{suffix}"
         for suffix in sorted(full - odd)
         if "relative_attention_bias" not in suffix
-        and (suffix.partition(".")[0] in modules or (len(layers) > 2 and "norm" in suffix))
+        and (_container(suffix) in there if _container(suffix) else inner and "norm" in suffix)
     ]
+
+
+def _container(suffix: str) -> str:
+    """What holds the module of a tensor: ``self_attn`` of ``self_attn.q_proj.weight``; empty for the layer itself."""
+    return ".".join(suffix.split(".")[:-2])

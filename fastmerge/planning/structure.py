@@ -21,7 +21,9 @@ TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config"
 EXTRA_LAYERS = 4
 """At most so many layers beyond the configured count (multi-token prediction) are not part of the stack."""
 
-_OTHER_TOWER = re.compile(r"(^|\.)mtp\.|vision|visual|image|video|audio|speech|vit\b|whisper|siglip|clip")
+_OTHER_TOWER = re.compile(
+    r"(^|\.)mtp\.|feature_extractor|vision|visual|image|video|audio|speech|vit\b|whisper|siglip|clip"
+)
 _EXPERTS = re.compile(r"(^|[._])experts?$")
 _INDEX = re.compile(r"\.(0|[1-9][0-9]{0,5})(?=\.)")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|mtp)(\.|$)")

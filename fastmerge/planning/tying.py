@@ -70,7 +70,7 @@ class Tying:
                 elif row is None or n == original:
                     continue
                 if last.refs != first.refs:
-                    self._fit(family, (first, original), (last, n))
+                    self._fit((original, n), first, last)
                     ends = [(ref, t) for s in (first, last) for ref, t in zip(s.refs, s.tensors, strict=True)]
                     untied |= head and any(n not in t or tied.tied(self.models.config(ref)) for ref, t in ends)
                     continue
@@ -80,29 +80,21 @@ class Tying:
                 if not merged_once and not (head and says):
                     continue
                 if not self._copy(last, family, original, n):
-                    untied |= head
+                    untied |= head and bool(lacking or says)
                 elif merged_once:
                     (copies if n in kept else dropped).append((n, original))
         self.ties = tied.Ties(untied, tuple(copies), tuple(dropped))
         return [*rows, *more]
 
-    def _fit(self, family: tied.Family, *ends: tuple[Sources, str]) -> None:
-        """Embedding of the first slice, head of the last: both need one shape, as they have in their own models."""
-        names = [name for _, name in ends]
-        whole = [t for sources, _ in ends for t in sources.tensors if all(n in t for n in names)]
-        if whole and all(len({t[n].shape for n in names}) > 1 for t in whole):
-            return
-        found = []
-        for sources, name in ends:
-            for ref, tensors in zip(sources.refs, sources.tensors, strict=True):
-                own = name if name in tensors else tied.original(family, name, tensors, self.models.config(ref))
-                if own is not None:
-                    found.append((tensors[own].shape, f"{own} of {str(ref)!r} {list(tensors[own].shape)}"))
-        if len({shape for shape, _ in found}) > 1:
-            self.problems.append(
-                f"embedding and head do not fit each other: {', '.join(text for _, text in found)}: "
-                "vocabularies of different size"
-            )
+    def _fit(self, names: Sequence[str], *ends: Sources) -> None:
+        """Embedding of the first slice, head of the last: the models need vocabularies of one size."""
+        for name in names:
+            found = {ref: t[name].shape for s in ends for ref, t in zip(s.refs, s.tensors, strict=True) if name in t}
+            if len(set(found.values())) > 1:
+                listed = ", ".join(f"{str(ref)!r} {list(shape)}" for ref, shape in found.items())
+                self.problems.append(
+                    f"{name}: embedding and head need one vocabulary; they have different ones: {listed}"
+                )
 
     def _equal(self, ref: ModelRef, a: str, b: str) -> bool:
         if (ref, a, b) not in self._same:

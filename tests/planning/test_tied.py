@@ -191,6 +191,13 @@ def test_an_embedding_that_is_stored_as_a_head_only(stored):
         make(LINEAR, a=whole, b=stored(**{HEAD: 1, "x": 2}))
 
 
+def test_a_configuration_that_says_nothing_of_ties_stays_so(stored):
+    models = [stored({"k": 1}, **{EMBED: 1, HEAD: v}) for v in (1, 2, 3)]
+    for text in (TIES, DARE):
+        made = make(text, base=models[0], a=models[1], b=models[2])
+        assert "tie_word_embeddings" not in made.config
+
+
 def test_nothing_is_read_where_nothing_depends_on_it(stored, monkeypatch):
     monkeypatch.setattr(tied, "same", None)
     models = [stored(**{EMBED: v, HEAD: EMBED}) for v in (1, 2)]
@@ -246,8 +253,15 @@ class TestStacks:
     @pytest.mark.parametrize("heads", [(True, True), (True, False), (False, True)])
     def test_vocabularies_of_different_size(self, heads):
         a, b = self.model(head=heads[0], vocab=33), self.model(head=heads[1], vocab=32)
-        with pytest.raises(CheckpointError, match=r"embed_tokens\.weight of 'a' \[33, 8\], .* of 'b' \[32, 8\]: vocab"):
+        with pytest.raises(
+            CheckpointError, match=r"embed_tokens\.weight: .* different ones: 'a' \[33, 8\], 'b' \[32, 8\]"
+        ):
             make(stack("a", "b"), a=a, b=b)
+
+    def test_embeddings_may_have_more_rows_than_heads(self):
+        kept = {n: i.shape for n, i in self.model(head=True).tensors.items()} | {EMBED: (40, 8)}
+        model = checkpoint(kept, config={"num_hidden_layers": 4, **self.UNTIED})
+        assert make(stack("a", "b"), a=model, b=model)
 
 
 def test_the_same_plan_twice(stored):
