@@ -6,6 +6,7 @@ import contextlib
 import logging
 import operator
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.backends.choose import choose
@@ -349,7 +350,7 @@ def run(
     Raises:
         BackendUnavailable: if the backend cannot work on that device.
     """
-    chosen = choose(str(home), backend, said=f"tensors on {home}")
+    chosen = replace(choose(str(home), backend, said=f"tensors on {home}"), home=str(home))
     chosen.check(ops)
     elements = MEMORY_ELEMENTS if chosen.gpus else elements
     workers: list[Device] = [InPlace(home)] if chosen.gpus else [CpuDevice() for _ in range(cores())]
