@@ -106,15 +106,17 @@ def test_functions_on_task_vectors_take_the_same_numbers(value, want):
     """Bounds are those of the parameter: 0 .. 1 for shares."""
     base, tau = {"w": BASE}, {"w": A}
 
-    def same(function, **known):
-        got = answer(lambda: function(value)["w"])
-        assert (got is REFUSED) == (want is REFUSED)
-        assert want is REFUSED or torch.equal(got, function(want)["w"])
-
-    same(lambda density: fm.ties_merge(base, [tau, {"w": B}], density))
-    same(lambda p: fm.dare_sparsify(tau, p))
-    same(lambda rate: fm.dare_ties_merge(base, [tau], drop_rate=rate))
-    same(lambda density: fm.dare_ties_merge(base, [tau], density=density))
+    functions = (
+        lambda density: fm.ties_merge(base, [tau, {"w": B}], density),
+        lambda p: fm.dare_sparsify(tau, p),
+        lambda rate: fm.dare_ties_merge(base, [tau], drop_rate=rate),
+        lambda density: fm.dare_ties_merge(base, [tau], density=density),
+    )
+    got = [answer(lambda f=f: f(value)["w"]) for f in functions]
+    if want is REFUSED:
+        assert got == [REFUSED] * 4
+    else:
+        assert differences(got, [f(want)["w"] for f in functions]) == []
 
 
 @pytest.mark.parametrize(("value", "want"), NUMBERS, ids=lambda x: repr(x)[:40])
