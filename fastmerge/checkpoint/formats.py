@@ -61,7 +61,7 @@ def pickled(path: Path) -> str:
 
 def adapter(path: Path) -> str:
     """A LoRA adapter where a model is expected."""
-    return f"{path}: a LoRA adapter, not a model: merge it into its base first (peft: merge_and_unload)"
+    return f"{path}: a LoRA adapter, not a model: 'model: BASE+ADAPTER' applies it to its base"
 
 
 def nothing(path: Path, names: Sequence[str]) -> str:

@@ -26,10 +26,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmerge.dtypes import BF16, F16, F32, F64, DType
+from fastmerge.ops.segments import GROUP, HEADER, LENGTH, OUT, ROW
 from fastmerge.ops.spec import Source
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint import TensorInfo
+
+PANEL = 1 << 16
+"""Elements that a low-rank update is computed for at a time: what all ranks work on stays in the cache."""
 
 Bring = Callable[[Source, "npt.NDArray[np.int64]"], None]
 """Brings runs of a source to memory: rows (first element, elements, address)."""
@@ -102,19 +106,24 @@ def _array(address: int, n: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     return np.frombuffer(memory, kind)
 
 
-def _widened(raw: npt.NDArray[Any], dtype: DType) -> npt.NDArray[Any]:
-    """Elements as fp32 (fp64 stays): exact."""
-    if dtype is BF16:
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    found = raw.view(_NUMPY[dtype])
-    return found if dtype.size > 2 else found.astype(np.float32)
-
-
 def load(bring: Bring, source: Source, e0: int, n: int) -> npt.NDArray[Any]:
     """A run of a source in memory of its own, as fp32 (fp64 stays)."""
-    raw = np.empty(n * source.dtype.size, np.uint8)
-    bring(source, np.array([[e0, n, raw.ctypes.data]], np.int64))
-    return _widened(raw, source.dtype)
+    out = np.empty(n, np.float64 if source.dtype is F64 else np.float32)
+    _load(bring, source, e0, out)
+    return out
+
+
+def _load(bring: Bring, source: Source, e0: int, out: npt.NDArray[Any]) -> None:
+    """A run of a source, as fp32 (fp64 stays), into memory that is there."""
+    if source.dtype.size == out.itemsize:
+        bring(source, np.array([[e0, out.size, out.ctypes.data]], np.int64))
+        return
+    raw = np.empty(out.size * source.dtype.size, np.uint8)
+    bring(source, np.array([[e0, out.size, raw.ctypes.data]], np.int64))
+    if source.dtype is BF16:
+        np.left_shift(raw.view(np.uint16), np.uint32(16), out=out.view(np.uint32))
+    else:
+        out[:] = raw.view(_NUMPY[source.dtype])
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +172,37 @@ class Rows:
             ctypes.memset(at, 0, count * size)
 
 
+def sums(left: npt.NDArray[Any], right: npt.NDArray[Any], out: npt.NDArray[Any], spare: npt.NDArray[Any]) -> None:
+    """``left @ right`` where every product and every sum is rounded once, in the order of the inner index.
+
+    The kernel for weighted sums does the same, several times as fast: a row of the result is a weighted sum of the
+    rows of ``right``.
+
+    Args:
+        left: ``[rows, R]``, R >= 1.
+        right: ``[R, columns]``; its rows are contiguous.
+        out: ``[rows, columns]``, contiguous.
+        spare: of the same shape and type, to work in.
+    """
+    rows, rank = left.shape
+    try:
+        from fastmerge import _native
+    except ImportError:
+        np.multiply(left[:, 0, None], right[0], out)
+        for k in range(1, rank):
+            np.add(out, np.multiply(left[:, k, None], right[k], spare), out)
+        return
+    table = np.zeros((rows, HEADER + rank), np.int64)
+    table[:, OUT] = out.ctypes.data + np.arange(rows) * out.strides[0]
+    table[:, LENGTH] = table[:, ROW] = out.shape[1]
+    table[:, GROUP] = np.arange(rows)
+    table[:, HEADER:] = right.ctypes.data + np.arange(rank) * right.strides[0]
+    code = (F64 if out.itemsize == 8 else F32).code
+    codes, ones, ignored = np.full(rank, code, np.int32), np.ones((rows, 2)), np.zeros(rows, np.int64)
+    coefficients = np.ascontiguousarray(left, np.float64)
+    _native.combine(table, codes, code, coefficients, ones, False, False, ignored)
+
+
 @dataclass(frozen=True, eq=False)
 class LowRank:
     """``base + scale (B A)``, as LoRA adapters state a weight; exact products and sums in fp32, in the order of ranks.
@@ -194,32 +234,39 @@ class LowRank:
         return self.base.shape
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
-        """Whole rows of the update that the run touches, then the run of them."""
+        """Panels that stay in the cache, each over all ranks: the order of a single element is that of the ranks."""
         if not n:
             return
         kind = _NUMPY[self.dtype]
         width = self.shape[-1]
-        rank = self.a.shape[0]
         first, last = e0 // width, (e0 + n - 1) // width
-        rows = last - first + 1
-        if self.transposed:
-            # Row i of the result holds sum_k a[k, i] b[:, k].
-            every = load(bring, self.a, 0, rank * self.a.shape[1]).reshape(rank, -1)
-            left = every[:, first : last + 1].T
-            right = load(bring, self.b, 0, width * rank).reshape(width, rank).T
-        else:
-            left = load(bring, self.b, first * rank, rows * rank).reshape(rows, rank)
-            right = load(bring, self.a, 0, rank * width).reshape(rank, width)
-        left, right = left.astype(kind, copy=False), right.astype(kind, copy=False)
-        update = np.zeros((rows, width), kind)
-        term = np.empty_like(update)
-        for k in range(rank):
-            np.multiply(left[:, k, None], right[k], out=term)
-            update += term
-        update *= kind(self.scale)
-        skip = e0 - first * width
+        left, right = (x.astype(kind, copy=False) for x in self._factors(bring, first, last - first + 1))
         out = _array(address, n, kind)
-        np.add(load(bring, self.base, e0, n), update.reshape(-1)[skip : skip + n], out=out)
+        space = np.empty((2, min(n, PANEL)), kind)
+        at = e0
+        while at < e0 + n:
+            row, column = divmod(at, width)
+            columns = min(width - column, e0 + n - at, PANEL)
+            rows = max(1, min(e0 + n - at, PANEL) // width) if columns == width else 1
+            update, spare = space[:, : rows * columns]
+            factors = left[row - first : row - first + rows], right[:, column : column + columns]
+            sums(*factors, update.reshape(rows, columns), spare.reshape(rows, columns))
+            np.multiply(update, kind(self.scale), update)
+            part = out[at - e0 : at - e0 + update.size]
+            _load(bring, self.base, at, part)
+            np.add(part, update, part)
+            at += update.size
+
+    def _factors(self, bring: Bring, first: int, rows: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """``[rows, R]`` and ``[R, columns]`` of some rows of the result; those of a transposed one are columns of A."""
+        rank, width = self.a.shape[0], self.shape[-1]
+        if not self.transposed:
+            b = load(bring, self.b, first * rank, rows * rank).reshape(rows, rank)
+            return b, load(bring, self.a, 0, rank * width).reshape(rank, width)
+        columns = self.a.shape[1]
+        a = np.stack([load(bring, self.a, k * columns + first, rows) for k in range(rank)], axis=1)
+        b = load(bring, self.b, 0, width * rank).reshape(width, rank)
+        return a, np.ascontiguousarray(b.T)
 
 
 @dataclass(frozen=True, eq=False)

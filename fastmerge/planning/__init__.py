@@ -58,8 +58,9 @@ def plan(
     opened = Models(*_open(recipe.refs, models or {}))
     checkpoints = tuple(opened.checkpoints[ref] for ref in recipe.refs)
     warnings = dict.fromkeys((*recipe.warnings, *(text for c in checkpoints for text in c.warnings)))
-    if problems := [text for ref in recipe.refs for text in opened.sources[ref].problems()]:
+    if problems := [text for ref in recipe.refs for text in opened.sources[ref].problems]:
         raise CheckpointError(problems)
+    warnings |= dict.fromkeys(text for ref in recipe.refs for text in opened.sources[ref].warnings)
     warnings |= dict.fromkeys(opened.align(recipe))
     outputs = Outputs(recipe, opened, seed)
     layers: list[SourceLayer] | None = None

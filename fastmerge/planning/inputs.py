@@ -69,7 +69,9 @@ class Inputs:
         self.sources = [Sources(recipe, part, models) for part in recipe.parts]
         self.problems: list[str] = []
         self.warnings: dict[str, None] = {}
-        self.dropped: dict[str, dict[str, list[str]]] = {}
+        self.dropped: dict[str, dict[str, list[str]]] = {
+            str(r): s.dropped for r, s in models.sources.items() if s.dropped
+        }
         self._tying = Tying(recipe, models, self.sources)
         self._may_lack: dict[tuple[ModelRef, ModelRef], frozenset[str]] = {}
         self._notes: dict[tuple[str, tuple[str, ...]], list[str]] = {}

@@ -45,7 +45,7 @@ class Models:
             ref: ModelSources(c, i, adapters.get(ref), at.get(ref, -1))
             for i, (ref, c) in enumerate(checkpoints.items())
         }
-        self._tensors: dict[ModelRef, Mapping[str, TensorInfo]] = {r: c.tensors for r, c in checkpoints.items()}
+        self._tensors = {ref: s.tensors for ref, s in self.sources.items()}
         self._structures: dict[ModelRef, Structure] = {}
         self._orders: dict[ModelRef, list[str]] = {}
         self._layers: dict[tuple[ModelRef | None, Stack], Layers] = {}
@@ -97,7 +97,7 @@ class Models:
 
     def config(self, ref: ModelRef) -> Mapping[str, Any]:
         """Its config.json."""
-        return self.checkpoints[ref].config
+        return self.sources[ref].config
 
     def structure(self, ref: ModelRef) -> Structure:
         """Its stacks of layers."""

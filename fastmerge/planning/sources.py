@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from fastmerge.checkpoint import Checkpoint, TensorInfo
-from fastmerge.checkpoint.adapter import Adapter
+from fastmerge.checkpoint.adapter import Adapter, Update
 from fastmerge.checkpoint.header import listing
 from fastmerge.dtypes import BF16, DType
 from fastmerge.ops.sources import FileRange, LowRank, Wide
 from fastmerge.ops.spec import Source
+from fastmerge.planning import tied
 
 FLOAT8 = frozenset({"float8_e4m3fn", "float8_e5m2"})
 """Types whose values bfloat16 holds exactly."""
+
+_HEADED = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
+"""Ends of the names of model classes that have a head, tied or not."""
+
+_PEFT = "merge the adapter into its base with peft first"
 
 
 class ModelSources:
@@ -21,63 +30,141 @@ class ModelSources:
         model: its position among the plan's checkpoints.
         adapter: what is applied to it; None for nothing.
         at: the adapter's position among them.
+
+    Attributes:
+        plain: every tensor is read as it is.
+        tensors: those of the model by name; with an adapter that unties them, tied ones under each of their names.
+        config: of the model; where tied tensors were untied, it says that they were tied.
+        problems: what of the adapter fits nothing in the model: applied in part, it would be wrong without a word.
+        warnings: what people should know of the adapter.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: int, adapter: Adapter | None = None, at: int = -1) -> None:
-        self._checkpoint = checkpoint
+        self._files = checkpoint.tensors
         self._model = model
         self._adapter = adapter
         self._at = at
+        self.tensors: Mapping[str, TensorInfo] = checkpoint.tensors
+        self.config: Mapping[str, Any] = checkpoint.config
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
         dtypes = {info.dtype.name for info in checkpoint.tensors.values()}
         self.plain = adapter is None and not dtypes & FLOAT8
+        self._updates: dict[str, Update] = {}
+        self._replaced: Mapping[str, TensorInfo] = {}
+        self._transposed: dict[str, bool] = {}
+        self._stored: dict[str, str] = {}  # name of the file's tensor, of tied ones that have none of their own
+        if adapter is not None:
+            self._updates, self._replaced = dict(adapter.updates), adapter.replaced
+            self.warnings += adapter.checkpoint.warnings
+            ends = list(dict.fromkeys(tied.candidates([*self.tensors, *sorted(self._changed)])))
+            self._headless(ends, adapter.checkpoint.ref, checkpoint.ref)
+            for family in tied.families(ends):
+                self._untie(family, adapter.checkpoint, checkpoint.ref)
+            if not self.problems:
+                self._check(adapter, checkpoint.ref)
 
-    def problems(self) -> list[str]:
-        """What of the adapter fits nothing in the model: applied in part, it would be wrong without a word."""
-        if self._adapter is None:
-            return []
-        tensors, ref = self._checkpoint.tensors, self._adapter.checkpoint.ref
-        names = [*self._adapter.updates, *self._adapter.replaced]
-        out = []
-        if absent := [n for n in names if n not in tensors]:
-            out.append(f"{ref}: {self._checkpoint.ref!r} has no such tensors: {listing(absent)}")
-        for name in names:
-            info = tensors.get(name)
-            if info is None:
+    @property
+    def _changed(self) -> set[str]:
+        return self._updates.keys() | self._replaced.keys()
+
+    def changes(self, info: TensorInfo) -> bool:
+        """Whether the adapter makes another tensor of one of :attr:`tensors`."""
+        return info.name in self._updates or info.name in self._replaced
+
+    @property
+    def dropped(self) -> dict[str, list[str]]:
+        """Tensors of the model's files in whose place others come, by rule."""
+        names = [n for n in self._replaced if n in self._files and n not in self._stored.values()]
+        return {"replaced by the adapter": names} if names else {}
+
+    def _untie(self, family: tied.Family, adapter: Checkpoint, base: str) -> None:
+        """What becomes of tied tensors of which the adapter changes some.
+
+        A low-rank update of one is an update of the tensor that all are, as peft merges it. A trained copy of one
+        is a tensor of its own, and what the others are stays, unless the adapter has the same copy for all of them.
+        """
+        changed = [n for n in family.names if n in self._changed]
+        stored = [n for n in family.names if n in self.tensors]
+        says = tied.tied(self.config)
+        if not changed or not stored or says is False or (says is None and len(stored) > 1):
+            return
+        trained = [n for n in changed if n in self._replaced and n not in self._updates]
+        if len(stored) == 1 and stored[0] in trained and set(trained) == set(changed) == set(family.names):
+            first, *others = (self._replaced[n] for n in trained)
+            if all(tied.same(adapter, first, other) for other in others):
+                self._replaced = {n: i for n, i in self._replaced.items() if n not in trained or n == stored[0]}
+                return
+        if trained:
+            for name in changed:
+                if name not in self.tensors:
+                    self._stored[name] = stored[0]
+                    self.tensors = {**self.tensors, name: self.tensors[stored[0]]._replace(name=name)}
+            self.config = {**self.config, "tie_word_embeddings": True}
+        elif len(changed) > 1 or len(stored) > 1:
+            self.problems.append(
+                f"{adapter.ref}: low-rank updates of {listing(changed)}, which {base!r} ties "
+                f"({listing(family.names)}): {_PEFT}"
+            )
+        elif changed != stored:
+            name = changed[0]
+            self._updates = {stored[0] if n == name else n: u for n, u in self._updates.items()}
+            self._replaced = {stored[0] if n == name else n: i for n, i in self._replaced.items()}
+
+    def _headless(self, ends: list[str], ref: str, base: str) -> None:
+        """An embedding of the adapter's own, and a head of the model's that is tied to it and has no name here."""
+        classes = self.config.get("architectures")
+        names = [n for n in classes if isinstance(n, str)] if isinstance(classes, list) else []
+        if tied.tied(self.config) is False or not any(n.endswith(_HEADED) for n in names):
+            return
+        own = [n for n in ends if n in self._replaced and n not in self._updates]
+        if own and len(ends) == 1:
+            self.problems.append(
+                f"{ref}: {own[0]} is the adapter's own, and {base!r} ties its head to the one that it replaces: {_PEFT}"
+            )
+
+    def _check(self, adapter: Adapter, base: str) -> None:
+        """Everything that the adapter changes must be there, and fit."""
+        ref, model_type = adapter.checkpoint.ref, self.config.get("model_type")
+        if absent := sorted(self._changed - self.tensors.keys()):
+            self.problems.append(f"{ref}: {base!r} has no such tensors: {listing(absent)}")
+        said: dict[str, list[str]] = {}
+        for name in sorted(self._changed & self.tensors.keys()):
+            info, own, update = self.tensors[name], self._replaced.get(name), self._updates.get(name)
+            if own is not None and (own.shape != info.shape or _computed(own) != _computed(info)):
+                said.setdefault(f"{_shown(own)} does not fit {_shown(info)}", []).append(name)
+            if update is None:
                 continue
-            if name in self._adapter.updates:
-                fits = info.dtype.mergeable and self._transposed(name, info) is not None
-                given = "lora_B {} x lora_A {}".format(
-                    *(list(i.shape) for i in (self._adapter.updates[name].b, self._adapter.updates[name].a))
-                )
-            else:
-                fits, given = (
-                    self._adapter.replaced[name].shape == info.shape,
-                    str(list(self._adapter.replaced[name].shape)),
-                )
-            if not fits:
-                out.append(f"{ref}: {name}: {given} does not fit {info.dtype.name} {list(info.shape)}")
-        return out
-
-    def _transposed(self, name: str, info: TensorInfo) -> bool | None:
-        assert self._adapter is not None
-        return self._adapter.transposes(name, info.shape, self._checkpoint.config.get("model_type"))
+            transposed = update.transposes(name, info.shape, model_type, flag=adapter.flag)
+            if transposed is None or not _computed(info):
+                given = f"lora_B {list(update.b.shape)} x lora_A {list(update.a.shape)}"
+                said.setdefault(f"{given} does not fit {_shown(info)}", []).append(name)
+            self._transposed[name] = bool(transposed)
+        self.problems += [f"{ref}: {what} of {base!r}: {listing(names)}" for what, names in said.items()]
 
     def source(self, info: TensorInfo, *, copied: bool = False) -> tuple[Source, DType]:
-        """Where a tensor comes from, and the type that counts for the type of the result.
+        """Where a tensor comes from, and the type that counts for the type of the result: that of the model.
 
         Args:
-            info: the tensor in the model.
+            info: one of :attr:`tensors`.
             copied: nothing is computed from it, so its bytes are wanted as they are.
         """
-        if self._adapter is not None:
-            if info.name in self._adapter.replaced:
-                own = self._adapter.replaced[info.name]
-                return FileRange(own, self._at), own.dtype
-            update = self._adapter.updates.get(info.name)
-            if update is not None:
-                b, a = FileRange(update.b, self._at), FileRange(update.a, self._at)
-                base = FileRange(info, self._model)
-                return LowRank(base, b, a, update.scale, bool(self._transposed(info.name, info))), info.dtype
-        if info.dtype.name in FLOAT8 and not copied:
-            return Wide(FileRange(info, self._model)), BF16
-        return FileRange(info, self._model), info.dtype
+        name, own, update = info.name, self._replaced.get(info.name), self._updates.get(info.name)
+        found = FileRange(self._files[self._stored.get(name, name)], self._model) if own is None else self._own(own)
+        copied = copied and own is None and update is None
+        dtype = BF16 if info.dtype.name in FLOAT8 and not copied else info.dtype
+        source: Source = Wide(found) if found.dtype.name in FLOAT8 and not copied else found
+        if update is not None:
+            source = LowRank(source, self._own(update.b), self._own(update.a), update.scale, self._transposed[name])
+        return source, dtype
+
+    def _own(self, info: TensorInfo) -> FileRange:
+        return FileRange(info, self._at)
+
+
+def _computed(info: TensorInfo) -> bool:
+    return info.dtype.mergeable or info.dtype.name in FLOAT8
+
+
+def _shown(info: TensorInfo) -> str:
+    return f"{info.dtype.name} {list(info.shape)}"

@@ -1,6 +1,7 @@
 """Sources against plain numpy and torch, in any runs: what an element is depends on its index alone."""
 
 import ctypes
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmerge.dtypes import BF16, BY_NAME, F16, F32, F64
+from fastmerge.ops import sources
 from fastmerge.ops.sources import Constant, LowRank, Made, Memory, Noise, Rows, Wide, inputs_of, load
 from fastmerge.philox import NOISE, normal
 from tests.compare import bits, differences
@@ -129,6 +131,28 @@ def test_low_rank(dtype, factor, transposed, rows, columns, rank):
     assert unlike(source, want) == []
     exact = x.double() + 0.3 * ((b.double() @ a.double()).T if transposed else b.double() @ a.double())
     assert torch.allclose(want.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [F16, F64], ids=lambda d: d.name)
+@pytest.mark.parametrize("panel", [5, 40, 1000])
+def test_a_low_rank_update_without_the_kernel_has_the_same_bits(dtype, transposed, panel, monkeypatch):
+    x, a, b = random((13, 31), dtype), random((9, 31), F32, 1), random((13, 9), F32, 2)
+    x[0, :2], a[:, 0], b[1] = -0.0, float("nan"), -0.0
+    if transposed:
+        a, b = b.T.contiguous(), a.T.contiguous()
+    source = LowRank(memory(x), memory(b), memory(a), -1.5, transposed)
+    kind = np.float64 if source.dtype is F64 else np.float32
+    monkeypatch.setattr(sources, "PANEL", panel)
+    want = run(source, 0, x.numel()).view(kind)
+    monkeypatch.setitem(sys.modules, "fastmerge._native", None)
+    got = run(source, 0, x.numel()).view(kind)
+    nan = np.isnan(want)
+    assert nan.any()
+    assert not nan.all()
+    assert np.array_equal(nan, np.isnan(got))
+    assert np.array_equal(want[~nan].view(np.uint8), got[~nan].view(np.uint8))
+    assert np.array_equal(np.nan_to_num(want[40:]), np.nan_to_num(run(source, 40, x.numel() - 40).view(kind)))
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)

@@ -1,0 +1,299 @@
+"""``model: base+adapter``: what is applied to which tensor, and that the merge has it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fastmerge
+from fastmerge.errors import CheckpointError
+from fastmerge.ops import sources
+from fastmerge.planning import plan
+from fastmerge.recipe import Recipe
+from tests.tiny import state, write
+
+PREFIX = "base_model.model."
+Q, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+SHAPE = {"hidden": 16, "vocab": 40}
+
+
+def model(path, seed=0, *, tie=False, config=None, **shape):
+    """A model, its head left out where it is tied."""
+    tensors = state(seed, **{**SHAPE, **shape})
+    if tie:
+        del tensors[HEAD]
+    return write(path, tensors, config={"tie_word_embeddings": tie, **(config or {})})
+
+
+def factors(module, base, rank=2, *, embedding=False, transposed=False):
+    """Random factors for a weight of a model, as peft names them."""
+    rows, columns = tensors(base)[f"{module}.weight"].shape
+    if embedding or transposed:
+        rows, columns = columns, rows
+    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    g = torch.Generator().manual_seed(len(module))
+    a, b = torch.randn(rank, columns, generator=g), torch.randn(rows, rank, generator=g)
+    return dict(zip([f"{PREFIX}{module}.{n}" for n in names], (a, b), strict=True))
+
+
+def adapter(path, found, **config):
+    path.mkdir()
+    save_file(found, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3, **config}))
+    return path
+
+
+def tensors(path):
+    return load_file(path / "model.safetensors")
+
+
+def merge(tmp_path, text, name="out", **options):
+    fastmerge.merge(text, tmp_path / name, device="cpu", **options)
+    return tensors(tmp_path / name)
+
+
+def passed(*refs, dtype=None):
+    lines = "".join(f"  - model: {r}\n" for r in refs)
+    return f"merge_method: passthrough\nmodels:\n{lines}" + (f"dtype: {dtype}\n" if dtype else "")
+
+
+def update(found, scale=1.5):
+    a, b = (next(t for n, t in found.items() if n.removesuffix(".weight").endswith(f"_{side}")) for side in "AB")
+    out = torch.zeros(len(b), a.shape[1])
+    for k in range(len(a)):
+        out = out + b[:, k, None] * a[k]
+    return out * scale
+
+
+def problems(text):
+    with pytest.raises(CheckpointError) as e:
+        plan(Recipe.load(text))
+    return e.value.problems
+
+
+def tied(path):
+    return json.loads((path / "config.json").read_text())["tie_word_embeddings"]
+
+
+@pytest.fixture
+def base(tmp_path):
+    return model(tmp_path / "base")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_an_update_is_rounded_once(tmp_path, dtype):
+    base = model(tmp_path / "base", dtype=dtype)
+    found = factors(Q, base)
+    got = merge(tmp_path, passed(f"{base}+{adapter(tmp_path / 'a', found)}"))
+    want = tensors(base)
+    want[f"{Q}.weight"] = (want[f"{Q}.weight"].float() + update(found)).to(dtype)
+    assert got.keys() == want.keys()
+    assert [n for n in want if not torch.equal(got[n], want[n]) or got[n].dtype != dtype] == []
+
+
+def test_whole_tensors_take_the_place_of_those_of_the_base(tmp_path, base):
+    more = {HEAD: torch.randn(40, 16), NORM: torch.randn(16)}
+    text = passed(f"{base}+{adapter(tmp_path / 'a', {PREFIX + n: t for n, t in more.items()})}")
+    got = merge(tmp_path, text)
+    want = tensors(base) | {n: t.bfloat16() for n, t in more.items()}
+    assert [n for n in want if not torch.equal(got[n], want[n])] == []
+    dropped = plan(Recipe.load(text)).account.names()
+    assert dropped == {f"{base}+{tmp_path / 'a'}": {"dropped: replaced by the adapter": [HEAD, NORM]}}
+
+
+def test_an_embedding_with_the_copy_that_peft_saves(tmp_path, base):
+    module, copy = EMBED.removesuffix(".weight"), torch.randn(40, 16)
+    found = factors(module, base, embedding=True)
+    text = passed(f"{base}+{adapter(tmp_path / 'a', {**found, f'{PREFIX}{module}.base_layer.weight': copy})}")
+    assert torch.equal(merge(tmp_path, text)[EMBED], (copy + update(found).T).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag", "transposed"),
+    [("gpt2", False, True), ("gpt2", True, True), ("llama", True, False), (None, True, True), (None, False, False)],
+)
+@pytest.mark.parametrize("columns", [16, 48])
+def test_layers_that_are_stored_the_other_way_round(tmp_path, kind, flag, transposed, columns):
+    name = "h.0.attn.c_proj"
+    base = tmp_path / "base"
+    write(base, {f"{name}.weight": torch.randn(16, columns)}, config={"model_type": kind})
+    transposed |= columns != 16  # shapes that fit one way only say which
+    found = factors(name, base, transposed=transposed)
+    got = merge(tmp_path, passed(f"{base}+{adapter(tmp_path / 'a', found, fan_in_fan_out=flag)}"))
+    delta = update(found).T if transposed else update(found)
+    assert torch.equal(got[f"{name}.weight"], tensors(base)[f"{name}.weight"] + delta)
+
+
+def test_two_models_two_adapters_and_a_base(tmp_path, base):
+    found = {n: factors(m, base) for n, m in (("a", Q), ("b", DOWN))}
+    paths = {n: adapter(tmp_path / n, t) for n, t in found.items()}
+    other = model(tmp_path / "other", 1)
+    refs = [f"{base}+{paths['a']}", f"{other}+{paths['a']}", f"{base}+{paths['b']}"]
+    lines = "".join(
+        f"  - {{model: {r}, parameters: {{weight: {w}}}}}\n" for r, w in zip(refs, (1, 2, 0.5), strict=True)
+    )
+    text = f"merge_method: task_arithmetic\nmodels:\n{lines}base_model: {refs[0]}\nparameters: {{normalize: false}}\n"
+    got = merge(tmp_path, text + "dtype: float32\n")
+    x = tensors(base)
+    for name, mine in ((f"{Q}.weight", ("a", "a", None)), (f"{DOWN}.weight", (None, None, "b"))):
+        own = [x[name].float(), tensors(other)[name].float(), x[name].float()]
+        first, second, third = (t if n is None else t + update(found[n]) for t, n in zip(own, mine, strict=True))
+        assert torch.allclose(got[name], first + 2 * (second - first) + 0.5 * (third - first), atol=1e-5)
+
+
+def test_layers_of_slices_are_those_of_the_source(tmp_path, base):
+    found = factors(Q, base)
+    ref = f"{base}+{adapter(tmp_path / 'a', found)}"
+    part = "  - sources: [{{model: {}, layer_range: [{}, {}]}}]\n"
+    text = (
+        f"merge_method: passthrough\nslices:\n{part.format(ref, 1, 2)}{part.format(base, 0, 2)}{part.format(ref, 0, 2)}"
+    )
+    got, x = merge(tmp_path, text), tensors(base)
+    changed = (x[f"{Q}.weight"].float() + update(found)).bfloat16()
+    want = [changed, x[f"{Q}.weight".replace("1", "0")], x[f"{Q}.weight"], x[f"{Q}.weight".replace("1", "0")], changed]
+    assert [torch.equal(got[f"{Q}.weight".replace("1", str(i))], w) for i, w in enumerate(want)] == [True] * 5
+
+
+def test_bytes_do_not_depend_on_how_the_work_is_cut(tmp_path, monkeypatch):
+    base = model(tmp_path / "base", hidden=96, vocab=700)
+    embed = factors(EMBED.removesuffix(".weight"), base, 3, embedding=True)
+    found = factors(Q, base, 3) | factors(DOWN, base, 3) | embed
+    text = passed(f"{base}+{adapter(tmp_path / 'a', found, r=3)}", dtype="float32")
+    want = merge(tmp_path, text, "whole")
+    monkeypatch.setattr(sources, "PANEL", 7)
+    monkeypatch.setattr("fastmerge.runtime.placement.UNIT_ELEMENTS", 65_536)
+    monkeypatch.setattr("fastmerge.runtime.placement.cores", lambda: 3)
+    got = merge(tmp_path, text, "cut")
+    assert [n for n in want if not torch.equal(got[n], want[n])] == []
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "cut/model.safetensors").read_bytes()
+
+
+def test_the_fingerprint_covers_the_adapter(tmp_path, base):
+    path = adapter(tmp_path / "a", factors(Q, base))
+    recipe = Recipe.load(passed(f"{base}+{path}"))
+    prints = [plan(recipe).fingerprint]
+    prints.append(plan(recipe).fingerprint)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 4}))
+    prints.append(plan(recipe).fingerprint)
+    save_file(factors(DOWN, base), path / "adapter_model.safetensors")
+    prints.append(plan(recipe).fingerprint)
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+@pytest.mark.parametrize(
+    ("tensor", "shape", "said"),
+    [
+        ("layers.0.mlp.down_proj", None, "has no such tensors: 'layers.0.mlp.down_proj.weight'"),
+        (f"language_model.{DOWN}", None, f"has no such tensors: 'language_model.{DOWN}.weight'"),
+        ("score.weight", (2, 16), "has no such tensors: 'score.weight'"),
+        (DOWN, ((2, 9), (16, 2)), "lora_B [16, 2] x lora_A [2, 9] does not fit bfloat16 [16, 48]"),
+        ("model.norm", ((2, 16), (16, 2)), "lora_B [16, 2] x lora_A [2, 16] does not fit bfloat16 [16]"),
+        (EMBED, (41, 16), "float32 [41, 16] does not fit bfloat16 [40, 16]"),
+        (EMBED, torch.zeros(40, 16, dtype=torch.int32), "int32 [40, 16] does not fit bfloat16 [40, 16]"),
+    ],
+)
+def test_what_fits_nothing_is_refused_by_name(tmp_path, base, tensor, shape, said):
+    if tensor.endswith(".weight"):
+        found = {PREFIX + tensor: shape if isinstance(shape, torch.Tensor) else torch.zeros(shape)}
+    else:
+        sides = zip(("A", "B"), shape or ((2, 48), (16, 2)), strict=True)
+        found = {f"{PREFIX}{tensor}.lora_{side}.weight": torch.ones(s) for side, s in sides}
+    lines = problems(passed(f"{base}+{adapter(tmp_path / 'a', found)}"))
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_a_model_is_no_adapter(base):
+    assert problems(passed(f"{base}+{base}")) == [
+        f"{base}: expected a LoRA adapter, a directory with adapter_config.json"
+    ]
+
+
+# ---- tied ends -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("says", [True, None])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_trained_head_unties_it(tmp_path, says, both):
+    base = model(tmp_path / "base", tie=True, config={"tie_word_embeddings": says})
+    more = {HEAD: torch.randn(40, 16)} | ({EMBED: torch.randn(40, 16)} if both else {})
+    got = merge(tmp_path, passed(f"{base}+{adapter(tmp_path / 'a', {PREFIX + n: t for n, t in more.items()})}"))
+    want = tensors(base) | {n: t.bfloat16() for n, t in more.items()}
+    assert got.keys() == want.keys()
+    assert [n for n in want if not torch.equal(got[n], want[n])] == []
+    assert tied(tmp_path / "out") is False
+
+
+def test_one_trained_tensor_for_both_ends_stays_tied(tmp_path):
+    base, own = model(tmp_path / "base", tie=True), torch.randn(40, 16)
+    got = merge(
+        tmp_path, passed(f"{base}+{adapter(tmp_path / 'a', {PREFIX + EMBED: own, PREFIX + HEAD: own.clone()})}")
+    )
+    assert HEAD not in got
+    assert torch.equal(got[EMBED], own.bfloat16())
+    assert tied(tmp_path / "out") is True
+
+
+@pytest.mark.parametrize("end", [EMBED, HEAD])
+def test_an_update_of_one_tied_end_is_one_of_both(tmp_path, end):
+    base = model(tmp_path / "base", tie=True)
+    found = factors("model.embed_tokens", base, embedding=end == EMBED)
+    found = {n.replace("model.embed_tokens", end.removesuffix(".weight")): t for n, t in found.items()}
+    got = merge(tmp_path, passed(f"{base}+{adapter(tmp_path / 'a', found)}"))
+    delta = update(found).T if end == EMBED else update(found)
+    assert HEAD not in got
+    assert torch.equal(got[EMBED], (tensors(base)[EMBED].float() + delta).bfloat16())
+    assert tied(tmp_path / "out") is True
+
+
+def test_a_trained_head_beside_an_updated_embedding(tmp_path):
+    base, own = model(tmp_path / "base", tie=True), torch.randn(40, 16)
+    found = factors("model.embed_tokens", base, embedding=True)
+    got = merge(tmp_path, passed(f"{base}+{adapter(tmp_path / 'a', {**found, PREFIX + HEAD: own})}"))
+    assert torch.equal(got[EMBED], (tensors(base)[EMBED].float() + update(found).T).bfloat16())
+    assert torch.equal(got[HEAD], own.bfloat16())
+    assert tied(tmp_path / "out") is False
+
+
+@pytest.mark.parametrize("method", ["linear", "dare_linear"])
+def test_a_trained_head_is_merged_with_tied_ones(tmp_path, method):
+    base = model(tmp_path / "base", tie=True)
+    other = write(
+        tmp_path / "other", tensors(base) | {HEAD: tensors(base)[EMBED]}, config={"tie_word_embeddings": True}
+    )
+    own = torch.randn(40, 16).bfloat16()
+    path = adapter(tmp_path / "a", {PREFIX + HEAD: own})
+    refs = [f"{base}+{path}", f"{other}+{path}"]
+    lines = "".join(f"  - {{model: {r}, parameters: {{weight: 0.5, density: 1}}}}\n" for r in refs)
+    text = f"merge_method: {method}\nmodels:\n{lines}" + (f"base_model: {base}\n" if method == "dare_linear" else "")
+    got = merge(tmp_path, text)
+    assert torch.allclose(got[HEAD].float(), own.float(), atol=0.02)
+    assert torch.allclose(got[EMBED].float(), tensors(base)[EMBED].float(), atol=1e-3)
+    assert tied(tmp_path / "out") is False
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_updates_of_tied_ends_that_mean_no_one_thing_are_refused(tmp_path, stored):
+    base = model(tmp_path / "base", tie=True)
+    embed = factors("model.embed_tokens", base, embedding=True)
+    head = {n.replace("model.embed_tokens", "lm_head"): t for n, t in factors("model.embed_tokens", base).items()}
+    found = {**embed, **head}
+    if stored:
+        whole = tensors(base) | {HEAD: tensors(base)[EMBED]}
+        base, found = write(tmp_path / "both", whole, config={"tie_word_embeddings": True}), head
+    lines = problems(passed(f"{base}+{adapter(tmp_path / 'a', found)}"))
+    assert len(lines) == 1
+    assert "low-rank updates of" in lines[0]
+
+
+def test_a_trained_embedding_alone_leaves_a_head_without_a_name(tmp_path):
+    base = model(tmp_path / "base", tie=True)
+    ref = f"{base}+{adapter(tmp_path / 'a', {PREFIX + EMBED: torch.zeros(40, 16)})}"
+    assert [f"{EMBED} is the adapter's own" in line for line in problems(passed(ref))] == [True]
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    assert merge(tmp_path, passed(ref))[EMBED].count_nonzero() == 0
