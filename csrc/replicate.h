@@ -154,20 +154,16 @@ FM_HD T constant(const T* p) {
 }
 #endif
 
-// How many of the eight that exist are not finite.
+// Adds how many of the eight that exist are not finite, `times` over, to counter n, which other threads add to as well.
 template <class T>
-FM_HD int32_t nonfinite8(const Eight<T>& r, const Span& span) {
+FM_HD void add_nonfinite(const Eight<T>& r, const Span& span, int64_t* counters, int64_t n, int32_t times) {
   int32_t bad = 0;
   for (int j = 0; j < 8; ++j) bad += j >= span.lo && j < span.hi && !is_finite(r.v[j]);
-  return bad;
-}
-
-// To a counter that other threads add to.
-FM_HD void add_to(int64_t* total, int32_t n) {
+  if (bad == 0 || counters == nullptr) return;
 #if defined(__CUDA_ARCH__)
-  atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(n));
+  atomicAdd(reinterpret_cast<unsigned long long*>(counters + n), static_cast<unsigned long long>(bad * times));
 #else
-  *total += n;
+  counters[n] += bad * times;
 #endif
 }
 
@@ -208,7 +204,6 @@ FM_HD bool replicate8(const ReplicateArgs& a, int64_t n, int64_t block, const Ta
   constexpr bool kKept = kFast || !kRandom;  // elsewhere the compiler would make the loop twice
   if (kKept) keep(sigmas), keep(numbers), keep(places);
   int64_t place = s.out;
-  int32_t bad = 0;
 #if defined(__CUDA_ARCH__)
 #pragma unroll 1
 #endif
@@ -228,17 +223,16 @@ FM_HD bool replicate8(const ReplicateArgs& a, int64_t n, int64_t block, const Ta
       }
       const Eight<Out> made = store8<kFast, Out>(y);
       put8<kFast>(made, to, span);
-      if (!kFast) bad += nonfinite8(made, span);
+      if (!kFast) add_nonfinite(made, span, a.nonfinite, n, 1);
     } else {
       const Eight<Out> made = clean();
       put8<kFast>(made, to, span);
-      if (!kFast && kRandom) bad += nonfinite8(made, span);
+      if (!kFast && kRandom) add_nonfinite(made, span, a.nonfinite, n, 1);
     }
     if (++e >= outputs) break;
     place = kKept ? constant(places + e) : places[e];
   }
-  if (!kFast && !kRandom) bad = a.table.outputs * nonfinite8(clean(), span);
-  if (!kFast && bad && a.nonfinite) add_to(a.nonfinite + n, bad);
+  if (!kFast && !kRandom) add_nonfinite(clean(), span, a.nonfinite, n, a.table.outputs);
   return true;
 }
 
@@ -257,10 +251,11 @@ FM_HD void replicate_tile(const ReplicateArgs& a, const ReplicateWalk& walk, int
   const Segment& s = a.table[n];
   int64_t odd = s.in[0] - s.e0 * static_cast<int64_t>(sizeof(In));
   for (int32_t e = 0; e < a.table.outputs; ++e) odd |= a.table.output(s, e) - s.e0 * static_cast<int64_t>(sizeof(Out));
+  const bool aligned = odd % 16 == 0;
   const int64_t from = (s.e0 >> 3) + (t - walk.first[n]) * walk.tile, last = (s.e0 + s.length - 1) >> 3;
-  for (int64_t i = thread; i < walk.tile && from + i <= last; i += threads) {
-    const int64_t block = from + i, e = 8 * block;
-    const bool fast = odd % 16 == 0 && e >= s.e0 && e + 8 <= s.e0 + s.length;
+  const int64_t stop = last < from + walk.tile ? last + 1 : from + walk.tile;
+  for (int64_t block = from + thread; block < stop; block += threads) {
+    const bool fast = aligned && 8 * block >= s.e0 && 8 * block + 8 <= s.e0 + s.length;
     if (!fast || !replicate8<In, Out, kRandom, true>(a, n, block, table))
       replicate8<In, Out, kRandom, false>(a, n, block, table);
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.errors import ShapeError
@@ -26,6 +27,16 @@ def check(what: str, value: Any) -> None:
         raise ShapeError(f"{what}: expected a torch tensor, got {type(value).__module__}.{type(value).__qualname__}")
     if value.layout != torch.strided:
         raise ShapeError(f"{what}: expected a dense tensor, got one of layout {value.layout}")
+
+
+def check_inputs(name: str, ids: Sequence[Hashable], values: Sequence[Any]) -> None:
+    """The same of all inputs of one tensor, called by their ids; cheap where there is nothing to say."""
+    import torch
+
+    for value in values:
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            for key, each in zip(ids, values, strict=True):
+                check(f"{name or 'tensor'}: input {key!r}", each)
 
 
 def extent(t: torch.Tensor) -> tuple[int, int]:

@@ -77,7 +77,8 @@ def inputs_of(op, seed=0, *, special=False, tie_free=False):
     Args:
         op: shape and types.
         seed: of the numbers.
-        special: sprinkle NaN, infinities, signed zeros, subnormals and the largest numbers.
+        special: sprinkle NaN, infinities, signed zeros, subnormals and the largest numbers; ``finite``: only those
+            whose squares add up.
         tie_free: magnitudes that no two elements share, large enough to survive the types.
     """
     g = torch.Generator().manual_seed(seed)
@@ -90,7 +91,8 @@ def inputs_of(op, seed=0, *, special=False, tie_free=False):
         if i or not spec.has_base:
             x += torch.randn(n, generator=g, dtype=torch.float64) * (0.5 if tie_free else 0.002)
         if special and n:
-            odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-41, -1e-7, 6e4, -3e38])
+            odd = torch.tensor([0.0, -0.0, 1e-41, -1e-7, 6e4, float("nan"), float("inf"), -float("inf"), -3e38])
+            odd = odd[:5] if special == "finite" else odd
             where = torch.randint(0, n, (1 + n // 40,), generator=g)
             x[where] = odd[torch.randint(0, len(odd), where.shape, generator=g)].double()
         out.append(x.to(torch_dtype(d)).reshape(spec.shape))

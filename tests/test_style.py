@@ -11,20 +11,24 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastmerge"
 
-LAYERS = [
+ROOMS = [
     {"errors", "dtypes", "version"},
-    {"tensors"},
-    {"sizes", "philox", "_native"},
-    {"methods", "ops", "checkpoint"},
+    {"tensors", "philox"},
+    {"sizes"},
+    {"ops", "checkpoint"},
+    {"methods"},
     {"recipe"},
-    {"planning"},
-    {"runtime", "backends"},
-    {"report"},
-    {"api", "commands"},
+    {"planning", "report"},
+    {"backends"},
+    {"runtime"},
+    {"api"},
+    {"commands"},
     {"cli"},
-    {"__init__", "__main__"},
+    {"__main__"},
 ]
-RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+"""From the ground up: a module loads modules of its own room and of rooms below, never of one beside it or above."""
+
+RANK = {name: i for i, room in enumerate(ROOMS) for name in room}
 
 
 def sources():
@@ -42,37 +46,80 @@ def test_files_are_one_room(path):
 
 
 def modules():
-    return sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.parts)
+    """Every Python file of the package, by the name that imports use."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[1] != "kernels":
+            found[".".join(parts[: -1 if parts[-1] == "__init__" else None])] = path
+    return found
 
 
-def module_of(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+MODULES = modules()
+
+
+def statements(nodes, *, types=False):
+    """Import statements that run when a module is loaded; with ``types`` those for type checkers as well."""
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from statements(node.body if types else node.orelse, types=types)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from statements(ast.iter_child_nodes(node), types=types)
 
 
 def imported(nodes):
-    """Modules of the package that the import statements among these nodes name."""
+    """Modules of the package that import statements name, ``fastmerge.`` left out."""
     names = set()
     for node in nodes:
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fastmerge":
-            parts = node.module.split(".")
-            names |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names}
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            names |= {f"{node.module}.{a.name}" for a in node.names}
         elif isinstance(node, ast.Import):
-            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("fastmerge.")}
-    return names
+            names |= {a.name for a in node.names}
+    return {n.removeprefix("fastmerge.") for n in names if n.startswith("fastmerge.")}
+
+
+def loads(name):
+    """Modules that loading one loads itself: those that it names, and the packages around them but not around it."""
+    found, nodes = set(), list(statements(ast.parse(MODULES[name].read_text()).body))
+    assert not [n for n in nodes if isinstance(n, ast.ImportFrom) and n.level], "imports are absolute"
+    for target in imported(nodes):
+        full = f"fastmerge.{target}"
+        while full not in MODULES:
+            full = full.rpartition(".")[0]
+        around = [full.rsplit(".", n)[0] for n in range(full.count("."))]
+        found |= {m for m in around if not f"{name}.".startswith(f"{m}.")}
+    return found
+
+
+def room(name):
+    return name.split(".")[1]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
 def test_kernels_import_nothing_of_fastmerge_but_each_other(path):
-    assert imported(ast.walk(ast.parse(path.read_text()))) <= {"kernels"}
+    assert {n.split(".")[0] for n in imported(ast.walk(ast.parse(path.read_text())))} <= {"kernels"}
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_one_way(path):
-    here = module_of(path)
-    assert here in RANK, f"{here}: give it a layer"
-    loaded = imported(ast.parse(path.read_text()).body)  # when the file is, not under TYPE_CHECKING
-    up = {n for n in loaded if (n in RANK and RANK[n] > RANK[here]) or n not in RANK}
-    assert not up, f"{here} imports from later layers: {up}"
+def test_no_module_loads_itself_again():
+    """The modules in an order in which each loads only what is there already."""
+    left = {name: loads(name) for name in MODULES}
+    while ready := {name for name, needed in left.items() if not needed & left.keys()}:
+        left = {name: needed for name, needed in left.items() if name not in ready}
+    assert left == {}, "these load each other"
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n != "fastmerge"])
+def test_rooms_stand_on_each_other(name):
+    assert room(name) in RANK, f"{room(name)}: give it a place among the rooms"
+    others = {m for m in loads(name) if m != "fastmerge" and room(m) != room(name)}
+    assert {m for m in others if RANK[room(m)] >= RANK[room(name)]} == set()
+
+
+def test_the_package_itself_loads_only_the_ground():
+    """The rest comes when it is asked for, so that ``--help`` answers at once."""
+    assert {room(m) for m in loads("fastmerge")} <= {"errors", "version"}
 
 
 def test_kernels_cannot_be_imported_twice():

@@ -19,11 +19,11 @@ from fastmerge.checkpoint import Checkpoint
 from fastmerge.dtypes import BF16, F16, F32
 from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.methods import METHODS
-from fastmerge.methods.parameters import called
+from fastmerge.methods.parameters import called, is_list, number
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op
 from fastmerge.planning.from_tensors import TensorPlanner
-from fastmerge.tensors import check
+from fastmerge.tensors import check, plain
 
 if TYPE_CHECKING:
     import os
@@ -160,11 +160,11 @@ def apply_task_vectors(
         RecipeError: where there are not as many factors as vectors.
         ShapeError: for tensors of different shapes.
     """
-    _same_length("lambdas", lambdas, task_vectors)
+    factors = _numbers("lambdas", lambdas, task_vectors)
     checkpoint, tensors = _open(base_path, 0)
     jobs = []
     for name, base in tensors.items():
-        there = [(tau[name], float(lam)) for tau, lam in zip(task_vectors, lambdas, strict=True) if name in tau]
+        there = [(tau[name], lam) for tau, lam in zip(task_vectors, factors, strict=True) if name in tau]
         first = base
         if there and there[0][0].is_cuda:
             given = _load(checkpoint, base.info) if isinstance(base, FileRange) else base
@@ -192,12 +192,13 @@ def slerp_models(model_a: State, model_b: State, t: float = 0.5) -> dict[str, to
         ShapeError: for tensors that ``model_b`` lacks or has in another shape.
     """
     jobs: list[Job] = []
+    parameters = {"t": number("t", t)}
     for name, a in model_a.items():
         if name not in model_b:
             raise ShapeError(f"{name}: model_b has no such tensor")
         check(name, a)
         if str(a.dtype) in _KINDS:
-            jobs.append((name, [a, model_b[name]], {"t": float(t)}, None))
+            jobs.append((name, [a, model_b[name]], parameters, None))
     blended = _run("slerp", jobs, preset="task_vectors")
     return {name: blended.get(name, a) for name, a in model_a.items()}
 
@@ -231,7 +232,7 @@ def ties_merge(
         ShapeError: for tensors of different shapes.
     """
     every = _weights(weights, task_vectors)
-    return _elect("ties", base_weights, task_vectors, every, {"density": float(density)})
+    return _elect("ties", base_weights, task_vectors, every, {"density": number("density", density, 0, 1)})
 
 
 def dare_sparsify(
@@ -255,7 +256,7 @@ def dare_sparsify(
     Raises:
         RecipeError: for a ``p`` out of range.
     """
-    parameters = {"density": 1.0 - p}
+    parameters = {"density": 1.0 - number("p", p, 0, 1)}
     jobs: list[Job] = [(name, [_zeros(name, v), v], parameters, (model_index,)) for name, v in task_vector.items()]
     return _run("dare_linear", jobs, preset="paper", seed=seed)
 
@@ -291,7 +292,8 @@ def dare_ties_merge(
         RecipeError: for a rate or density out of range.
         ShapeError: for tensors of different shapes.
     """
-    parameters = {"density": 1.0 - drop_rate, "trim_density": float(density), "shared_mask": shared_mask}
+    kept = 1.0 - number("drop_rate", drop_rate, 0, 1)
+    parameters = {"density": kept, "trim_density": number("density", density, 0, 1), "shared_mask": shared_mask}
     return _elect("dare_ties", base_weights, task_vectors, _weights(None, task_vectors), parameters, seed=seed)
 
 
@@ -328,10 +330,13 @@ def _zeros(name: str, like: torch.Tensor) -> torch.Tensor:
 def _weights(weights: Sequence[float] | None, task_vectors: Sequence[State]) -> list[float]:
     if weights is None:
         return [1.0 / len(task_vectors)] * len(task_vectors)
-    _same_length("weights", weights, task_vectors)
-    return [float(w) for w in weights]
+    return _numbers("weights", weights, task_vectors)
 
 
-def _same_length(what: str, values: Sequence[float], task_vectors: Sequence[State]) -> None:
-    if len(values) != len(task_vectors):
-        raise RecipeError(f"{what}: expected {len(task_vectors)} values, one per task vector, got {len(values)}")
+def _numbers(what: str, values: Any, task_vectors: Sequence[State]) -> list[float]:
+    """One number per task vector."""
+    every = plain(values)
+    if not is_list(every) or len(every) != len(task_vectors):
+        got = len(every) if is_list(every) else repr(values)
+        raise RecipeError(f"{what}: expected {len(task_vectors)} values, one per task vector, got {got}")
+    return [number(f"{what}[{i}]", value) for i, value in enumerate(every)]

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import operator
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.backends.choose import choose
@@ -24,7 +25,7 @@ from fastmerge.runtime.devices.cuda import MEMORY_ELEMENTS, InPlace
 from fastmerge.runtime.schedule import schedule
 from fastmerge.runtime.stores import OpStore
 from fastmerge.runtime.workers import Runner
-from fastmerge.tensors import check, extent
+from fastmerge.tensors import check, check_inputs, extent
 
 if TYPE_CHECKING:
     import torch
@@ -272,16 +273,14 @@ def _index(base_index: Any, n: int) -> int:
 
 def _identity(name: str, ids: Sequence[Hashable], tensors: Sequence[torch.Tensor]) -> Hashable:
     """Equal for two names that are the same memory, read the same way, in every model; None for no memory."""
-    for key, t in zip(ids, tensors, strict=True):
-        check(f"{name}: input {key!r}", t)
+    check_inputs(name, ids, tensors)
     out = tuple([(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors])
     return out if all(x[0] for x in out) else None
 
 
 def _one_device(name: str, ids: Sequence[Hashable], tensors: Sequence[torch.Tensor]) -> None:
     """All inputs of a call are dense tensors on the CPU, or on one GPU."""
-    for key, t in zip(ids, tensors, strict=True):
-        check(f"{name or 'tensor'}: input {key!r}", t)
+    check_inputs(name, ids, tensors)
     home = tensors[0].device
     for key, t in zip(ids, tensors, strict=True):
         if t.device.type not in ("cpu", "cuda"):
@@ -349,7 +348,7 @@ def run(
     Raises:
         BackendUnavailable: if the backend cannot work on that device.
     """
-    chosen = choose(str(home), backend, said=f"tensors on {home}")
+    chosen = replace(choose(str(home), backend, said=f"tensors on {home}"), home=str(home))
     chosen.check(ops)
     elements = MEMORY_ELEMENTS if chosen.gpus else elements
     workers: list[Device] = [InPlace(home)] if chosen.gpus else [CpuDevice() for _ in range(cores())]

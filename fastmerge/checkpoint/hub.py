@@ -19,14 +19,24 @@ PATTERNS = (
     "*.jinja",
     "*.model",
     "*.tiktoken",
+    "*.spm",
+    "*.bpe",
+    "bpe.codes",
+    "dict.txt",
     "tokenizer*",
-    "vocab.*",
-    "merges.txt",
+    "vocab*",
+    "merges*.txt",
+    "LICEN[SC]E*",
+    "NOTICE*",
+    "USE_POLICY*",
 )
-"""Files of a snapshot that are fetched: weights, configuration, tokenizer."""
+"""Files of a snapshot that are fetched: weights, configuration, tokenizer, licence."""
 
-IGNORED = ("*/*", "*.py", "*.bin", "*.pt", "*.pth", "*.onnx", "*.gguf", "consolidated*.safetensors")
-"""Never fetched, whatever the patterns say: code, pickles, other formats, second copies, sub-directories."""
+_DIRECTORIES = ("[!0-9a]*/*", "[0-9][!_]*/*", "a/*", "a[!d]*/*")
+"""All but ``1_Pooling`` and its like (sentence-transformers), and ``additional_chat_templates``."""
+
+IGNORED = (*_DIRECTORIES, "*.py", "*.bin", "*.pt", "*.pth", "*.onnx", "*.gguf", "consolidated*.safetensors")
+"""Never fetched, whatever the patterns say: code, pickles, other formats, second copies, other directories."""
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,255}))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")

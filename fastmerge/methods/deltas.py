@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from fastmerge.methods.base import Method, per_model, shared
 from fastmerge.ops.consensus import program as family
 from fastmerge.ops.consensus import reference as definition
-from fastmerge.ops.consensus.rules import Consensus
+from fastmerge.ops.consensus.rules import Consensus, in_range
 from fastmerge.ops.spec import once_per_spec
 from fastmerge.philox import rescale, threshold
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def rules_of(spec: Spec) -> Consensus:
-    """The rules of a spec whose method is a :class:`TaskVectors`."""
-    return cast("TaskVectors", spec.method).rules(spec)
+    """The rules of a spec whose method is a :class:`TaskVectors`, in numbers that the work type holds."""
+    return in_range(cast("TaskVectors", spec.method).rules(spec), double=spec.double)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class TaskVectors(Method):
 
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """The family's definition for a model of one tensor."""
-        return definition.reference([inputs], [op], [self.rules(op.spec)])[0]
+        return definition.reference([inputs], [op], [rules_of(op.spec)])[0]
 
     @classmethod
     def reference_all(cls, inputs: Sequence[Sequence[torch.Tensor]], ops: Sequence[Op]) -> list[torch.Tensor]:

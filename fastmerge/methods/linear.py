@@ -10,7 +10,7 @@ import numpy as np
 
 from fastmerge.methods.base import Contract, Method, per_input, shared
 from fastmerge.ops import blocks
-from fastmerge.ops.combine import CombineProgram
+from fastmerge.ops.combine import CombineProgram, weights_in_range
 from fastmerge.ops.spec import once_per_spec
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def _sum(weights: Sequence[float]) -> float:
 def _tables(spec: Spec) -> tuple[tuple[float, ...], float]:
     """Coefficients and divisor."""
     method = cast("Linear", spec.method)
-    return method.weight, method.divisor
+    return weights_in_range(method.weight, method.divisor, double=spec.double)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Linear(Method):
 
     Shapes: ``x_i: [*S]`` -> ``[*S]``.
     Numerics: fp32 (fp64 where an input is fp64) in input order, one division, one rounding. The weights are
-    summed in fp64.
+    summed in fp64; where the type could not hold them, a power of two takes weights and sum into its range.
     Paper: Wortsman et al. 2022, "Model soups", arXiv 2203.05482.
     """
 
@@ -70,7 +70,7 @@ class Linear(Method):
 
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """``(sum c_i x_i) / div``."""
-        return blocks.plain(inputs, op.spec, self.weight, self.divisor)
+        return blocks.plain(inputs, op.spec, *_tables(op.spec))
 
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:

@@ -11,7 +11,7 @@ import numpy as np
 from fastmerge.methods import angles
 from fastmerge.methods.base import Contract, Method, shared
 from fastmerge.ops import blocks
-from fastmerge.ops.gram import GramProgram
+from fastmerge.ops.gram import GramProgram, check_sums
 from fastmerge.ops.segments import F64
 from fastmerge.ops.split import by_kind
 
@@ -64,7 +64,8 @@ class ModelStock(Method):
     Numerics: inner products of the offsets in the ordered sum, the ratio in fp64, and
     ``b + t ((sum w_i - b) / N)`` in fp32 (fp64 for fp64), one rounding. More than two models: the mean of the
     pairwise cosines (as its authors say), or of the angles (FusionBench). Products of norms below ``floor``
-    are raised to it, which sends tiny updates towards the base (mergekit's behaviour).
+    are raised to it, which sends tiny updates towards the base (mergekit's behaviour). Offsets that are not finite, or
+    whose squares overflow, are an error.
     Paper: Jang et al. 2024, "Model Stock: All we need is just a few fine-tuned models", arXiv 2403.19522.
     """
 
@@ -93,6 +94,7 @@ class ModelStock(Method):
     @classmethod
     def solve(cls, ops: Sequence[Op], stats: F64, rows: Sequence[int]) -> tuple[F64, F64]:
         """Coefficients ``[P, 1 + N]`` and scales (t, N) ``[P, 2]`` for all vectors of all tensors, in order."""
+        check_sums(ops, stats, rows)
         models = len(ops[0].spec.dtypes) - 1
         scale = np.full((len(stats), 2), float(models))
         ends = np.cumsum([0, *rows])

@@ -105,22 +105,43 @@ def convert(value: Any, param: Param) -> Scalar:
             return value
         raise ValueError(f"expected one of {', '.join(param.type)}; got {value!r}{hint(str(value), param.type)}")
     if param.type is bool:
-        found = _BOOLEANS.get(str(value).lower()) if isinstance(value, bool | str) else {0: False, 1: True}.get(value)
+        found = None
+        if isinstance(value, bool | str):
+            found = _BOOLEANS.get(str(value).lower())
+        elif isinstance(value, int | float) and value in (0, 1):
+            found = value == 1
         if found is None:
             raise ValueError(f"expected true or false; got {value!r}")
         return found
-    number = _number(value)
-    if number is None:
+    real = _number(value)
+    if real is None:
         raise ValueError(f"expected {_KINDS[param.type]}; got {value!r}")
-    if not math.isfinite(number):
+    if not math.isfinite(real):
         raise ValueError(f"expected a finite number; got {value!r}")
-    if param.type is int and not number.is_integer():
+    if param.type is int and not real.is_integer():
         raise ValueError(f"expected an integer; got {value!r}")
     low, high = param.low, param.high
-    if (low is not None and number < low) or (high is not None and number > high):
+    if (low is not None and real < low) or (high is not None and real > high):
         bounds = f"{'-inf' if low is None else f'{low:g}'} .. {'inf' if high is None else f'{high:g}'}"
         raise ValueError(f"expected a number in {bounds}; got {value!r}")
-    return int(number) if param.type is int else number
+    return int(real) if param.type is int else real
+
+
+def number(name: str, value: Any, low: float | None = None, high: float | None = None) -> float:
+    """An argument of a function, by the rules of parameters.
+
+    Raises:
+        RecipeError: where it is no number, not finite or out of bounds.
+    """
+    try:
+        return float(convert(plain(value), Param(name, name, "shared", float, None, "", low, high)))
+    except ValueError as error:
+        raise RecipeError(f"{name}: {error}") from None
+
+
+def is_list(value: Any) -> bool:
+    """Whether something is several values."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
 
 
 def _number(value: Any) -> float | None:
@@ -342,7 +363,7 @@ def _by_id(value: Any) -> bool:
 
 
 def _listed_by_model(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and not any(_is_rule(v) for v in value)
+    return is_list(value) and not any(_is_rule(v) for v in value)
 
 
 class _Reader:
@@ -364,7 +385,7 @@ class _Reader:
             self._problems.append(f"{self.where}: expected a value, got None")
         elif _is_rule(value):
             level[self._param.name] = Setting((self._rule(value),))
-        elif isinstance(value, Sequence) and not isinstance(value, str) and any(_is_rule(v) for v in value):
+        elif is_list(value) and any(_is_rule(v) for v in value):
             if not all(_is_rule(v) for v in value):
                 self._problems.append(
                     f"{self.where}: a list holds either values or {{filter, value}} entries, not both"
@@ -383,7 +404,7 @@ class _Reader:
 
     def _value(self, value: Any) -> Value:
         value = plain(value)
-        if isinstance(value, Sequence) and not isinstance(value, str):
+        if is_list(value):
             return tuple(self._scalar(v) for v in value)
         return self._scalar(value)
 

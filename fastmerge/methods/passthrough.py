@@ -10,7 +10,7 @@ import numpy as np
 
 from fastmerge.methods.base import Contract, Method, per_input
 from fastmerge.ops import blocks
-from fastmerge.ops.combine import CombineProgram
+from fastmerge.ops.combine import CombineProgram, weights_in_range
 from fastmerge.ops.spec import once_per_spec
 
 if TYPE_CHECKING:
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from fastmerge.ops.kernels import Kernels
     from fastmerge.ops.program import Program
     from fastmerge.ops.spec import Grain, Op, Spec
+
+
+def _tables(spec: Spec) -> tuple[tuple[float, ...], float]:
+    """Coefficient and divisor."""
+    return weights_in_range((cast("Passthrough", spec.method).factor,), 1.0, double=spec.double)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +55,14 @@ class Passthrough(Method):
 
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """``s x``."""
-        return blocks.plain(inputs, op.spec, [self.factor], 1.0)
+        return blocks.plain(inputs, op.spec, *_tables(op.spec))
 
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """One pass of the combine kernel."""
-        coef = np.array([[factor] for factor in once_per_spec(lambda s: cast("Passthrough", s.method).factor, ops)])
-        return CombineProgram(kernels, coef, np.ones((len(ops), 2)), delta=False)
+        tables = once_per_spec(_tables, ops)
+        coef = np.array([factor for factor, _ in tables])
+        return CombineProgram(kernels, coef, np.array([(1.0, div) for _, div in tables]), delta=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 from fastmerge.methods import angles
 from fastmerge.methods.base import Contract, Method, shared
 from fastmerge.ops import blocks
-from fastmerge.ops.gram import GramProgram
+from fastmerge.ops.gram import GramProgram, check_sums
 from fastmerge.ops.segments import F64
 from fastmerge.ops.split import by_kind
 
@@ -73,7 +73,8 @@ class Slerp(Method):
     Numerics: inner products in the ordered sum (fp32 products, fp64 across tiles), the angle in fp64, taken
     from |a-b|^2 where the vectors are close; the blend in fp32 (fp64 for fp64), one rounding. Coefficients
     apply to the vectors as they are, so the norm is kept only where both have the same one. A vector of norm
-    1e-8 or less counts as a unit vector. Inputs whose squares overflow give NaN.
+    1e-8 or less counts as a unit vector. Inputs that are not finite, or whose
+    squares overflow, are an error.
     Paper: Shoemake 1985, "Animating rotation with quaternion curves".
     """
 
@@ -106,6 +107,7 @@ class Slerp(Method):
     @classmethod
     def solve(cls, ops: Sequence[Op], stats: F64, rows: Sequence[int]) -> tuple[F64, F64]:
         """Coefficients ``[P, 2]`` and scales ``[P, 2]`` for all vectors of all tensors, in order."""
+        check_sums(ops, stats, rows)
         methods = [cast("Slerp", op.spec.method) for op in ops]
         t = np.repeat([m.t for m in methods], rows)
         threshold = np.repeat([m.threshold for m in methods], rows)

@@ -71,7 +71,7 @@ class TaskArithmetic(TaskVectors):
         """``b + lambda (sum w_i (x_i - b)) / div``."""
         if self.delta_dtype == "base":
             return super().reference(inputs, op)
-        rules = self.rules(op.spec)
+        rules = rules_of(op.spec)
         return blocks.delta(inputs, op.spec, rules.weight, rules.lam, rules.div)
 
     @classmethod

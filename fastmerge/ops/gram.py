@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fastmerge.errors import OutputError
 from fastmerge.ops.kernels import Kernels
 from fastmerge.ops.program import Program
 from fastmerge.ops.segments import F64, GROUP, I64, TILE, Segments
@@ -14,6 +15,31 @@ from fastmerge.ops.tiles import Partial, gather, number
 
 Solve = Callable[[Sequence[Op], F64, Sequence[int]], tuple[F64, F64]]
 """From ops, inner products ``[P, C]`` and vectors per op to coefficients ``[P, M]`` and scales ``[P, 2]``."""
+
+
+def check_sums(ops: Sequence[Op], stats: F64, rows: Sequence[int]) -> None:
+    """Refuses inner products that are not finite: no angle follows from them.
+
+    Args:
+        ops: of the tensors.
+        stats: ``[P, C]``, of all vectors in order.
+        rows: vectors per op.
+
+    Raises:
+        OutputError: with the tensor, and the row where its vectors are rows.
+    """
+    finite = np.isfinite(stats).all(axis=1)
+    if finite.all():
+        return
+    bad = int(np.argmin(finite))
+    ends = np.cumsum(rows)
+    i = int(np.searchsorted(ends, bad, side="right"))
+    row = f" (row {bad - int(ends[i]) + rows[i]})" if rows[i] > 1 else ""
+    kind = "float64" if ops[i].spec.double else "float32"
+    raise OutputError(
+        f"{ops[i].name}{row}: the angle between its inputs is unknown: an input holds NaN or Inf, "
+        f"or values whose squares add up to more than {kind} holds; expected finite sums of squares"
+    )
 
 
 class GramProgram(Program):

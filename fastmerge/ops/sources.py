@@ -97,7 +97,7 @@ def inputs_of(source: Source) -> tuple[Source, ...]:
 _NUMPY: dict[DType, type[np.floating[Any]]] = {F64: np.float64, F32: np.float32, F16: np.float16}
 
 
-def _array(address: int, n: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
+def _array(address: int, n: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Memory as an array."""
     kind = np.dtype(dtype)
     if not n:
@@ -319,7 +319,8 @@ class Constant:
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """Repeats the value, rounded once."""
-        _store(address, n, np.full(n, self.value, np.float64), self.dtype)
+        one = _rounded(self.value, self.dtype)
+        _array(address, n, one.dtype)[:] = one
 
 
 @dataclass(frozen=True)
@@ -349,10 +350,17 @@ class Noise:
         _array(address, n, kind)[:] = found
 
 
-def _store(address: int, n: int, values: npt.NDArray[np.float64], dtype: DType) -> None:
-    if dtype is BF16:
-        bits = values.astype(np.float32).view(np.uint32)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        _array(address, n, np.uint16)[:] = rounded
-    else:
-        _array(address, n, _NUMPY[dtype])[:] = values.astype(_NUMPY[dtype])
+def _rounded(value: float, dtype: DType) -> npt.NDArray[Any]:
+    """One element of a type; one rounding to nearest even, and the canonical NaN."""
+    exact = np.array([value], np.float64)
+    with np.errstate(over="ignore"):
+        if dtype is not BF16:
+            return np.abs(exact).astype(_NUMPY[dtype]) if np.isnan(value) else exact.astype(_NUMPY[dtype])
+        near = exact.astype(np.float32)
+    if np.isnan(value):
+        return np.array([0x7FC0], np.uint16)
+    # Rounding to odd first makes the second rounding the only one.
+    above = np.abs(near.astype(np.float64)) > np.abs(exact)
+    bits = near.view(np.uint32)
+    bits = np.where(near != exact, (bits - above) | 1, bits)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

@@ -173,11 +173,20 @@ def _tokens_of(
     """The tokens that a model begins, stops and pads with go along with its tokenizer."""
     settings = "generation_config.json"
     own = _json(_inside(tokenizer, settings, warnings))
-    ids = special_ids(tokenizer.config)
+    named = tokens.special(tokenizer)
+    ids = {**{key: number for key, (_, number) in named.items()}, **special_ids(tokenizer.config)}
     generation = {**ids, **special_ids(own if isinstance(own, dict) else {})}
+    if "eos_token_id" in named:
+        token, number = named["eos_token_id"]
+        stops = generation["eos_token_id"]
+        if number not in (stops if isinstance(stops, list) else [stops]):
+            warnings.append(
+                f"the tokenizer of {tokenizer.ref!r} ends with {token!r} ({number}), which is not among the tokens "
+                f"that this model stops at: eos_token_id {stops}"
+            )
     changed = set_ids(config, ids) if config is not None else []
     tree = _json(found.get(settings))
-    if generation and (isinstance(tree, dict) or settings not in found):
+    if generation and (isinstance(tree, dict) or (isinstance(own, dict) and settings not in found)):
         tree = tree if isinstance(tree, dict) else {}
         before = set_ids(tree, generation)
         if before:

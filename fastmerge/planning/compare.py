@@ -80,15 +80,14 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[st
 
     What only one of them says is not compared, but a sliding window: none is what the other has.
     """
-    if not a or not b:
-        return
+    a, b = _part(a, b), _part(b, a)
     x, y = meaning(a), meaning(b)
     window = "sliding_window"
     if x.get("model_type") == y.get("model_type") and (window in x) != (window in y):
         x.setdefault(window, None)
         y.setdefault(window, None)
     for name in x:
-        if name in y and not _same(x[name], y[name]):
+        if a and b and name in y and not _same(x[name], y[name]):
             yield name, x[name], y[name]
 
 
@@ -117,8 +116,19 @@ def strangers(donor: str, config: Mapping[str, Any], others: Iterable[tuple[str,
         f"{_show(theirs)} in {name!r}: the layers taken from there would compute something else"
         for name, other in others
         for key, mine, theirs in differences(config, other)
-        if key not in MILD
+        if key not in MILD and not (isinstance(mine, list) and isinstance(theirs, list))  # those follow the layers
     ]
+
+
+def _part(whole: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What of a configuration describes the same as another one, which may be that of a single tower."""
+    kind = str(other.get("model_type") or "")
+    blocks = {name: b for name, b in whole.items() if name.endswith("_config") and isinstance(b, Mapping)}
+    if not blocks or whole.get("model_type") == kind or any(name in other for name in blocks):
+        return whole
+    named = (b for b in blocks.values() if b.get("model_type") == kind)
+    of_the_kind = (b for name, b in blocks.items() if name.removesuffix("_config") in kind)
+    return next(named, None) or next(of_the_kind, None) or whole
 
 
 def _block(config: Mapping[str, Any]) -> Mapping[str, Any]:

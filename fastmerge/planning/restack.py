@@ -130,6 +130,7 @@ class _Block:
 
     def rewrite(self) -> None:
         self._predicted()
+        self._spread()
         self._lists(self.block, [own.block for own in self.layers], nested=False)
         self._unknown_scalars()
         if self.key:
@@ -153,6 +154,14 @@ class _Block:
                 f"config.json: {_PREDICTED} is {self.block[_PREDICTED]}, as in {self.layers[-1].model!r}, which gives "
                 "the end of the output"
             ] = None
+
+    def _spread(self) -> None:
+        """A number for all layers becomes a list where another model has one by layer."""
+        for own in self.layers:
+            for key, value in own.block.items():
+                one = self.block.get(key)
+                if isinstance(value, list) and len(value) == own.count and isinstance(one, int | float):
+                    self.block[key] = [one] * self.count
 
     def _lists(self, block: dict[str, Any], owns: Sequence[Block], *, nested: bool) -> None:
         """Whatever names layers one by one."""
@@ -211,6 +220,8 @@ class _Block:
                 return [entries[str(source.layer)]] if str(source.layer) in entries else []
             if isinstance(entries, list | str) and source.layer < len(entries):
                 return [entries[source.layer]]
+        if kind is list and isinstance(entries, int | float):
+            return [entries]  # one for all layers
         for trait in TRAITS:
             sparse = key == "mlp_layer_types" and trait in SPARSE
             if key == trait.keys[-1] or sparse:

@@ -26,6 +26,9 @@ VOCABULARIES = (
 EXAMPLES = 3
 _BLOCK = 1 << 20
 _VOCABULARY = re.compile(r'"vocab"\s*:\s*')
+_VOCABULARY_PART = re.compile(rb'"vocab"\s*:')
+_MERGES = re.compile(rb'"merges"\s*:\s*\[')  # the token of this name has a number
+_ADDED_PART = re.compile(rb'"added_tokens"\s*:.*?"normalizer"\s*:', re.DOTALL)
 _ADDED = re.compile(r'"added_tokens"\s*:\s*(?=\[)')
 
 
@@ -66,7 +69,7 @@ def compare(mine: Checkpoint, other: Checkpoint, read: dict[Path, dict[int, str]
         a, b = vocabulary_file(mine, name), vocabulary_file(other, name)
         if a is None or b is None:
             continue
-        if same_bytes(a, b):
+        if same_bytes(a, b) or _same_parts(a, b):
             return Difference(0, 0, ())
         if a not in read:
             read[a] = tokens(a)
@@ -100,6 +103,22 @@ def same_bytes(a: Path, b: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def _same_parts(a: Path, b: Path) -> bool:
+    """Whether two tokenizer.json have equal bytes where they number tokens, whatever else they say: no parsing."""
+    found = []
+    for path in (a, b):
+        try:
+            data = path.read_bytes() if path.name == "tokenizer.json" and path.stat().st_size <= MOST else b""
+        except OSError:
+            return False
+        vocabulary, added = _VOCABULARY_PART.search(data), _ADDED_PART.search(data)
+        merges = _MERGES.search(data, vocabulary.end()) if vocabulary else None
+        if vocabulary is None or merges is None or added is None:
+            return False
+        found.append((data[vocabulary.start() : merges.start()], added[0]))
+    return found[0] == found[1]
 
 
 def tokens(path: Path) -> dict[int, str] | None:
@@ -197,6 +216,29 @@ def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
             at += size
         else:
             raise ValueError("no protocol buffer")
+
+
+def special(model: Checkpoint) -> dict[str, tuple[str, int]]:
+    """The tokens with which a tokenizer begins and ends a text, by the key of a configuration: token and number."""
+    path = vocabulary_file(model, "tokenizer_config.json")
+    vocabulary = vocabulary_file(model, "tokenizer.json")
+    try:
+        said = json.loads(path.read_bytes()) if path is not None and path.stat().st_size <= MOST else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    found: dict[str, tuple[str, int]] = {}
+    wanted: dict[str, str] = {}
+    for name in ("bos_token", "eos_token"):
+        token = said.get(name) if isinstance(said, dict) else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            wanted[name] = token
+    numbered = (tokens(vocabulary) if wanted and vocabulary is not None else None) or {}
+    for i, token in numbered.items():
+        for name, one in wanted.items():
+            if token == one or _text(token) == one:
+                found[f"{name}_id"] = (one, i)
+    return found
 
 
 def _difference(x: Mapping[int, str], y: Mapping[int, str]) -> Difference:

@@ -244,12 +244,13 @@ def _with_offset(name: str) -> Trait:
 
     def fit(block: Block, wanted: Kinds) -> dict[str, Any] | None:
         n = len(wanted)
-        mine = number(block, period) or 1
-        for p in (mine, *range(1, n + 1)):
-            for o in (number(block, offset) or 0, *range(p)):
-                change = {period: p, offset: o}
-                if o < p and read({**block, **change}, n) == wanted:
-                    return change
+        at = numbers(n, lambda i: bool(wanted[i]))
+        # The layers show it: the distance of two of them; with one or none, more than there are layers.
+        found = (at[1] - at[0], at[0]) if len(at) > 1 else (n + 1, at[0] if at else n)
+        for p, o in ((number(block, period) or 1, number(block, offset) or 0), found):
+            change = {period: p, offset: o}
+            if o < p and read({**block, **change}, n) == wanted:
+                return change
         return None
 
     return Trait((period, offset), read, fit)

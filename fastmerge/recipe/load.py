@@ -216,6 +216,8 @@ class _Levels:
             if self._method and param is None and name not in IGNORED:
                 stray.parameter(self._problems, here, self._method, self._methods, raw)
                 continue
+            if value is None and param and self._defaults[name] is None:
+                continue  # null stands for the default where that is a legal value
             setting = read(value, param, here, self._problems)
             if param and param.scope == "shared" and common is not None and name not in self._free:
                 self._shared(setting, param, here, common)

@@ -119,6 +119,27 @@ def test_the_output_directory_is_what_a_user_expects(paths, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p != out]
 
 
+def test_files_in_directories_and_no_paths_of_this_machine(paths, tmp_path):
+    model = tmp_path / "secret" / "a `# b`"
+    shutil.copytree(paths["a"], model)
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    (model / "modules.json").write_text('[{"path": "1_Pooling"}]')
+    recipe = {"merge_method": "linear", "models": [{"model": str(p), "parameters": {"weight": 1}} for p in
+              (model, paths["b"])]}  # fmt: skip
+    out = tmp_path / "out\n# c"
+    report = fm.merge(recipe, out)
+    assert (out / "1_Pooling" / "config.json").read_bytes() == (model / "1_Pooling" / "config.json").read_bytes()
+    for name in ("README.md", "mergekit_config.yml", "config.json"):
+        text = (out / name).read_text()
+        assert str(tmp_path.parent) not in text
+        assert "\n# c" not in text
+        assert "pypi" not in text
+    assert str(model) in report.details["recipe"], "the report may hold paths"
+    assert "* `` a `# b` ``" in (out / "README.md").read_text()
+    assert set(report.account) == {"counts", "dropped"}
+
+
 def test_shards_have_an_index_and_load(paths, tmp_path):
     fm.merge(recipe_of(paths, "linear"), tmp_path / "one")
     fm.merge(recipe_of(paths, "linear"), tmp_path / "many", shard_size="300KB")

@@ -204,7 +204,7 @@ def test_dare():
     assert not torch.equal(dare_sparsify(tau, model_index=1)["big"] != 0, big != 0)
     assert torch.equal(dare_sparsify(tau, p=0.0)["big"], before)
     assert not dare_sparsify(tau, p=1.0)["big"].any()
-    with pytest.raises(RecipeError, match="density"):
+    with pytest.raises(RecipeError, match="^p: expected a number in 0 .. 1; got 1.5"):
         dare_sparsify(tau, p=1.5)
 
 

@@ -1,5 +1,7 @@
 """The in-memory API: mergekit's call, the caller's tensors."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from mergekit.merge_methods import merge_state_dicts as peer_state_dicts
 from mergekit.merge_methods import merge_tensors as peer
 
 import fastmerge as fm
+from fastmerge.api import tensors as memory
 from fastmerge.methods import METHODS
 from tests import oracle
 
@@ -251,6 +254,44 @@ def test_out_may_be_an_input_of_every_method(method, position):
     want = fm.merge_tensors(inputs, method, **call)
     fm.merge_tensors(inputs, method, **call, out=inputs[position])
     assert torch.equal(inputs[position], want)
+
+
+@pytest.fixture
+def no_threads(monkeypatch):
+    monkeypatch.setattr(threading.Thread, "start", lambda self: pytest.fail("a thread was started"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_one_unit_of_work_stays_on_the_callers_thread(method, backend, no_threads, monkeypatch):
+    """However many cores there are, and whatever passes the method makes."""
+    monkeypatch.setattr(memory, "cores", lambda: 8)
+    parameters, preset, count, has_base = oracle.case_parts(METHODS[method], METHODS[method].cases[0])
+    call = dict(parameters=parameters, preset=preset, backend=backend)
+    for shape in ((64,), (3, 7), ()):
+        fm.merge_tensors(tensors(count, shape), method, base_index=0 if has_base else None, **call)
+    states = [dict(zip("xyz", tensors(3, seed=i), strict=True)) for i in range(count)]
+    assert list(fm.merge_state_dicts(states, method, base=0 if has_base else None, **call)) == ["x", "y", "z"]
+
+
+def test_functions_on_task_vectors_start_no_thread_either(no_threads, tmp_path):
+    from safetensors.torch import save_file
+
+    base, tau = ({"w": t} for t in tensors(2))
+    assert list(fm.ties_merge(base, [tau])) == list(fm.dare_sparsify(tau)) == list(fm.slerp_models(base, tau)) == ["w"]
+    save_file(base, tmp_path / "a.safetensors")
+    got = fm.apply_task_vectors(tmp_path / "a.safetensors", [tau], [1.0])
+    assert torch.equal(got["w"], base["w"] + tau["w"])
+
+
+def test_many_units_are_spread_over_threads(monkeypatch):
+    started, start = [], threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda self: (started.append(self.name), start(self))[1])
+    monkeypatch.setattr(memory, "cores", lambda: 3)
+    inputs = tensors(2, (5, 1 << 20))
+    got = fm.merge_tensors(inputs, "linear", parameters={"weight": 0.5})
+    assert started == ["fastmerge-cpu"] * 3
+    assert torch.equal(got, (inputs[0] * 0.5 + inputs[1] * 0.5) / 1.0)
 
 
 def test_tied_tensors_are_merged_once_and_stay_tied():

@@ -13,6 +13,7 @@ from fastmerge.runtime.devices.streams import CudaStreams
 from tests import tiny
 from tests.api.test_merge import RECIPES, recipe_of, weights
 from tests.compare import differences
+from tests.methods.test_definitions import add
 
 pytestmark = pytest.mark.gpu
 if _launch.interpreted() or not torch.cuda.is_available():
@@ -163,6 +164,20 @@ def test_the_callers_stream_is_used_and_nothing_waits():
     stream.synchronize()
     assert busy, "the call came back before its kernels ran"
     assert torch.equal(out.cpu(), want)
+
+
+def test_a_method_without_kernels_works_on_tensors_of_the_gpu_and_on_disk(paths, tmp_path, monkeypatch):
+    add(monkeypatch)
+    here = models("ties")
+    how = dict(parameters={"share": 0.25}, base="m0")
+    want = fm.merge_state_dicts({k: here[k] for k in ("m0", "m1")}, "halfway", **how)
+    got = fm.merge_state_dicts({k: there(here[k], 1) for k in ("m0", "m1")}, "halfway", **how)
+    assert {t.device.type for t in got.values()} == {"cuda"}
+    assert differences(got, want) == []
+    text = tiny.recipe(paths, "halfway", names=("a",), extra="parameters: {share: 0.25}")
+    for device in ("cpu", "cuda"):
+        fm.merge(text, tmp_path / device, device=device)
+    assert weights(tmp_path / "cuda") == weights(tmp_path / "cpu")
 
 
 def test_mixed_devices_are_refused():

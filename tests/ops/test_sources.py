@@ -1,4 +1,4 @@
-"""Sources that are made on their way into a slot: any run of elements, against numpy and torch on whole tensors."""
+"""Sources against plain numpy and torch, in any runs: what an element is depends on its index alone."""
 
 import ctypes
 import sys
@@ -6,124 +6,230 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastmerge.dtypes import BF16, BY_NAME, F16, F32, F64
 from fastmerge.ops import sources
-from fastmerge.ops.sources import Constant, LowRank, Memory, Noise, Rows, Wide, inputs_of
+from fastmerge.ops.sources import Constant, LowRank, Made, Memory, Noise, Rows, Wide, inputs_of, load
 from fastmerge.philox import NOISE, normal
+from tests.compare import bits, differences
 
-RUNS = [(0, None), (0, 1), (3, 5), (7, 40), (11, 13)]
+TORCH = {d: getattr(torch, d.name) for d in (BF16, F16, F32, F64)}
+KEEP = []
 
 
 def memory(t):
-    """A tensor as a source; the tensor must be kept."""
-    return Memory(t.data_ptr(), BY_NAME[str(t.dtype).removeprefix("torch.")], tuple(t.shape))
+    """A tensor as a source; it stays alive."""
+    t = t.contiguous()
+    KEEP.append(t)
+    name = str(t.dtype).removeprefix("torch.")
+    return Memory(t.data_ptr(), BY_NAME[name], tuple(t.shape))
 
 
 def bring(source, runs):
+    """What the store does for sources in memory."""
     for e0, n, address in runs.tolist():
         if isinstance(source, Memory):
-            ctypes.memmove(address, source.address + e0 * source.dtype.size, n * source.dtype.size)
+            size = source.dtype.size
+            ctypes.memmove(address, source.address + e0 * size, n * size)
         else:
             source.fill(bring, e0, n, address)
 
 
-def made(source, e0, n):
-    """Elements ``e0 .. e0 + n``, between guards."""
+def run(source, e0, n, guard=16):
+    """Elements of a source as its bits, with a look at what lies beside them."""
     size = source.dtype.size
-    raw = np.full((n + 2) * size, 0xDD, np.uint8)
-    source.fill(bring, e0, n, raw.ctypes.data + size)
-    assert set(raw[:size]) | set(raw[-size:]) == {0xDD}, "wrote beyond the run"
-    kind = {F64: torch.float64, F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}[source.dtype]
-    return torch.from_numpy(raw[size:-size].copy()).view(kind)
+    room = np.full(n * size + 2 * guard, 0xDD, np.uint8)
+    source.fill(bring, e0, n, room.ctypes.data + guard)
+    assert (room[:guard] == 0xDD).all(), "written before the run"
+    assert (room[len(room) - guard :] == 0xDD).all(), "written past the run"
+    return room[guard : len(room) - guard].view(f"u{size}")
+
+
+def random(shape, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=g, dtype=torch.float64).to(TORCH[dtype])
 
 
 def unlike(source, want):
-    """Runs that differ from the whole tensor."""
-    flat, wrong = want.reshape(-1), []
-    for e0, n in [run for run in RUNS if run[0] < flat.numel()]:
-        count = min(flat.numel() if n is None else n, flat.numel() - e0)
-        got = made(source, e0, count)
-        if not torch.equal(got.view(torch.uint8), flat[e0 : e0 + count].contiguous().view(torch.uint8)):
-            wrong.append((e0, count))
-    return wrong
+    """Where runs of a source differ from a whole tensor: cut at random, some of them empty, in any order."""
+    want = bits(want)
+    rng = np.random.default_rng(len(want))
+    ends = np.unique(np.concatenate([[0, len(want)], rng.integers(0, len(want) + 1, 6)]))
+    found = [
+        f"{a} .. {b}"
+        for a, b in rng.permutation(np.stack([ends[:-1], ends[1:]], axis=1)).tolist()
+        if not np.array_equal(run(source, a, b - a), want[a:b])
+    ]
+    return found + [e for e in ends.tolist() if len(run(source, e, 0))]
 
 
-@pytest.mark.parametrize("shape", [(9, 7), (9, 2, 3), (40,)])
-def test_rows_in_any_order_with_gaps(shape):
-    x = torch.randn(shape).bfloat16()
-    index = np.array([3, 4, 5, -1, 0, 8, 8, -1, 2, 1])
-    want = torch.stack([x[i] if i >= 0 else torch.zeros_like(x[0]) for i in index.tolist()])
-    source = Rows(memory(x), index)
-    assert source.shape == tuple(want.shape)
+dtypes = pytest.mark.parametrize("dtype", [BF16, F16, F32, F64], ids=lambda d: d.name)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(9, 4), (7,), (5, 3, 2), (1, 1), (4, 0)])
+def test_rows(dtype, shape):
+    x = random(shape, dtype)
+    rng = np.random.default_rng(len(shape))
+    for length in (0, 1, 3, 40):
+        index = rng.integers(-1, shape[0], length)
+        index[: length // 3] = np.arange(length // 3) % shape[0]  # runs of neighbours
+        want = torch.stack(
+            [x[i] if i >= 0 else torch.zeros(shape[1:], dtype=x.dtype) for i in index.tolist()] or [x[:0]]
+        )
+        source = Rows(memory(x), index)
+        assert source.shape == (length, *shape[1:])
+        assert source.dtype is dtype
+        assert unlike(source, want) == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(-1, 5), max_size=12), st.integers(1, 4), st.data())
+def test_any_run_of_any_rows(index, width, data):
+    x = torch.arange(6 * width, dtype=torch.float32).reshape(6, width) + 1
+    want = np.concatenate([x[i].numpy() if i >= 0 else np.zeros(width, np.float32) for i in index] or [np.empty(0)])
+    e0 = data.draw(st.integers(0, len(want)))
+    n = data.draw(st.integers(0, len(want) - e0))
+    calls = []
+
+    def counted(source, runs):
+        calls.extend(runs.tolist())
+        bring(source, runs)
+
+    out = np.full(n, -1, np.float32)
+    Rows(memory(x), np.array(index, np.int64)).fill(counted, e0, n, out.ctypes.data)
+    assert out.tolist() == want[e0 : e0 + n].tolist()
+    # No more reads than there are breaks in the order of the rows.
+    rows = [i for i in range(len(index)) if (i + 1) * width > e0 and i * width < e0 + n and n]
+    breaks = [i for i in rows if index[i] >= 0 and (i == rows[0] or index[i - 1] < 0 or index[i] != index[i - 1] + 1)]
+    assert len(calls) == len(breaks)
+
+
+def low_rank(x, b, a, scale, *, transposed):
+    """Every operation rounded once, in the order of ranks."""
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    update = torch.zeros(b.shape[0], a.shape[1], dtype=kind)
+    for k in range(a.shape[0]):
+        update = update + b[:, k, None].to(kind) * a[None, k].to(kind)
+    update = update * torch.tensor(scale, dtype=torch.float64).to(kind)
+    return x.to(kind) + (update.T if transposed else update)
+
+
+@dtypes
+@pytest.mark.parametrize("factor", [F32, BF16], ids=lambda d: d.name)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(5, 7, 3), (1, 9, 1), (8, 1, 2), (33, 20, 8)])
+def test_low_rank(dtype, factor, transposed, rows, columns, rank):
+    x = random((columns, rows) if transposed else (rows, columns), dtype)
+    b, a = random((rows, rank), factor, 1), random((rank, columns), factor, 2)
+    source = LowRank(memory(x), memory(b), memory(a), 0.3, transposed)
+    want = low_rank(x, b, a, 0.3, transposed=transposed)
+    assert source.shape == tuple(x.shape)
+    assert TORCH[source.dtype] == want.dtype
     assert unlike(source, want) == []
+    exact = x.double() + 0.3 * ((b.double() @ a.double()).T if transposed else b.double() @ a.double())
+    assert torch.allclose(want.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_a_low_rank_update_in_the_order_of_ranks(dtype, transposed):
-    base = torch.randn(9, 12).to(dtype)
-    out, inner = (12, 9) if transposed else (9, 12)
-    a, b = torch.randn(4, inner), torch.randn(out, 4).bfloat16()
-    work = torch.float64 if dtype == torch.float64 else torch.float32
-    update = torch.zeros(9, 12, dtype=work)
-    for k in range(4):
-        left, right = b[:, k].to(work), a[k].to(work)
-        update = update + (right[:, None] * left if transposed else left[:, None] * right)
-    want = base.to(work) + update * torch.tensor(0.37, dtype=work)
-    source = LowRank(memory(base), memory(b), memory(a), 0.37, transposed)
-    assert unlike(source, want) == []
-    exact = base.double() + 0.37 * (b.double() @ a.double()).T.reshape(9, 12) if transposed else None
-    assert exact is None or torch.allclose(want.double(), exact, atol=1e-5)
-    assert inputs_of(source) == (source.base, source.b, source.a)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [F16, F64], ids=lambda d: d.name)
 @pytest.mark.parametrize("panel", [5, 40, 1000])
 def test_a_low_rank_update_without_the_kernel_has_the_same_bits(dtype, transposed, panel, monkeypatch):
-    base, a, b = torch.randn(13, 31).to(dtype), torch.randn(9, 31), torch.randn(13, 9)
-    base[0, :2], a[:, 0], b[1] = -0.0, float("nan"), -0.0
+    x, a, b = random((13, 31), dtype), random((9, 31), F32, 1), random((13, 9), F32, 2)
+    x[0, :2], a[:, 0], b[1] = -0.0, float("nan"), -0.0
     if transposed:
         a, b = b.T.contiguous(), a.T.contiguous()
-    source = LowRank(memory(base), memory(b), memory(a), -1.5, transposed)
+    source = LowRank(memory(x), memory(b), memory(a), -1.5, transposed)
+    kind = np.float64 if source.dtype is F64 else np.float32
     monkeypatch.setattr(sources, "PANEL", panel)
-    want = made(source, 0, base.numel())
+    want = run(source, 0, x.numel()).view(kind)
     monkeypatch.setitem(sys.modules, "fastmerge._native", None)
-    got = made(source, 0, base.numel())
+    got = run(source, 0, x.numel()).view(kind)
+    nan = np.isnan(want)
+    assert nan.any()
+    assert not nan.all()
+    assert np.array_equal(nan, np.isnan(got))
+    assert np.array_equal(want[~nan].view(np.uint8), got[~nan].view(np.uint8))
+    assert np.array_equal(np.nan_to_num(want[40:]), np.nan_to_num(run(source, 40, x.numel() - 40).view(kind)))
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_eight_bit_floats_are_bfloat16_of_the_same_value(kind):
+    every = torch.arange(256, dtype=torch.uint8).view(kind).reshape(16, 16)
+    source = Wide(memory(every))
+    assert (source.dtype, source.shape) == (BF16, (16, 16))
+    got = torch.from_numpy(run(source, 0, 256).view(np.int16).copy()).view(torch.bfloat16)
+    want = every.reshape(-1).to(torch.bfloat16)
+    finite = ~want.isnan()
+    assert torch.equal(got[finite].view(torch.int16), want[finite].view(torch.int16)), "signed zeros too"
     assert torch.equal(got.isnan(), want.isnan())
-    assert torch.equal(got[~got.isnan()].view(torch.uint8), want[~want.isnan()].view(torch.uint8))
-    assert torch.equal(want[40:].nan_to_num(), made(source, 40, base.numel() - 40).nan_to_num())
+    assert torch.equal(want[finite].double(), every.reshape(-1).double()[finite]), "exact"
+    assert (got[~finite].view(torch.int16) & 0x7FFF == 0x7FC0).all(), "the canonical NaN"
+    assert unlike(source, got) == []
 
 
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
-def test_every_8_bit_float_is_widened_exactly(name):
-    x = torch.arange(256, dtype=torch.uint8).view(getattr(torch, name))
-    want = x.float().bfloat16()
-    want = torch.where(want.isnan(), torch.full_like(want, float("nan")), want)
-    got = made(Wide(Memory(x.data_ptr(), BY_NAME[name], (256,))), 0, 256)
-    assert torch.equal(got.isnan(), want.isnan())
-    assert torch.equal(got[~got.isnan()].view(torch.int16), want[~want.isnan()].view(torch.int16))
+@dtypes
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, 0.1, -1e-3, 65504.0, 1e-40, 3.0e38, -1e300, float("nan")])
+def test_constants_are_rounded_once(dtype, value):
+    want = torch.full((3, 5), value, dtype=torch.float64).to(TORCH[dtype])
+    assert unlike(Constant(value, dtype, (3, 5)), want) == []
 
 
-@pytest.mark.parametrize("dtype", [F64, F32, F16, BF16])
-def test_constants_are_rounded_once(dtype):
-    want = torch.full((5, 9), 0.1, dtype=torch.float64).to(getattr(torch, dtype.name))
-    assert unlike(Constant(0.1, dtype, (5, 9)), want) == []
+@pytest.mark.parametrize("sign", [1, -1])
+def test_constants_between_two_numbers_are_rounded_once(sign):
+    """A value that is just above the middle of two bfloat16 numbers, and at the middle of two once it is fp32."""
+    between = sign * (1.0 + 2**-8 + 2**-40)
+    (got,) = set(run(Constant(between, BF16, (4,)), 0, 4).tolist())
+    assert got == 0x3F81 | (0x8000 if sign < 0 else 0)
 
 
-@pytest.mark.parametrize("dtype", [F32, F64])
-def test_noise_follows_the_element(dtype):
-    kind = np.float64 if dtype is F64 else np.float32
-    want = torch.from_numpy(normal(77, 3, NOISE, 0, 45).astype(kind) * kind(0.02))
-    assert unlike(Noise(77, 3, 0.02, dtype, (5, 9)), want) == []
+@pytest.mark.parametrize("dtype", [F32, F64], ids=lambda d: d.name)
+def test_noise_is_a_function_of_key_index_and_element(dtype):
+    shape, kind = (9, 117), {F32: np.float32, F64: np.float64}[dtype]
+    source = Noise(key=7 << 40, index=3, sigma=0.1, dtype=dtype, shape=shape)
+    want = normal(7 << 40, 3, NOISE, 0, 9 * 117).astype(kind) * kind(0.1)
+    assert unlike(source, want) == []
+    assert abs(want.std() - 0.1) < 0.01
+    for other in (Noise(1, 3, 0.1, dtype, shape), Noise(7 << 40, 2, 0.1, dtype, shape)):
+        assert not np.array_equal(run(other, 0, 1053), run(source, 0, 1053))
 
 
 def test_sources_nest():
-    table = torch.randn(6, 8)
-    a, b = torch.randn(2, 8), torch.randn(6, 2)
-    inner = LowRank(memory(table), memory(b), memory(a), 0.5)
-    whole = made(inner, 0, 48).reshape(6, 8)
-    index = np.array([5, 0, -1, 1, 2])
-    want = torch.stack([whole[i] if i >= 0 else torch.zeros(8) for i in index.tolist()])
-    assert unlike(Rows(inner, index), want) == []
+    x, b, a = random((6, 4), BF16), random((6, 2), F32, 1), random((2, 4), F32, 2)
+    index = np.array([5, -1, 0, 1, 1])
+    tuned = LowRank(memory(x), memory(b), memory(a), 0.5)
+    picked = Rows(tuned, index)
+    whole = low_rank(x, b, a, 0.5, transposed=False)
+    want = torch.where(torch.from_numpy(index >= 0)[:, None], whole[index.clip(0)], torch.zeros(()))
+    assert picked.dtype is F32
+    assert unlike(picked, want) == []
+    narrow = torch.randn(6, 4, generator=torch.Generator().manual_seed(3)).to(torch.float8_e4m3fn)
+    wide = LowRank(Wide(memory(narrow)), memory(b), Rows(memory(a), np.array([1, 0])), 0.5)
+    assert unlike(wide, low_rank(narrow.to(torch.bfloat16), b, a[[1, 0]], 0.5, transposed=False)) == []
+    noisy = Rows(Noise(1, 0, 1.0, F32, (6, 4)), index)
+    assert unlike(noisy, np.where(index[:, None] < 0, 0, normal(1, 0, NOISE, 0, 24).reshape(6, 4)[index])) == []
+    assert [s.shape for s in inputs_of(picked)] == [(6, 4), (6, 2), (2, 4)]
+    assert len(inputs_of(wide)) == 3
+    assert inputs_of(noisy) == inputs_of(Constant(1.0, F32, (2,))) == ()
+
+
+def test_what_is_made_says_so():
+    x = memory(torch.zeros(2, 2))
+    made = [
+        Rows(x, np.zeros(1, np.int64)),
+        LowRank(x, x, x, 1.0),
+        Wide(x),
+        Constant(0.0, F32, ()),
+        Noise(0, 0, 1, F32, ()),
+    ]
+    assert all(isinstance(source, Made) for source in made)
+    assert not isinstance(x, Made)
+
+
+def test_loading_is_exact():
+    for dtype in (BF16, F16, F32, F64):
+        x = random((40,), dtype)
+        got = load(bring, memory(x), 3, 20)
+        assert differences([got], [x[3:23].to(torch.float64 if dtype is F64 else torch.float32).numpy()]) == []

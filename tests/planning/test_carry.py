@@ -159,6 +159,26 @@ def test_a_tokenizer_brings_its_special_tokens(tmp_path):
     assert dict(same.carry)["generation_config.json"] == base / "generation_config.json"
 
 
+def test_the_tokenizer_itself_says_where_it_stops(tmp_path):
+    chat = write(
+        tmp_path / "chat",
+        tokenizer__json={"model": {"vocab": {"x": 0}}, "added_tokens": [{"content": "<é>", "id": 9}]},
+        tokenizer_config__json={"eos_token": {"content": "<é>"}, "bos_token": None},
+    )
+    text = LINEAR + "tokenizer_source: b\n"
+    base = llama(config={"eos_token_id": 2}, ref="base")
+    assert make(text, a=base, b=llama(path=str(chat), config={})).config["eos_token_id"] == 9
+    for stops in (9, [2, 9]):
+        made = make(text, a=base, b=llama(path=str(chat), config={"eos_token_id": stops}))
+        assert (made.config["eos_token_id"], "not among" in str(made.warnings)) == (stops, False)
+        assert "generation_config.json" not in dict(made.carry), "neither model has one"
+    made = make(text, a=base, b=llama(path=str(chat), config={"eos_token_id": 2}, ref="chat"))
+    assert made.warnings[1] == (
+        "the tokenizer of 'chat' ends with '<é>' (9), which is not among the tokens that this model stops at: "
+        "eos_token_id 2"
+    )
+
+
 def test_damaged_settings_are_copied_as_they_are(tmp_path):
     base = write(tmp_path / "base", generation_config__json="{no", tokenizer_config__json="[" * 100_000)
     made = make(LINEAR + "tokenizer_source: b\n", a=llama(path=str(base)), b=llama(config={"eos_token_id": 7}))

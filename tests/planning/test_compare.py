@@ -73,6 +73,16 @@ def test_a_merge_warns_with_key_and_values():
     assert make(LINEAR, a=llama(config=OLD), b=llama(config=NEW)).warnings == ()
 
 
+def test_a_tower_is_compared_with_its_part():
+    vision = {"model_type": "clip_vision_model", "num_hidden_layers": 4, "hidden_size": 32, "layer_norm_eps": 1e-5}
+    clip = {"model_type": "clip", "hidden_size": 64, "vision_config": {**vision, "layer_norm_eps": 1e-6}}
+    assert differing(clip, vision) == {"norm epsilon": (1e-6, 1e-5)}
+    assert differing(vision, clip) == {"norm epsilon": (1e-5, 1e-6)}
+    del clip["vision_config"]["model_type"]
+    assert differing(clip, vision) == {"norm epsilon": (1e-6, 1e-5)}
+    assert differing({}, vision) == {}
+
+
 STACK = """
 merge_method: passthrough
 slices:

@@ -137,6 +137,13 @@ def test_each_entry_comes_from_its_own_models_configuration():
     ]
 
 
+def test_a_number_for_all_layers_beside_a_list():
+    one, listed = config(intermediate_size=5), config(intermediate_size=list("abcdefgh"))
+    assert restacked(one, [0, (1, 2)], listed)["intermediate_size"] == [5, "c"]
+    assert restacked(listed, [0, (1, 2)], one)["intermediate_size"] == ["a", 5]
+    assert changed(one, DROP_FIRST, listed) == {"num_hidden_layers": 7}, "a model that gives no layers"
+
+
 def test_other_model_in_another_block():
     donor = config(layer_types=KINDS)
     other = {"text_config": config(layer_types=["x", "y"] * 4)}
@@ -242,6 +249,8 @@ def test_sparse_ranges():
 def test_periods_with_offsets():
     donor = config(attn_layer_period=4, attn_layer_offset=2, expert_layer_period=2, expert_layer_offset=1)
     assert changed(donor, DROP_FIRST) == {"num_hidden_layers": 7, "attn_layer_offset": 1, "expert_layer_offset": 0}
+    assert changed(donor, [0, 1, 2]) == {"num_hidden_layers": 3}
+    assert restacked(donor, [0, 2, 4])["expert_layer_offset"] == 3, "no layer of the kind"
     problems = error(donor, [0, 1, 2, 2, 3, 3])
     assert [p.split(":")[1] for p in problems] == [" attn_layer_period", " expert_layer_period"]
 

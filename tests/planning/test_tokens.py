@@ -61,6 +61,20 @@ def test_equal_tokens_in_unequal_files(tmp_path):
     assert make(LINEAR, a=a, b=more).warnings == (), "a token that one of them has is in no other's way"
 
 
+def test_files_that_differ_elsewhere_are_not_parsed(tmp_path, monkeypatch):
+    def ordered(version, added="<s>", last="w9"):
+        tree = tokenizer(["vocab", "merges", "added_tokens", "normalizer", *WORDS[4:9], last], added=[(10, added)])
+        return {"version": version, "added_tokens": tree["added_tokens"], "normalizer": None, "model": tree["model"]}
+
+    a, b = model(tmp_path / "a", ordered("1")), model(tmp_path / "b", ordered("2"))
+    c = model(tmp_path / "c", ordered("1", "<x>"))
+    assert tokens.compare(a, c, {}) == (11, 1, ((10, "<s>", "<x>"),))
+    d = model(tmp_path / "d", ordered("1", last="other"))
+    assert tokens.compare(a, d, {}) == (11, 1, ((9, "w9", "other"),))
+    monkeypatch.setattr(tokens, "tokens", lambda path: pytest.fail("parsed"))
+    assert tokens.compare(a, b, {}) == (0, 0, ())
+
+
 def test_added_tokens_count(tmp_path):
     a = model(tmp_path / "a", tokenizer(added=[(9, "<|reserved|>"), (10, "<s>")]))
     b = model(tmp_path / "b", tokenizer(added=[(9, "<|im_end|>"), (10, "<s>")]))

@@ -22,11 +22,9 @@ from fastmerge.errors import BudgetError, FastMergeError
 from fastmerge.kernels import TritonKernels, _launch
 from fastmerge.ops.segments import TILE
 from fastmerge.runtime import placement
-from fastmerge.runtime.budget import need
 from fastmerge.runtime.devices import cuda
 from fastmerge.runtime.devices.cuda import Gpu
 from fastmerge.runtime.devices.streams import CudaStreams, NoRoom
-from fastmerge.runtime.placement import Budget, place, smaller
 from tests import tiny
 from tests.api.test_merge import RECIPES, recipe_of, weights
 from tests.runtime.host_streams import HostStreams
@@ -79,10 +77,9 @@ class Tight(HostStreams):
         del self.locked[buffer.address]
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
+def family(root):
     """A few long rows: the interpreter pays per program. ``wide`` takes three units of a tile, or one large one."""
-    root, rng = tmp_path_factory.mktemp("models"), torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     shapes = {"norm": (40,), "wide": (7, 20_000), "bias": (333,), "embed": (3, 9_001)}
     base = {n: torch.randn(s, generator=rng) * 0.02 for n, s in shapes.items()}
     found = {}
@@ -90,6 +87,11 @@ def paths(tmp_path_factory):
         tuned = {n: t + torch.randn(t.shape, generator=rng) * 2e-4 * (name != "base") for n, t in base.items()}
         found[name] = tiny.write(root / name, {n: t.to(torch.bfloat16) for n, t in tuned.items()})
     return found
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return family(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -189,53 +191,6 @@ def test_the_minimum_of_max_vram_is_exact(paths, tmp_path, pretend, gpus):
     with pytest.raises(BudgetError, match=f">= {least} bytes"):
         fm.merge(text, tmp_path / "out", device="cuda", max_vram=least - gpus)
     fm.merge(text, tmp_path / "out", device="cuda", max_vram=least)
-
-
-@pytest.mark.parametrize("limit", [{"pins": 1_500_000}, {"most": 1_500_000}, {"most": 663_000}])
-@pytest.mark.parametrize("memory", [None, 1 << 32])
-@pytest.mark.parametrize("gpus", [1, 3])
-def test_a_refusal_halves_what_was_asked_for(paths, monkeypatch, limit, memory, gpus):
-    """Of all slots together; not the budgets, from which tables and lists would go off again."""
-    made = [Gpu(f"cuda:{i}", Tight(**limit)) for i in range(gpus)]
-    monkeypatch.setattr(placement, "logical", lambda chosen: made)
-    ops = fm.plan(recipe_of(paths, "ties")).ops
-    chosen, budget, asked = Backend("triton", Native(), tuple(range(gpus))), Budget(memory, 1 << 32), []
-    for _ in range(12):
-        try:
-            with place(ops, chosen, budget) as placed:
-                taken = len(placed.workers) * placed.slot
-                taken //= 1 if "pins" in limit else gpus
-            break
-        except NoRoom as error:
-            chosen, budget = smaller(chosen, budget, error)
-            asked.append(error.nbytes)
-            assert (budget.memory, budget.vram, budget.halved) == (memory, 1 << 32, str(error))
-            assert error.gpu == (None if "pins" in limit else "cuda:0")
-            assert (budget.host, budget.device)["most" in limit] == error.nbytes // 2
-    assert asked
-    least = need(ops).least
-    assert all(after <= before // 2 or after == least for before, after in itertools.pairwise([*asked, taken]))
-    assert taken > asked[-1] / 4, "not less than that"
-    assert not any(g.streams.locked for g in made)
-
-
-def test_a_gpu_that_refuses_small_slots_alone_is_left_out(paths, monkeypatch):
-    """Whatever the others can, what is asked of all of them is halved until the one gives up."""
-    monkeypatch.setattr(cuda, "UNIT_ELEMENTS", TILE)
-    made = [Gpu("cuda:0", Tight()), Gpu("cuda:1", Tight(most=1000)), Gpu("cuda:2", Tight())]
-    monkeypatch.setattr(placement, "logical", lambda chosen: [made[i] for i in chosen.gpus])
-    ops = fm.plan(recipe_of(paths, "ties")).ops
-    chosen, budget, tries = Backend("triton", Native(), (0, 1, 2), "auto"), Budget(1 << 32), 0
-    while 1 in chosen.gpus:
-        tries += 1
-        assert tries < 20
-        with pytest.raises(BudgetError) as caught, place(ops, chosen, budget):
-            pytest.fail("cuda:1 has no room for a slot")
-        chosen, budget = smaller(chosen, budget, caught.value)
-    assert chosen.gpus == (0, 2)
-    assert budget == Budget(1 << 32), "the others start again with everything"
-    with place(ops, chosen, budget) as placed:
-        assert {w.name for w in placed.workers} == {"cuda:0", "cuda:2"}
 
 
 class Failing(Native):

@@ -155,7 +155,7 @@ class ConsensusProgram(Program):
         totals = self._kernels.fold(np.ascontiguousarray(sums.reshape(len(sums), 2 * models)), first)
         for g, row in enumerate(totals.reshape(-1, models, 2).tolist()):
             for i, (before, after) in enumerate(row):
-                self._factor[g, i] = l1_factor(before, after)
+                self._factor[g, i] = l1_factor(before, after, self._ops[g].name)
 
     def _end_votes(self, counts: I64) -> None:
         owner = np.repeat(np.arange(len(self._ops)), self._tiles)

@@ -130,7 +130,7 @@ def reference(
         for g, d in enumerate(found):
             for i in models:
                 was, now = (float(ref.ordered_sum(x[i].abs())) for x in (before[g], d))
-                factors[g][i] = l1_factor(was, now)
+                factors[g][i] = l1_factor(was, now, ops[g].name)
 
     raw = [list(d) for d in found]
     for d, op, rule in zip(found, ops, rules, strict=True):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from fastmerge.errors import OutputError
+from fastmerge.ops.combine import deltas_in_range, exponent, shifted
 
 L1_EPSILON = 1e-7
 """Sums of magnitudes below this are not rescaled (mergekit's constant)."""
@@ -91,6 +95,29 @@ def kept(n: int, density: float, rule: str) -> int:
     return n - gone + 1 if gone > 0 else n
 
 
-def l1_factor(before: float, after: float) -> float:
-    """The rescale that gives ``after`` the size of ``before``."""
-    return 1.0 if before < L1_EPSILON or after < L1_EPSILON else before / after
+def l1_factor(before: float, after: float, name: str) -> float:
+    """The rescale that gives ``after`` the size of ``before``.
+
+    Raises:
+        OutputError: where a sum is not finite, for the tensor of that name.
+    """
+    if before < L1_EPSILON or after < L1_EPSILON:
+        return 1.0
+    if not (math.isfinite(before) and math.isfinite(after)):
+        raise OutputError(
+            f"{name}: rescale needs finite sums of magnitudes, got {before} before and {after} after the drop or trim: "
+            "an input holds NaN or Inf, or task vectors that add up to more than the type holds"
+        )
+    return before / after
+
+
+def in_range(rules: Consensus, *, double: bool) -> Consensus:
+    """The same result from numbers that the work type holds (see :func:`fastmerge.ops.combine.deltas_in_range`)."""
+    quotient = rules.elect != "none" and rules.merge == "mean"  # of weighted task vectors and gates
+    div = math.ldexp(1.0, exponent(rules.gate)) if quotient else rules.div
+    weight, lam, one = deltas_in_range(rules.weight, rules.lam, div, double=double)
+    if (weight, lam) == (rules.weight, rules.lam):
+        return rules
+    if quotient:
+        return replace(rules, weight=weight, lam=lam, gate=shifted(rules.gate, -exponent(rules.gate)))
+    return replace(rules, weight=weight, lam=lam, div=one)
