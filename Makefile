@@ -18,7 +18,7 @@ demo: $(STAMP)  ## train a base and three specialists, merge them, show who know
 	$(BIN)/python demo/run.py
 
 test: $(STAMP)  ## the whole suite: no GPU, no network
-	$(BIN)/python -m pytest -m 'not gpu and not big'
+	$(BIN)/python -m pytest -m 'not gpu and not big' --numprocesses auto --maxprocesses 8 --dist worksteal
 
 check: $(STAMP)  ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """The bytes of a set of merges, as hashes: a change that should not move them shows that it does not.
 
-    python bench/bytes.py [--only PART] [--every N] [--against FILE] > FILE
+    python bench/bytes.py [--only PART] [--every N] [--against FILE...] > FILE
 
 Every method and preset over every type, with and without ``dtype`` and ``out_dtype``; slices, gradients, filters,
 parameters per slice, ranks over the whole model, angles per row; shapes from no element to several tiles; from disk
@@ -336,9 +336,18 @@ def cases(root: Path) -> Iterator[Case]:
     yield from special()
 
 
-def recorded(file: Path) -> dict[str, str]:
-    """A list that was written before: case to hash."""
-    return dict(line.split() for line in file.read_text().splitlines())
+def recorded(*files: Path) -> dict[str, str]:
+    """Lists that were written before: case to hash. A later list says what is meant to differ from an earlier one."""
+    return dict(line.split() for file in files for line in file.read_text().splitlines())
+
+
+def result(name: str, work: Callable[[], str]) -> str:
+    """The hash of a case, or how it is refused."""
+    try:
+        return work()
+    except (fm.FastMergeError, subprocess.CalledProcessError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return f"refused:{type(error).__name__}"
 
 
 def main() -> None:
@@ -346,10 +355,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="PART", help="cases whose name holds this")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="every n-th case")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="print what differs from this list, and fail")
+    parser.add_argument("--against", type=Path, nargs="+", default=(), metavar="FILE", help="print what differs, and fail")
     parser.add_argument("--slow", type=float, metavar="SECONDS", help="name cases that take longer")
     args = parser.parse_args()
-    known = recorded(args.against) if args.against else {}
+    known = recorded(*args.against)
     moved = count = 0
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108  a random name; nothing need last
     with tempfile.TemporaryDirectory(prefix="fastmerge-bytes-", dir=memory) as root:
@@ -357,11 +366,7 @@ def main() -> None:
             if args.only not in name:
                 continue
             start = time.perf_counter()
-            try:
-                found = work()
-            except (fm.FastMergeError, subprocess.CalledProcessError) as error:
-                print(f"{name}: {error}", file=sys.stderr)
-                found = f"refused:{type(error).__name__}"
+            found = result(name, work)
             if args.slow is not None and time.perf_counter() - start > args.slow:
                 print(f"{name}: {time.perf_counter() - start:.2f} s", file=sys.stderr)
             count += 1

@@ -39,7 +39,7 @@ class Run:
 
 LAUNCH = """
 import runpy, sys
-sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.endswith("_editable")]
+sys.meta_path[:] = [f for f in sys.meta_path if "_editable" not in type(f).__module__]
 tree, what = sys.argv[1:3]
 del sys.argv[1:3]
 sys.path.insert(0, tree)
