@@ -355,7 +355,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="PART", help="cases whose name holds this")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="every n-th case")
-    parser.add_argument("--against", type=Path, nargs="+", default=(), metavar="FILE", help="print what differs, and fail")
+    parser.add_argument(
+        "--against", type=Path, nargs="+", default=(), metavar="FILE", help="print what differs, and fail"
+    )
     parser.add_argument("--slow", type=float, metavar="SECONDS", help="name cases that take longer")
     args = parser.parse_args()
     known = recorded(*args.against)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import RecipeError
-from fastmerge.tensors import plain
+from fastmerge.tensors import python_values
 
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
 
@@ -27,7 +27,7 @@ def parse_bytes(text: str | float) -> int:
     Raises:
         RecipeError: for anything else.
     """
-    given: Any = plain(text)
+    given: Any = python_values(text)
     if isinstance(given, int | float) and 0 <= given < math.inf:
         return int(given)
     match = _PATTERN.fullmatch(given) if isinstance(given, str) else None

@@ -48,6 +48,6 @@ def extent(t: torch.Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * t.element_size()
 
 
-def plain(value: Any) -> Any:
+def python_values(value: Any) -> Any:
     """Numbers out of arrays and tensors, as numbers and lists; anything else as it is."""
     return value.tolist() if hasattr(value, "tolist") else value

@@ -9,7 +9,7 @@ libdevice, inline assembly, fused multiply-add or approximate instructions. (Bra
 Vocabulary of the kernels: ``table`` int64 ``[S, 7 + M]`` is the segment table, ``items`` int64 ``[T, 5]`` says what
 one program works on (segment, first element relative to the segment, elements, parameter row, output row);
 ``CODES`` packs the type codes of the inputs, four bits each, base first (0 fp64, 1 fp32, 2 fp16, 3 bf16);
-``WIDE`` is true where the arithmetic is fp64; ``PLAIN`` is true where every address is a multiple of 16 bytes and
+``WIDE`` is true where the arithmetic is fp64; ``UNMASKED`` is true where every address is a multiple of 16 bytes and
 every block is full, so that all accesses are unmasked and 128 bits wide.
 """
 
@@ -30,7 +30,7 @@ HARDWARE = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def typed(address, CODE: tl.constexpr, PLAIN: tl.constexpr):
+def typed(address, CODE: tl.constexpr, UNMASKED: tl.constexpr):
     """The address as a pointer to elements of type ``CODE``; bf16 as bits (uint16), see :func:`load`."""
     if CODE == 0:
         p = address.to(tl.pointer_type(tl.float64), bitcast=True)
@@ -40,13 +40,13 @@ def typed(address, CODE: tl.constexpr, PLAIN: tl.constexpr):
         p = address.to(tl.pointer_type(tl.float16), bitcast=True)
     else:
         p = address.to(tl.pointer_type(tl.uint16), bitcast=True)
-    if PLAIN:
+    if UNMASKED:
         p = tl.multiple_of(p, 16)
     return p
 
 
 @triton.jit
-def at(address, start, CODE: tl.constexpr, PLAIN: tl.constexpr):
+def at(address, start, CODE: tl.constexpr, UNMASKED: tl.constexpr):
     """Pointer to element ``start`` (int64) of the array at ``address``."""
     if CODE == 0:
         offset = start * 8
@@ -54,18 +54,18 @@ def at(address, start, CODE: tl.constexpr, PLAIN: tl.constexpr):
         offset = start * 4
     else:
         offset = start * 2
-    return typed(address + offset, CODE, PLAIN)
+    return typed(address + offset, CODE, UNMASKED)
 
 
 @triton.jit
-def load(p, done, offs, mask, WIDE: tl.constexpr, PLAIN: tl.constexpr):
+def load(p, done, offs, mask, WIDE: tl.constexpr, UNMASKED: tl.constexpr):
     """Elements ``p[done + offs]`` widened exactly to the work type; +0 where the mask is off.
 
     bf16 is widened by a shift of its bits: the interpreter's own cast loses subnormal numbers. Where accesses are
-    PLAIN it is read in pairs: the upper half is then one AND away from fp32 (as 16 bits: three instructions).
+    UNMASKED it is read in pairs: the upper half is then one AND away from fp32 (as 16 bits: three instructions).
     """
     p = p + done
-    if PLAIN:
+    if UNMASKED:
         if p.dtype.element_ty == tl.uint16:
             q = tl.multiple_of(p.to(tl.pointer_type(tl.uint32), bitcast=True), 16)
             w = tl.load(q + tl.arange(0, offs.shape[0] // 2), eviction_policy="evict_first")
@@ -134,7 +134,7 @@ def widen(u, CODE: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def settle(u, CODE: tl.constexpr):
+def canonical_nan(u, CODE: tl.constexpr):
     """Bits of type ``CODE`` with canonical NaNs, and where they are an infinity or a NaN: 1, else 0.
 
     16-bit types come as pairs in 32 bits, and so do their ones: adding the exponent's last place carries into the
@@ -159,14 +159,14 @@ def settle(u, CODE: tl.constexpr):
 
 
 @triton.jit
-def store(p, offs, mask, x, bad, CODE: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr):
+def store(p, offs, mask, x, bad, CODE: tl.constexpr, UNMASKED: tl.constexpr, BLOCK: tl.constexpr):
     """Rounds ``x`` once into ``p[offs]``; adds the number of results that are not finite to ``bad`` (int64)."""
     u = narrow(x, CODE)
     # Neighbours of 16 bytes belong to one thread: no shuffle, no barrier, and an atomic only where something is wrong.
-    if CODE >= 2 and PLAIN:
+    if CODE >= 2 and UNMASKED:
         NEAR: tl.constexpr = 8
         a, b = tl.split(tl.reshape(u.to(tl.uint32), (BLOCK // 2, 2)))
-        w, wrong = settle(a | (b << 16), CODE)
+        w, wrong = canonical_nan(a | (b << 16), CODE)
         q = tl.multiple_of(p.to(tl.pointer_type(tl.uint32), bitcast=True), 16)
         tl.store(q + tl.arange(0, BLOCK // 2), w, cache_modifier=".cs")
         some = tl.sum(tl.reshape(wrong, (BLOCK // 8, 4)), axis=1)
@@ -174,10 +174,10 @@ def store(p, offs, mask, x, bad, CODE: tl.constexpr, PLAIN: tl.constexpr, BLOCK:
     else:
         NEAR: tl.constexpr = 2 if CODE == 0 else (4 if CODE == 1 else 8)
         if CODE >= 2:
-            u, wrong = settle(u.to(tl.uint32), CODE)
+            u, wrong = canonical_nan(u.to(tl.uint32), CODE)
             y = u.to(tl.uint16)
         else:
-            u, wrong = settle(u, CODE)
+            u, wrong = canonical_nan(u, CODE)
             y = u
         if CODE == 0:
             y = y.to(tl.float64, bitcast=True)
@@ -185,7 +185,7 @@ def store(p, offs, mask, x, bad, CODE: tl.constexpr, PLAIN: tl.constexpr, BLOCK:
             y = y.to(tl.float32, bitcast=True)
         elif CODE == 2:
             y = y.to(tl.float16, bitcast=True)
-        if PLAIN:
+        if UNMASKED:
             tl.store(p + offs, y, cache_modifier=".cs")
         else:
             tl.store(p + offs, y, mask=mask)
@@ -254,25 +254,25 @@ def philox(key, c0, c1, c2, c3):
 
 
 @triton.jit
-def lucky(key, e, model, bound, OP: tl.constexpr, BLOCK: tl.constexpr, PLAIN: tl.constexpr):
+def bernoulli(key, e, model, bound, OP: tl.constexpr, BLOCK: tl.constexpr, UNMASKED: tl.constexpr):
     """Whether the 16 random bits of elements ``e .. e + BLOCK - 1`` are below ``bound`` (int32, 0 .. 65536).
 
     Counter (lo32(e >> 3), hi32(e >> 3), model, op), key (lo32, hi32); element e takes half ``e & 1``, low first,
-    of word ``(e >> 1) & 3``. Where ``e`` is a multiple of 8 and its block's counters share their high word (``PLAIN``)
-    one call serves 8 elements; else each element makes its own.
+    of word ``(e >> 1) & 3``. Where ``e`` is a multiple of 8 and its block's counters share their high word
+    (``UNMASKED``) one call serves 8 elements; else each element makes its own.
     """
-    who = model.to(tl.uint32)
+    model_word = model.to(tl.uint32)
     op = tl.full((), OP, tl.uint32)
-    if PLAIN:
+    if UNMASKED:
         n = e >> 3
         lo = (n & 0xFFFFFFFF).to(tl.uint32) + tl.arange(0, BLOCK // 8).to(tl.uint32)
-        w0, w1, w2, w3 = philox(key, lo, (n >> 32).to(tl.uint32), who, op)
+        w0, w1, w2, w3 = philox(key, lo, (n >> 32).to(tl.uint32), model_word, op)
         w = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [n, e bit 2, e bit 1]
         u = tl.reshape(tl.join(w & 0xFFFF, w >> 16), (BLOCK,))
     else:
         each = e + tl.arange(0, BLOCK)
         n = each >> 3
-        w0, w1, w2, w3 = philox(key, (n & 0xFFFFFFFF).to(tl.uint32), (n >> 32).to(tl.uint32), who, op)
+        w0, w1, w2, w3 = philox(key, (n & 0xFFFFFFFF).to(tl.uint32), (n >> 32).to(tl.uint32), model_word, op)
         word = ((each >> 1) & 3).to(tl.int32)
         w = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
         u = tl.where((each & 1) == 1, w >> 16, w & 0xFFFF)

@@ -14,23 +14,23 @@ import torch
 import triton
 import triton.language as tl
 
-from ._jit import at, load, lucky, magnitude, narrow, widen
+from ._jit import at, bernoulli, load, magnitude, narrow, widen
 from ._launch import CONFIGS, OPTIONS
 
 
 @triton.jit
-def delta(p, done, offs, mask, b, ROUND: tl.constexpr, WIDE: tl.constexpr, PLAIN: tl.constexpr):
+def delta(p, done, offs, mask, b, ROUND: tl.constexpr, WIDE: tl.constexpr, UNMASKED: tl.constexpr):
     """``p[done + offs] - b`` in the work type, rounded through type ROUND where that is not negative."""
-    d = load(p, done, offs, mask, WIDE, PLAIN) - b
+    d = load(p, done, offs, mask, WIDE, UNMASKED) - b
     if ROUND >= 0:
         d = widen(narrow(d, ROUND), ROUND, WIDE)
     return d
 
 
 @triton.jit
-def drop(d, key, e, model, bern, BLOCK: tl.constexpr, PLAIN: tl.constexpr):
+def drop(d, key, e, model, bern, BLOCK: tl.constexpr, UNMASKED: tl.constexpr):
     """+0 where the element's random number is not below ``bern`` (int32)."""
-    return tl.where(lucky(key, e, model, bern, 0, BLOCK, PLAIN), d, 0.0)
+    return tl.where(bernoulli(key, e, model, bern, 0, BLOCK, UNMASKED), d, 0.0)
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def trim(
     CUT: tl.constexpr,
     SPREAD: tl.constexpr,
     BLOCK: tl.constexpr,
-    PLAIN: tl.constexpr,
+    UNMASKED: tl.constexpr,
 ):
     """+0 where the delta is below the threshold or loses the tie.
 
@@ -60,7 +60,7 @@ def trim(
         rel = tl.minimum(tl.maximum(cut - e, 0), BLOCK).to(tl.int32)
         mine = k > tl.where(offs < rel, thr - 1, thr)
         if SPREAD:
-            tied = (k == thr) & lucky(key, e, model, tl.maximum(tie, 0), 1, BLOCK, PLAIN)
+            tied = (k == thr) & bernoulli(key, e, model, tl.maximum(tie, 0), 1, BLOCK, UNMASKED)
             mine = tl.where(tie >= 0, (k > thr) | tied, mine)
     else:
         least = tl.where(e >= cut, thr, thr - 1)
@@ -92,17 +92,17 @@ def keep(
     SPREAD: tl.constexpr,
     CUT: tl.constexpr,
     BLOCK: tl.constexpr,
-    PLAIN: tl.constexpr,
+    UNMASKED: tl.constexpr,
 ):
     """Drop, then trim, of model i: tables bern int32, thr and tie at ``at_model = p * N + i``, cut int64 ``[S, N]``."""
     model = tl.load(model_index + i)
     if DROP:
-        d = drop(d, key, e, model, tl.load(bern + at_model), BLOCK, PLAIN)
+        d = drop(d, key, e, model, tl.load(bern + at_model), BLOCK, UNMASKED)
     if TRIM:
         t = tl.load(thr + at_model)
         c = tl.load(cut + s * N + i)
         r = tl.load(tie + at_model)
-        d = trim(d, key, e, offs, model, t, c, r, CUT, SPREAD, BLOCK, PLAIN)
+        d = trim(d, key, e, offs, model, t, c, r, CUT, SPREAD, BLOCK, UNMASKED)
     return d
 
 

@@ -2,7 +2,7 @@
 
 A *work item* is what one program (a sum) or one column of programs (an elementwise kernel) works on: int64 rows
 of segment, first element relative to the segment, elements, parameter row, output row. Items are split in two by
-speed, never by result: *plain* ones have 16-byte aligned addresses and only full blocks, so their kernel has no
+speed, never by result: *unmasked* ones have 16-byte aligned addresses and only full blocks, so their kernel has no
 masks and moves 128 bits per access; the rest (the last elements of a tensor, views at odd addresses) runs in the
 masked variant of the same kernel.
 """
@@ -55,18 +55,18 @@ L1_MODELS = 4
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """Work items of one call, the plain ones and the masked ones, each int64 ``[T, 5]``."""
+    """Work items of one call, the unmasked ones and the masked ones, each int64 ``[T, 5]``."""
 
-    plain: I64
+    unmasked: I64
     masked: I64
 
     def variants(self) -> list[tuple[bool, I64]]:
-        """(PLAIN, items) of each launch that has work."""
-        return [(p, i) for p, i in ((True, self.plain), (False, self.masked)) if len(i)]
+        """(UNMASKED, items) of each launch that has work."""
+        return [(p, i) for p, i in ((True, self.unmasked), (False, self.masked)) if len(i)]
 
     def split(self, ties: npt.NDArray[np.bool_]) -> list[tuple[bool, bool, I64]]:
-        """(PLAIN, CUT, items) of each launch; ``ties`` says of every plain item whether ties are decided inside it."""
-        every = ((True, False, self.plain[~ties]), (True, True, self.plain[ties]), (False, True, self.masked))
+        """(UNMASKED, CUT, items) of each launch; ``ties``: whether ties are decided in an unmasked item."""
+        every = ((True, False, self.unmasked[~ties]), (True, True, self.unmasked[ties]), (False, True, self.masked))
         return [(p, c, i) for p, c, i in every if len(i)]
 
 
@@ -121,13 +121,13 @@ def tile_items(table: I64, codes: Sequence[int], *, block: int, per_row: bool = 
     Args:
         table: segment table int64 ``[S, 7 + M]``.
         codes: type code of each input.
-        block: elements per step of the kernel; a plain tile is a multiple of it.
+        block: elements per step of the kernel; a unmasked tile is a multiple of it.
         per_row: tiles restart at each row, and the parameter row is group + row index.
         lanes: the kernel draws random numbers.
     """
     items = _tiles(table, per_row)
-    plain = _aligned(table, items, codes, -1, lanes) & (items[:, 2] % block == 0)
-    return Items(items[plain], items[~plain])
+    unmasked = _aligned(table, items, codes, -1, lanes) & (items[:, 2] % block == 0)
+    return Items(items[unmasked], items[~unmasked])
 
 
 def element_items(
@@ -140,7 +140,7 @@ def element_items(
     lanes: bool = False,
     rows: bool = False,
 ) -> Items:
-    """Items for elementwise kernels: a tile's full blocks are plain, what is left is masked.
+    """Items for elementwise kernels: a tile's full blocks are unmasked, what is left is masked.
 
     Args:
         table: segment table int64 ``[S, 7 + M]``.
@@ -155,12 +155,12 @@ def element_items(
     if rows:
         items[:, 4] = table[items[:, 0], 6] + items[:, 1]
     full = np.where(_aligned(table, items, codes, out_code, lanes), items[:, 2] // block * block, 0)
-    plain, rest = items.copy(), items.copy()
-    plain[:, 2] = full
+    unmasked, rest = items.copy(), items.copy()
+    unmasked[:, 2] = full
     rest[:, 1] += full
     rest[:, 4] += full * rows
     rest[:, 2] -= full
-    return Items(plain[full > 0], rest[rest[:, 2] > 0])
+    return Items(unmasked[full > 0], rest[rest[:, 2] > 0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,9 +140,9 @@ class TritonKernels:
             cuts(*args, inputs=len(s.dtypes), codes=codes, round_code=round_code, drop=drop, wide=wide)
 
         def split(items: Any) -> list[tuple[bool, bool, I64]]:
-            some = np.zeros(len(items.plain), bool)
+            some = np.zeros(len(items.unmasked), bool)
             if trim:
-                some = undecided(s.table, items.plain, thr, cut, wide=wide)
+                some = undecided(s.table, items.unmasked, thr, cut, wide=wide)
             out: list[tuple[bool, bool, I64]] = items.split(some)
             return out
 
@@ -178,9 +178,9 @@ class TritonKernels:
             bad, given = self._bad(s)
             div = bool((scale[:, 1] != 1).any())
             table, coef, scale = self._put(s.table), self._work(coef, wide), self._work(scale, wide)
-            for plain, some in items.variants():
+            for unmasked, some in items.variants():
                 combine.combine(
-                    table, some, coef, scale, bad, out=out, delta=bool(delta), div=div, plain=plain, **about
+                    table, some, coef, scale, bad, out=out, delta=bool(delta), div=div, unmasked=unmasked, **about
                 )  # fmt: skip
         self._bring((bad, given))
 
@@ -190,8 +190,8 @@ class TritonKernels:
         items = tile_items(s.table, codes, block=CONFIGS["gram"]["BLOCK"], per_row=per_row)
         with self._running():
             out, table = self._room(partials), self._put(s.table)
-            for plain, some in items.variants():
-                gram.gram(out, table, some, delta=bool(delta), diff=bool(diff), plain=plain, **about)
+            for unmasked, some in items.variants():
+                gram.gram(out, table, some, delta=bool(delta), diff=bool(diff), unmasked=unmasked, **about)
         self._bring((out, partials))
 
     @staticmethod
@@ -213,8 +213,8 @@ class TritonKernels:
             keys = self._room(out)
             args = (self._put(table), self._put(deltas.models), self._put(deltas.bernoulli))
             about |= {"round_code": int(deltas.round_code), "drop": bool(deltas.drop)}
-            for plain, some in items.variants():
-                delta_keys.delta_keys(keys, args[0], some, *args[1:], plain=plain, **about)
+            for unmasked, some in items.variants():
+                delta_keys.delta_keys(keys, args[0], some, *args[1:], unmasked=unmasked, **about)
         self._bring((keys, out))
 
     def count(self, segments: Any, deltas: Any, brackets: Any, found: Any) -> None:
@@ -230,8 +230,8 @@ class TritonKernels:
             outs = [self._room(found.counts), self._room(found.keys), self._room(found.where), self._put(found.used)]
             ins = [self._put(a) for a in (deltas.models, deltas.bernoulli, *bounded)]
             table = self._put(segments.table)
-            for plain, some in items.variants():
-                count.count(*outs, table, some, *ins, plain=plain, **about)
+            for unmasked, some in items.variants():
+                count.count(*outs, table, some, *ins, unmasked=unmasked, **about)
         self._bring((outs[0], found.counts), (outs[3], found.used))
         if not isinstance(found.used, torch.Tensor):
             full = np.minimum(found.used, found.keys.shape[1]).tolist()
@@ -259,8 +259,8 @@ class TritonKernels:
         with self._running():
             out = self._room(sums)
             tables, split = self._keep(segments, wide, keep)
-            for plain, cut, some in split(items):
-                l1.l1(out, self._put(segments.table), some, tables, plain=plain, cut=cut, **about)
+            for unmasked, cut, some in split(items):
+                l1.l1(out, self._put(segments.table), some, tables, unmasked=unmasked, cut=cut, **about)
         self._bring((out, sums))
 
     def votes(self, segments: Any, keep: Any, election: Any, counts: Any) -> None:
@@ -272,8 +272,8 @@ class TritonKernels:
             out = self._room(counts)
             tables, split = self._keep(segments, wide, keep)
             f = self._work(election.factors, wide)
-            for plain, cut, some in split(items):
-                votes.votes(out, self._put(segments.table), some, tables, f, plain=plain, cut=cut, **about)
+            for unmasked, cut, some in split(items):
+                votes.votes(out, self._put(segments.table), some, tables, f, unmasked=unmasked, cut=cut, **about)
         self._bring((out, counts))
 
     def consensus(self, segments: Any, keep: Any, rules: Any) -> None:
@@ -287,10 +287,10 @@ class TritonKernels:
         with self._running():
             bad, given = self._bad(s)
             tables, split = self._keep(s, wide, keep)
-            kind = np.float64 if wide else np.float32
+            work = np.float64 if wide else np.float32
             few = elect != consensus.NONE and merge == consensus.MEAN and f.shape[1] <= consensus.SETS.value
-            share = self._put(consensus.shares(f, scale, kind) if few else np.zeros((1, 1), kind))
+            share = self._put(consensus.shares(f, scale, work) if few else np.zeros((1, 1), work))
             table, f, scale = self._put(s.table), self._work(f, wide), self._work(scale, wide)
-            for plain, cut, some in split(items):
-                consensus.consensus(table, some, tables, f, scale, share, bad, plain=plain, cut=cut, **about)
+            for unmasked, cut, some in split(items):
+                consensus.consensus(table, some, tables, f, scale, share, bad, unmasked=unmasked, cut=cut, **about)
         self._bring((bad, given))

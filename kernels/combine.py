@@ -32,7 +32,7 @@ def combine_kernel(
     DELTA: tl.constexpr,
     DIV: tl.constexpr,
     WIDE: tl.constexpr,
-    PLAIN: tl.constexpr,
+    UNMASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program (item, block): items << log programs; coef W ``[P, M]``, scale W ``[P, 2]`` (lam, div)."""
@@ -49,12 +49,12 @@ def combine_kernel(
     offs = tl.arange(0, BLOCK)
     mask = offs < count - first
     if DELTA:
-        b = load(at(tl.load(row + 7), start, CODES & 15, PLAIN), 0, offs, mask, WIDE, PLAIN)
+        b = load(at(tl.load(row + 7), start, CODES & 15, UNMASKED), 0, offs, mask, WIDE, UNMASKED)
         acc = b
     else:
         acc = tl.zeros((BLOCK,), tl.float64 if WIDE else tl.float32)
     for i in tl.static_range(1 if DELTA else 0, M):
-        x = load(at(tl.load(row + 7 + i), start, (CODES >> (4 * i)) & 15, PLAIN), 0, offs, mask, WIDE, PLAIN)
+        x = load(at(tl.load(row + 7 + i), start, (CODES >> (4 * i)) & 15, UNMASKED), 0, offs, mask, WIDE, UNMASKED)
         if DELTA:
             x = x - b
         term = tl.load(coef + p * M + i) * x
@@ -66,7 +66,7 @@ def combine_kernel(
         acc = divide(acc, tl.zeros_like(acc) + tl.load(scale + p * 2 + 1))
     if DELTA:
         acc = b + tl.load(scale + p * 2) * acc
-    store(at(tl.load(row), start, OUT, PLAIN), offs, mask, acc, nonfinite + s, OUT, PLAIN, BLOCK)
+    store(at(tl.load(row), start, OUT, UNMASKED), offs, mask, acc, nonfinite + s, OUT, UNMASKED, BLOCK)
 
 
 def combine(
@@ -82,7 +82,7 @@ def combine(
     delta: bool,
     div: bool,
     wide: bool,
-    plain: bool,
+    unmasked: bool,
 ) -> None:
     """Launches one variant; never waits.
 
@@ -98,11 +98,11 @@ def combine(
         delta: input 0 is a base.
         div: whether any divisor is not 1.
         wide: work in fp64.
-        plain: which variant the items are for.
+        unmasked: which variant the items are for.
     """
     cfg = config("combine")
     log = spread(items, cfg["BLOCK"])
     for part in chunks(upload(items, table.device), 1 << log):
         combine_kernel[(len(part) << log,)](
-            table, part, coef, scale, nonfinite, log, inputs, codes, out, delta, div, wide, plain, **cfg, **OPTIONS
+            table, part, coef, scale, nonfinite, log, inputs, codes, out, delta, div, wide, unmasked, **cfg, **OPTIONS
         )

@@ -47,27 +47,27 @@ SETS = tl.constexpr(8)
 
 
 @np.errstate(all="ignore")
-def shares(f: npt.NDArray[Any], scale: npt.NDArray[Any], kind: type[np.floating[Any]]) -> npt.NDArray[Any]:
+def shares(f: npt.NDArray[Any], scale: npt.NDArray[Any], work: type[np.floating[Any]]) -> npt.NDArray[Any]:
     """``h`` of every set of models that may agree, in the work type; bit N - 1 - i of the column says model i does.
 
     Args:
         f: ``[P, N, 3]`` (c, g, a), N at most SETS.
         scale: ``[P, 3]`` (lam, div, majority sign).
-        kind: the work type.
+        work: the work type.
 
     Returns:
         ``[P, 2 ** N]``, or the one row where all are equal.
     """
-    gates, half = f[:, :, 1].astype(kind), scale[:, 0].astype(kind) * kind(0.5)
-    if len(f) > 1 and (gates == gates[0]).all() and (half == half[0]).all():
-        gates, half = gates[:1], half[:1]
-    models = gates.shape[1]
-    den = np.zeros((len(gates), 1 << models), kind)
+    count_weights, half = f[:, :, 1].astype(work), scale[:, 0].astype(work) * work(0.5)
+    if len(f) > 1 and (count_weights == count_weights[0]).all() and (half == half[0]).all():
+        count_weights, half = count_weights[:1], half[:1]
+    models = count_weights.shape[1]
+    den = np.zeros((len(count_weights), 1 << models), work)
     sets = np.arange(1 << models)
     for i in range(models):
-        den += np.where(sets >> (models - 1 - i) & 1, gates[:, i : i + 1], kind(0))
-    found = half[:, None] / np.where(den == 0, kind(1), den)
-    most = np.finfo(kind).max
+        den += np.where(sets >> (models - 1 - i) & 1, count_weights[:, i : i + 1], work(0))
+    found = half[:, None] / np.where(den == 0, work(1), den)
+    most = np.finfo(work).max
     return np.where(found > most, most, np.where(found < -most, -most, found))
 
 
@@ -99,7 +99,7 @@ def consensus_kernel(
     MERGE: tl.constexpr,
     DIV: tl.constexpr,
     WIDE: tl.constexpr,
-    PLAIN: tl.constexpr,
+    UNMASKED: tl.constexpr,
     CUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -124,7 +124,7 @@ def consensus_kernel(
     offs = tl.arange(0, BLOCK)
     mask = offs < count - first
     W: tl.constexpr = tl.float64 if WIDE else tl.float32
-    b = load(at(tl.load(row + 7), start, CODES & 15, PLAIN), 0, offs, mask, WIDE, PLAIN)
+    b = load(at(tl.load(row + 7), start, CODES & 15, UNMASKED), 0, offs, mask, WIDE, UNMASKED)
     total = tl.zeros((BLOCK,), W)
     if ELECT != 0:
         mass = total
@@ -135,10 +135,28 @@ def consensus_kernel(
         minus = tl.zeros((BLOCK,), tl.uint32)  # whose values have a minus, and whose are not zero: bit N - 1 - i
         some = minus
     for i in tl.static_range(N):
-        x = at(tl.load(row + 8 + i), start, (CODES >> (4 * i + 4)) & 15, PLAIN)
-        d = delta(x, 0, offs, mask, b, ROUND, WIDE, PLAIN)
+        x = at(tl.load(row + 8 + i), start, (CODES >> (4 * i + 4)) & 15, UNMASKED)
+        d = delta(x, 0, offs, mask, b, ROUND, WIDE, UNMASKED)
         d = keep(
-            d, key, e, offs, s, p * N + i, i, model_index, bern, thr, cut, tie, N, DROP, TRIM, SPREAD, CUT, BLOCK, PLAIN
+            d,
+            key,
+            e,
+            offs,
+            s,
+            p * N + i,
+            i,
+            model_index,
+            bern,
+            thr,
+            cut,
+            tie,
+            N,
+            DROP,
+            TRIM,
+            SPREAD,
+            CUT,
+            BLOCK,
+            UNMASKED,
         )
         mine = f + (p * N + i) * 3
         v = tl.load(mine) * d
@@ -207,7 +225,7 @@ def consensus_kernel(
             y = b + (total + tl.where(up, mass, -mass)) * h
         if ZERO == 2:
             y = tl.where(tied, b, y)
-    store(at(tl.load(row), start, OUT, PLAIN), offs, mask, y, nonfinite + s, OUT, PLAIN, BLOCK)
+    store(at(tl.load(row), start, OUT, UNMASKED), offs, mask, y, nonfinite + s, OUT, UNMASKED, BLOCK)
 
 
 def consensus(
@@ -228,7 +246,7 @@ def consensus(
     merge: int,
     div: bool,
     wide: bool,
-    plain: bool,
+    unmasked: bool,
     cut: bool,
 ) -> None:
     """Launches one variant; never waits.
@@ -250,7 +268,7 @@ def consensus(
         merge: how what agrees is merged.
         div: whether any divisor is not 1.
         wide: work in fp64.
-        plain: which variant the items are for.
+        unmasked: which variant the items are for.
         cut: whether ties may be decided inside them.
     """
     cfg = config("consensus")
@@ -258,7 +276,7 @@ def consensus(
         cfg["num_warps"] = max(cfg["num_warps"], 8)
     log = spread(items, cfg["BLOCK"])
     step = share.shape[1] if len(share) > 1 else 0
-    flags = (inputs, codes, out, *keep.flags, elect, split, zero, merge, div, wide, plain, cut)
+    flags = (inputs, codes, out, *keep.flags, elect, split, zero, merge, div, wide, unmasked, cut)
     for part in chunks(upload(items, table.device), 1 << log):
         grid = (len(part) << log,)
         consensus_kernel[grid](

@@ -57,7 +57,7 @@ def count_kernel(
     ROUND: tl.constexpr,
     DROP: tl.constexpr,
     WIDE: tl.constexpr,
-    PLAIN: tl.constexpr,
+    UNMASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program t: tile t into counts int64 ``[R, N, 4]`` (all but the last column) and marks uint8 ``[T, N, 8192]``."""
@@ -78,7 +78,7 @@ def count_kernel(
     highs = ()
     packs = ()
     for i in tl.static_range(M):
-        ptrs = ptrs + (at(tl.load(row + 7 + i), start, (CODES >> (4 * i)) & 15, PLAIN),)
+        ptrs = ptrs + (at(tl.load(row + 7 + i), start, (CODES >> (4 * i)) & 15, UNMASKED),)
     for i in tl.static_range(N):
         low = tl.load(lo + p * N + i)
         high = tl.load(hi + p * N + i)
@@ -88,20 +88,20 @@ def count_kernel(
     done = 0
     while done < count:
         mask = offs < count - done
-        b = load(ptrs[0], done, offs, mask, WIDE, PLAIN)
+        b = load(ptrs[0], done, offs, mask, WIDE, UNMASKED)
         new = ()
         for i in tl.static_range(N):
-            d = delta(ptrs[1 + i], done, offs, mask, b, ROUND, WIDE, PLAIN)
+            d = delta(ptrs[1 + i], done, offs, mask, b, ROUND, WIDE, UNMASKED)
             if DROP:
                 model = tl.load(model_index + i)
-                d = drop(d, key, e + done, model, tl.load(bern + p * N + i), BLOCK, PLAIN)
+                d = drop(d, key, e + done, model, tl.load(bern + p * N + i), BLOCK, UNMASKED)
             if WIDE:
                 k = d.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
             else:
                 k = d.to(tl.int32, bitcast=True) & 0x7FFFFFFF
             one = tl.where(k > lows[i][1], 0x10000 << (offs & 7), tl.where(k > lows[i][0], 0x100, 0))
             one = tl.where(k > highs[i][1], 1, tl.where(k > highs[i][0], 0x10, one))
-            if not PLAIN:
+            if not UNMASKED:
                 one = tl.where(mask, one, 0)
             eight = tl.sum(tl.reshape(one, (GROUPS, 8)), axis=1)
             new = new + (packs[i] + (eight & 0xF) + ((eight & 0xF0) << 6) + ((eight & 0xF00) << 12),)
@@ -201,7 +201,7 @@ def count(
     round_code: int,
     drop: bool,
     wide: bool,
-    plain: bool,
+    unmasked: bool,
 ) -> None:
     """Launches one variant; never waits.
 
@@ -221,12 +221,12 @@ def count(
         round_code: type that deltas are rounded to, -1 for none.
         drop: whether the Bernoulli drop comes first.
         wide: work in fp64.
-        plain: which variant the items are for.
+        unmasked: which variant the items are for.
     """
     models = inputs - 1
     for part in chunks(upload(items, table.device), models, most=MOST_TILES):
         marks = torch.empty(len(part) * models * 8192, dtype=torch.uint8, device=table.device)
-        args = (marks, table, part, model_index, bern, lo, hi, inputs, codes, round_code, drop, wide, plain)
+        args = (marks, table, part, model_index, bern, lo, hi, inputs, codes, round_code, drop, wide, unmasked)
         count_kernel[(len(part),)](counts, *args, **CONFIGS["count"], **OPTIONS)
         args = (keys, where, used, marks, table, part, keys.shape[-1], inputs, codes, round_code, wide)
         list_kernel[(len(part), models)](counts, *args, **CONFIGS["count"], **OPTIONS)

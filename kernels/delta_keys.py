@@ -29,7 +29,7 @@ def delta_keys_kernel(
     ROUND: tl.constexpr,
     DROP: tl.constexpr,
     WIDE: tl.constexpr,
-    PLAIN: tl.constexpr,
+    UNMASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program (item, block): keys of a block into out ``[L, N]``; the item's output row is its first l."""
@@ -48,13 +48,13 @@ def delta_keys_kernel(
     to = out + (tl.load(item + 4) + first) * N
     offs = tl.arange(0, BLOCK)
     mask = offs < count - first
-    b = load(at(tl.load(row + 7), start, CODES & 15, PLAIN), 0, offs, mask, WIDE, PLAIN)
+    b = load(at(tl.load(row + 7), start, CODES & 15, UNMASKED), 0, offs, mask, WIDE, UNMASKED)
     for i in tl.static_range(N):
-        x = at(tl.load(row + 8 + i), start, (CODES >> (4 * i + 4)) & 15, PLAIN)
-        d = delta(x, 0, offs, mask, b, ROUND, WIDE, PLAIN)
+        x = at(tl.load(row + 8 + i), start, (CODES >> (4 * i + 4)) & 15, UNMASKED)
+        d = delta(x, 0, offs, mask, b, ROUND, WIDE, UNMASKED)
         if DROP:
-            d = drop(d, key, e, tl.load(model_index + i), tl.load(bern + p * N + i), BLOCK, PLAIN)
-        if PLAIN:
+            d = drop(d, key, e, tl.load(model_index + i), tl.load(bern + p * N + i), BLOCK, UNMASKED)
+        if UNMASKED:
             tl.store(to + offs * N + i, magnitude(d))
         else:
             tl.store(to + offs * N + i, magnitude(d), mask=mask)
@@ -72,7 +72,7 @@ def delta_keys(
     round_code: int,
     drop: bool,
     wide: bool,
-    plain: bool,
+    unmasked: bool,
 ) -> None:
     """Launches one variant; never waits.
 
@@ -87,11 +87,11 @@ def delta_keys(
         round_code: type that deltas are rounded to, -1 for none.
         drop: whether the Bernoulli drop comes first.
         wide: work in fp64.
-        plain: which variant the items are for.
+        unmasked: which variant the items are for.
     """
     cfg = config("delta_keys")
     log = spread(items, cfg["BLOCK"])
     for part in chunks(upload(items, table.device), 1 << log):
         delta_keys_kernel[(len(part) << log,)](
-            out, table, part, model_index, bern, log, inputs, codes, round_code, drop, wide, plain, **cfg, **OPTIONS
+            out, table, part, model_index, bern, log, inputs, codes, round_code, drop, wide, unmasked, **cfg, **OPTIONS
         )

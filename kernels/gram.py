@@ -33,7 +33,7 @@ def gram_kernel(
     DELTA: tl.constexpr,
     DIFF: tl.constexpr,
     WIDE: tl.constexpr,
-    PLAIN: tl.constexpr,
+    UNMASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program t: columns FROM .. TO - 1 of tile t into partials f64 ``[R, COLUMNS]``."""
@@ -51,15 +51,15 @@ def gram_kernel(
         sums = sums + (lanes,)
     ptrs = ()
     for i in tl.static_range(M):
-        ptrs = ptrs + (at(tl.load(row + 7 + i), start, (CODES >> (4 * i)) & 15, PLAIN),)
+        ptrs = ptrs + (at(tl.load(row + 7 + i), start, (CODES >> (4 * i)) & 15, UNMASKED),)
     done = 0
     while done < count:
         mask = offs < count - done
         if DELTA:
-            b = load(ptrs[0], done, offs, mask, WIDE, PLAIN)
+            b = load(ptrs[0], done, offs, mask, WIDE, UNMASKED)
         x = ()
         for i in tl.static_range(FIRST, M):
-            v = load(ptrs[i], done, offs, mask, WIDE, PLAIN)
+            v = load(ptrs[i], done, offs, mask, WIDE, UNMASKED)
             if DELTA:
                 v = v - b
             x = x + (v,)
@@ -88,7 +88,7 @@ def gram(
     delta: bool,
     diff: bool,
     wide: bool,
-    plain: bool,
+    unmasked: bool,
 ) -> None:
     """Launches one variant for all columns, ten at a time; never waits.
 
@@ -101,13 +101,13 @@ def gram(
         delta: input 0 is a base; products are of x_i - b.
         diff: the last column is ``sum (x_0 - x_1)^2`` (of deltas where delta).
         wide: work in fp64.
-        plain: which variant the items are for.
+        unmasked: which variant the items are for.
     """
     k = inputs - int(delta)
     columns = k * (k + 1) // 2 + int(diff)
-    more = registers(fast=plain and not wide)
+    more = registers(fast=unmasked and not wide)
     for part in chunks(upload(items, table.device), 1):
         for c in range(0, columns, GRAM_PAIRS):
             span = (c, min(c + GRAM_PAIRS, columns))
-            flags = (inputs, codes, columns, *span, delta, diff, wide, plain)
+            flags = (inputs, codes, columns, *span, delta, diff, wide, unmasked)
             gram_kernel[(len(part),)](partials, table, part, *flags, **CONFIGS["gram"], **OPTIONS, **more)

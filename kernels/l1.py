@@ -36,7 +36,7 @@ def l1_kernel(
     FROM: tl.constexpr,
     TO: tl.constexpr,
     WIDE: tl.constexpr,
-    PLAIN: tl.constexpr,
+    UNMASKED: tl.constexpr,
     CUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -51,26 +51,26 @@ def l1_kernel(
     e = tl.load(row + 2) + start
     key = tl.load(row + 4)
     offs = tl.arange(0, BLOCK)
-    base = at(tl.load(row + 7), start, CODES & 15, PLAIN)
+    base = at(tl.load(row + 7), start, CODES & 15, UNMASKED)
     ptrs = ()
     before = ()
     after = ()
     for i in tl.static_range(FROM, TO):
-        ptrs = ptrs + (at(tl.load(row + 8 + i), start, (CODES >> (4 * i + 4)) & 15, PLAIN),)
+        ptrs = ptrs + (at(tl.load(row + 8 + i), start, (CODES >> (4 * i + 4)) & 15, UNMASKED),)
         before = before + (tl.zeros((BLOCK,), tl.float64 if WIDE else tl.float32),)
         after = after + (tl.zeros((BLOCK,), tl.float64 if WIDE else tl.float32),)
     done = 0
     while done < count:
         mask = offs < count - done
-        b = load(base, done, offs, mask, WIDE, PLAIN)
+        b = load(base, done, offs, mask, WIDE, UNMASKED)
         new_before = ()
         new_after = ()
         for i in tl.static_range(FROM, TO):
-            d = delta(ptrs[i - FROM], done, offs, mask, b, ROUND, WIDE, PLAIN)
+            d = delta(ptrs[i - FROM], done, offs, mask, b, ROUND, WIDE, UNMASKED)
             new_before = new_before + (before[i - FROM] + tl.abs(d),)
             d = keep(
                 d, key, e + done, offs, s, p * N + i, i, model_index, bern, thr, cut, tie,
-                N, DROP, TRIM, SPREAD, CUT, BLOCK, PLAIN
+                N, DROP, TRIM, SPREAD, CUT, BLOCK, UNMASKED
             )  # fmt: skip
             new_after = new_after + (after[i - FROM] + tl.abs(d),)
         before = new_before
@@ -92,7 +92,7 @@ def l1(
     inputs: int,
     codes: int,
     wide: bool,
-    plain: bool,
+    unmasked: bool,
     cut: bool,
 ) -> None:
     """Launches one variant; never waits.
@@ -105,12 +105,12 @@ def l1(
         inputs: M = N + 1, the base included.
         codes: packed type codes of the inputs.
         wide: work in fp64.
-        plain: which variant the items are for.
+        unmasked: which variant the items are for.
         cut: whether ties may be decided inside them.
     """
-    more = registers(fast=plain and not wide)
+    more = registers(fast=unmasked and not wide)
     for part in chunks(upload(items, table.device), 1):
         for i in range(0, inputs - 1, L1_MODELS):
             models = (i, min(i + L1_MODELS, inputs - 1))
-            flags = (inputs, codes, *keep.flags, *models, wide, plain, cut)
+            flags = (inputs, codes, *keep.flags, *models, wide, unmasked, cut)
             l1_kernel[(len(part),)](sums, table, part, *keep.tables, *flags, **CONFIGS["l1"], **OPTIONS, **more)

@@ -36,7 +36,7 @@ def votes_kernel(
     ELECT: tl.constexpr,
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,
-    PLAIN: tl.constexpr,
+    UNMASKED: tl.constexpr,
     CUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -51,21 +51,21 @@ def votes_kernel(
     e = tl.load(row + 2) + start
     key = tl.load(row + 4)
     offs = tl.arange(0, BLOCK)
-    base = at(tl.load(row + 7), start, CODES & 15, PLAIN)
+    base = at(tl.load(row + 7), start, CODES & 15, UNMASKED)
     ptrs = ()
     for i in tl.static_range(N):
-        ptrs = ptrs + (at(tl.load(row + 8 + i), start, (CODES >> (4 * i + 4)) & 15, PLAIN),)
+        ptrs = ptrs + (at(tl.load(row + 8 + i), start, (CODES >> (4 * i + 4)) & 15, UNMASKED),)
     pack = tl.zeros((BLOCK // 8,), tl.int32)
     done = 0
     while done < count:
         mask = offs < count - done
-        b = load(base, done, offs, mask, WIDE, PLAIN)
+        b = load(base, done, offs, mask, WIDE, UNMASKED)
         vote = tl.zeros((BLOCK,), tl.int32 if ELECT == 2 else (tl.float64 if WIDE else tl.float32))
         for i in tl.static_range(N):
-            d = delta(ptrs[i], done, offs, mask, b, ROUND, WIDE, PLAIN)
+            d = delta(ptrs[i], done, offs, mask, b, ROUND, WIDE, UNMASKED)
             d = keep(
                 d, key, e + done, offs, s, p * N + i, i, model_index, bern, thr, cut, tie,
-                N, DROP, TRIM, SPREAD, CUT, BLOCK, PLAIN
+                N, DROP, TRIM, SPREAD, CUT, BLOCK, UNMASKED
             )  # fmt: skip
             if ELECT == 2:
                 vote += (d > 0).to(tl.int32) - (d < 0).to(tl.int32)
@@ -76,7 +76,7 @@ def votes_kernel(
                 else:
                     vote = vote + mine
         inc = tl.where(vote > 0, 1, tl.where(vote < 0, 1 << 16, 0))
-        if not PLAIN:
+        if not UNMASKED:
             inc = tl.where(mask, inc, 0)
         pack += tl.sum(tl.reshape(inc, (BLOCK // 8, 8)), axis=1)
         done += BLOCK
@@ -97,7 +97,7 @@ def votes(
     elect: int,
     split: bool,
     wide: bool,
-    plain: bool,
+    unmasked: bool,
     cut: bool,
 ) -> None:
     """Launches one variant; never waits.
@@ -113,9 +113,9 @@ def votes(
         elect: how the vote is formed (see consensus.py).
         split: by ``sum a_i d_i`` instead of A.
         wide: work in fp64.
-        plain: which variant the items are for.
+        unmasked: which variant the items are for.
         cut: whether ties may be decided inside them.
     """
     for part in chunks(upload(items, table.device), 1):
-        flags = (inputs, codes, *keep.flags, elect, split, wide, plain, cut)
+        flags = (inputs, codes, *keep.flags, elect, split, wide, unmasked, cut)
         votes_kernel[(len(part),)](counts, table, part, *keep.tables, f, *flags, **CONFIGS["votes"], **OPTIONS)

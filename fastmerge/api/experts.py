@@ -22,7 +22,7 @@ from fastmerge.ops.segments import TILE, Segments, segment_row
 from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.philox import tensor_key
-from fastmerge.tensors import check, extent, plain
+from fastmerge.tensors import check, extent, python_values
 
 if TYPE_CHECKING:
     import torch
@@ -81,8 +81,8 @@ def replicate_experts(
 
     which = _numbers(experts)
     check("tensor", tensor)
-    kind = _type("tensor", tensor.dtype)
-    target = kind if out_dtype is None else _type("out_dtype", out_dtype)
+    stored = _type("tensor", tensor.dtype)
+    target = stored if out_dtype is None else _type("out_dtype", out_dtype)
     if mode not in ("relative", "absolute"):
         raise RecipeError(f"mode: expected relative or absolute, got {mode!r}")
     noise = _noise(noise)
@@ -97,14 +97,14 @@ def replicate_experts(
         outputs = [torch.empty(x.shape, dtype=torch_dtype(target), device=x.device) for _ in which]
     else:
         outputs = _outputs(out, tensor, len(which), torch_dtype(target))
-    sigma = noise * _rms(x, kind, name) if noise and mode == "relative" else noise
+    sigma = noise * _rms(x, stored, name) if noise and mode == "relative" else noise
     if not sigma <= MOST_SIGMA:
         raise RecipeError(f"{name or 'tensor'}: noise of standard deviation {sigma}, expected at most 2**100")
     scales = [0.0 if first_clean and e == 0 else sigma for e in which]
     method = Replicate(experts=tuple(which), sigma=tuple(scales))
-    spec = Spec(method, tuple(x.shape), (kind,), target)
+    spec = Spec(method, tuple(x.shape), (stored,), target)
     targets = tuple([Memory(t.data_ptr(), target, spec.shape) for t in outputs])
-    op = Op(name, spec, key, (Memory(x.data_ptr(), kind, spec.shape),), targets)
+    op = Op(name, spec, key, (Memory(x.data_ptr(), stored, spec.shape),), targets)
     if x.is_cuda:
         _on_cuda(op, x, outputs, backend)
     elif wanted(backend) == "triton":
@@ -115,7 +115,7 @@ def replicate_experts(
 
 
 def _numbers(experts: int | Sequence[int]) -> list[int]:
-    given = plain(experts)
+    given = python_values(experts)
     try:
         if isinstance(given, Sequence):
             found = [operator.index(e) for e in given]
@@ -131,7 +131,7 @@ def _numbers(experts: int | Sequence[int]) -> list[int]:
 
 
 def _noise(given: Any) -> float:
-    value = plain(given)
+    value = python_values(given)
     if not isinstance(value, int | float) or not 0.0 <= value <= MOST_SIGMA:
         raise RecipeError(f"noise: expected a number from 0 to 2**100, got {value!r:.80}")
     return float(value)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from fastmerge.checkpoint import Writer
     from fastmerge.report import Report
-    from fastmerge.runtime.finite import Finite, NanPolicy
+    from fastmerge.runtime.finite import NanPolicy, NonFinite
     from fastmerge.runtime.stream import Stats
 
     Progress = Callable[[Stats], None]
@@ -180,12 +180,12 @@ def _merge(
 ) -> Report:
     """Runs what is planned and placed, and publishes it."""
     from fastmerge.checkpoint import Files
-    from fastmerge.runtime.finite import Finite
+    from fastmerge.runtime.finite import NonFinite
     from fastmerge.runtime.stores import OpStore
     from fastmerge.runtime.workers import Runner
 
     with Files(planned.checkpoints) as files:
-        finite = Finite(nan)
+        finite = NonFinite(nan)
         store = OpStore(planned.ops, files, writer, finite)
         program = placed.chosen.program
         runner = Runner(planned.ops, placed.jobs, store, placed.workers, program, slot=placed.slot)
@@ -219,7 +219,7 @@ def _look_at_copies(planned: Plan, nan: str) -> Plan:
     return replace(planned, ops=tuple(ops), fingerprint=f"{planned.fingerprint}-{nan}")
 
 
-def _report(planned: Plan, out: str, started: float, stats: Stats, placed: Placement, finite: Finite) -> Report:
+def _report(planned: Plan, out: str, started: float, stats: Stats, placed: Placement, finite: NonFinite) -> Report:
     from fastmerge.report import Report
 
     warnings = [*planned.warnings, *stats.notes]

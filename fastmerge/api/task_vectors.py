@@ -23,7 +23,7 @@ from fastmerge.methods.parameters import called, is_list, number
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op
 from fastmerge.planning.from_tensors import TensorPlanner
-from fastmerge.tensors import check, plain
+from fastmerge.tensors import check, python_values
 
 if TYPE_CHECKING:
     import os
@@ -335,7 +335,7 @@ def _weights(weights: Sequence[float] | None, task_vectors: Sequence[State]) -> 
 
 def _numbers(what: str, values: Any, task_vectors: Sequence[State]) -> list[float]:
     """One number per task vector."""
-    every = plain(values)
+    every = python_values(values)
     if not is_list(every) or len(every) != len(task_vectors):
         got = len(every) if is_list(every) else repr(values)
         raise RecipeError(f"{what}: expected {len(task_vectors)} values, one per task vector, got {got}")

@@ -21,7 +21,7 @@ from fastmerge.planning.from_tensors import TensorPlanner
 from fastmerge.planning.structure import structure
 from fastmerge.runtime.budget import UNIT_ELEMENTS, need
 from fastmerge.runtime.devices import CpuDevice, Device, cores
-from fastmerge.runtime.devices.cuda import MEMORY_ELEMENTS, InPlace
+from fastmerge.runtime.devices.cuda import MEMORY_ELEMENTS, Resident
 from fastmerge.runtime.schedule import schedule
 from fastmerge.runtime.stores import OpStore
 from fastmerge.runtime.workers import Runner
@@ -351,7 +351,7 @@ def run(
     chosen = replace(choose(str(home), backend, said=f"tensors on {home}"), home=str(home))
     chosen.check(ops)
     elements = MEMORY_ELEMENTS if chosen.gpus else elements
-    workers: list[Device] = [InPlace(home)] if chosen.gpus else [CpuDevice() for _ in range(cores())]
+    workers: list[Device] = [Resident(home)] if chosen.gpus else [CpuDevice() for _ in range(cores())]
     if not checkpoints:
         jobs = schedule(ops, elements=elements, whole=chosen.whole)
         Runner(ops, jobs, OpStore(ops), workers, chosen.program).run()

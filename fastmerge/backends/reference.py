@@ -30,13 +30,13 @@ def borrow(address: int, count: int, dtype: DType, home: str = "cpu") -> torch.T
     """A flat tensor over memory that somebody else owns."""
     import torch
 
-    kind = getattr(torch, dtype.name)
+    torch_type = getattr(torch, dtype.name)
     if count == 0:
-        return torch.empty(0, dtype=kind)
+        return torch.empty(0, dtype=torch_type)
     if home != "cpu":
-        return torch.as_tensor(_OnDevice(address, count * dtype.size), device=home).view(kind)
+        return torch.as_tensor(_OnDevice(address, count * dtype.size), device=home).view(torch_type)
     raw = (ctypes.c_uint8 * (count * dtype.size)).from_address(address)
-    return torch.frombuffer(raw, dtype=kind)
+    return torch.frombuffer(raw, dtype=torch_type)
 
 
 class ReferenceProgram(Program):

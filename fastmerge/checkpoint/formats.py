@@ -188,7 +188,8 @@ def _packed_kind(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo])
 def _damaged(directory: Path, text: str, tensors: Mapping[str, TensorInfo]) -> list[str]:
     """Full-precision tensors under the names of quantised ones: no program loads them for what they are."""
     problems = []
-    if lost := [n for n in _LOST_BLOCKS.findall(text) if tensors[n].dtype in FLOATS]:
+    lost = [n for n in _LOST_BLOCKS.findall(text) if tensors[n].dtype in FLOATS] if "_blocks" in text else []
+    if lost:
         problems.append(
             f"{directory}: {tensors[lost[0]].dtype.name} weights under the names of MXFP4 blocks, as one release of "
             f"transformers saved them (5.23.0): {listing(lost)}: save the model again with a later one"

@@ -97,7 +97,7 @@ Seen = dict[tuple[str, int, int], Header]
 """Headers by digest, file size and file number: those of models of one family are often the same bytes."""
 
 
-def plain(names: Collection[str]) -> bool:
+def printable(names: Collection[str]) -> bool:
     """Whether all names are legal, and in JSON nothing but themselves in quotes: nearly always, and quickly found."""
     text, sizes = "".join(names), set(map(len, names))
     fine = text.isascii() and text.isprintable() and '"' not in text and "\\" not in text
@@ -236,7 +236,7 @@ def _usual(text: str, data_start: int, data_bytes: int, file: int) -> _Found | N
     spelled = ",".join([f'"{n}":{{"dtype":"{t}","shape":[{s}],"data_offsets":[{a},{b}]}}' for n, t, s, a, b in rows])
     head, _, tail = text.rpartition(spelled) if rows else (text, "", "")
     names = {row[0] for row in rows}
-    if tail.rstrip(" ") != "}" or len(names) != len(rows) or "__metadata__" in names or not plain(names):
+    if tail.rstrip(" ") != "}" or len(names) != len(rows) or "__metadata__" in names or not printable(names):
         return None
     tensors: list[TensorInfo] = []
     kinds: dict[tuple[str, str], tuple[DType, tuple[int, ...], int]] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastmerge.checkpoint.header import MAX_HEADER, listing, name_problem, of_fields, plain
+from fastmerge.checkpoint.header import MAX_HEADER, listing, name_problem, of_fields, printable
 from fastmerge.errors import OutputError
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def layout(
             kind = kinds[dtype, shape] = _kind(dtype, shape)
         entries.append((name, kind))
     names = [name for name, _ in entries]
-    simple = plain(names)
+    simple = printable(names)
     quoted = '"{}"'.format if simple else _json
     _check_names(names, simple=simple)
     meta = {"format": "pt", **{str(k): str(v) for k, v in metadata.items()}}

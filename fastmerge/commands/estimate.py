@@ -9,7 +9,7 @@ from fastmerge.backends.choose import cpu_backend, device_for, expected_gpus
 from fastmerge.planning import Plan
 from fastmerge.runtime import budget as budgets
 from fastmerge.runtime.devices import cuda
-from fastmerge.runtime.placement import Budget, Vram, cpu_slots, gpu_slots, workers
+from fastmerge.runtime.placement import Budget, VramLimit, cpu_slots, gpu_slots, workers
 from fastmerge.runtime.schedule import schedule
 from fastmerge.sizes import default_memory, parse_bytes, show_bytes
 
@@ -50,7 +50,7 @@ def estimate(
     budget = parse_bytes(memory) if memory is not None else default_memory()
     if gpus:
         name, read_rate = "triton", GPU_READ_RATE
-        vram = None if max_vram is None else Vram(parse_bytes(max_vram), max(map(gpus.count, gpus)))
+        vram = None if max_vram is None else VramLimit(parse_bytes(max_vram), max(map(gpus.count, gpus)))
         wants = budgets.need(ops, elements=cuda.UNIT_ELEMENTS)
         slots = gpu_slots(wants, len(gpus), Budget(budget), vram)
         jobs = schedule(ops, slot=slots.nbytes, elements=cuda.UNIT_ELEMENTS)

@@ -55,7 +55,7 @@ class TaskVectors(Method):
         ones = (1.0,) * len(self.weight)
         return Consensus(
             weight=self.weights,
-            gate=ones,
+            count_weight=ones,
             bernoulli=(65536,) * len(ones),
             density=ones,
             rescale=ones,
@@ -125,7 +125,7 @@ class Election(TaskVectors):
         merge = "sum" if not normalize and self.merge in ("mean", "mean_count") else self.merge
         return {
             "div": 1.0,
-            "gate": tuple(1.0 for _ in self.weight) if merge == "mean_count" else self.weights,
+            "count_weight": tuple(1.0 for _ in self.weight) if merge == "mean_count" else self.weights,
             "keep_count": self.keep_count,
             "whole_model": self.trim_scope == "model",
             "ties": self.ties,

@@ -70,7 +70,7 @@ class Linear(Method):
 
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """``(sum c_i x_i) / div``."""
-        return blocks.plain(inputs, op.spec, *_tables(op.spec))
+        return blocks.combined(inputs, op.spec, *_tables(op.spec))
 
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:

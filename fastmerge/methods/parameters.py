@@ -16,7 +16,7 @@ from typing import Any
 
 from fastmerge.errors import RecipeError, hint
 from fastmerge.methods.base import REQUIRED, Method, Param
-from fastmerge.tensors import plain
+from fastmerge.tensors import python_values
 
 Scalar = bool | int | float | str
 Value = Scalar | tuple[Scalar, ...]
@@ -134,7 +134,7 @@ def number(name: str, value: Any, low: float | None = None, high: float | None =
         RecipeError: where it is no number, not finite or out of bounds.
     """
     try:
-        return float(convert(plain(value), Param(name, name, "shared", float, None, "", low, high)))
+        return float(convert(python_values(value), Param(name, name, "shared", float, None, "", low, high)))
     except ValueError as error:
         raise RecipeError(f"{name}: {error}") from None
 
@@ -331,7 +331,7 @@ def called(
             problems.append(f"{method.name} has no parameter {name!r}{hint(str(name), declared)}")
             continue
         reader = _Reader(f"{method.name}: parameter {name!r}", param, problems, none=defaults[name] is None)
-        values = plain(value)
+        values = python_values(value)
         alike = param.scope == "shared" or type(values) in _SCALARS
         if alike or not (_listed_by_model(values) or _by_id(values)):
             reader.into(common, values)
@@ -403,14 +403,14 @@ class _Reader:
         return Rule(self._value(value["value"]), None if pattern == "*" else pattern)
 
     def _value(self, value: Any) -> Value:
-        value = plain(value)
+        value = python_values(value)
         if is_list(value):
             return tuple(self._scalar(v) for v in value)
         return self._scalar(value)
 
     def _scalar(self, value: Any) -> Scalar:
         try:
-            return convert(value if type(value) in _SCALARS else plain(value), self._param)
+            return convert(value if type(value) in _SCALARS else python_values(value), self._param)
         except ValueError as error:
             self._problems.append(f"{self.where}: {error}")
             return 0.0

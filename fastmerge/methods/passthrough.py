@@ -55,7 +55,7 @@ class Passthrough(Method):
 
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """``s x``."""
-        return blocks.plain(inputs, op.spec, *_tables(op.spec))
+        return blocks.combined(inputs, op.spec, *_tables(op.spec))
 
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:

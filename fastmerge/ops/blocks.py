@@ -84,8 +84,8 @@ def divide(x: torch.Tensor, divisor: float) -> torch.Tensor:
     return x if divisor == 1 else x / number(divisor, x)
 
 
-def plain(inputs: Sequence[torch.Tensor], spec: Spec, coefficients: Sequence[float], div: float) -> torch.Tensor:
-    """Family combine, plain: ``(sum c_i x_i) / div``."""
+def combined(inputs: Sequence[torch.Tensor], spec: Spec, coefficients: Sequence[float], div: float) -> torch.Tensor:
+    """``(sum c_i x_i) / div``."""
     return finish(divide(weighted_sum(work(inputs, spec), coefficients), div), spec)
 
 
@@ -145,9 +145,9 @@ def keys(d: torch.Tensor) -> npt.NDArray[np.uint64]:
     """
     import torch
 
-    kind = torch.int64 if d.dtype == torch.float64 else torch.int32
+    bits = torch.int64 if d.dtype == torch.float64 else torch.int32
     canonical = torch.where(d.isnan(), torch.full_like(d, float("nan")), d.abs())
-    found: npt.NDArray[np.uint64] = canonical.view(kind).numpy().astype(np.uint64)
+    found: npt.NDArray[np.uint64] = canonical.view(bits).numpy().astype(np.uint64)
     return found
 
 

@@ -131,15 +131,15 @@ def reference(
     """
     import torch
 
-    kind = torch_dtype(out_dtype)
+    torch_type = torch_dtype(out_dtype)
     x = tensor.detach().reshape(-1).to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
     out = []
     for expert, scale in zip(numbers, sigma, strict=True):
         s = number(scale, x.new_zeros(()))
         if s == 0:
-            copy = tensor.detach().clone() if tensor.dtype == kind else round_to(x, kind)
+            copy = tensor.detach().clone() if tensor.dtype == torch_type else round_to(x, torch_type)
         else:
             n = torch.from_numpy(normal(key, expert, NOISE, e0, x.numel())).to(x)
-            copy = round_to(x + s * n, kind)
+            copy = round_to(x + s * n, torch_type)
         out.append(copy.reshape(tensor.shape))
     return out

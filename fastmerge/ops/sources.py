@@ -99,11 +99,11 @@ _NUMPY: dict[DType, type[np.floating[Any]]] = {F64: np.float64, F32: np.float32,
 
 def _array(address: int, n: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Memory as an array."""
-    kind = np.dtype(dtype)
+    numbers = np.dtype(dtype)
     if not n:
-        return np.empty(0, kind)
-    memory: Any = (ctypes.c_char * (n * kind.itemsize)).from_address(address)
-    return np.frombuffer(memory, kind)
+        return np.empty(0, numbers)
+    memory: Any = (ctypes.c_char * (n * numbers.itemsize)).from_address(address)
+    return np.frombuffer(memory, numbers)
 
 
 def load(bring: Bring, source: Source, e0: int, n: int) -> npt.NDArray[Any]:
@@ -237,12 +237,12 @@ class LowRank:
         """Panels that stay in the cache, each over all ranks: the order of a single element is that of the ranks."""
         if not n:
             return
-        kind = _NUMPY[self.dtype]
+        work = _NUMPY[self.dtype]
         width = self.shape[-1]
         first, last = e0 // width, (e0 + n - 1) // width
-        left, right = (x.astype(kind, copy=False) for x in self._factors(bring, first, last - first + 1))
-        out = _array(address, n, kind)
-        space = np.empty((2, min(n, PANEL)), kind)
+        left, right = (x.astype(work, copy=False) for x in self._factors(bring, first, last - first + 1))
+        out = _array(address, n, work)
+        space = np.empty((2, min(n, PANEL)), work)
         at = e0
         while at < e0 + n:
             row, column = divmod(at, width)
@@ -251,7 +251,7 @@ class LowRank:
             update, spare = space[:, : rows * columns]
             factors = left[row - first : row - first + rows], right[:, column : column + columns]
             sums(*factors, update.reshape(rows, columns), spare.reshape(rows, columns))
-            np.multiply(update, kind(self.scale), update)
+            np.multiply(update, work(self.scale), update)
             part = out[at - e0 : at - e0 + update.size]
             _load(bring, self.base, at, part)
             np.add(part, update, part)
@@ -345,9 +345,9 @@ class Noise:
         """The numbers of the run."""
         from fastmerge.philox import NOISE, normal
 
-        kind = _NUMPY[self.dtype]
-        found = normal(self.key, self.index, NOISE, e0, n).astype(kind) * kind(self.sigma)
-        _array(address, n, kind)[:] = found
+        work = _NUMPY[self.dtype]
+        found = normal(self.key, self.index, NOISE, e0, n).astype(work) * work(self.sigma)
+        _array(address, n, work)[:] = found
 
 
 def _rounded(value: float, dtype: DType) -> npt.NDArray[Any]:

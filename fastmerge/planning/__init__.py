@@ -7,22 +7,23 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint import Checkpoint, Layout, Seen, layout, of_fields, without_gc
-from fastmerge.checkpoint.adapter import Adapter
 from fastmerge.dtypes import DType
 from fastmerge.errors import CheckpointError, RecipeError
 from fastmerge.ops.spec import Op
 from fastmerge.planning import carry as carrying
-from fastmerge.planning import compare as comparing
 from fastmerge.planning import config_json as configuring
 from fastmerge.planning.outputs import Outputs
 from fastmerge.planning.plan import Plan
-from fastmerge.planning.restack import SourceLayer
 from fastmerge.planning.rows import Models, sliced, whole
 from fastmerge.recipe import ModelRef, Recipe
 from fastmerge.version import __version__
+
+if TYPE_CHECKING:
+    from fastmerge.checkpoint.adapter import Adapter
+    from fastmerge.planning.restack import SourceLayer
 
 ENGINE = "1"
 """Version of the frozen arithmetic and of the plan: another one may give other bytes."""
@@ -67,6 +68,8 @@ def plan(
     if recipe.slices:
         stacked = sliced(recipe, recipe.parts, opened)
         rows = stacked.rows
+        from fastmerge.planning.restack import SourceLayer
+
         layers = [SourceLayer(str(ref), opened.checkpoints[ref].config, i) for ref, i in stacked.layers]
     else:
         _same_depth(recipe, opened)
@@ -135,6 +138,8 @@ def _open(
         try:
             out[ref] = given.get(str(ref)) or Checkpoint.open(ref.path, revision=ref.revision, seen=seen)
             if ref.lora is not None:
+                from fastmerge.checkpoint.adapter import Adapter
+
                 adapters[ref] = Adapter.open(ref.lora.path, revision=ref.lora.revision)
         except CheckpointError as e:
             problems += e.problems
@@ -149,9 +154,13 @@ def _compare(recipe: Recipe, models: Models, donor: ModelRef) -> list[str]:
     Raises:
         RecipeError: where layers are taken over from a model in which they compute something else.
     """
-    configs = {ref: c.config for ref, c in models.checkpoints.items() if ref != donor}
-    alone = {part.sources[0].model for part in recipe.parts if recipe.slices and len(part.sources) == 1}
     mine = models.checkpoints[donor].config
+    configs = {ref: c.config for ref, c in models.checkpoints.items() if c.config != mine}
+    if not configs:
+        return []
+    from fastmerge.planning import compare as comparing
+
+    alone = {part.sources[0].model for part in recipe.parts if recipe.slices and len(part.sources) == 1}
     problems = comparing.strangers(str(donor), mine, [(str(r), c) for r, c in configs.items() if r in alone])
     if problems:
         raise RecipeError(problems)
@@ -189,8 +198,8 @@ def _same_depth(recipe: Recipe, models: Models) -> None:
 def _main_type(ops: Iterable[Op]) -> DType | None:
     """The floating-point type of most elements."""
     counts: Counter[DType] = Counter()
-    for op in ops:
-        counts[op.spec.out_dtype] += op.spec.numel
+    for spec, count in Counter([op.spec for op in ops]).items():
+        counts[spec.out_dtype] += spec.numel * count
     return max((d for d in counts if d.mergeable), key=counts.__getitem__, default=None)
 
 

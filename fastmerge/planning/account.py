@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,38 +32,26 @@ class Account:
     def of(
         cls,
         models: Iterable[tuple[str, Checkpoint]],
-        uses: Iterable[tuple[int, str, bool]],
+        used: Sequence[Mapping[str, str]],
         dropped: Dropped,
     ) -> Account:
-        """Counts up.
+        """Adds what is left out to what is used.
 
         Args:
             models: references and checkpoints.
-            uses: (position of the model, name of the tensor, whether something is computed) of every input.
+            used: for each model what becomes of those of its tensors that ops read: ``merged`` or ``copied``.
             dropped: what is left out by a rule.
         """
-        models = list(models)
-        found: list[dict[str, str]] = [{} for _ in models]
-        for position, name, computed in uses:
-            if computed:
-                found[position][name] = "merged"
-            else:
-                found[position].setdefault(name, "copied")
-        out: dict[str, dict[str, str]] = {}
-        for (ref, model), mine in zip(models, found, strict=True):
+        out: dict[str, Mapping[str, str]] = {}
+        for (ref, model), mine in zip(models, used, strict=True):
             rules = {name: rule for rule, names in dropped.get(ref, {}).items() for name in names}
-            rest = {n: f"dropped: {rules.get(n, NOT_ASKED)}" for n in model.tensors if n not in mine}
-            out[ref] = mine | rest
+            rest = {n: f"dropped: {rules.get(n, NOT_ASKED)}" for n in model.tensors.keys() - mine.keys()}
+            out[ref] = {**mine, **{n: rest[n] for n in model.tensors if n in rest}} if rest else mine
         return cls(out)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """For each model how many of its tensors became what."""
-        out: dict[str, dict[str, int]] = {}
-        for ref, tensors in self.models.items():
-            counts = out[ref] = {}
-            for what in tensors.values():
-                counts[what] = counts.get(what, 0) + 1
-        return out
+        return {ref: dict(Counter(tensors.values())) for ref, tensors in self.models.items()}
 
     def names(self) -> dict[str, dict[str, list[str]]]:
         """For each model the names of what is dropped, by rule."""

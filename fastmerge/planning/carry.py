@@ -17,7 +17,6 @@ from fastmerge.errors import RecipeError
 from fastmerge.planning import tokens
 from fastmerge.planning.code import Code
 from fastmerge.planning.config_json import set_ids, special_ids
-from fastmerge.planning.templates import TEMPLATES
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint
@@ -88,6 +87,8 @@ def carry(
         if template is None:
             warnings.append("chat_template: auto: no model has one")
     if template is not None:
+        from fastmerge.planning.templates import TEMPLATES
+
         _set_template(found, TEMPLATES.get(template, template))
     return tuple(found.items()), warnings
 

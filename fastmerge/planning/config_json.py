@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastmerge.dtypes import DType
-from fastmerge.planning.restack import SourceLayer, count_keys, restack
 from fastmerge.planning.structure import TEXT_CONFIGS, Structure
+
+if TYPE_CHECKING:
+    from fastmerge.planning.restack import SourceLayer
 
 _TYPE_KEYS = ("torch_dtype", "dtype")
 _QUANTISED = ("quantization_config", "compression_config", "quantization")
@@ -59,6 +61,8 @@ def rewrite(
         main = structure.main if structure is not None else None
         keys = structure.keys if structure is not None else ()
         if main is not None:
+            from fastmerge.planning.restack import count_keys, restack
+
             keys = keys or tuple(count_keys(config, main.count))
             warnings += restack(out, keys, main.count, layers)
         if not keys:

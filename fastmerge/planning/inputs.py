@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fastmerge.checkpoint import of_fields
 from fastmerge.planning import tied
 from fastmerge.planning.layers import gaps
-from fastmerge.planning.missing import buffer, fate, lost, optional, value_head
+from fastmerge.planning.missing import buffer, decide, lost, optional, value_head
 from fastmerge.planning.names import shown
 from fastmerge.planning.rows import Models, Row, Sources
 from fastmerge.planning.shapes import GATHER
@@ -36,14 +36,14 @@ class Found(NamedTuple):
 
     Attributes:
         row: names and place.
-        who: positions in the part's sources of those that go in, base first.
+        members: positions in the part's sources of those that go in, base first.
         infos: their tensors.
         single: whether a lone tensor passes through, whatever the method is.
         copies: further names of the output that are written with the same values.
     """
 
     row: Row
-    who: tuple[int, ...]
+    members: tuple[int, ...]
     infos: tuple[TensorInfo, ...]
     single: bool
     copies: tuple[str, ...]
@@ -108,18 +108,20 @@ class Inputs:
                 found: list[TensorInfo | None] = [None] * len(infos)
                 for i, info in zip(sources.order, infos, strict=True):
                     found[i] = info
-                who, single = sources.order, False
+                members, single = sources.order, False
                 if row.name in left:
                     self._leave(sources, found, f"a copy of {left[row.name]}")
                     continue
                 if not all(found):
                     found, single = self._incomplete(row, sources, found)
-                    who = tuple([i for i in who if found[i] is not None])
-                    if not who:
+                    members = tuple([i for i in members if found[i] is not None])
+                    if not members:
                         continue
                 elif row.name in buffers and len(found) > 1:
-                    who, single = self._buffer(row, sources, found)
-                yield Found(row, who, tuple([i for w in who if (i := found[w])]), single, copies.get(row.name, ()))
+                    members, single = self._buffer(row, sources, found)
+                yield Found(
+                    row, members, tuple([i for w in members if (i := found[w])]), single, copies.get(row.name, ())
+                )
         self._finish(rows)
 
     def _leave(self, sources: Sources, found: list[TensorInfo | None], rule: str) -> None:
@@ -245,7 +247,7 @@ class Inputs:
         self, row: Row, sources: Sources, found: list[TensorInfo | None], refs: Sequence[str]
     ) -> tuple[list[TensorInfo | None], bool]:
         """Mergekit's rules for what some models lack; the base's tensor instead of none."""
-        decision = fate(self.method, [f is not None for f in found], sources.base)
+        decision = decide(self.method, [f is not None for f in found], sources.base)
         if decision == "error":
             self._lost.setdefault(tuple(refs), []).append(row.name)
             if sources.base is not None and found[sources.base] is None:

@@ -2,7 +2,7 @@
 
 It is an error, unless the tensor is known to be optional, or the model that lacks it is a *part* of the reference:
 all of one tower of it, or the few tensors that were trained. ``missing: merge`` in a recipe asks for mergekit's
-rules instead (:func:`fate`).
+rules instead (:func:`decide`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from fastmerge.planning.structure import Structure, roots
 if TYPE_CHECKING:
     from fastmerge.checkpoint import TensorInfo
 
-Fate = Literal["merge", "single", "drop", "error"]
+Decision = Literal["merge", "single", "drop", "error"]
 
 _BASE_ALONE = frozenset({"nearswap"})
 """Methods of two inputs that pass a lone survivor through only where it is the base."""
 
 
-def fate(method: type[Method], present: Sequence[bool], base: int | None) -> Fate:
+def decide(method: type[Method], present: Sequence[bool], base: int | None) -> Decision:
     """What to do with a tensor.
 
     ==============================  =========================================================

@@ -87,9 +87,9 @@ class Outputs:
             RecipeError, CheckpointError, ShapeError: with everything that stands in the way.
         """
         out: list[Op] = []
-        for row, who, infos, single, copies in self.inputs.find(rows):
+        for row, members, infos, single, copies in self.inputs.find(rows):
             part = self.parts[row.part]
-            made = self._op(row, part, who, infos, single=single or part.alone)
+            made = self._op(row, part, members, infos, single=single or part.alone)
             if made is not None:
                 out.append(made)
                 if copies:
@@ -110,32 +110,32 @@ class Outputs:
         return tuple(out)
 
     def _op(
-        self, row: Row, part: _Part, who: tuple[int, ...], infos: tuple[TensorInfo, ...], *, single: bool
+        self, row: Row, part: _Part, members: tuple[int, ...], infos: tuple[TensorInfo, ...], *, single: bool
     ) -> Op | None:
-        """One op from the tensors ``infos`` of the sources ``who`` of its part, base first."""
+        """One op from the tensors ``infos`` of the sources ``members`` of its part, base first."""
         shape = infos[0].shape
         for other in infos:
             if other.shape != shape:
-                self._shapes(row, part, who, infos)
+                self._shapes(row, part, members, infos)
                 return None
         inputs: tuple[Source, ...]
-        if part.plain:
-            inputs = tuple([of_fields(FileRange, (f, part.positions[i])) for i, f in zip(who, infos, strict=True)])
+        if part.unchanged:
+            inputs = tuple([of_fields(FileRange, (f, part.positions[i])) for i, f in zip(members, infos, strict=True)])
             wanted = types = tuple([i.dtype for i in infos])
             made = False
         else:
             copied = len(infos) == 1 and self.wanted is None
-            pairs = [part.sources[i].source(info, copied=copied) for i, info in zip(who, infos, strict=True)]
+            pairs = [part.sources[i].source(info, copied=copied) for i, info in zip(members, infos, strict=True)]
             inputs, wanted = tuple([s for s, _ in pairs]), tuple([d for _, d in pairs])
             types = tuple([s.dtype for s in inputs])
             made = any(type(s) is not FileRange for s in inputs)
-        key = (row.part, who, single, types, wanted, made, shape, part.outcome(row))
+        key = (row.part, members, single, types, wanted, made, shape, part.outcome(row))
         if key not in self._specs:
-            self._specs[key] = self._spec(row, part, who, types, wanted, shape, single=single, made=made)
+            self._specs[key] = self._spec(row, part, members, types, wanted, shape, single=single, made=made)
         spec = self._specs[key]
         if spec is None:
             if not all(d.mergeable for d in types):
-                self._refuse(row, part, who, types)
+                self._refuse(row, part, members, types)
             return None
         number = tensor_key(self.seed, row.name) if spec.method.random else 0
         return of_fields(Op, (row.name, spec, number, inputs, ()))
@@ -144,7 +144,7 @@ class Outputs:
         self,
         row: Row,
         part: _Part,
-        who: tuple[int, ...],
+        members: tuple[int, ...],
         types: tuple[DType, ...],
         wanted: tuple[DType, ...],
         shape: tuple[int, ...],
@@ -157,7 +157,7 @@ class Outputs:
         Args:
             row: one of them.
             part: whose sources.
-            who: which of these.
+            members: which of these.
             types: of the sources.
             wanted: types that count for the type of the result, where the recipe does not name one.
             shape: of all.
@@ -172,14 +172,14 @@ class Outputs:
         method: Method = _COPIER
         if not single:
             try:
-                method = part.method(row, who)
+                method = part.method(row, members)
             except RecipeError as e:
                 self.notes.recipe |= dict.fromkeys(f"{row.name}: {p}" for p in e.problems)
                 return None
         if isinstance(method, Passthrough) and dtype is types[0] and method.scale[0] is None and not made:
             return Spec(COPY, shape, types, dtype)
         has_base = not single and part.base is not None
-        models = (0,) if single else tuple([part.index[i] for i in who[has_base:]])
+        models = (0,) if single else tuple([part.index[i] for i in members[has_base:]])
         spec = Spec(method, shape, types, dtype, has_base=has_base, models=models)
         problems = method.check(spec)
         self.notes.recipe |= dict.fromkeys(f"{row.name}: {p}" for p in problems)
@@ -187,13 +187,13 @@ class Outputs:
             self.notes.warnings |= dict.fromkeys(method.warn(spec))
         return spec
 
-    def _refuse(self, row: Row, part: _Part, who: Sequence[int], types: Sequence[DType]) -> None:
+    def _refuse(self, row: Row, part: _Part, members: Sequence[int], types: Sequence[DType]) -> None:
         """Says why types that nothing is computed on are not copied."""
-        shown = ", ".join(f"{str(part.refs[i])!r} {d.name}" for i, d in zip(who, types, strict=True))
+        shown = ", ".join(f"{str(part.refs[i])!r} {d.name}" for i, d in zip(members, types, strict=True))
         self.notes.other.append(f"{row.name}: types that cannot be merged: {shown}")
 
-    def _shapes(self, row: Row, part: _Part, who: Sequence[int], infos: Sequence[TensorInfo]) -> None:
-        self.notes.shapes.add(row.name, [(str(part.refs[i]), f.shape) for i, f in zip(who, infos, strict=True)])
+    def _shapes(self, row: Row, part: _Part, members: Sequence[int], infos: Sequence[TensorInfo]) -> None:
+        self.notes.shapes.add(row.name, [(str(part.refs[i]), f.shape) for i, f in zip(members, infos, strict=True)])
 
 
 class _Part:
@@ -204,7 +204,7 @@ class _Part:
         self.refs = [s.model for s in part.sources]
         self.positions = [owner.position[ref] for ref in self.refs]
         self.sources = [owner.models.sources[ref] for ref in self.refs]
-        self.plain = all(i.plain for i in self.sources)
+        self.unchanged = all(i.unchanged for i in self.sources)
         self.base = self.refs.index(part.base) if part.base is not None else None
         self.alone = self.base is not None and len(self.refs) == 1
         self.resolver = Resolver(
@@ -232,10 +232,10 @@ class _Part:
             return (t, resolver.mask(row.name))
         return (t, resolver.mask(row.name), *map(resolver.mask, self.names(row)))
 
-    def method(self, row: Row, who: tuple[int, ...]) -> Method:
+    def method(self, row: Row, members: tuple[int, ...]) -> Method:
         """The method with its parameters, for the present sources."""
         names = self.names(row)
-        inputs = [(i, names[i]) for i in who if i != self.base]
+        inputs = [(i, names[i]) for i in members if i != self.base]
         return self.resolver.method(row.name, inputs, row.t if self.resolver.gradient else 0.0)
 
     def names(self, row: Row) -> Sequence[str]:

@@ -53,14 +53,18 @@ class Plan:
         """Every tensor of every model: merged, copied, or dropped by which rule."""
         refs = [str(ref) for ref in self.recipe.refs]
         refs += [c.ref for c in self.checkpoints[len(refs) :]]
-        uses = (
-            (source.model, source.info.name, op.spec.grain != "copy")
-            for op in self.ops
-            for made in op.inputs
-            for source in inputs_of(made)
-            if isinstance(source, FileRange)
-        )
-        return Account.of(list(zip(refs, self.checkpoints, strict=True)), uses, self.dropped)
+        found: list[dict[str, str]] = [{} for _ in refs]
+        for op in self.ops:
+            copied = op.spec.grain == "copy"
+            for made in op.inputs:
+                for source in (made,) if type(made) is FileRange else inputs_of(made):
+                    if not isinstance(source, FileRange):
+                        continue
+                    if copied:
+                        found[source.model].setdefault(source.info.name, "copied")
+                    else:
+                        found[source.model][source.info.name] = "merged"
+        return Account.of(list(zip(refs, self.checkpoints, strict=True)), found, self.dropped)
 
     def summary(self) -> dict[str, Any]:
         """Counts and bytes, as plain values for people and JSON.
@@ -75,19 +79,20 @@ class Plan:
         actions: Counter[str] = Counter(merged=0, converted=0, copied=0, compared=0)
         dtypes: Counter[str] = Counter()
         read = copied = written = elements = 0
-        for op in self.ops:
-            spec = op.spec
-            nbytes = spec.out_dtype.nbytes(spec.numel) * len(op.targets)
+        for (spec, inputs, targets), count in Counter(
+            [(o.spec, len(o.inputs), len(o.targets)) for o in self.ops]
+        ).items():
+            nbytes = spec.out_dtype.nbytes(spec.numel) * targets * count
             if spec.grain == "copy":
-                action = "compared" if len(op.inputs) > 1 else "copied"
+                action = "compared" if inputs > 1 else "copied"
                 copied += nbytes
             else:
                 action = "converted" if spec.method.name == "passthrough" else "merged"
-            actions[action] += 1
-            elements += spec.numel
+            actions[action] += count
+            elements += spec.numel * count
             written += nbytes
             dtypes[spec.out_dtype.name] += nbytes
-            read += sum([d.nbytes(spec.numel) for d in spec.dtypes])
+            read += sum([d.nbytes(spec.numel) for d in spec.dtypes]) * count
         return {
             "method": self.recipe.merge_method,
             "models": [str(ref) for ref in self.recipe.refs],

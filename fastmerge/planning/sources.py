@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint import Checkpoint, TensorInfo
-from fastmerge.checkpoint.adapter import Adapter, Update
 from fastmerge.checkpoint.header import listing
 from fastmerge.dtypes import BF16, DType
 from fastmerge.ops.sources import FileRange, LowRank, Wide
 from fastmerge.ops.spec import Source
 from fastmerge.planning import tied
+
+if TYPE_CHECKING:
+    from fastmerge.checkpoint.adapter import Adapter, Update
 
 FLOAT8 = frozenset({"float8_e4m3fn", "float8_e5m2"})
 """Types whose values bfloat16 holds exactly."""
@@ -36,7 +38,7 @@ class ModelSources:
         at: the adapter's position among them.
 
     Attributes:
-        plain: every tensor is read as it is.
+        unchanged: every tensor is read as it is.
         tensors: those of the model by name; with an adapter that unties them, tied ones under each of their names.
         config: of the model; where tied tensors were untied, it says that they were tied.
         problems: what of the adapter fits nothing in the model: applied in part, it would be wrong without a word.
@@ -53,7 +55,7 @@ class ModelSources:
         self.problems: list[str] = []
         self.warnings: list[str] = []
         dtypes = {info.dtype.name for info in checkpoint.tensors.values()}
-        self.plain = adapter is None and not dtypes & FLOAT8
+        self.unchanged = adapter is None and not dtypes & FLOAT8
         self._updates: dict[str, Update] = {}
         self._replaced: Mapping[str, TensorInfo] = {}
         self._transposed: dict[str, bool] = {}

@@ -18,10 +18,10 @@ from fastmerge.ops.spec import Op
 from fastmerge.runtime.schedule import Unit
 
 NanPolicy = Literal["warn", "error", "zero"]
-"""What to do with NaN and Inf in outputs; see :class:`Finite`."""
+"""What to do with NaN and Inf in outputs; see :class:`NonFinite`."""
 
 
-class Finite:
+class NonFinite:
     """Keeps the books of NaN and Inf.
 
     A non-finite output element with a non-finite input at its place is counted and reported (``warn``), refused

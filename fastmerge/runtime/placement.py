@@ -62,7 +62,7 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Vram:
+class VramLimit:
     """What the slots of a GPU may take.
 
     Attributes:
@@ -182,7 +182,7 @@ def _below(wants: Need, memory: int, charge: float) -> TooSmall:
     return TooSmall(f"--memory {memory} bytes is below the minimum of this recipe: expected >= {least} bytes{rows}")
 
 
-def gpu_slots(wants: Need, gpus: int, budget: Budget, vram: Vram | None) -> Slots:
+def gpu_slots(wants: Need, gpus: int, budget: Budget, vram: VramLimit | None) -> Slots:
     """Slots for GPUs: as many workers as bring the bytes; fewer before units get small.
 
     Args:
@@ -241,12 +241,12 @@ def logical(chosen: Backend) -> list[Gpu]:
     return [Gpu(f"cuda:{i}", CudaStreams(i), share=chosen.gpus.count(i)) for i in chosen.gpus]
 
 
-def _limit(gpus: Sequence[Gpu], budget: Budget) -> Vram:
+def _limit(gpus: Sequence[Gpu], budget: Budget) -> VramLimit:
     """``--max-vram``, or what the GPU with the least free memory can spare."""
     if budget.vram is not None:
-        return Vram(budget.vram, max(g.share for g in gpus))
+        return VramLimit(budget.vram, max(g.share for g in gpus))
     room, share, name = min(((g.room, g.share, g.name) for g in gpus), key=lambda r: r[0] // r[1])
-    return Vram(room, share, f"a third of the free memory of {name}:", name)
+    return VramLimit(room, share, f"a third of the free memory of {name}:", name)
 
 
 def _reserve(slots: Slots, gpus: Sequence[Gpu]) -> list[CudaDevice]:
@@ -278,4 +278,4 @@ def _release(gpus: Sequence[Gpu], slots: Sequence[CudaDevice]) -> None:
 def _settle(gpus: Sequence[Gpu]) -> None:
     for one in gpus:
         with contextlib.suppress(RuntimeError):
-            one.streams.settle()
+            one.streams.synchronize()

@@ -15,7 +15,7 @@ from fastmerge.ops.segments import HEADER, I64, OUT, Segments, segment_row
 from fastmerge.ops.sources import FileRange, Made, Memory
 from fastmerge.ops.spec import Op, Source
 from fastmerge.runtime.devices import Buffer
-from fastmerge.runtime.finite import Finite
+from fastmerge.runtime.finite import NonFinite
 from fastmerge.runtime.schedule import ALIGN, BLOCK, Job, Unit
 
 COMPARE_BYTES = 1 << 20
@@ -37,7 +37,7 @@ class OpStore:
         ops: Sequence[Op],
         files: Files | None = None,
         writer: Writer | None = None,
-        finite: Finite | None = None,
+        finite: NonFinite | None = None,
     ) -> None:
         self._ops = ops
         self._files = files

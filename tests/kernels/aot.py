@@ -5,7 +5,7 @@ what a GPU of that target would be given: same signature, same specialisation, s
 
 - the PTX holds no fused multiply-add, approximation or flush to zero, nor does the machine code fuse anything;
 - no spills: STACK 0, LOCAL 0, no LDL or STL; registers within the cap of the kernel;
-- plain variants move 128 bits per access: as many LDG.E.128 as the inputs need, no 16-bit loads, stores likewise;
+- unmasked variants move 128 bits per access: as many LDG.E.128 as the inputs need, no 16-bit loads, stores likewise;
 - on sm_90, instructions per element at most 3 % above the committed table (``--update`` writes it anew).
 
 Instructions per element are those issued per thread, divided by its elements: loops count as often as a full tile
@@ -119,7 +119,7 @@ def describe(name: str, constants: dict) -> str:
     words += [f"{rule.lower()}={constants[rule]}" for rule in rules if constants.get(rule, -1) > 0]
     if "FROM" in constants:
         words.append(f"{constants['FROM']}..{constants['TO']}")
-    flags = ("DELTA", "DIFF", "DIV", "DROP", "TRIM", "SPREAD", "SPLIT", "CUT", "PLAIN")
+    flags = ("DELTA", "DIFF", "DIV", "DROP", "TRIM", "SPREAD", "SPLIT", "CUT", "UNMASKED")
     return " ".join(words + [f.lower() for f in flags if constants.get(f)])
 
 
@@ -152,7 +152,7 @@ def inspect(name: str, constants: dict, kernel, arch: int) -> Found:
         bad.append(f"spills: STACK {stack}, LOCAL {local}")
     family = name.removesuffix("_kernel")
     cap = CAPS.get(family, CAP)
-    if constants.get("PLAIN") and not constants.get("WIDE"):
+    if constants.get("UNMASKED") and not constants.get("WIDE"):
         if registers > cap:
             bad.append(f"{registers} registers, cap {cap}")
         inputs = constants["TO"] - constants["FROM"] + 1 if family == "l1" else constants["M"]

@@ -60,5 +60,5 @@ def test_issued_instructions(aot):
 
 
 def test_names_of_kernels(aot):
-    constants = {"M": 3, "CODES": 0x133, "OUT": 3, "DELTA": True, "PLAIN": True, "ELECT": 0, "BLOCK": 2048}
-    assert aot.describe("combine_kernel", constants) == "combine bf16+bf16+fp32 to bf16 delta plain"
+    constants = {"M": 3, "CODES": 0x133, "OUT": 3, "DELTA": True, "UNMASKED": True, "ELECT": 0, "BLOCK": 2048}
+    assert aot.describe("combine_kernel", constants) == "combine bf16+bf16+fp32 to bf16 delta unmasked"

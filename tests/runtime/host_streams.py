@@ -33,14 +33,14 @@ class HostStreams:
     def unpin(self, buffer):
         """Nothing was locked."""
 
-    def arrive(self, there, here):
+    def h2d(self, there, here):
         """A copy."""
         there.copy_(here)
 
-    def leave(self, here, there, counters):
+    def d2h(self, here, there, counters):
         """A copy."""
         here.copy_(there)
         return counters.numpy()
 
-    def settle(self):
+    def synchronize(self):
         """Nothing is under way."""

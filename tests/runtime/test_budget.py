@@ -11,7 +11,7 @@ from fastmerge.ops.segments import TILE
 from fastmerge.runtime import budget, placement
 from fastmerge.runtime.budget import Need, Slots, fit, need
 from fastmerge.runtime.devices import cuda
-from fastmerge.runtime.placement import Budget, TooSmall, Vram, cpu_slots, gpu_slots
+from fastmerge.runtime.placement import Budget, TooSmall, VramLimit, cpu_slots, gpu_slots
 from fastmerge.runtime.schedule import cost
 from tests.runtime.ops import copied, op
 
@@ -91,7 +91,7 @@ NEED = st.builds(
 @settings(max_examples=150, deadline=None)
 @given(NEED, st.integers(1, 4), st.integers(1, 1 << 27) | st.none(), st.integers(1, 1 << 27) | st.none())
 def test_gpus_stay_within_both_budgets_and_the_stated_minimum_is_exact(wants, gpus, memory, vram):
-    how = Budget(memory), None if vram is None else Vram(vram)
+    how = Budget(memory), None if vram is None else VramLimit(vram)
     try:
         slots = gpu_slots(wants, gpus, *how)
     except TooSmall as error:
@@ -99,7 +99,7 @@ def test_gpus_stay_within_both_budgets_and_the_stated_minimum_is_exact(wants, gp
         memory, vram = (int(least), vram) if stated == "memory" else (memory, int(least))
 
         def again(a, b):
-            return gpu_slots(wants, gpus, Budget(a), None if b is None else Vram(b))
+            return gpu_slots(wants, gpus, Budget(a), None if b is None else VramLimit(b))
 
         try:
             slots = again(memory, vram)

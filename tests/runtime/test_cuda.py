@@ -282,7 +282,7 @@ def test_a_gpu_that_fails_while_slots_are_given_back_hides_nothing(paths, tmp_pa
     def fail(*_):
         raise torch.AcceleratorError("CUDA error: unspecified launch failure")
 
-    broken.settle = broken.unpin = fail
+    broken.synchronize = broken.unpin = fail
     with pytest.raises(FastMergeError, match="^cuda:0: CUDA error: unspecified launch failure; continue"):
         fm.merge(recipe_of(paths, "ties"), tmp_path / "out", device="cuda")
     assert broken.locked
@@ -313,7 +313,7 @@ def test_a_gpu_that_fails_loses_nothing(paths, tmp_path, pretend, error, kind, w
 def test_a_gpu_that_fails_while_memory_is_made_is_translated(paths, tmp_path, pretend):
     (streams,) = pretend(Failing(1, torch.OutOfMemoryError("CUDA out of memory. Tried")), unit=TILE)
     fail = [torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")]
-    streams.settle = lambda: fail and (_ for _ in ()).throw(fail.pop())
+    streams.synchronize = lambda: fail and (_ for _ in ()).throw(fail.pop())
     with pytest.raises(FastMergeError, match="^cuda:0: CUDA error: an illegal memory access was encountered; continue"):
         fm.merge(recipe_of(paths, "ties"), tmp_path / "out", device="cuda")
 
@@ -327,7 +327,7 @@ def test_settling_gives_back_pinned_memory_too():
         done.clear()
         cuda = SimpleNamespace(empty_cache=log("device"))
         streams._torch = SimpleNamespace(cuda=cuda, _C=SimpleNamespace(**private))
-        streams.settle()
+        streams.synchronize()
         assert done == ["wait"] * 3 + ["device"] + ["host"] * len(private)
 
 

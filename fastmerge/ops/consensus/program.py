@@ -93,8 +93,8 @@ class ConsensusProgram(Program):
 
     def _votes(self) -> Votes:
         weight = np.array([r.weight for r in self._rules], np.float64)
-        gate = np.array([r.gate for r in self._rules], np.float64)
-        factors = np.stack([weight * self._factor, gate, self._factor], axis=2)
+        count_weight = np.array([r.count_weight for r in self._rules], np.float64)
+        factors = np.stack([weight * self._factor, count_weight, self._factor], axis=2)
         return Votes(ELECT[self._words.elect], self._words.split, np.ascontiguousarray(factors))
 
     def _make_tables(self) -> Rules:

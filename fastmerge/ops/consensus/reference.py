@@ -35,8 +35,8 @@ def deltas(inputs: Sequence[torch.Tensor], op: Op, rules: Consensus) -> tuple[to
     base, *others = ref.work(inputs, op.spec)
     found = [x - base for x in others]
     if rules.round_base:
-        kind = ref.torch_dtype(op.spec.dtypes[0])
-        found = [ref.round_to(d, kind).to(base.dtype) for d in found]
+        stored = ref.torch_dtype(op.spec.dtypes[0])
+        found = [ref.round_to(d, stored).to(base.dtype) for d in found]
     return base, found
 
 
@@ -106,9 +106,9 @@ def mix(
         share = lam * ref.number(0.5, a)
         if rules.merge == "mean":
             agree, against = torch.zeros_like(a), torch.zeros_like(a)
-            for g, x in zip(rules.gate, v, strict=True):
-                gate = ref.number(g, x)
-                agree, against = torch.where(x > 0, agree + gate, agree), torch.where(x < 0, against + gate, against)
+            for c, x in zip(rules.count_weight, v, strict=True):
+                w = ref.number(c, x)
+                agree, against = torch.where(x > 0, agree + w, agree), torch.where(x < 0, against + w, against)
             den = torch.where(plus, agree, against)
             share = share / torch.where(den == 0, torch.ones_like(den), den)
             most = torch.finfo(a.dtype).max

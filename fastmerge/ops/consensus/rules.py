@@ -19,7 +19,7 @@ class Consensus:
 
     Attributes:
         weight: coefficient of each model, before any rescale.
-        gate: what each model adds to the divisor where it agrees with the elected sign.
+        count_weight: what each model adds to the divisor where it agrees with the elected sign.
         bernoulli: keep where the 16-bit random number is below this; 65536 keeps everything.
         density: share kept by magnitude; 1 keeps everything.
         keep_count: how many that is; see :func:`kept`.
@@ -37,7 +37,7 @@ class Consensus:
     """
 
     weight: tuple[float, ...]
-    gate: tuple[float, ...]
+    count_weight: tuple[float, ...]
     bernoulli: tuple[int, ...]
     density: tuple[float, ...]
     rescale: tuple[float, ...]
@@ -113,11 +113,13 @@ def l1_factor(before: float, after: float, name: str) -> float:
 
 def in_range(rules: Consensus, *, double: bool) -> Consensus:
     """The same result from numbers that the work type holds (see :func:`fastmerge.ops.combine.deltas_in_range`)."""
-    quotient = rules.elect != "none" and rules.merge == "mean"  # of weighted task vectors and gates
-    div = math.ldexp(1.0, exponent(rules.gate)) if quotient else rules.div
+    quotient = rules.elect != "none" and rules.merge == "mean"  # of weighted task vectors and their weights
+    div = math.ldexp(1.0, exponent(rules.count_weight)) if quotient else rules.div
     weight, lam, one = deltas_in_range(rules.weight, rules.lam, div, double=double)
     if (weight, lam) == (rules.weight, rules.lam):
         return rules
     if quotient:
-        return replace(rules, weight=weight, lam=lam, gate=shifted(rules.gate, -exponent(rules.gate)))
+        return replace(
+            rules, weight=weight, lam=lam, count_weight=shifted(rules.count_weight, -exponent(rules.count_weight))
+        )
     return replace(rules, weight=weight, lam=lam, div=one)

@@ -1,7 +1,7 @@
 """A GPU as a device: three streams, pinned host slots, device slots that mirror them, events.
 
 Several workers share one GPU. Each reads into its own pinned slot, copies the inputs to its device slot on the
-stream ``arrive``, has its kernels run on ``compute``, and gets the outputs back on ``leave``; events order the three,
+stream ``h2d``, has its kernels run on ``compute``, and gets the outputs back on ``d2h``; events order the three,
 so that one worker's copies overlap another's kernels. A device slot has the layout of its host slot: addresses
 differ by a constant, and a table of segments is moved by adding it.
 """
@@ -153,7 +153,7 @@ class CudaDevice:
                         raise
                     device = _of_device(error)
                 # Only here has the error let go of the tensors in its frames.
-                self._streams.settle()
+                self._streams.synchronize()
         what, nbytes = "memory" if device else "pinned host memory", self._gpu.nbytes * self._gpu.share
         text = f"{self.name}: out of {what} for the kernels' temporaries beside slots of {show_bytes(nbytes)}"
         raise NoRoom(text, self.name if device else None)
@@ -165,7 +165,7 @@ class CudaDevice:
         sizes = np.array([d.size for d in host.dtypes], np.int64)
         there, here = self._range(table[:, HEADER:], table[:, LENGTH : LENGTH + 1] * sizes)
         if len(here):
-            self._streams.arrive(there, here)
+            self._streams.h2d(there, here)
         shift = int(self._slot.data_ptr()) - self._buffer.address
         table[:, HEADER:] += shift
         table[:, OUT] += np.where(table[:, OUT] != 0, shift, 0)
@@ -175,7 +175,7 @@ class CudaDevice:
         """Copies all outputs in one range, and the counters of non-finite ones; waits for this unit only."""
         nbytes = host.table[:, LENGTH : LENGTH + 1] * host.out_dtype.size
         there, here = self._range(host.table[:, OUT : OUT + 1], nbytes)
-        host.nonfinite[:] = self._streams.leave(here, there, cast("torch.Tensor", device.nonfinite))
+        host.nonfinite[:] = self._streams.d2h(here, there, cast("torch.Tensor", device.nonfinite))
 
     def _range(self, addresses: I64, nbytes: I64) -> tuple[torch.Tensor, torch.Tensor]:
         """The smallest range of the slot that holds everything, on the device and on the host."""
@@ -187,7 +187,7 @@ class CudaDevice:
         return self._slot[place], self._host[place]
 
 
-class InPlace:
+class Resident:
     """Tensors that are on a GPU already: one worker, on the stream that the caller was using."""
 
     def __init__(self, device: torch.device) -> None:

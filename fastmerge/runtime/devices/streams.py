@@ -54,13 +54,13 @@ class Streams(Protocol):
     def unpin(self, buffer: Buffer) -> None:
         """Undoes :meth:`pin`."""
 
-    def arrive(self, there: torch.Tensor, here: torch.Tensor) -> None:
+    def h2d(self, there: torch.Tensor, here: torch.Tensor) -> None:
         """Copies a slot's inputs to the device, and waits for that alone."""
 
-    def leave(self, here: torch.Tensor, there: torch.Tensor, counters: torch.Tensor) -> npt.NDArray[np.int64]:
+    def d2h(self, here: torch.Tensor, there: torch.Tensor, counters: torch.Tensor) -> npt.NDArray[np.int64]:
         """Copies a slot's outputs, and gives the counters, after the kernels launched so far; waits for that alone."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Waits for everything and gives cached memory back."""
 
 
@@ -116,7 +116,7 @@ class CudaStreams:
         with self._torch.cuda.device(self._device):
             self._torch.cuda.cudart().cudaHostUnregister(buffer.address)
 
-    def arrive(self, there: torch.Tensor, here: torch.Tensor) -> None:
+    def h2d(self, there: torch.Tensor, here: torch.Tensor) -> None:
         """Asynchronous copies, and an event on which the thread sleeps.
 
         The thread waits in the place of ``compute``: what waits in the shared stream would hold up the kernels of
@@ -127,7 +127,7 @@ class CudaStreams:
             done = self._event()
         done.synchronize()
 
-    def leave(self, here: torch.Tensor, there: torch.Tensor, counters: torch.Tensor) -> npt.NDArray[np.int64]:
+    def d2h(self, here: torch.Tensor, there: torch.Tensor, counters: torch.Tensor) -> npt.NDArray[np.int64]:
         """The same the other way; the counters land in pinned memory of torch's."""
         self._leave.wait_stream(self._compute)
         with self._torch.cuda.stream(self._leave):
@@ -145,7 +145,7 @@ class CudaStreams:
         event.record()
         return event
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Waits for the three streams, then empties torch's caches of device memory and of pinned memory."""
         for stream in (self._arrive, self._compute, self._leave):
             stream.synchronize()
