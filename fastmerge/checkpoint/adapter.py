@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastmerge.checkpoint import discover, hub
 from fastmerge.checkpoint.header import TensorInfo, listing, read_header
@@ -48,8 +48,7 @@ _CONV1D_MODULES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 """Model types, and layers of theirs, that store ``[in, out]``; square ones cannot be told by their shapes."""
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """One low-rank update: ``scale (B A)`` is added to a weight.
 
     Attributes:

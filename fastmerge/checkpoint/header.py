@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass, replace
 from math import prod
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -74,8 +73,7 @@ class TensorInfo(NamedTuple):
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """A checked header.
 
     Attributes:
@@ -389,7 +387,7 @@ def read_header(path: Path, *, file: int = 0, seen: Seen | None = None) -> Heade
     key = (hashlib.sha256(raw).hexdigest(), info.st_size, file)
     if key not in seen:
         seen[key] = parse(raw, 8 + length, info.st_size - 8 - length, where=str(path), file=file)
-    return replace(seen[key], identity=(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns))
+    return seen[key]._replace(identity=(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns))
 
 
 def _read(fd: int, path: Path, nbytes: int, offset: int) -> bytes:

@@ -6,9 +6,8 @@ import importlib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastmerge.checkpoint.header import listing
 from fastmerge.errors import CheckpointError
@@ -43,8 +42,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]+|(?i:bearer)\s+\S+")
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """A repository at one commit, on disk.
 
     Attributes:

@@ -50,8 +50,7 @@ class Place(NamedTuple):
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+class Shard(NamedTuple):
     """One output file.
 
     Attributes:
@@ -62,9 +61,9 @@ class Shard:
     """
 
     name: str
-    header: bytes = field(repr=False)
+    header: bytes
     size: int
-    tensors: tuple[str, ...] = field(repr=False)
+    tensors: tuple[str, ...]
 
     @property
     def data_start(self) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.checkpoint import content, discover, formats, hub, index
 from fastmerge.checkpoint.header import MAX_TENSORS, Seen, TensorInfo, listing, read_header
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-@dataclass(frozen=True)
-class ShardFile:
+class ShardFile(NamedTuple):
     """One input file.
 
     Attributes:
@@ -32,7 +31,7 @@ class ShardFile:
     size: int
     identity: tuple[int, int, int, int]
     header_hash: str
-    metadata: dict[str, str] = field(repr=False)
+    metadata: dict[str, str]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from fastmerge.errors import RecipeError
 
@@ -35,8 +35,7 @@ ROW_BYTES = 300
 Scope = Literal["shared", "model", "input"]
 
 
-@dataclass(frozen=True, slots=True)
-class Param:
+class Param(NamedTuple):
     """One declared parameter.
 
     Attributes:
@@ -83,8 +82,7 @@ def _declared(scope: Scope, doc: str, default: Any, low: float | None, high: flo
     return dataclasses.field(metadata=about)
 
 
-@dataclass(frozen=True, slots=True)
-class Contract:
+class Contract(NamedTuple):
     """Which inputs a method takes.
 
     Attributes:

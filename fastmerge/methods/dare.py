@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fastmerge.methods.base import Contract, per_model, shared
@@ -56,14 +56,17 @@ class DareLinear(TaskVectors):
         bernoulli, unbiased = drop_table(self.density)
         drop = any(t < 65536 for t in bernoulli)
         keep = self.rescale and self.rescale_norm == "keep"
-        return replace(
-            super().rules(spec),
-            bernoulli=bernoulli,
-            rescale=unbiased if keep else (1.0,) * len(bernoulli),
-            div=self.divisor(normalize=self.normalize),
-            models=(0,) * len(bernoulli) if self.shared_mask else spec.models,
-            drop=drop,
-            l1="drop" if drop and self.rescale and not keep else "none",
+        return (
+            super()
+            .rules(spec)
+            ._replace(
+                bernoulli=bernoulli,
+                rescale=unbiased if keep else (1.0,) * len(bernoulli),
+                div=self.divisor(normalize=self.normalize),
+                models=(0,) * len(bernoulli) if self.shared_mask else spec.models,
+                drop=drop,
+                l1="drop" if drop and self.rescale and not keep else "none",
+            )
         )
 
 
@@ -107,7 +110,7 @@ class DareTies(Election, DareLinear):
         """The parameters as the kernels take them."""
         trim = any(d < 1 for d in self.trim_density)
         election = self.election(normalize=self.normalize)
-        return replace(super().rules(spec), density=self.trim_density, trim=trim, **election)
+        return super().rules(spec)._replace(density=self.trim_density, trim=trim, **election)
 
     def warn(self, spec: Spec) -> list[str]:
         """Names weights that do not do what one may expect, and a trim that trims nothing."""

@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastmerge.errors import RecipeError, hint
 from fastmerge.methods.base import REQUIRED, Method, Param
@@ -31,8 +30,7 @@ _SCALARS = frozenset({float, int, bool, str})
 _KINDS = {float: "a number", int: "an integer", bool: "true or false"}
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """One value and the tensors that it is for.
 
     Attributes:
@@ -44,8 +42,7 @@ class Rule:
     filter: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(NamedTuple):
     """What one level says about one parameter: rules in order, the first that matches counts."""
 
     rules: tuple[Rule, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
@@ -60,7 +60,7 @@ class TaskArithmetic(TaskVectors):
 
     def rules(self, spec: Spec) -> Consensus:
         """The parameters as the kernels take them."""
-        return replace(super().rules(spec), div=self.divisor(normalize=self.normalize))
+        return super().rules(spec)._replace(div=self.divisor(normalize=self.normalize))
 
     @property
     def random(self) -> bool:

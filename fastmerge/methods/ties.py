@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fastmerge.methods.base import REQUIRED, Contract, per_model, shared
@@ -64,7 +64,7 @@ class Ties(Election):
         trim = any(d < 1 for d in self.density)
         l1: Literal["trim", "none"] = "trim" if trim and self.rescale else "none"
         election = self.election(normalize=self.normalize)
-        return replace(super().rules(spec), density=self.density, trim=trim, l1=l1, **election)
+        return super().rules(spec)._replace(density=self.density, trim=trim, l1=l1, **election)
 
     @property
     def random(self) -> bool:

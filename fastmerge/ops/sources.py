@@ -1,39 +1,23 @@
-"""Where tensors come from, and where results go.
+"""Where tensors come from, and where results go: files and memory, and sources that are made from others.
 
-=================  ====================================================  ==============================
-``FileRange``      bytes of a checkpoint's file                          read into the unit's slot
-``Memory``         a tensor that a caller owns                           used where it is
-``Rows``           rows of another source, in any order, with gaps       gathered into the slot
-``LowRank``        a weight and a low-rank update (LoRA)                 computed into the slot
-``Wide``           8-bit floats as bfloat16, which holds each exactly    converted into the slot
-``Constant``       one value                                             filled into the slot
-``Noise``          normal random numbers                                 computed into the slot
-=================  ====================================================  ==============================
-
-Those that are not simply there have :meth:`Made.fill`, which makes any run of elements from their own sources, so that
-they nest. Everything they compute is a function of logical element indices alone: any chunking gives the same bytes.
+A made source has :meth:`Made.fill`, which makes any run of elements from its own sources, so that they nest;
+:mod:`fastmerge.ops.made` holds them. Everything they compute is a function of logical element indices alone: any
+chunking gives the same bytes.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
-import numpy.typing as npt
-
-from fastmerge.dtypes import BF16, F16, F32, F64, DType
-from fastmerge.ops.segments import GROUP, HEADER, LENGTH, OUT, ROW
+from fastmerge.dtypes import DType
 from fastmerge.ops.spec import Source
 
 if TYPE_CHECKING:
-    from fastmerge.checkpoint import TensorInfo
+    import numpy as np
+    import numpy.typing as npt
 
-PANEL = 1 << 16
-"""Elements that a low-rank update is computed for at a time: what all ranks work on stays in the cache."""
+    from fastmerge.checkpoint import TensorInfo
 
 Bring = Callable[[Source, "npt.NDArray[np.int64]"], None]
 """Brings runs of a source to memory: rows (first element, elements, address)."""
@@ -79,288 +63,15 @@ class Made(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...  # noqa: D102  of the tensor
 
+    @property
+    def inputs(self) -> tuple[Source, ...]: ...  # noqa: D102  what it is made from
+
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """Makes elements ``e0 .. e0 + n`` at an address."""
 
 
 def inputs_of(source: Source) -> tuple[Source, ...]:
-    """The sources that a source is made from; itself where it is simply there."""
-    if type(source) is FileRange:
+    """The sources that a source is made from in the end; itself where it is simply there."""
+    if type(source) is FileRange or not isinstance(source, Made):
         return (source,)
-    if isinstance(source, (Rows, Wide)):
-        return inputs_of(source.source)
-    if isinstance(source, LowRank):
-        return tuple(i for s in (source.base, source.b, source.a) for i in inputs_of(s))
-    return () if isinstance(source, (Constant, Noise)) else (source,)
-
-
-_NUMPY: dict[DType, type[np.floating[Any]]] = {F64: np.float64, F32: np.float32, F16: np.float16}
-
-
-def _array(address: int, n: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Memory as an array."""
-    numbers = np.dtype(dtype)
-    if not n:
-        return np.empty(0, numbers)
-    memory: Any = (ctypes.c_char * (n * numbers.itemsize)).from_address(address)
-    return np.frombuffer(memory, numbers)
-
-
-def load(bring: Bring, source: Source, e0: int, n: int) -> npt.NDArray[Any]:
-    """A run of a source in memory of its own, as fp32 (fp64 stays)."""
-    out = np.empty(n, np.float64 if source.dtype is F64 else np.float32)
-    _load(bring, source, e0, out)
-    return out
-
-
-def _load(bring: Bring, source: Source, e0: int, out: npt.NDArray[Any]) -> None:
-    """A run of a source, as fp32 (fp64 stays), into memory that is there."""
-    if source.dtype.size == out.itemsize:
-        bring(source, np.array([[e0, out.size, out.ctypes.data]], np.int64))
-        return
-    raw = np.empty(out.size * source.dtype.size, np.uint8)
-    bring(source, np.array([[e0, out.size, raw.ctypes.data]], np.int64))
-    if source.dtype is BF16:
-        np.left_shift(raw.view(np.uint16), np.uint32(16), out=out.view(np.uint32))
-    else:
-        out[:] = raw.view(_NUMPY[source.dtype])
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Rows of another source: row ``r`` is row ``index[r]`` of ``source``; -1 is a row of zeros.
-
-    Attributes:
-        source: ``[R, ...]``.
-        index: int64 ``[K]``, -1 .. R - 1.
-    """
-
-    source: Source
-    index: npt.NDArray[np.int64]
-
-    @property
-    def dtype(self) -> DType:
-        """That of the source."""
-        return self.source.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``[K, ...]``."""
-        return (len(self.index), *self.source.shape[1:])
-
-    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
-        """Reads neighbouring rows together."""
-        width = int(np.prod(self.source.shape[1:], dtype=np.int64))
-        size = self.dtype.size
-        if not n or not width:
-            return
-        first, last = e0 // width, (e0 + n - 1) // width
-        rows = np.arange(first, last + 1)
-        begin = np.maximum(rows * width, e0)
-        length = np.minimum((rows + 1) * width, e0 + n) - begin
-        of = self.index[first : last + 1]
-        start = of * width + (begin - rows * width)
-        # A run ends where the next row does not follow in the source.
-        ends = np.flatnonzero((of[1:] != of[:-1] + 1) | (of[1:] < 0) | (of[:-1] < 0))
-        heads = np.concatenate([[0], ends + 1])
-        totals = np.add.reduceat(length, heads)
-        there = address + (begin[heads] - e0) * size
-        known = of[heads] >= 0
-        if known.any():
-            bring(self.source, np.stack([start[heads], totals, there], axis=1)[known])
-        for at, count in zip(there[~known].tolist(), totals[~known].tolist(), strict=True):
-            ctypes.memset(at, 0, count * size)
-
-
-def sums(left: npt.NDArray[Any], right: npt.NDArray[Any], out: npt.NDArray[Any], spare: npt.NDArray[Any]) -> None:
-    """``left @ right`` where every product and every sum is rounded once, in the order of the inner index.
-
-    The kernel for weighted sums does the same, several times as fast: a row of the result is a weighted sum of the
-    rows of ``right``.
-
-    Args:
-        left: ``[rows, R]``, R >= 1.
-        right: ``[R, columns]``; its rows are contiguous.
-        out: ``[rows, columns]``, contiguous.
-        spare: of the same shape and type, to work in.
-    """
-    rows, rank = left.shape
-    try:
-        from fastmerge import _native
-    except ImportError:
-        np.multiply(left[:, 0, None], right[0], out)
-        for k in range(1, rank):
-            np.add(out, np.multiply(left[:, k, None], right[k], spare), out)
-        return
-    table = np.zeros((rows, HEADER + rank), np.int64)
-    table[:, OUT] = out.ctypes.data + np.arange(rows) * out.strides[0]
-    table[:, LENGTH] = table[:, ROW] = out.shape[1]
-    table[:, GROUP] = np.arange(rows)
-    table[:, HEADER:] = right.ctypes.data + np.arange(rank) * right.strides[0]
-    code = (F64 if out.itemsize == 8 else F32).code
-    codes, ones, ignored = np.full(rank, code, np.int32), np.ones((rows, 2)), np.zeros(rows, np.int64)
-    coefficients = np.ascontiguousarray(left, np.float64)
-    _native.combine(table, codes, code, coefficients, ones, False, False, ignored)
-
-
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """``base + scale (B A)``, as LoRA adapters state a weight; exact products and sums in fp32, in the order of ranks.
-
-    Each element is ``x + s (b0 a0 + b1 a1 + ...)``, every operation rounded once to fp32 (fp64 for an fp64 base).
-
-    Attributes:
-        base: ``[O, I]``.
-        b: ``[O, R]``.
-        a: ``[R, I]``.
-        scale: factor of the update.
-        transposed: the base is stored as ``[I, O]`` (Conv1D, embeddings), and so is the result.
-    """
-
-    base: Source
-    b: Source
-    a: Source
-    scale: float
-    transposed: bool = False
-
-    @property
-    def dtype(self) -> DType:
-        """fp32, or fp64: nothing is rounded to the base's type."""
-        return F64 if self.base.dtype is F64 else F32
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the base."""
-        return self.base.shape
-
-    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
-        """Panels that stay in the cache, each over all ranks: the order of a single element is that of the ranks."""
-        if not n:
-            return
-        work = _NUMPY[self.dtype]
-        width = self.shape[-1]
-        first, last = e0 // width, (e0 + n - 1) // width
-        left, right = (x.astype(work, copy=False) for x in self._factors(bring, first, last - first + 1))
-        out = _array(address, n, work)
-        space = np.empty((2, min(n, PANEL)), work)
-        at = e0
-        while at < e0 + n:
-            row, column = divmod(at, width)
-            columns = min(width - column, e0 + n - at, PANEL)
-            rows = max(1, min(e0 + n - at, PANEL) // width) if columns == width else 1
-            update, spare = space[:, : rows * columns]
-            factors = left[row - first : row - first + rows], right[:, column : column + columns]
-            sums(*factors, update.reshape(rows, columns), spare.reshape(rows, columns))
-            np.multiply(update, work(self.scale), update)
-            part = out[at - e0 : at - e0 + update.size]
-            _load(bring, self.base, at, part)
-            np.add(part, update, part)
-            at += update.size
-
-    def _factors(self, bring: Bring, first: int, rows: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """``[rows, R]`` and ``[R, columns]`` of some rows of the result; those of a transposed one are columns of A."""
-        rank, width = self.a.shape[0], self.shape[-1]
-        if not self.transposed:
-            b = load(bring, self.b, first * rank, rows * rank).reshape(rows, rank)
-            return b, load(bring, self.a, 0, rank * width).reshape(rank, width)
-        columns = self.a.shape[1]
-        a = np.stack([load(bring, self.a, k * columns + first, rows) for k in range(rank)], axis=1)
-        b = load(bring, self.b, 0, width * rank).reshape(width, rank)
-        return a, np.ascontiguousarray(b.T)
-
-
-@dataclass(frozen=True, eq=False)
-class Wide:
-    """A source of 8-bit floats, each as the bfloat16 of the same value."""
-
-    source: Source
-
-    @property
-    def dtype(self) -> DType:
-        """bfloat16."""
-        return BF16
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the source."""
-        return self.source.shape
-
-    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
-        """One look-up per element."""
-        raw = np.empty(n, np.uint8)
-        bring(self.source, np.array([[e0, n, raw.ctypes.data]], np.int64))
-        np.take(_bfloat16(self.source.dtype.name), raw, out=_array(address, n, np.uint16))
-
-
-@functools.cache
-def _bfloat16(name: str) -> npt.NDArray[np.uint16]:
-    """The bfloat16 bits of all 256 values of an 8-bit float type (OCP 8-bit Floating Point Specification 1.0)."""
-    mantissa, bias = {"float8_e4m3fn": (3, 7), "float8_e5m2": (2, 15)}[name]
-    byte = np.arange(256)
-    exponent, fraction = (byte & 0x7F) >> mantissa, byte & ((1 << mantissa) - 1)
-    normal = np.ldexp(1 + fraction / (1 << mantissa), exponent - bias)
-    value = np.where(exponent == 0, np.ldexp(fraction / (1 << mantissa), 1 - bias), normal)
-    if name == "float8_e4m3fn":
-        value = np.where((byte & 0x7F) == 0x7F, np.nan, value)
-    else:
-        value = np.where(exponent == 31, np.where(fraction == 0, np.inf, np.nan), value)
-    bits = (value.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    bits = np.where(np.isnan(value), 0x7FC0, bits)
-    return (bits | ((byte & 0x80) << 8)).astype(np.uint16)
-
-
-@dataclass(frozen=True)
-class Constant:
-    """One value everywhere."""
-
-    value: float
-    dtype: DType
-    shape: tuple[int, ...]
-
-    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
-        """Repeats the value, rounded once."""
-        one = _rounded(self.value, self.dtype)
-        _array(address, n, one.dtype)[:] = one
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Normal random numbers times ``sigma``, a function of (key, index, element).
-
-    Attributes:
-        key: 64-bit Philox key.
-        index: position of the model, or number of the expert.
-        sigma: standard deviation.
-        dtype: float32 or float64: others would round twice.
-        shape: of the tensor.
-    """
-
-    key: int
-    index: int
-    sigma: float
-    dtype: DType
-    shape: tuple[int, ...]
-
-    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
-        """The numbers of the run."""
-        from fastmerge.philox import NOISE, normal
-
-        work = _NUMPY[self.dtype]
-        found = normal(self.key, self.index, NOISE, e0, n).astype(work) * work(self.sigma)
-        _array(address, n, work)[:] = found
-
-
-def _rounded(value: float, dtype: DType) -> npt.NDArray[Any]:
-    """One element of a type; one rounding to nearest even, and the canonical NaN."""
-    exact = np.array([value], np.float64)
-    with np.errstate(over="ignore"):
-        if dtype is not BF16:
-            return np.abs(exact).astype(_NUMPY[dtype]) if np.isnan(value) else exact.astype(_NUMPY[dtype])
-        near = exact.astype(np.float32)
-    if np.isnan(value):
-        return np.array([0x7FC0], np.uint16)
-    # Rounding to odd first makes the second rounding the only one.
-    above = np.abs(near.astype(np.float64)) > np.abs(exact)
-    bits = near.view(np.uint32)
-    bits = np.where(near != exact, (bits - above) | 1, bits)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return tuple(i for s in source.inputs for i in inputs_of(s))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint
@@ -17,8 +16,7 @@ Dropped = Mapping[str, Mapping[str, Sequence[str]]]
 """For each model (its reference) and rule the names that are left out."""
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
+class Account(NamedTuple):
     """Says of each tensor of each model, by the name in its files, whether and why it is in the output.
 
     Attributes:

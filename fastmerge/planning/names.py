@@ -11,8 +11,7 @@ import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint import TensorInfo
@@ -60,8 +59,7 @@ def unwrapped(names: Iterable[str]) -> dict[str, str] | None:
     return out if changed and len(set(out.values())) == len(names) else None
 
 
-@dataclass(frozen=True, slots=True)
-class Alignment:
+class Alignment(NamedTuple):
     """How a model's names become those of the reference.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.errors import CheckpointError, RecipeError, ShapeError
@@ -178,8 +177,7 @@ def whole(recipe: Recipe, part: Part, models: Models, *, gradient: bool) -> list
     return [Row(name, 0, name, found.gradient(name)) for name in names]
 
 
-@dataclass(frozen=True, slots=True)
-class Stacked:
+class Stacked(NamedTuple):
     """Rows of re-stacked layers.
 
     Attributes:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastmerge.checkpoint import Checkpoint, TensorInfo
 from fastmerge.checkpoint.header import listing
 from fastmerge.dtypes import BF16, DType
-from fastmerge.ops.sources import FileRange, LowRank, Wide
+from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Source
 from fastmerge.planning import tied
 
@@ -160,6 +160,8 @@ class ModelSources:
             info: one of :attr:`tensors`.
             copied: nothing is computed from it, so its bytes are wanted as they are.
         """
+        from fastmerge.ops.made import LowRank, Wide
+
         name, own, update = info.name, self._replaced.get(info.name), self._updates.get(info.name)
         found = FileRange(self._files[self._stored.get(name, name)], self._model) if own is None else self._own(own)
         copied = copied and own is None and update is None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers")
 """Keys that count the layers of a language model, the usual one first."""
@@ -51,8 +51,7 @@ class Stack:
         return (int(index), suffix) if dot and _is_index(index) else None
 
 
-@dataclass(frozen=True, slots=True)
-class Structure:
+class Structure(NamedTuple):
     """The stacks of one model.
 
     Attributes:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.planning.structure import TEXT_CONFIGS
 
@@ -34,8 +33,7 @@ _TAILS = (
 _BELOW = re.compile(r"(^|\.)(\d+|mtp)\.")
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(NamedTuple):
     """Names that one value goes by where a model is tied.
 
     Attributes:
@@ -47,8 +45,7 @@ class Family:
     heads: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Ties:
+class Ties(NamedTuple):
     """What became of the tied tensors of the output.
 
     Attributes:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastmerge.methods.base import REQUIRED, Method, Param
 from fastmerge.recipe.load import LIFTED
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 BUILT_IN_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """What is merged together: all of a model, or one slice of the output.
 
     Attributes:

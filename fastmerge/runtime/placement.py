@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from fastmerge.backends.choose import Backend, cpu_backend, say
 from fastmerge.errors import BudgetError
@@ -30,8 +31,7 @@ of a model, 20 bytes each, and copies them twice on their way back. (The units o
 that there it is part of the law's 300 MB.)"""
 
 
-@dataclass(frozen=True)
-class Budget:
+class Budget(NamedTuple):
     """What the user allows.
 
     Attributes:
@@ -51,8 +51,7 @@ class Budget:
     halved: str = ""
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """A schedule and the workers that run it, one per slot, with the backend that they belong to."""
 
     chosen: Backend
@@ -61,8 +60,7 @@ class Placement:
     workers: Sequence[Device]
 
 
-@dataclass(frozen=True)
-class VramLimit:
+class VramLimit(NamedTuple):
     """What the slots of a GPU may take.
 
     Attributes:
@@ -138,8 +136,8 @@ def smaller(chosen: Backend, budget: Budget, error: BudgetError) -> tuple[Backen
     if isinstance(error, NoRoom) and error.nbytes > 1:
         half, why = error.nbytes // 2, str(error)
         if error.gpu is None:
-            return chosen, replace(budget, host=half, halved=why)
-        return chosen, replace(budget, device=half, gpu=error.gpu, halved=why)
+            return chosen, budget._replace(host=half, halved=why)
+        return chosen, budget._replace(device=half, gpu=error.gpu, halved=why)
     text = f"{budget.halved}, and less does not do ({error})" if budget.halved else str(error)
     lost = error.gpu if isinstance(error, TooSmall | NoRoom) else None
     again = Budget(budget.memory, budget.vram)

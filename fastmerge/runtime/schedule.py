@@ -9,7 +9,6 @@ faster in a buffer that stays in the cache, and what arrived is still there for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastmerge.checkpoint import without_gc
@@ -43,8 +42,7 @@ class Unit(NamedTuple):
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """Units that share their statistics.
 
     Attributes:

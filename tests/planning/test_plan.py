@@ -9,7 +9,8 @@ import pytest
 
 from fastmerge.dtypes import BF16
 from fastmerge.errors import CheckpointError, ShapeError
-from fastmerge.ops.sources import FileRange, Wide
+from fastmerge.ops.made import Wide
+from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.philox import tensor_key
 from fastmerge.planning import Plan, plan

@@ -17,8 +17,9 @@ from fastmerge.methods import get
 from fastmerge.methods.parameters import called
 from fastmerge.methods.passthrough import COPY, Passthrough
 from fastmerge.ops.blocks import torch_dtype
+from fastmerge.ops.made import Constant, LowRank, Noise, Rows, Wide
 from fastmerge.ops.segments import TILE
-from fastmerge.ops.sources import Constant, FileRange, LowRank, Memory, Noise, Rows, Wide
+from fastmerge.ops.sources import FileRange, Memory
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.philox import NOISE, normal, tensor_key
 from fastmerge.planning import Plan

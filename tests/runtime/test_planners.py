@@ -14,7 +14,8 @@ from fastmerge.dtypes import BF16, F32
 from fastmerge.methods.linear import Linear
 from fastmerge.methods.passthrough import COPY, Passthrough
 from fastmerge.methods.replicate import Replicate
-from fastmerge.ops.sources import Constant, FileRange, LowRank, Noise, Rows
+from fastmerge.ops.made import Constant, LowRank, Noise, Rows
+from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.philox import NOISE, normal, tensor_key
 from fastmerge.runtime.budget import need

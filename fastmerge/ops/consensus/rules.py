@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fastmerge.errors import OutputError
 from fastmerge.ops.combine import deltas_in_range, exponent, shifted
@@ -13,8 +12,7 @@ L1_EPSILON = 1e-7
 """Sums of magnitudes below this are not rescaled (mergekit's constant)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Consensus:
+class Consensus(NamedTuple):
     """One tensor's parameters, resolved to what the kernels take.
 
     Attributes:
@@ -119,7 +117,7 @@ def in_range(rules: Consensus, *, double: bool) -> Consensus:
     if (weight, lam) == (rules.weight, rules.lam):
         return rules
     if quotient:
-        return replace(
-            rules, weight=weight, lam=lam, count_weight=shifted(rules.count_weight, -exponent(rules.count_weight))
+        return rules._replace(
+            weight=weight, lam=lam, count_weight=shifted(rules.count_weight, -exponent(rules.count_weight))
         )
-    return replace(rules, weight=weight, lam=lam, div=one)
+    return rules._replace(weight=weight, lam=lam, div=one)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmerge.dtypes import BF16, BY_NAME, F16, F32, F64
-from fastmerge.ops import sources
-from fastmerge.ops.sources import Constant, LowRank, Made, Memory, Noise, Rows, Wide, inputs_of, load
+from fastmerge.ops import made
+from fastmerge.ops.made import Constant, LowRank, Noise, Rows, Wide, load
+from fastmerge.ops.sources import Made, Memory, inputs_of
 from fastmerge.philox import NOISE, normal
 from tests.compare import bits, differences
 
@@ -143,7 +144,7 @@ def test_a_low_rank_update_without_the_kernel_has_the_same_bits(dtype, transpose
         a, b = b.T.contiguous(), a.T.contiguous()
     source = LowRank(memory(x), memory(b), memory(a), -1.5, transposed)
     kind = np.float64 if source.dtype is F64 else np.float32
-    monkeypatch.setattr(sources, "PANEL", panel)
+    monkeypatch.setattr(made, "PANEL", panel)
     want = run(source, 0, x.numel()).view(kind)
     monkeypatch.setitem(sys.modules, "fastmerge._native", None)
     got = run(source, 0, x.numel()).view(kind)
@@ -217,14 +218,14 @@ def test_sources_nest():
 
 def test_what_is_made_says_so():
     x = memory(torch.zeros(2, 2))
-    made = [
+    every = [
         Rows(x, np.zeros(1, np.int64)),
         LowRank(x, x, x, 1.0),
         Wide(x),
         Constant(0.0, F32, ()),
         Noise(0, 0, 1, F32, ()),
     ]
-    assert all(isinstance(source, Made) for source in made)
+    assert all(isinstance(source, Made) for source in every)
     assert not isinstance(x, Made)
 
 
