@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterable, Iterator, Mapping
 
 from fastmerge.errors import RecipeError, hint
 from fastmerge.methods.base import Method
 
 
-def _found() -> Iterator[type[Method]]:
-    for info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{info.name}")
-        for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Method) and value.__dict__.get("name"):
-                yield value
+class _Methods(Mapping[str, type[Method]]):
+    """Methods by the name that recipes use; a file is imported when a method of its name is asked for."""
+
+    def __init__(self) -> None:
+        self._files = [info.name for info in pkgutil.iter_modules(__path__)]
+        self._found: dict[str, type[Method]] = {}
+
+    def _read(self, files: Iterable[str]) -> None:
+        for file in files:
+            for value in vars(importlib.import_module(f"{__name__}.{file}")).values():
+                if isinstance(value, type) and issubclass(value, Method) and value.__dict__.get("name"):
+                    self._found[value.name] = value
+
+    def __getitem__(self, name: str) -> type[Method]:
+        if name not in self._found:
+            self._read([name] if name in self._files else ())
+        if name not in self._found:
+            self._read(self._files)
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._read(self._files)
+        return iter(sorted(self._found))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
-METHODS: Mapping[str, type[Method]] = MappingProxyType({m.name: m for m in sorted(_found(), key=lambda m: m.name)})
+METHODS: Mapping[str, type[Method]] = _Methods()
 """Every method by the name that recipes use."""
 
 __all__ = ["METHODS", "Method", "get"]
