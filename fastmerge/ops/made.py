@@ -21,11 +21,11 @@ import numpy.typing as npt
 
 from fastmerge.dtypes import BF16, F16, F32, F64, DType
 from fastmerge.ops.segments import GROUP, HEADER, LENGTH, OUT, ROW
-from fastmerge.ops.sources import Bring
+from fastmerge.ops.sources import Bring, workspace
 from fastmerge.ops.spec import Source
 
 PANEL = 1 << 16
-"""Elements that a low-rank update is computed for at a time: what all ranks work on stays in the cache."""
+"""Elements that are computed at a time: what all ranks of an update work on stays in the cache."""
 
 _NUMPY: dict[DType, type[np.floating[Any]]] = {F64: np.float64, F32: np.float32, F16: np.float16}
 
@@ -85,6 +85,11 @@ class Rows:
     def inputs(self) -> tuple[Source, ...]:
         """What it takes rows of."""
         return (self.source,)
+
+    @property
+    def workspace(self) -> int:
+        """Its runs: six numbers for each row, and what the source takes."""
+        return 48 * len(self.index) + workspace(self.source)
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """Reads neighbouring rows together."""
@@ -176,6 +181,12 @@ class LowRank:
         """The weight, and the factors."""
         return (self.base, self.b, self.a)
 
+    @property
+    def workspace(self) -> int:
+        """Both factors twice (as they are stored, and as they are used), two panels, and the kernel's tables."""
+        rank, numbers = self.a.shape[0], sum(self.b.shape[:1] + self.a.shape[1:])
+        return 2 * self.dtype.size * (rank * numbers + PANEL) + 32 * PANEL + workspace(self.base)
+
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """Panels that stay in the cache, each over all ranks: the order of a single element is that of the ranks."""
         if not n:
@@ -190,7 +201,7 @@ class LowRank:
         while at < e0 + n:
             row, column = divmod(at, width)
             columns = min(width - column, e0 + n - at, PANEL)
-            rows = max(1, min(e0 + n - at, PANEL) // width) if columns == width else 1
+            rows = max(1, min(e0 + n - at, PANEL) // max(width, HEADER + left.shape[1])) if columns == width else 1
             update, spare = space[:, : rows * columns]
             factors = left[row - first : row - first + rows], right[:, column : column + columns]
             sums(*factors, update.reshape(rows, columns), spare.reshape(rows, columns))
@@ -233,11 +244,19 @@ class Wide:
         """What it widens."""
         return (self.source,)
 
+    @property
+    def workspace(self) -> int:
+        """A panel of bytes, and of numpy's indices."""
+        return 9 * PANEL + workspace(self.source)
+
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
-        """One look-up per element."""
-        raw = np.empty(n, np.uint8)
-        bring(self.source, np.array([[e0, n, raw.ctypes.data]], np.int64))
-        np.take(_bfloat16(self.source.dtype.name), raw, out=_array(address, n, np.uint16))
+        """One look-up per element, a panel at a time."""
+        table, out = _bfloat16(self.source.dtype.name), _array(address, n, np.uint16)
+        space = np.empty(min(n, PANEL), np.uint8)
+        for at in range(0, n, PANEL):
+            raw = space[: n - at]
+            bring(self.source, np.array([[e0 + at, raw.size, raw.ctypes.data]], np.int64))
+            np.take(table, raw, out=out[at : at + raw.size], mode="clip")  # no other mode writes where it is told
 
 
 @functools.cache
@@ -270,6 +289,11 @@ class Constant:
         """None."""
         return ()
 
+    @property
+    def workspace(self) -> int:
+        """None."""
+        return 0
+
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """Repeats the value, rounded once."""
         one = _rounded(self.value, self.dtype)
@@ -299,13 +323,20 @@ class Noise:
         """None."""
         return ()
 
+    @property
+    def workspace(self) -> int:
+        """What a panel of random bits becomes on its way."""
+        return 64 * PANEL
+
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
-        """The numbers of the run."""
+        """The numbers of the run, a panel at a time."""
         from fastmerge.philox import NOISE, normal
 
         work = _NUMPY[self.dtype]
-        found = normal(self.key, self.index, NOISE, e0, n).astype(work) * work(self.sigma)
-        _array(address, n, work)[:] = found
+        out = _array(address, n, work)
+        for at in range(0, n, PANEL):
+            part = out[at : at + PANEL]
+            np.multiply(normal(self.key, self.index, NOISE, e0 + at, part.size), work(self.sigma), part, dtype=work)
 
 
 def _rounded(value: float, dtype: DType) -> npt.NDArray[Any]:

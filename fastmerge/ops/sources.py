@@ -66,6 +66,9 @@ class Made(Protocol):
     @property
     def inputs(self) -> tuple[Source, ...]: ...  # noqa: D102  what it is made from
 
+    @property
+    def workspace(self) -> int: ...  # noqa: D102  most bytes that it takes beside the slot while it is made
+
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """Makes elements ``e0 .. e0 + n`` at an address."""
 
@@ -75,3 +78,8 @@ def inputs_of(source: Source) -> tuple[Source, ...]:
     if type(source) is FileRange or not isinstance(source, Made):
         return (source,)
     return tuple(i for s in source.inputs for i in inputs_of(s))
+
+
+def workspace(source: Source) -> int:
+    """Most bytes beside the slot while a source is brought to it."""
+    return source.workspace if isinstance(source, Made) else 0

@@ -18,7 +18,7 @@ from fastmerge.planning.structure import TEXT_CONFIGS
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint, TensorInfo
 
-SAMPLES, SAMPLE, BLOCK = 64, 4096, 4 << 20
+SAMPLES, SAMPLE, BLOCK = 64, 4096, 1 << 16
 """How many blocks of how many bytes are compared first, and how many bytes at a time after that."""
 
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")

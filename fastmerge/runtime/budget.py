@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from fastmerge.ops.segments import TILE
+from fastmerge.ops.sources import workspace
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.runtime.schedule import Cost, cost
 
@@ -27,12 +28,14 @@ class Need(NamedTuple):
         best: bytes of a slot that holds a unit of the preferred size.
         tables: bytes that the largest op keeps beside the slots, between its passes.
         statistics: whether any op has statistics of a tensor or of the model.
+        beside: bytes that a unit takes beside its slot while its inputs are made.
     """
 
     least: int
     best: int
     tables: int
     statistics: bool
+    beside: int = 0
 
     @property
     def apart(self) -> int:
@@ -60,10 +63,13 @@ def need(ops: Sequence[Op], *, elements: int = UNIT_ELEMENTS, whole: Callable[[S
         elements: per unit, where memory allows it.
         whole: whether tensors of a spec are never cut.
     """
-    least = best = tables = total = 0
+    least = best = tables = total = beside = 0
     statistics = False
     bundles = Cost(0, 0)
+    made = set()
     for op in {op.spec: op for op in ops if op.spec.grain != "copy"}.values():
+        if any(map(workspace, op.inputs)):
+            made.add(op.spec)
         spec, price = op.spec, cost(op)
         n = spec.numel
         if spec.grain == "matrix" or whole(spec):
@@ -79,8 +85,10 @@ def need(ops: Sequence[Op], *, elements: int = UNIT_ELEMENTS, whole: Callable[[S
         statistics |= spec.grain in ("tensor", "model")
     for op in ops:
         total += op.spec.numel
+        if op.spec in made:
+            beside = max(beside, *map(workspace, op.inputs))
     best = max(best, bundles.of(min(total, elements), min(len(ops), PIECES)))
-    return Need(least, best, tables, statistics)
+    return Need(least, best, tables, statistics, beside)
 
 
 def fit(least: int, best: int, wanted: Iterable[tuple[int, int]], largest: Callable[[int], int]) -> Slots | None:

@@ -168,14 +168,14 @@ def cpu_slots(wants: Need, memory: int | None, count: int) -> Slots:
     if memory is None:
         return Slots(wants.best, count)
     room = memory - wants.apart
-    found = fit(wants.least, wants.best, ((n, 0) for n in range(count, 0, -1)), lambda n: room // n)
+    found = fit(wants.least, wants.best, ((n, 0) for n in range(count, 0, -1)), lambda n: room // n - wants.beside)
     if found is None:
         raise _below(wants, memory, 1.0)
     return found
 
 
 def _below(wants: Need, memory: int, charge: float) -> TooSmall:
-    least = math.ceil(wants.least * charge) + wants.apart
+    least = math.ceil((wants.least + wants.beside) * charge) + wants.apart
     rows = " (it works by row, and keeps sums of all rows of a tensor)" if wants.apart else ""
     return TooSmall(f"--memory {memory} bytes is below the minimum of this recipe: expected >= {least} bytes{rows}")
 
@@ -206,7 +206,7 @@ def gpu_slots(wants: Need, gpus: int, budget: Budget, vram: VramLimit | None) ->
             device = min(device, refused[1] // slots)
         if budget.memory is None:
             return device
-        return min(device, int((budget.memory - wants.apart) / charge) // slots)
+        return min(device, int((budget.memory - wants.apart) / charge) // slots - wants.beside)
 
     found = fit(wants.least, wants.best, wanted, largest)
     if found is not None:

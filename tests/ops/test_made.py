@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from fastmerge.dtypes import BF16, BY_NAME, F16, F32, F64
 from fastmerge.ops import made
 from fastmerge.ops.made import Constant, LowRank, Noise, Rows, Wide, load
-from fastmerge.ops.sources import Made, Memory, inputs_of
+from fastmerge.ops.sources import Made, Memory, inputs_of, workspace
 from fastmerge.philox import NOISE, normal
 from tests.compare import bits, differences
 
@@ -195,6 +196,30 @@ def test_noise_is_a_function_of_key_index_and_element(dtype):
     assert abs(want.std() - 0.1) < 0.01
     for other in (Noise(1, 3, 0.1, dtype, shape), Noise(7 << 40, 2, 0.1, dtype, shape)):
         assert not np.array_equal(run(other, 0, 1053), run(source, 0, 1053))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_a_source_takes_while_it_is_made_is_what_it_says(transposed):
+    rows, columns, rank = 3000, 300, 64
+    low, wide = random((rank, columns), BF16), torch.zeros(rows, columns, dtype=torch.uint8).view(torch.float8_e5m2)
+    b = random((rows, rank), BF16)
+    x = memory(wide) if not transposed else memory(wide.T.contiguous())
+    every = [
+        LowRank(Wide(x), memory(b), memory(low), 0.5, transposed),
+        Wide(x),
+        Rows(Wide(x), np.arange(x.shape[0])[::-1].copy()),
+        Noise(1, 2, 0.5, F64, (rows, columns)),
+        Constant(1.0, F32, (rows, columns)),
+    ]
+    for source in every:
+        run(source, 0, 10)  # tables that are made once
+        out = np.empty(rows * columns * source.dtype.size, np.uint8)
+        tracemalloc.start()
+        source.fill(bring, 0, rows * columns, out.ctypes.data)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak <= workspace(source) + 100_000, source
+        assert workspace(source) < 24_000_000, "not a multiple of the tensor"
 
 
 def test_sources_nest():

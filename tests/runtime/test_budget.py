@@ -6,8 +6,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from fastmerge.dtypes import BF16
 from fastmerge.errors import BudgetError
+from fastmerge.methods.linear import Linear
+from fastmerge.ops.made import LowRank
 from fastmerge.ops.segments import TILE
+from fastmerge.ops.sources import Memory
+from fastmerge.ops.spec import Op, Spec
 from fastmerge.runtime import budget, placement
 from fastmerge.runtime.budget import Need, Slots, fit, need
 from fastmerge.runtime.devices import cuda
@@ -61,8 +66,8 @@ def test_what_a_plan_asks_for():
     assert need([short]).least == cost(short).of(TILE)
     small = [op(i, (10,), "element") for i in range(1000)]
     assert need(small).best == cost(small[0]).of(10_000, budget.PIECES), "room for some neighbours"
-    assert need([copied(0, 10**9)]) == (0, 0, 0, False)
-    assert need([]) == (0, 0, 0, False)
+    assert need([copied(0, 10**9)]) == Need(0, 0, 0, False)
+    assert need([]) == Need(0, 0, 0, False)
 
 
 WANTED = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3000)), min_size=1, max_size=6)
@@ -135,3 +140,18 @@ def test_methods_with_statistics_are_charged_for_their_lists():
     with pytest.raises(TooSmall, match=">= 2900 bytes"):
         gpu_slots(ranked, 1, Budget(2899), None)
     assert gpu_slots(ranked, 1, Budget(2900), None).number == 1
+
+
+def test_what_making_inputs_takes_counts_for_each_worker():
+    wants = Need(1000, 4000, 0, False, beside=500)
+    assert cpu_slots(wants, 9000, 4) == (1750, 4)
+    assert cpu_slots(wants, 5999, 4) == (1499, 3)
+    assert gpu_slots(wants, 1, Budget(1500), None) == (1000, 1)
+    for refused in (lambda: cpu_slots(wants, 1499, 4), lambda: gpu_slots(wants, 1, Budget(1499), None)):
+        with pytest.raises(TooSmall, match=">= 1500 bytes"):
+            refused()
+    base, b, a = (Memory(0, BF16, shape) for shape in ((100, 50), (100, 8), (8, 50)))
+    update = LowRank(base, b, a, 1.0)
+    spec = Spec(Linear(weight=(1.0,), normalize=True), (100, 50), (update.dtype,), BF16)
+    assert need([Op("x", spec, inputs=(update,), targets=(base,))]).beside == update.workspace > 0
+    assert need([Op("x", spec, inputs=(base,), targets=(base,))]).beside == 0

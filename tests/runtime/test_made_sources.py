@@ -172,7 +172,7 @@ WAYS = {
     "small units, one worker": {"unit": TILE, "workers": 1},
     "small units, many workers": {"unit": TILE, "workers": 6},
     "the smallest slots": {"memory": "smallest"},
-    "a little more": {"memory": 3_500_000, "unit": 2 * TILE},
+    "a little more": {"memory": 9_000_000, "unit": 2 * TILE},
     "devices with memory of their own": {"unit": TILE, "fakes": 3},
 }
 
