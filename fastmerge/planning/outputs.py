@@ -130,9 +130,10 @@ class Outputs:
             types = tuple([s.dtype for s in inputs])
             made = any(type(s) is not FileRange for s in inputs)
         key = (row.part, members, single, types, wanted, made, shape, part.outcome(row))
-        if key not in self._specs:
-            self._specs[key] = self._spec(row, part, members, types, wanted, shape, single=single, made=made)
-        spec = self._specs[key]
+        spec = self._specs.get(key)
+        if spec is None and key not in self._specs:
+            spec = self._spec(row, part, members, types, wanted, shape, single=single, made=made)
+            self._specs[key] = spec
         if spec is None:
             if not all(d.mergeable for d in types):
                 self._refuse(row, part, members, types)

@@ -53,17 +53,19 @@ class Plan:
         """Every tensor of every model: merged, copied, or dropped by which rule."""
         refs = [str(ref) for ref in self.recipe.refs]
         refs += [c.ref for c in self.checkpoints[len(refs) :]]
-        found: list[dict[str, str]] = [{} for _ in refs]
+        merged: list[list[str]] = [[] for _ in refs]
+        copied: list[list[str]] = [[] for _ in refs]
         for op in self.ops:
-            copied = op.spec.grain == "copy"
-            for made in op.inputs:
-                for source in (made,) if type(made) is FileRange else inputs_of(made):
-                    if not isinstance(source, FileRange):
-                        continue
-                    if copied:
-                        found[source.model].setdefault(source.info.name, "copied")
-                    else:
-                        found[source.model][source.info.name] = "merged"
+            names = copied if op.spec.grain == "copy" else merged
+            for source in op.inputs:
+                if type(source) is FileRange:
+                    names[source.model].append(source.info.name)
+                    continue
+                for part in inputs_of(source):
+                    if isinstance(part, FileRange):
+                        names[part.model].append(part.info.name)
+        pairs = zip(copied, merged, strict=True)
+        found = [dict.fromkeys(c, "copied") | dict.fromkeys(m, "merged") for c, m in pairs]
         return Account.of(list(zip(refs, self.checkpoints, strict=True)), found, self.dropped)
 
     def summary(self) -> dict[str, Any]:
@@ -79,9 +81,8 @@ class Plan:
         actions: Counter[str] = Counter(merged=0, converted=0, copied=0, compared=0)
         dtypes: Counter[str] = Counter()
         read = copied = written = elements = 0
-        for (spec, inputs, targets), count in Counter(
-            [(o.spec, len(o.inputs), len(o.targets)) for o in self.ops]
-        ).items():
+        alike = Counter((o.spec, len(o.inputs), len(o.targets)) for o in self.ops)
+        for (spec, inputs, targets), count in alike.items():
             nbytes = spec.out_dtype.nbytes(spec.numel) * targets * count
             if spec.grain == "copy":
                 action = "compared" if inputs > 1 else "copied"
