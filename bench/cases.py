@@ -154,7 +154,7 @@ def replicate(kernels: Any, d: Family) -> Iterator[Case]:
     outs = [d.out, *(np.zeros_like(d.out) for _ in range(EXPERTS - 1))]
     first, *others = (x.ctypes.data for x in outs)
     table = np.array([[first, d.n, 0, d.n, 1, 0, 0, d.base.ctypes.data, *others]], np.int64)
-    segments, numbers = Segments(table, (d.dtype,), d.dtype, outputs=EXPERTS), np.arange(EXPERTS)
+    segments, numbers = Segments(table, (d.dtype,), d.dtype), np.arange(EXPERTS)
     nbytes = (EXPERTS + 1) * d.out.nbytes
     for name, noise in (("replicate", 0.0), ("replicate noise", 1e-3)):
         work = functools.partial(kernels.replicate, segments, np.where(numbers > 0, noise, 0.0)[None], numbers)

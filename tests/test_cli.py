@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -14,6 +15,8 @@ from fastmerge.cli import main
 from fastmerge.commands import bench as benchmark
 from fastmerge.methods import METHODS
 from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +305,7 @@ def test_a_stopped_merge_says_how_to_go_on_and_does(paths, recipe, tmp_path, num
     slow = (
         "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from fastmerge.runtime import placement\n"
-        "from fastmerge.runtime.devices.fake import FakeDevice\n"
+        "from tests.runtime.fake_device import FakeDevice\n"
         "placement.UNIT_ELEMENTS = 1 << 16\n"
         "placement.workers = lambda chosen: 1\n"
         "placement.CpuDevice = lambda: FakeDevice(latency=0.4)\n"
@@ -312,6 +315,7 @@ def test_a_stopped_merge_says_how_to_go_on_and_does(paths, recipe, tmp_path, num
     out = tmp_path / "out"
     child = subprocess.Popen(
         [sys.executable, "-c", slow, "merge", str(recipe), str(out)],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -44,7 +44,11 @@ class Segments:
     dtypes: tuple[DType, ...]
     out_dtype: DType
     nonfinite: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
-    outputs: int = 1
+
+    @property
+    def outputs(self) -> int:
+        """Results per piece."""
+        return int(self.table.shape[1]) - HEADER - len(self.dtypes) + 1
 
     def __len__(self) -> int:
         return len(self.table)

@@ -80,7 +80,7 @@ class OpStore:
             table.append([*segment_row(op, group_of[o], e0, length, outs[0], inputs), *outs[1:]])
         _check(cursor, buffer)
         counters = np.zeros(len(table), np.int64)
-        return Segments(np.array(table, np.int64), spec.dtypes, spec.out_dtype, counters, len(ops[0].targets))
+        return Segments(np.array(table, np.int64), spec.dtypes, spec.out_dtype, counters)
 
     def _inputs(self, ops: Sequence[Op], unit: Unit, buffer: Buffer) -> tuple[int, list[list[int]]]:
         """Addresses of every input of every piece, by input; what files hold is read, and what is made is made."""

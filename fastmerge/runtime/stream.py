@@ -185,7 +185,9 @@ def cut(segments: Segments, pieces: I64) -> Segments:
     out[:, OUT] = 0
     out[:, LENGTH] = pieces[:, 2]
     out[:, E0] = pieces[:, 1]
-    out[:, HEADER:] += shift[:, None] * np.array([d.size for d in segments.dtypes], np.int64)
+    sizes = [d.size for d in segments.dtypes]
+    out[:, HEADER : HEADER + len(sizes)] += shift[:, None] * np.array(sizes, np.int64)
+    out[:, HEADER + len(sizes) :] = 0
     return Segments(out, segments.dtypes, segments.out_dtype, np.zeros(len(out), np.int64))
 
 

@@ -16,9 +16,9 @@ import fastmerge as fm
 from fastmerge.checkpoint import Writer
 from fastmerge.errors import BudgetError
 from fastmerge.runtime import placement
-from fastmerge.runtime.devices.fake import FakeDevice
 from tests import tiny
 from tests.compare import differences
+from tests.runtime.fake_device import FakeDevice
 
 RECIPES = {
     "linear": dict(method="linear", base=None, weight=0.4),

@@ -26,9 +26,9 @@ from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.runtime import placement
 from fastmerge.runtime.devices import CpuDevice
-from fastmerge.runtime.devices.fake import FakeDevice
 from tests import tiny
 from tests.compare import differences
+from tests.runtime.fake_device import FakeDevice
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -144,7 +144,7 @@ def test_each_group_has_its_own_noise(kernels):
     )
     table[:, GROUP] = [2, 0, 2]
     sigma = np.array([SIGMA, [9.0] * 4, SIGMA[::-1]])
-    segments = Segments(table, (BY_CODE[1],), BY_CODE[1], outputs=4)
+    segments = Segments(table, (BY_CODE[1],), BY_CODE[1])
     ReplicateProgram(kernels, sigma, np.array(NUMBERS)).apply(segments)
     for a, to, row in zip(x, outs, [2, 0, 2], strict=True):
         assert differences(to, want(a, 1, 1, sigma=sigma[row].tolist())) == []

@@ -322,7 +322,7 @@ def test_settling_gives_back_pinned_memory_too():
     done = []
     log = lambda what: lambda: done.append(what)  # noqa: E731
     streams = CudaStreams.__new__(CudaStreams)
-    streams._arrive = streams._compute = streams._leave = SimpleNamespace(synchronize=log("wait"))
+    streams._uploads = streams._compute = streams._downloads = SimpleNamespace(synchronize=log("wait"))
     for private in ({"_host_emptyCache": log("host")}, {}):
         done.clear()
         cuda = SimpleNamespace(empty_cache=log("device"))

@@ -25,8 +25,8 @@ from fastmerge.philox import NOISE, normal, tensor_key
 from fastmerge.planning import Plan
 from fastmerge.recipe import Recipe
 from fastmerge.runtime import placement
-from fastmerge.runtime.devices.fake import FakeDevice
 from tests.compare import differences
+from tests.runtime.fake_device import FakeDevice
 
 V, H = 700, 200  # three tiles of elements
 

@@ -19,12 +19,12 @@ from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.runtime import workers as workers_module
 from fastmerge.runtime.devices import CpuDevice
-from fastmerge.runtime.devices.fake import FakeDevice
 from fastmerge.runtime.schedule import schedule
 from fastmerge.runtime.stores import OpStore
 from fastmerge.runtime.workers import Runner
 from tests.compare import differences
 from tests.runtime import ops as toys
+from tests.runtime.fake_device import FakeDevice
 
 
 def view(address, n):

@@ -1,4 +1,4 @@
-"""Where units are computed: a CPU core, a GPU, or a fake one that proves the stream.
+"""Where units are computed: a CPU core, or a GPU.
 
 A core is a device with its own worker thread, which runs single-threaded native kernels with the GIL
 released; on a GPU several workers share the streams, each with a slot of its own. Every device offers the same
@@ -24,7 +24,7 @@ class Device(Protocol):
     """One place where kernels run.
 
     Attributes:
-        name: ``cpu``, ``cuda:0``, ``fake:1``.
+        name: ``cpu``, ``cuda:0``.
     """
 
     @property

@@ -163,7 +163,7 @@ class CudaDevice:
         assert self._buffer is not None
         table = host.table.copy()
         sizes = np.array([d.size for d in host.dtypes], np.int64)
-        there, here = self._range(table[:, HEADER:], table[:, LENGTH : LENGTH + 1] * sizes)
+        there, here = self._range(table[:, HEADER : HEADER + len(sizes)], table[:, LENGTH : LENGTH + 1] * sizes)
         if len(here):
             self._streams.h2d(there, here)
         shift = int(self._slot.data_ptr()) - self._buffer.address
@@ -174,7 +174,8 @@ class CudaDevice:
     def download(self, device: Segments, host: Segments) -> None:
         """Copies all outputs in one range, and the counters of non-finite ones; waits for this unit only."""
         nbytes = host.table[:, LENGTH : LENGTH + 1] * host.out_dtype.size
-        there, here = self._range(host.table[:, OUT : OUT + 1], nbytes)
+        outputs = [OUT, *range(HEADER + len(host.dtypes), host.table.shape[1])]
+        there, here = self._range(host.table[:, outputs], nbytes)
         host.nonfinite[:] = self._streams.d2h(here, there, cast("torch.Tensor", device.nonfinite))
 
     def _range(self, addresses: I64, nbytes: I64) -> tuple[torch.Tensor, torch.Tensor]:

@@ -73,7 +73,7 @@ class CudaStreams:
 
         self._torch = torch
         self._device = torch.device("cuda", index)
-        self._arrive, self._compute, self._leave = (torch.cuda.Stream(self._device) for _ in range(3))
+        self._uploads, self._compute, self._downloads = (torch.cuda.Stream(self._device) for _ in range(3))
 
     def enter(self) -> None:
         """Sets the calling thread's device and stream."""
@@ -90,7 +90,7 @@ class CudaStreams:
         cuda = self._torch.cuda
         cuda.empty_cache()  # one large block does not fit between cached ones
         block = self._torch.empty(nbytes, dtype=self._torch.uint8, device=self._device)
-        for stream in (self._arrive, self._compute, self._leave):
+        for stream in (self._uploads, self._compute, self._downloads):
             stream.wait_stream(cuda.current_stream(self._device))
         return block
 
@@ -122,15 +122,15 @@ class CudaStreams:
         The thread waits in the place of ``compute``: what waits in the shared stream would hold up the kernels of
         other workers, whose data is there already.
         """
-        with self._torch.cuda.stream(self._arrive):
+        with self._torch.cuda.stream(self._uploads):
             _copy(there, here)
             done = self._event()
         done.synchronize()
 
     def d2h(self, here: torch.Tensor, there: torch.Tensor, counters: torch.Tensor) -> npt.NDArray[np.int64]:
         """The same the other way; the counters land in pinned memory of torch's."""
-        self._leave.wait_stream(self._compute)
-        with self._torch.cuda.stream(self._leave):
+        self._downloads.wait_stream(self._compute)
+        with self._torch.cuda.stream(self._downloads):
             _copy(here, there)
             landed = self._torch.empty_like(counters, device="cpu", pin_memory=True)
             landed.copy_(counters, non_blocking=True)
@@ -147,7 +147,7 @@ class CudaStreams:
 
     def synchronize(self) -> None:
         """Waits for the three streams, then empties torch's caches of device memory and of pinned memory."""
-        for stream in (self._arrive, self._compute, self._leave):
+        for stream in (self._uploads, self._compute, self._downloads):
             stream.synchronize()
         self._torch.cuda.empty_cache()
         empty_host = getattr(self._torch._C, "_host_emptyCache", None)  # noqa: SLF001  no public name in torch 2.11

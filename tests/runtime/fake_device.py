@@ -38,7 +38,7 @@ class FakeDevice:
     _memory: list[Any] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
-        self._random = random.Random(self.seed)  # noqa: S311  delays, not secrets
+        self._random = random.Random(self.seed)
 
     def allocate(self, nbytes: int) -> Buffer:
         """A host slot full of a pattern that no test expects."""
@@ -66,8 +66,8 @@ class FakeDevice:
             length = int(row[LENGTH])
             for column, dtype in enumerate(host.dtypes, HEADER):
                 row[column] = self._keep(ctypes.string_at(int(row[column]), length * dtype.size))
-            if row[OUT]:
-                row[OUT] = self._keep(b"\xdd" * (length * host.out_dtype.size))
+            for column in _outputs(host):
+                row[column] = row[column] and self._keep(b"\xdd" * (length * host.out_dtype.size))
         return Segments(table, host.dtypes, host.out_dtype, np.zeros(len(table), np.int64))
 
     def _keep(self, data: bytes) -> int:
@@ -79,7 +79,13 @@ class FakeDevice:
         """Copies the outputs back and forgets the private memory."""
         self._pause()
         for there, here in zip(device.table, host.table, strict=True):
-            if there[OUT]:
-                ctypes.memmove(int(here[OUT]), int(there[OUT]), int(there[LENGTH]) * host.out_dtype.size)
+            for column in _outputs(host):
+                if there[column]:
+                    ctypes.memmove(int(here[column]), int(there[column]), int(there[LENGTH]) * host.out_dtype.size)
         host.nonfinite[:] = device.nonfinite
         self._memory = []
+
+
+def _outputs(segments: Segments) -> list[int]:
+    """Columns of the results' addresses."""
+    return [OUT, *range(HEADER + len(segments.dtypes), segments.table.shape[1])]
