@@ -2,7 +2,7 @@
 // chunks.
 //
 // For each tensor a sample of scattered blocks gives every model a bracket of keys that probably holds its k-th; one
-// count settles whether it does. Tensors of a mixture of experts have some 80,000 elements and there are 18,000 of
+// count tells whether it does. Tensors of a mixture of experts have some 80,000 elements and there are 18,000 of
 // them, so no pass of theirs may cost calls of numpy. What a bracket misses is left to the caller.
 //
 // The rules are those of ops/selection/brackets.py; its constants differ (few blocks of at least 256 elements, six
@@ -47,7 +47,7 @@ int64_t sample_rows(const Segment& s, const Table& t, int64_t blocks, int64_t* r
 
 // The bracket of the k-th largest of n keys, from blocks of a sample in the order in which they were drawn.
 template <class K>
-Bracket<K> bracket_of(const K* drawn, int64_t stride, int64_t blocks, int64_t k, int64_t n, K* sorted) {
+Bracket<K> bracket_of(const K* drawn, int64_t stride, int64_t blocks, int64_t k, int64_t n, int64_t cap, K* sorted) {
   const int64_t m = blocks * kPiece;
   for (int64_t j = 0; j < m; ++j) sorted[j] = drawn[j * stride];
   const double share = static_cast<double>(k) / static_cast<double>(n);
@@ -67,7 +67,9 @@ Bracket<K> bracket_of(const K* drawn, int64_t stride, int64_t blocks, int64_t k,
   const double scatter = squares / static_cast<double>(blocks) - p * p;
   const double spread = alone > 0 && scatter > alone ? std::sqrt(scatter / alone) : 1.0;
   const double rank = share * static_cast<double>(m);
-  const double margin = kSigmas * spread * std::sqrt(rank * (1 - share)) + 2;
+  // Nor wider than what the list has room for: half of 131,073 elements would be.
+  const double most = 0.45 * static_cast<double>(m) * static_cast<double>(cap) / static_cast<double>(n);
+  const double margin = std::min(kSigmas * spread * std::sqrt(rank * (1 - share)) + 2, most);
   const auto top = static_cast<int64_t>(std::floor(rank - margin)),
              bottom = static_cast<int64_t>(std::ceil(rank + margin));
   Bracket<K> b{0, static_cast<K>(~K(0) >> 1)};
@@ -104,9 +106,21 @@ void cut_by_list(const K* keys, const int64_t* where, int64_t used, K at, int64_
   }
 }
 
-// Settles one query from its counts, if they allow; else leaves tied at 0.
+// The k-th of keys that may be put in any order, and which of its ties are kept.
 template <class K>
-void settle(const int64_t* counts, int64_t stride, int64_t tiles, Bracket<K> b, const K* keys, const int64_t* where,
+void partition(K* keys, int64_t n, int64_t k, uint64_t& thr, int64_t* found) {
+  std::nth_element(keys, keys + (n - k), keys + n);
+  const K at = keys[n - k];
+  int64_t larger = 0, tied = 0;
+  for (int64_t j = 0; j < n; ++j) larger += keys[j] > at, tied += keys[j] == at;
+  thr = at;
+  found[0] = k - larger;
+  found[1] = tied;
+}
+
+// Answers one query from its counts, if they allow; else leaves tied at 0.
+template <class K>
+void answer(const int64_t* counts, int64_t stride, int64_t tiles, Bracket<K> b, const K* keys, const int64_t* where,
             int64_t listed, int64_t k, K* sorted, uint64_t& thr, int64_t* found) {
   int64_t sum[4] = {};
   for (int64_t t = 0; t < tiles; ++t)
@@ -120,14 +134,8 @@ void settle(const int64_t* counts, int64_t stride, int64_t tiles, Bracket<K> b, 
   } else if (above + at_hi < k && k <= above + at_hi + inside && inside <= listed) {
     const int64_t rank = k - above - at_hi;
     std::copy_n(keys, inside, sorted);
-    std::nth_element(sorted, sorted + (inside - rank), sorted + inside);
-    const K at = sorted[inside - rank];
-    int64_t larger = 0, tied = 0;
-    for (int64_t j = 0; j < inside; ++j) larger += keys[j] > at, tied += keys[j] == at;
-    thr = at;
-    found[0] = rank - larger;
-    found[1] = tied;
-    if (found[0] < tied) cut_by_list(keys, where, inside, at, found[0], found + 2);
+    partition(sorted, inside, rank, thr, found);
+    if (found[0] < found[1]) cut_by_list(keys, where, inside, static_cast<K>(thr), found[0], found + 2);
   } else if (above + at_hi + inside < k && k <= above + at_hi + inside + at_lo) {
     thr = b.lo;
     found[0] = k - above - at_hi - inside;
@@ -142,6 +150,10 @@ struct Scratch {
   uint64_t *lo, *hi;
   K *drawn, *keys, *sorted;
 };
+
+// Where the blocks of a sample would be half of a tensor, all of it is taken.
+constexpr int64_t kWhole = 64 * 2 * kPiece;
+static_assert(kWhole <= kTile);
 
 int64_t blocks_of(int64_t n) { return std::min<int64_t>(512, std::max<int64_t>(64, n / kShare / kPiece)); }
 
@@ -160,9 +172,9 @@ int64_t carve(void* memory, int64_t n, int64_t inputs, Scratch<K>& s) {
   take(s.used, models);
   take(s.lo, models);
   take(s.hi, models);
-  take(s.drawn, blocks * kPiece * models);
+  take(s.drawn, std::max(blocks * kPiece, std::min(n, kWhole)) * models);
   take(s.keys, models * cap);
-  take(s.sorted, std::max(cap, blocks * kPiece));
+  take(s.sorted, std::max(std::max(cap, blocks * kPiece), std::min(n, kWhole)));
   return static_cast<int64_t>(at - reinterpret_cast<uintptr_t>(memory));
 }
 
@@ -171,28 +183,41 @@ void kth_tensor(const KthArgs& a, const Segment& s) {
   const Table& t = a.table;
   const int64_t models = t.inputs - 1, n = s.length, p = s.group * models, blocks = blocks_of(n), cap = kth_listed(n);
   const int64_t* k = a.ranks + p;
-  if (n < 2 * blocks * kPiece || std::none_of(k, k + models, [n](int64_t r) { return 0 < r && r < n; })) return;
+  if (std::none_of(k, k + models, [n](int64_t r) { return 0 < r && r < n; })) return;
   Scratch<K> w;
   carve(a.scratch, n, t.inputs, w);
-  sample_rows(s, t, blocks, w.rows);
-  const Table pieces{w.rows, blocks, t.inputs, t.codes};
   DeltaArgs deltas = a.deltas;
   deltas.bern += p;
-  kernels().delta_keys(DeltaKeysArgs{pieces, deltas, w.drawn});
-  Bracket<K> never{static_cast<K>(~K(0)), static_cast<K>(~K(0))};
-  for (int64_t i = 0; i < models; ++i) {
-    const bool asked = 0 < k[i] && k[i] < n;
-    const Bracket<K> b = asked ? bracket_of(w.drawn + i, models, blocks, k[i], n, w.sorted) : never;
-    w.lo[i] = b.lo, w.hi[i] = b.hi, w.used[i] = 0;
-  }
   std::copy_n(&s.out, kHeader + t.inputs, w.rows);
   auto& whole = *reinterpret_cast<Segment*>(w.rows);
   whole.group = whole.stats = 0;
   const Table one{w.rows, 1, t.inputs, t.codes};
+  if (n < kWhole) {
+    kernels().delta_keys(DeltaKeysArgs{one, deltas, w.drawn});
+    for (int64_t i = 0; i < models; ++i) {
+      if (k[i] <= 0 || k[i] >= n) continue;
+      for (int64_t j = 0; j < n; ++j) w.sorted[j] = w.drawn[j * models + i];
+      int64_t* found = a.found + 4 * (p + i);
+      partition(w.sorted, n, k[i], a.thr[p + i], found);
+      found[2] = 0, found[3] = found[0];  // all of it is one tile
+    }
+    return;
+  }
+  sample_rows(s, t, blocks, w.rows);
+  const Table pieces{w.rows, blocks, t.inputs, t.codes};
+  kernels().delta_keys(DeltaKeysArgs{pieces, deltas, w.drawn});
+  Bracket<K> never{static_cast<K>(~K(0)), static_cast<K>(~K(0))};
+  for (int64_t i = 0; i < models; ++i) {
+    const bool asked = 0 < k[i] && k[i] < n;
+    const Bracket<K> b = asked ? bracket_of(w.drawn + i, models, blocks, k[i], n, cap, w.sorted) : never;
+    w.lo[i] = b.lo, w.hi[i] = b.hi, w.used[i] = 0;
+  }
+  std::copy_n(&s.out, kHeader + t.inputs, w.rows);
+  whole.group = whole.stats = 0;
   kernels().count(CountArgs{one, deltas, w.lo, w.hi, w.counts, w.keys, w.where, cap, w.used});
   for (int64_t i = 0; i < models; ++i)
     if (0 < k[i] && k[i] < n)
-      settle(w.counts + 4 * i, 4 * models, (n + kTile - 1) / kTile, Bracket<K>{K(w.lo[i]), K(w.hi[i])},
+      answer(w.counts + 4 * i, 4 * models, (n + kTile - 1) / kTile, Bracket<K>{K(w.lo[i]), K(w.hi[i])},
              w.keys + i * cap, w.where + 2 * i * cap, std::min(cap, w.used[i]), k[i], w.sorted, a.thr[p + i],
              a.found + 4 * (p + i));
 }

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastmerge")
 
+MOST_CALLS = 64
+"""Calls of :func:`merge_tensors` whose parameters are kept."""
+
 
 def merge_tensors(
     tensors: Sequence[torch.Tensor],
@@ -85,7 +88,7 @@ def merge_tensors(
     if len(keys) != len(tensors) or len(set(keys)) != len(keys):
         raise RecipeError(f"ids: expected {len(tensors)} different ids, got {keys!r}")
     at = None if base_index is None else _index(base_index, len(keys))
-    call = _Call(get(method), keys, at, parameters, preset, seed)
+    call = _call(method, keys, at, parameters, preset, seed)
     if call.resolver.gradient:
         shown = ", ".join(map(repr, call.resolver.gradients))
         raise RecipeError(f"parameters: {shown}: a gradient needs the layers of a model, and this is one tensor")
@@ -261,6 +264,32 @@ class _Call:
     def op(self, name: str, spec: Spec, tensors: Sequence[torch.Tensor], result: torch.Tensor) -> Op:
         """The op that merges them into ``result``."""
         return self._planner.op(name, spec, [x.data_ptr() for x in tensors], result.data_ptr())
+
+
+_CALLS: dict[str, _Call] = {}
+
+
+def _call(method: str, keys: Sequence[Hashable], base: int | None, given: Any, preset: str | None, seed: int) -> _Call:
+    """A call, resolved and checked once for equal arguments: tools that merge tensor by tensor repeat them."""
+    every = [method, keys, base, given, preset, seed]
+    known = repr(every) if _written(every) else None
+    call = _CALLS.get(known) if known is not None else None
+    if call is None:
+        call = _Call(get(method), keys, base, given, preset, seed)
+        if known is not None:
+            if len(_CALLS) >= MOST_CALLS:
+                _CALLS.clear()
+            _CALLS[known] = call
+    return call
+
+
+def _written(value: Any) -> bool:
+    """Whether equal values, and only those, are written alike."""
+    if type(value) in (list, tuple):
+        return all(map(_written, value))
+    if type(value) is dict:
+        return all(map(_written, value)) and all(map(_written, value.values()))
+    return value is None or type(value) in (float, int, bool, str)
 
 
 def _index(base_index: Any, n: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 
 def rules_of(spec: Spec) -> Consensus:
     """The rules of a spec whose method is a :class:`TaskVectors`, in numbers that the work type holds."""
-    return in_range(cast("TaskVectors", spec.method).rules(spec), double=spec.double)
+    return in_range(_rules(spec), double=spec.double)
+
+
+@functools.lru_cache(256)
+def _rules(spec: Spec) -> Consensus:
+    return cast("TaskVectors", spec.method).rules(spec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +104,7 @@ class TaskVectors(Method):
 
     def grain(self, spec: Spec) -> Grain:
         """Trimming, restoring a sum of magnitudes and majorities look at a tensor, or at the whole model."""
-        rules = self.rules(spec)
+        rules = _rules(spec)
         if not (rules.trim or rules.l1 != "none" or rules.zero == "majority"):
             return "element"
         return "model" if rules.whole_model and (rules.trim or rules.zero == "majority") else "tensor"

@@ -231,7 +231,7 @@ def test_pieces_must_start_where_a_tile_does():
 @pytest.mark.parametrize(("round_code", "drop"), [(-1, False), (3, True), (2, False)])
 def test_kth(codes, round_code, drop):
     rng = np.random.default_rng(5)
-    groups = tensors_of(rng, codes, sizes=[*SIZES, 9_000, 300_000, 81_920, 0])
+    groups = tensors_of(rng, codes, sizes=[*SIZES, 9_000, 300_000, 81_920, 0, 64, 3000, 4095, 4096])
     models = len(codes) - 1
     index, bern = arguments(rng, len(groups), models, drop)
     ranks = np.zeros((len(groups), models), np.int64)
@@ -267,6 +267,7 @@ def test_kth(codes, round_code, drop):
         assert [keep, tied] == expected[:2]
         assert keep == tied or [tile, rank] == expected[2:]
     assert {q for q in want if len(groups[q[0]][0]) >= 70_001} <= settled, "the bracket misses one in 16,000"
+    assert {q for q in want if len(groups[q[0]][0]) < 4096} <= settled, "these are taken whole"
     assert not thr[found[:, :, 1] == 0].any()
     rows[0, 2] = 65_536
     with pytest.raises(ValueError, match="whole tensor"):

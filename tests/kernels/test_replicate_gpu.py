@@ -41,7 +41,7 @@ def batch(code, out_code, device, sigma):
         inputs.append(x)
         outputs += outs
     bad = np.zeros(len(table), np.int64)
-    segments = Segments(np.array(table), (BY_CODE[code],), BY_CODE[out_code], bad, len(NUMBERS))
+    segments = Segments(np.array(table), (BY_CODE[code],), BY_CODE[out_code], bad)
     return segments, outputs, inputs
 
 

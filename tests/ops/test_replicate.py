@@ -59,7 +59,7 @@ def run(kernels, x, code, out_code, *, e0=0, numbers=NUMBERS, sigma=SIGMA, key=K
         for low, high in pieces
     ]
     bad = np.zeros(len(pieces), np.int64)
-    segments = Segments(np.concatenate(table), (BY_CODE[code],), BY_CODE[out_code], bad, len(numbers))
+    segments = Segments(np.concatenate(table), (BY_CODE[code],), BY_CODE[out_code], bad)
     ReplicateProgram(kernels, np.array([sigma]), np.array(numbers)).apply(segments)
     for b, o in zip(buffers, outs, strict=True):
         assert set(b[: 1 + shift]) | {b[-1]} == {113}, "wrote beside an output"
