@@ -235,13 +235,22 @@ def upload(array: Any, device: torch.device) -> torch.Tensor:
 
 
 def fold_here(partials: npt.NDArray[np.float64], first: I64) -> npt.NDArray[np.float64]:
-    """Ordered fp64 sums, from +0, of the row ranges of ``partials [R, C]`` that start at ``first [G + 1]``."""
+    """Ordered fp64 sums, from +0, of the row ranges of ``partials [R, C]`` that start at ``first [G + 1]``.
+
+    Few long ranges are summed one by one, many short ones (rows) all at once.
+    """
     out = np.zeros((len(first) - 1, partials.shape[1]))
     starts, counts = first[:-1], np.diff(first)
-    longest = np.argsort(-counts, kind="stable")
-    left = int((counts > 0).sum())
+    most = int(counts.max(initial=0))
     with np.errstate(all="ignore"):
-        for k in range(int(counts.max(initial=0))):
+        if most > len(counts):
+            for g, (start, end) in enumerate(zip(first[:-1].tolist(), first[1:].tolist(), strict=True)):
+                if end > start:  # numpy adds up in order; + 0.0 makes the +0 of it that +0 + -0 is
+                    out[g] = np.cumsum(partials[start:end], axis=0)[-1] + 0.0
+            return out
+        longest = np.argsort(-counts, kind="stable")
+        left = int((counts > 0).sum())
+        for k in range(most):
             while left and counts[longest[left - 1]] <= k:
                 left -= 1
             some = longest[:left]

@@ -165,6 +165,7 @@ class NumpyKernels:
                     sums.append(tile_sum(apart * apart))
                 partials[p.stats + number] = sums
 
+    @quiet
     def fold(self, partials, first):
         out = np.zeros((len(first) - 1, partials.shape[1]))
         for g in range(len(first) - 1):
