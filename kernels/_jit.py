@@ -26,7 +26,8 @@ HEADER = 7
 """Columns of a segment row before its input addresses: out, length, e0, row, key, group, stats."""
 
 HARDWARE = tl.constexpr(not triton.knobs.runtime.interpret)
-"""Whether casts to 16 bits are the processor's: exact, but every NaN is 0x7fff. The interpreter truncates to bf16."""
+"""Whether casts from fp32 to 16 bits are the processor's: exact, but every NaN is 0x7fff. (From fp64 a NaN would keep
+its sign and payload, so nothing is cast that way: see :func:`round_odd`.) The interpreter truncates to bf16."""
 
 
 @triton.jit
@@ -92,23 +93,28 @@ def round_bf16(x):
 
 @triton.jit
 def round_odd(x):
-    """fp64 -> fp32 rounded to odd, so that a second rounding to 16 bits equals a single one."""
+    """fp64 -> fp32 rounded to odd, so that a second rounding to 16 bits equals a single one; NaNs are canonical."""
     y = x.to(tl.float32)
     back = y.to(tl.float64)
     u = y.to(tl.uint32, bitcast=True)
     above = (tl.abs(back) > tl.abs(x)).to(tl.uint32)
     odd = (u - above) | 1
-    return tl.where((back != x) & (x == x), odd, u).to(tl.float32, bitcast=True)
+    return tl.where(x == x, tl.where(back != x, odd, u), 0x7FC00000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def narrow(x, CODE: tl.constexpr):
-    """The work type rounded once to type ``CODE``: its bits as an unsigned integer; a NaN is any NaN."""
+    """The work type rounded once to type ``CODE``: its bits as an unsigned integer.
+
+    A NaN is any NaN; of 16 bits it has a plus and the quiet bit.
+    """
     if CODE == 0:
         u = x.to(tl.float64).to(tl.uint64, bitcast=True)
     elif CODE == 1:
         u = x.to(tl.float32).to(tl.uint32, bitcast=True)
     elif CODE == 2:
+        if x.dtype == tl.float64:
+            x = round_odd(x)
         u = x.to(tl.float16).to(tl.uint16, bitcast=True)
         if not HARDWARE:
             u = tl.where(x == x, u, 0x7FFF).to(tl.uint16)
@@ -134,12 +140,13 @@ def widen(u, CODE: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def canonical_nan(u, CODE: tl.constexpr):
+def canonical_nan(u, CODE: tl.constexpr, PAIRS: tl.constexpr):
     """Bits of type ``CODE`` with canonical NaNs, and where they are an infinity or a NaN: 1, else 0.
 
-    16-bit types come as pairs in 32 bits, and so do their ones: adding the exponent's last place carries into the
+    PAIRS of a 16-bit type are two in 32 bits, and so are their ones: adding the exponent's last place carries into the
     sign's bit exactly there. An infinity has no bits below the exponent, so clearing those below the quiet bit is
-    harmless to it and leaves of 0x7fff the canonical NaN.
+    harmless to it and leaves of 0x7fff the canonical NaN. What comes alone is compared instead: LLVM would make 16-bit
+    additions of it, and ptxas up to 13.1.80 drops the constant of a packed one of which it needs a half.
     """
     if CODE == 0:
         wrong = (u & 0x7FF0000000000000) == 0x7FF0000000000000
@@ -149,6 +156,11 @@ def canonical_nan(u, CODE: tl.constexpr):
         wrong = (u & 0x7F800000) == 0x7F800000
         u = tl.where((u & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, u)
         bad = wrong.to(tl.int32)
+    elif not PAIRS:
+        infinity: tl.constexpr = 0x7C00 if CODE == 2 else 0x7F80
+        nan: tl.constexpr = 0x7E00 if CODE == 2 else 0x7FC0
+        u = tl.where((u & 0x7FFF) > infinity, nan, u)
+        bad = ((u & infinity) == infinity).to(tl.int32)
     else:
         one: tl.constexpr = 0x04000400 if CODE == 2 else 0x00800080
         low: tl.constexpr = 0x1FF if CODE == 2 else 0x3F
@@ -166,7 +178,7 @@ def store(p, offs, mask, x, bad, CODE: tl.constexpr, UNMASKED: tl.constexpr, BLO
     if CODE >= 2 and UNMASKED:
         NEAR: tl.constexpr = 8
         a, b = tl.split(tl.reshape(u.to(tl.uint32), (BLOCK // 2, 2)))
-        w, wrong = canonical_nan(a | (b << 16), CODE)
+        w, wrong = canonical_nan(a | (b << 16), CODE, True)
         q = tl.multiple_of(p.to(tl.pointer_type(tl.uint32), bitcast=True), 16)
         tl.store(q + tl.arange(0, BLOCK // 2), w, cache_modifier=".cs")
         some = tl.sum(tl.reshape(wrong, (BLOCK // 8, 4)), axis=1)
@@ -174,10 +186,10 @@ def store(p, offs, mask, x, bad, CODE: tl.constexpr, UNMASKED: tl.constexpr, BLO
     else:
         NEAR: tl.constexpr = 2 if CODE == 0 else (4 if CODE == 1 else 8)
         if CODE >= 2:
-            u, wrong = canonical_nan(u.to(tl.uint32), CODE)
+            u, wrong = canonical_nan(u.to(tl.uint32), CODE, False)
             y = u.to(tl.uint16)
         else:
-            u, wrong = canonical_nan(u, CODE)
+            u, wrong = canonical_nan(u, CODE, False)
             y = u
         if CODE == 0:
             y = y.to(tl.float64, bitcast=True)

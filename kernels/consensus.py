@@ -129,6 +129,12 @@ def consensus_kernel(
     if ELECT != 0:
         mass = total
         vote = total
+        # MAX works on bits: a comparison of floats may become min.f32, which puts -0 below +0.
+        BITS: tl.constexpr = tl.int64 if WIDE else tl.int32
+        SIZE: tl.constexpr = 0x7FFFFFFFFFFFFFFF if WIDE else 0x7FFFFFFF
+        INFINITY: tl.constexpr = 0x7FF0000000000000 if WIDE else 0x7F800000
+        most = tl.zeros((BLOCK,), BITS)
+        least = most
         ups = total
         downs = total
         votes = tl.zeros((BLOCK,), tl.int32)
@@ -174,8 +180,10 @@ def consensus_kernel(
             if ELECT == 2:
                 votes += (d > 0).to(tl.int32) - (d < 0).to(tl.int32)
             if MERGE == 2:
-                ups = tl.where(v > ups, v, ups)
-                downs = tl.where(v < downs, v, downs)
+                u = v.to(BITS, bitcast=True)
+                size = u & SIZE
+                most = tl.where((u > most) & (size <= INFINITY), u, most)
+                least = tl.where((u < 0) & (size > (least & SIZE)) & (size <= INFINITY), u, least)
             else:
                 if i == 0:
                     mass = tl.abs(v)
@@ -213,7 +221,8 @@ def consensus_kernel(
             majority = tl.zeros_like(total) + tl.load(scale + p * 3 + 2)
             up = up | (tied & (majority > 0))
         if MERGE == 2:
-            y = b + lam * tl.where(total == total, tl.where(up, ups, downs), total)
+            largest = tl.where(up, most, least).to(W, bitcast=True)
+            y = b + lam * tl.where(total == total, largest, total)
         else:
             h = lam * 0.5
             if MERGE == 0 and TABLE:

@@ -4,6 +4,10 @@ Every launcher is called for real on small tables, with a driver that only names
 what a GPU of that target would be given: same signature, same specialisation, same options. Then, per kernel:
 
 - the PTX holds no fused multiply-add, approximation or flush to zero, nor does the machine code fuse anything;
+- it rounds no fp64 to 16 bits directly, which would keep a NaN's sign and payload;
+- it holds no packed 16-bit addition: ptxas up to 13.1.80 drops the constant of one of which it needs a half;
+- where the order of zeros is promised (MERGE = MAX) nothing became min or max of floats, which put -0 below +0
+  (``mutants.py`` has kernels with these three hazards, which must be seen);
 - no spills: STACK 0, LOCAL 0, no LDL or STL; registers within the cap of the kernel;
 - unmasked variants move 128 bits per access: as many LDG.E.128 as the inputs need, no 16-bit loads, stores likewise;
 - on sm_90, instructions per element at most 3 % above the committed table (``--update`` writes it anew).
@@ -42,6 +46,9 @@ STEPS = 65_536 // 2048
 # per column and thread (80 for four models); fp64 and masked variants are off the main road.
 CAPS = {"combine": 64, "consensus": 128, "delta_keys": 64, "count": 80, "votes": 64, "gram": 128, "l1": 128}
 CAP = 128
+
+MAX = 2
+"""MERGE, where the sign of a zero is that of the first of equals."""
 
 NAMES = {0: "fp64", 1: "fp32", 2: "fp16", 3: "bf16"}
 
@@ -131,13 +138,56 @@ def tool(name: str, *args: str) -> str:
     return subprocess.run([str(path), *args], capture_output=True, text=True, check=True).stdout
 
 
-def inspect(name: str, constants: dict, kernel, arch: int) -> Found:
-    """Measures one compiled kernel and applies the gates that need no table."""
+def disassembled(kernel) -> tuple[str, list[tuple[int, str]]]:
+    """Resources and machine code of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = tool("cuobjdump", "-res-usage", file.name)
-        code = parse(tool("cuobjdump", "-sass", file.name))
+        return tool("cuobjdump", "-res-usage", file.name), parse(tool("cuobjdump", "-sass", file.name))
+
+
+def unseen(arch: int) -> list[str]:
+    """Kernels with a hazard that the gates do not see."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tests.kernels import mutants
+
+    missed = []
+    for name, signature in mutants.SIGNATURES.items():
+        if arch < 90 and name == "halves":
+            continue  # has no packed additions
+        kernel = triton.compile(ASTSource(getattr(mutants, name), signature, {}), target=GPUTarget("cuda", arch, 32))
+        if len(hazards(kernel.asm["ptx"], [t for _, t in disassembled(kernel)[1]], zeros=True)) != 1:
+            missed.append(f"sm_{arch}: {name}")
+    return missed
+
+
+def hazards(ptx: str, text: list[str], *, zeros: bool) -> list[str]:
+    """Code that a processor or an assembler computes otherwise than the definition says.
+
+    Args:
+        ptx: of a kernel.
+        text: its machine code.
+        zeros: whether the order of zeros is promised.
+    """
+    bad = []
+    if re.search(r"\bcvt\.\w+\.(f16|bf16)\.f64\b", ptx):
+        bad.append("PTX rounds fp64 to 16 bits: NaNs keep sign and payload")
+    if re.search(r"\b(add|sub)\.[su]?16x2\b", ptx) or any(re.search(r"\bV?I?ADD\S*\.16x2", t) for t in text):
+        bad.append("a packed 16-bit addition: its constant may be dropped")
+    minmax = re.search(r"\b(min|max)\.(\w+\.)*(f16|bf16|f32|f64)", ptx) or any(
+        re.search(r"\b[FHD]MNMX", t) for t in text
+    )
+    if zeros and minmax:
+        bad.append("min or max of floats: -0 is below +0")
+    return bad
+
+
+def inspect(name: str, constants: dict, kernel, arch: int) -> Found:
+    """Measures one compiled kernel and applies the gates that need no table."""
+    usage, code = disassembled(kernel)
     registers, stack, _, local = map(int, re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)[0])
     text = [t for _, t in code]
     loads = [t for t in text if re.search(r"\bLDG\.", t)]
@@ -148,6 +198,7 @@ def inspect(name: str, constants: dict, kernel, arch: int) -> Found:
     bad += [f"PTX holds {w}" for w in FORBIDDEN if w in kernel.asm["ptx"]]
     if "div." not in kernel.asm["ptx"] and any(re.search(r"\b[FD]FMA\b", t) for t in text):
         bad.append("machine code holds a fused multiply-add that no division asked for")
+    bad += hazards(kernel.asm["ptx"], text, zeros=constants.get("MERGE") == MAX)
     if stack or local or any(re.search(r"\b(LDL|STL)\b", t) for t in text):
         bad.append(f"spills: STACK {stack}, LOCAL {local}")
     family = name.removesuffix("_kernel")
@@ -172,9 +223,9 @@ def launches(only: str):
     from fastmerge.ops.kernels import Brackets, Found
     from tests.kernels.cases import Case
 
-    def run(kernels, name, codes, call, sizes=(65_536,)):
+    def run(kernels, name, codes, call, sizes=(65_536,), out=None):
         if only in name:
-            call(kernels, Case(codes, out=codes[0], sizes=sizes, kinds=["normal"]))
+            call(kernels, Case(codes, out=codes[0] if out is None else out, sizes=sizes, kinds=["normal"]))
 
     def combine(delta, div=1.0):
         return lambda k, c: k.combine(
@@ -257,6 +308,13 @@ def launches(only: str):
         run(kernels, "kth", (0, 3), kth(), (8192,))
         for name, codes, call in tails:
             run(kernels, name, codes, call, odd)
+        for out in (1, 2, 3):  # every conversion, alone and in pairs
+            for codes in ((0, 0), (1, 1), (2, 2), (3, 3), (3, 3, 3)):
+                for sizes in (odd, (65_536,)):
+                    run(kernels, "combine", codes, combine(len(codes) > 2), sizes, out)
+        for codes in ((3, 3, 3), (2, 2, 2), (1, 1, 1), (0, 0, 0)):
+            for sizes in (odd, (65_536,)):
+                run(kernels, "consensus", codes, consensus("all", (1, False, 0, MAX)), sizes)
 
     return everything
 
@@ -330,6 +388,10 @@ def main() -> int:
         for problem in f.problems:
             print(f"        FAIL {problem}")
     bad = sum(bool(f.problems) for f in results)
+    if table.get("triton") == triton.__version__:  # others compile some of them to what is right
+        missed = [text for arch in arches for text in unseen(arch)]
+        bad += len(missed)
+        print(f"mutants that no gate sees: {', '.join(missed) or 'none'}")
     print(f"{len(results)} kernels for {', '.join(f'sm_{a}' for a in arches)}, {bad} bad, {time.time() - start:.0f} s")
     return min(bad, 1)
 

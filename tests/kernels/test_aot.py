@@ -59,6 +59,39 @@ def test_issued_instructions(aot):
     assert aot.issued(code[:1], 2048, 8) == 1 / 8
 
 
+@pytest.mark.parametrize(
+    ("ptx", "sass", "what"),
+    [
+        ("cvt.rn.f16.f64 %h1, %d1;", "", "fp64 to 16 bits"),
+        ("cvt.rn.bf16.f64 %h1, %d1;", "", "fp64 to 16 bits"),
+        ("add.s16x2 %r1, %r2, %r3;", "", "packed 16-bit addition"),
+        ("add.u16x2 %r1, %r2, %r3;", "", "packed 16-bit addition"),
+        ("", "VIADD.16x2 R4, R4, 0x0", "packed 16-bit addition"),
+        ("min.f32 %f1, %f2, %f3;", "", "min or max"),
+        ("max.ftz.f32 %f1, %f2, %f3;", "", "min or max"),
+        ("min.f64 %fd1, %fd2, %fd3;", "", "min or max"),
+        ("", "FMNMX R4, R4, R5, PT", "min or max"),
+    ],
+)
+def test_hazards_are_seen(aot, ptx, sass, what):
+    found = aot.hazards(ptx, [sass] if sass else [], zeros=True)
+    assert len(found) == 1
+    assert what in found[0]
+
+
+def test_what_is_harmless_is_no_hazard(aot):
+    ptx = "cvt.rn.bf16.f32 %h1, %f1; cvt.rn.f32.f64 %f1, %d1; add.s16 %rs1, %rs2, %rs3; min.s32 %r1, %r2, %r3;"
+    assert (
+        aot.hazards(
+            ptx,
+            ["IMNMX R4, R4, R5, PT", "VIMNMX R4, R4, R5, PT", "VIADD R4, R4, 0x80", "IADD3 R4, R4, R5, RZ"],
+            zeros=True,
+        )
+        == []
+    )
+    assert aot.hazards("max.f32 %f1, %f2, %f3;", ["FMNMX R4, R4, R5, PT"], zeros=False) == []
+
+
 def test_names_of_kernels(aot):
     constants = {"M": 3, "CODES": 0x133, "OUT": 3, "DELTA": True, "UNMASKED": True, "ELECT": 0, "BLOCK": 2048}
     assert aot.describe("combine_kernel", constants) == "combine bf16+bf16+fp32 to bf16 delta unmasked"
