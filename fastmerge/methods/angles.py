@@ -25,7 +25,8 @@ def _odd(x: F64, coefficients: tuple[float, ...]) -> F64:
     square = x * x
     total = np.full_like(x, coefficients[-1])
     for c in coefficients[-2::-1]:
-        total = total * square + c
+        total *= square
+        total += c
     return total * x
 
 
@@ -53,7 +54,7 @@ def atan(x: F64) -> F64:
 
 def acos(c: F64) -> F64:
     """Arc cosine; arguments beyond +-1 are clamped, NaN stays NaN."""
-    c = np.clip(c, -1.0, 1.0)
+    c = np.minimum(np.maximum(c, -1.0), 1.0)
     size = np.abs(c)
     angle = 2 * atan(np.sqrt((1 - size) / (1 + size)))
     return np.where(c < 0, math.pi - angle, angle)
@@ -61,7 +62,7 @@ def acos(c: F64) -> F64:
 
 def chord_angle(chord2: F64) -> F64:
     """Angle between unit vectors from the square of their distance: exact where a cosine would cancel."""
-    sine2 = np.clip(chord2, 0.0, 4.0) / 4
+    sine2 = np.minimum(np.maximum(chord2, 0.0), 4.0) / 4
     small = sine2 <= 0.5
     low = np.where(small, sine2, 1 - sine2)
     angle = atan(np.sqrt(low / (1 - low)))

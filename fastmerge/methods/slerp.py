@@ -43,23 +43,25 @@ def coefficients(stats: F64, t: F64, threshold: F64, every: F64) -> F64:
     zero = (norm_a <= EPSILON) | (norm_b <= EPSILON)
     norm_a, norm_b = np.where(norm_a <= EPSILON, 1.0, norm_a), np.where(norm_b <= EPSILON, 1.0, norm_b)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        dot = np.clip(stats[:, 1] / (norm_a * norm_b), -1.0, 1.0)
+        dot = np.minimum(np.maximum(stats[:, 1] / (norm_a * norm_b), -1.0), 1.0)
         apart = norm_a - norm_b
         chord2 = np.maximum(0.0, (stats[:, 3] - apart * apart) / (norm_a * norm_b))
         # Where the vectors are close, their difference knows the angle better than their product does.
         close = (dot > 0.5) & ~zero
         cosine = np.where(close, 1.0 - chord2 / 2, dot)
-        theta = np.where(close, angles.chord_angle(chord2), angles.acos(dot))
+        some = bool(close.any())
+        theta = angles.chord_angle(chord2) if some else angles.acos(dot)
+        if some and not close.all():
+            theta = np.where(close, theta, angles.acos(dot))
         parallel = np.abs(cosine) > threshold
         grouped = ~np.isnan(every)
         for g in set(every[grouped].tolist()):
             rows = every == g
             # Exactly parallel rows have no arc; they are blended linearly in any case.
             parallel[rows] = parallel[rows].all() | (np.abs(cosine[rows]) >= 1.0)
-        sine = angles.sin(theta)
-        blend_a = np.where(parallel, 1 - t, angles.sin((1 - t) * theta) / sine)
-        blend_b = np.where(parallel, t, angles.sin(t * theta) / sine)
-    return np.stack([blend_a, blend_b], axis=1)
+        share = np.stack([1 - t, t])
+        sines = angles.sin(np.concatenate([theta[None], share * theta]))
+        return np.ascontiguousarray(np.where(parallel, share, sines[1:] / sines[0]).T)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,8 +94,10 @@ class ConsensusProgram(Program):
     def _votes(self) -> Votes:
         weight = np.array([r.weight for r in self._rules], np.float64)
         count_weight = np.array([r.count_weight for r in self._rules], np.float64)
-        factors = np.stack([weight * self._factor, count_weight, self._factor], axis=2)
-        return Votes(ELECT[self._words.elect], self._words.split, np.ascontiguousarray(factors))
+        factors = np.empty((*weight.shape, 3))
+        for column, values in enumerate((weight * self._factor, count_weight, self._factor)):
+            factors[:, :, column] = values
+        return Votes(ELECT[self._words.elect], self._words.split, factors)
 
     def _make_tables(self) -> Rules:
         scale = np.array([(r.lam, r.div, m) for r, m in zip(self._rules, self._majority.tolist(), strict=True)])

@@ -94,7 +94,8 @@ class Select:
         self._ranks = ranks
         size = np.full(len(groups), self._numel.sum()) if whole_model else self._numel
         none = (ranks <= 0) & (size > 0)[:, None]
-        thr[none], cut[none] = self._never, (0, 0, -1)
+        if none.any():
+            thr[none], cut[none] = self._never, (0, 0, -1)
         self._open = (ranks > 0) & (ranks < size[:, None])
         self._queries: list[_Query] = []
         self._sampling = False
@@ -110,17 +111,20 @@ class Select:
         small = segments.table[:, LENGTH] <= SMALL
         if self._whole_model or not small.any():
             return
-        segments = Segments(segments.table[small], segments.dtypes, segments.out_dtype)
+        if not small.all():
+            segments = Segments(segments.table[small], segments.dtypes, segments.out_dtype)
         found = np.zeros((*self._open.shape, 4), np.int64)
         thr = np.zeros(self._open.shape, np.uint64)
-        kernels.kth(segments, deltas, np.where(self._open, self._ranks, 0), thr, found)
-        known = found[:, :, 1] > 0
-        self._thr[known] = thr[known]
+        kernels.kth(segments, deltas, self._ranks * self._open, thr, found)
+        keep, tied, tile, rank = (found[:, :, i] for i in range(4))
+        known = tied > 0
+        np.copyto(self._thr, thr, where=known)
         self._open &= ~known
-        keep, tied, tile, rank = np.moveaxis(found, 2, 0)
         some = known & (keep < tied) & (thr > 0)  # zeros add nothing, kept or not
         if self._ties == "index":
-            self._cut[some] = np.stack([tile[some], rank[some], np.full(int(some.sum()), -1)], axis=1)
+            np.copyto(self._cut[:, :, 0], tile, where=some)
+            np.copyto(self._cut[:, :, 1], rank, where=some)
+            np.copyto(self._cut[:, :, 2], -1, where=some)
         elif self._ties == "spread":
             for g, i in np.argwhere(some).tolist():
                 self._cut[g, i] = (0, 0, threshold(keep[g, i] / tied[g, i]))
