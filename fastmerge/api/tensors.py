@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.backends.choose import choose
-from fastmerge.checkpoint import Checkpoint, Files
+from fastmerge.checkpoint import Checkpoint, Files, without_gc
 from fastmerge.dtypes import BY_NAME, DType
 from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.methods import get
@@ -93,6 +93,7 @@ def merge_tensors(
         shown = ", ".join(map(repr, call.resolver.gradients))
         raise RecipeError(f"parameters: {shown}: a gradient needs the layers of a model, and this is one tensor")
     target = out_dtype or dtype
+    _one_device(name or "", call.ids, [tensors[i] for i in call.order])
     group, spec = call.spec(
         name or "", [tensors[i] for i in call.order], _dtype(target) if target is not None else None
     )
@@ -159,6 +160,7 @@ def merge_state_dicts(
     return _merge_states([states[keys[i]] for i in call.order], names, call, target, layers, backend)
 
 
+@without_gc()
 def _merge_states(
     states: Sequence[Mapping[str, Any]],
     names: Sequence[str],
@@ -177,13 +179,13 @@ def _merge_states(
     for name in names:
         group = [s[name] for s in states]
         kept.append(group)
-        owner = owners.setdefault(_identity(name, call.ids, group) or name, name)
+        _one_device(name, call.ids, group)
+        owner = owners.setdefault(_identity(group) or name, name)
         if owner != name:
             merged[name] = merged[owner]
             continue
         first = group[0]
         if not first.is_floating_point():
-            _one_device(name, call.ids, group)
             if not all(torch.equal(first, t) for t in group[1:]):
                 raise ShapeError(f"{name}: {first.dtype} tensors are copied, not merged, and the models differ")
             merged[name] = first.clone()
@@ -250,16 +252,14 @@ class _Call:
     def spec(
         self, name: str, tensors: Sequence[Any], target: DType | None, t: float = 0.0
     ) -> tuple[list[torch.Tensor], Spec]:
-        """The inputs of one tensor, checked and contiguous, and what is computed from them."""
-        _one_device(name, self.ids, tensors)
+        """The inputs of one tensor, on one device, contiguous, and what is computed from them."""
         shape = tuple(tensors[0].shape)
         for key, tensor in zip(self.ids, tensors, strict=True):
             if tuple(tensor.shape) != shape:
                 raise ShapeError(f"{name or 'tensor'}: input {key!r} has shape {tuple(tensor.shape)}, expected {shape}")
         dtypes = tuple([_dtype(x.dtype) for x in tensors])
-        return [x.detach().contiguous() for x in tensors], self._planner.spec(
-            name, shape, dtypes, self._models, target, t=t
-        )
+        spec = self._planner.spec(name, shape, dtypes, self._models, target, t=t)
+        return [x if x.is_contiguous() else x.detach().contiguous() for x in tensors], spec
 
     def op(self, name: str, spec: Spec, tensors: Sequence[torch.Tensor], result: torch.Tensor) -> Op:
         """The op that merges them into ``result``."""
@@ -300,9 +300,8 @@ def _index(base_index: Any, n: int) -> int:
     raise RecipeError(f"base_index: expected a whole number from {-n} to {n - 1}, got {base_index!r}")
 
 
-def _identity(name: str, ids: Sequence[Hashable], tensors: Sequence[torch.Tensor]) -> Hashable:
+def _identity(tensors: Sequence[torch.Tensor]) -> Hashable:
     """Equal for two names that are the same memory, read the same way, in every model; None for no memory."""
-    check_inputs(name, ids, tensors)
     out = tuple([(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors])
     return out if all(x[0] for x in out) else None
 

@@ -249,7 +249,8 @@ class Resolver:
         Raises:
             RecipeError: where a required parameter has no value, or a gradient makes none.
         """
-        key = (self.mask(name), tuple([(i, self.mask(n)) for i, n in inputs]), t if self.gradient else 0.0)
+        masks = tuple([(i, self.mask(n)) for i, n in inputs] if self._bit else [(i, 0) for i, _ in inputs])
+        key = (self.mask(name), masks, t if self.gradient else 0.0)
         found = self._known.get(key)
         if found is None:
             found = self._known[key] = self._make(*key)

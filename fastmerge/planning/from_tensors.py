@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from fastmerge.checkpoint import of_fields
 from fastmerge.dtypes import DType, promote
 from fastmerge.errors import RecipeError
 from fastmerge.methods.base import Method
@@ -79,5 +80,6 @@ class TensorPlanner:
         """The op of one tensor, from its inputs (addresses, or other sources) and the address of its result."""
         key = tensor_key(self._seed, name) if spec.method.random else 0
         pairs = zip(inputs, spec.dtypes, strict=True)
-        sources = tuple([Memory(x, d, spec.shape) if isinstance(x, int) else x for x, d in pairs])
-        return Op(name, spec, key, sources, (Memory(result, spec.out_dtype, spec.shape),))
+        shape = spec.shape
+        sources = tuple([of_fields(Memory, (x, d, shape)) if isinstance(x, int) else x for x, d in pairs])
+        return of_fields(Op, (name, spec, key, sources, (of_fields(Memory, (result, spec.out_dtype, shape)),)))
