@@ -157,24 +157,29 @@ def merge_state_dicts(
         raise RecipeError("a gradient needs layers, and the tensor names show none")
     wanted = out_dtype or dtype
     target = _dtype(wanted) if wanted is not None else None
-    return _merge_states([states[keys[i]] for i in call.order], names, call, target, layers, backend)
+    merged, ops, kept = _ops_of([states[keys[i]] for i in call.order], names, call, target, layers)
+    for pattern in call.resolver.unmatched():
+        log.warning("the filter %r matches no tensor name", pattern)
+    if ops:
+        run(ops, kept[0][0].device, backend)
+    return merged
 
 
 @without_gc()
-def _merge_states(
+def _ops_of(
     states: Sequence[Mapping[str, Any]],
     names: Sequence[str],
     call: _Call,
     target: DType | None,
     layers: Structure | None,
-    backend: str | None,
-) -> dict[str, torch.Tensor]:
-    """All tensors in one schedule; the loop that must stay cheap."""
+) -> tuple[dict[str, torch.Tensor], list[Op], list[list[torch.Tensor]]]:
+    """The results, the ops that fill them, and the tensors that must live until then; the loop that must stay cheap."""
     import torch
 
     merged: dict[str, torch.Tensor] = {}
     owners: dict[Hashable, str] = {}
-    kept = []  # A mapping may make tensors when it is asked: kept, no two of them share an address by chance.
+    # A mapping may make tensors when it is asked: kept, no two of them share an address by chance.
+    kept: list[list[torch.Tensor]] = []
     ops: list[Op] = []
     for name in names:
         group = [s[name] for s in states]
@@ -196,11 +201,7 @@ def _merge_states(
             raise ShapeError(f"{name} is on {tensors[0].device} and the first tensor on {kept[0][0].device}")
         result = merged[name] = _result(spec, tensors[0], None, {})
         ops.append(call.op(name, spec, tensors, result))
-    for pattern in call.resolver.unmatched():
-        log.warning("the filter %r matches no tensor name", pattern)
-    if ops:
-        run(ops, kept[0][0].device, backend)
-    return merged
+    return merged, ops, kept
 
 
 def _common(states: Mapping[Hashable, Mapping[str, Any]], *, strict: bool) -> list[str]:
@@ -266,16 +267,16 @@ class _Call:
         return self._planner.op(name, spec, [x.data_ptr() for x in tensors], result.data_ptr())
 
 
-_CALLS: dict[str, _Call] = {}
+_CALLS: dict[tuple[type[Method], str], _Call] = {}
 
 
 def _call(method: str, keys: Sequence[Hashable], base: int | None, given: Any, preset: str | None, seed: int) -> _Call:
     """A call, resolved and checked once for equal arguments: tools that merge tensor by tensor repeat them."""
-    every = [method, keys, base, given, preset, seed]
-    known = repr(every) if _written(every) else None
+    found, rest = get(method), [keys, base, given, preset, seed]
+    known = (found, repr(rest)) if _written(rest) else None
     call = _CALLS.get(known) if known is not None else None
     if call is None:
-        call = _Call(get(method), keys, base, given, preset, seed)
+        call = _Call(found, keys, base, given, preset, seed)
         if known is not None:
             if len(_CALLS) >= MOST_CALLS:
                 _CALLS.clear()

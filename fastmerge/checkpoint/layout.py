@@ -50,7 +50,8 @@ class Place(NamedTuple):
     nbytes: int
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Shard:
     """One output file.
 
     Attributes:
@@ -61,9 +62,9 @@ class Shard(NamedTuple):
     """
 
     name: str
-    header: bytes
+    header: bytes = field(repr=False)
     size: int
-    tensors: tuple[str, ...]
+    tensors: tuple[str, ...] = field(repr=False)
 
     @property
     def data_start(self) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint import content, discover, formats, hub, index
 from fastmerge.checkpoint.header import MAX_TENSORS, Seen, TensorInfo, listing, read_header
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-class ShardFile(NamedTuple):
+@dataclass(frozen=True)
+class ShardFile:
     """One input file.
 
     Attributes:
@@ -31,7 +32,7 @@ class ShardFile(NamedTuple):
     size: int
     identity: tuple[int, int, int, int]
     header_hash: str
-    metadata: dict[str, str]
+    metadata: dict[str, str] = field(repr=False)
 
 
 @dataclass(frozen=True)

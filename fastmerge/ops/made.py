@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -284,15 +284,8 @@ class Constant:
     dtype: DType
     shape: tuple[int, ...]
 
-    @property
-    def inputs(self) -> tuple[Source, ...]:
-        """None."""
-        return ()
-
-    @property
-    def workspace(self) -> int:
-        """None."""
-        return 0
+    inputs: ClassVar[tuple[Source, ...]] = ()
+    workspace: ClassVar[int] = 0
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """Repeats the value, rounded once."""
@@ -318,15 +311,8 @@ class Noise:
     dtype: DType
     shape: tuple[int, ...]
 
-    @property
-    def inputs(self) -> tuple[Source, ...]:
-        """None."""
-        return ()
-
-    @property
-    def workspace(self) -> int:
-        """What a panel of random bits becomes on its way."""
-        return 64 * PANEL
+    inputs: ClassVar[tuple[Source, ...]] = ()
+    workspace: ClassVar[int] = 64 * PANEL  # what a panel of random bits becomes on its way
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """The numbers of the run, a panel at a time."""

@@ -43,8 +43,8 @@ class Account(NamedTuple):
         out: dict[str, Mapping[str, str]] = {}
         for (ref, model), mine in zip(models, used, strict=True):
             rules = {name: rule for rule, names in dropped.get(ref, {}).items() for name in names}
-            rest = {n: f"dropped: {rules.get(n, NOT_ASKED)}" for n in model.tensors.keys() - mine.keys()}
-            out[ref] = {**mine, **{n: rest[n] for n in model.tensors if n in rest}} if rest else mine
+            rest = {n: f"dropped: {rules.get(n, NOT_ASKED)}" for n in model.tensors if n not in mine}
+            out[ref] = {**mine, **rest}
         return cls(out)
 
     def counts(self) -> dict[str, dict[str, int]]:

@@ -93,7 +93,7 @@ def test_adapters_have_names_too():
 
 
 def test_a_relative_path_is_no_id():
-    found = names(LINEAR % ("models/a", "models/b"), "/work/models/a", "/work/models/b")
+    found = names(LINEAR % ("models/a", "models/b"), "/cwd/models/a", "/cwd/models/b")
     assert found.shown == [("a", False), ("b", False)]
 
 
