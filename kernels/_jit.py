@@ -6,9 +6,8 @@ interpreter's cast truncates), random numbers are integers, and sums have a writ
 libdevice, inline assembly, fused multiply-add or approximate instructions. (Branches on constants need their
 ``else``, and a function one ``return``: the compiler takes what follows a ``return`` for reachable.)
 
-Vocabulary of the kernels: ``table`` int64 ``[S, 7 + M]`` is the segment table, ``items`` int64 ``[T, 5]`` says what
-one program works on (segment, first element relative to the segment, elements, parameter row, output row);
-``CODES`` packs the type codes of the inputs, four bits each, base first (0 fp64, 1 fp32, 2 fp16, 3 bf16);
+Vocabulary of the kernels: ``table`` int64 ``[S, 7 + M]`` is the segment table, ``prefix`` and ``skip`` say what each
+program works on (see :func:`place` and ``_launch.py``); ``CODES`` packs the type codes of the inputs, four bits each, base first (0 fp64, 1 fp32, 2 fp16, 3 bf16);
 ``WIDE`` is true where the arithmetic is fp64; ``UNMASKED`` is true where every address is a multiple of 16 bytes and
 every block is full, so that all accesses are unmasked and 128 bits wide.
 """
@@ -28,6 +27,49 @@ HEADER = 7
 HARDWARE = tl.constexpr(not triton.knobs.runtime.interpret)
 """Whether casts from fp32 to 16 bits are the processor's: exact, but every NaN is 0x7fff. (From fp64 a NaN would keep
 its sign and payload, so nothing is cast that way: see :func:`round_odd`.) The interpreter truncates to bf16."""
+
+
+@triton.jit
+def find(prefix, rows, at):
+    """The last row r with ``prefix[r] <= at``: int64 ``[rows + 1]``, of which the row of ``at`` is not empty."""
+    low = at * 0
+    high = low + rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        here = tl.load(prefix + middle) <= at
+        low = tl.where(here, middle, low)
+        high = tl.where(here, high, middle)
+    return low
+
+
+@triton.jit
+def place(prefix, skip, table, segments, M: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, UNMASKED: tl.constexpr):
+    """What this program works on.
+
+    Returns:
+        Segment (int64), its row of the table, first element relative to the segment (int64), elements, row of the
+        tensor (0 but with ROWS), number of the unit within the tensor or row.
+    """
+    pid = tl.program_id(0)
+    s = find(prefix, segments, pid).to(tl.int64)
+    before = tl.load(prefix + s)
+    unit = pid.to(tl.int64) - before
+    row = table + s * (7 + M)
+    length = tl.load(row + 1)
+    begin = tl.zeros((), tl.int64)
+    r = begin
+    if ROWS:
+        run = tl.maximum(tl.load(row + 3), 1)
+        each = (tl.load(prefix + s + 1) - before) // (length // run)
+        r = unit // each
+        unit = unit - r * each
+        begin = r * run
+        length = begin + run
+    if not UNMASKED:
+        unit += tl.load(skip + s)
+    start = begin + unit * UNIT
+    count = tl.minimum(length - start, UNIT).to(tl.int32)
+    return s, row, start, count, r, unit
 
 
 @triton.jit
@@ -266,6 +308,22 @@ def philox(key, c0, c1, c2, c3):
 
 
 @triton.jit
+def halves(key, e, model_word, op):
+    """The 16 random bits of each element e (int64, one per lane), from a call of its own."""
+    n = e >> 3
+    w0, w1, w2, w3 = philox(key, (n & 0xFFFFFFFF).to(tl.uint32), (n >> 32).to(tl.uint32), model_word, op)
+    word = ((e >> 1) & 3).to(tl.int32)
+    w = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
+    return tl.where((e & 1) == 1, w >> 16, w & 0xFFFF)
+
+
+@triton.jit
+def drawn(key, e, model, bound, OP: tl.constexpr):
+    """:func:`bernoulli` of elements e that are no neighbours; ``key`` and ``bound`` may be one per lane."""
+    return halves(key, e, model.to(tl.uint32), tl.full((), OP, tl.uint32)).to(tl.int32) < bound
+
+
+@triton.jit
 def bernoulli(key, e, model, bound, OP: tl.constexpr, BLOCK: tl.constexpr, UNMASKED: tl.constexpr):
     """Whether the 16 random bits of elements ``e .. e + BLOCK - 1`` are below ``bound`` (int32, 0 .. 65536).
 
@@ -282,12 +340,7 @@ def bernoulli(key, e, model, bound, OP: tl.constexpr, BLOCK: tl.constexpr, UNMAS
         w = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [n, e bit 2, e bit 1]
         u = tl.reshape(tl.join(w & 0xFFFF, w >> 16), (BLOCK,))
     else:
-        each = e + tl.arange(0, BLOCK)
-        n = each >> 3
-        w0, w1, w2, w3 = philox(key, (n & 0xFFFFFFFF).to(tl.uint32), (n >> 32).to(tl.uint32), model_word, op)
-        word = ((each >> 1) & 3).to(tl.int32)
-        w = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
-        u = tl.where((each & 1) == 1, w >> 16, w & 0xFFFF)
+        u = halves(key, e + tl.arange(0, BLOCK), model_word, op)
     return u.to(tl.int32) < bound
 
 

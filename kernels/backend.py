@@ -1,39 +1,26 @@
 """The Triton kernels as one object: segment tables and numpy parameters in, launches out.
 
-The same methods and arguments as the native backend. Tables are rounded to the work type here, once, and put on
-the device; results that are numpy arrays are copied back, all of a call with one wait, and only for what the call
-itself launched. An output that is already a tensor on the device is written in place and nothing waits: that is how
-a stream keeps a GPU busy. Kernels run on the current stream of the calling thread.
+The same methods and arguments as the native backend. Tables are rounded to the work type here, once, and sent to the
+device in one copy per call; results that are numpy arrays are copied back, all of a call with one wait. An output that
+is already a tensor on the device is written in place and nothing waits. Kernels run on the current stream of the
+calling thread. Tensors that are on the device whole take the shorter way of :mod:`fastmerge.kernels.sequence`, which
+asks the host nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from . import combine, consensus, count, delta_keys, gram, kth, l1, votes
-from ._keep import cuts
-from ._launch import (
-    CONFIGS,
-    I64,
-    Keep,
-    bounds,
-    config,
-    element_items,
-    fold_here,
-    interpreted,
-    pack,
-    signed,
-    tile_items,
-    undecided,
-    upload,
-)
+from . import combine, consensus, count, delta_keys, gram, kth, l1, selection, votes
+from ._call import Call, Gpu, Place, interpreted
+from ._keep import Keep, cuts
+from ._launch import I64, bounds
+from ._types import Types
+from .sequence import Sequence
 
 Array = npt.NDArray[Any]
 
@@ -47,10 +34,6 @@ class TritonKernels:
     the call.
     """
 
-    # Triton compiles and loads at the first launch and sets up a loaded kernel in steps that another thread can see;
-    # the interpreter patches the language while a kernel runs. Nobody waits for a device inside.
-    _turn = threading.Lock()
-
     def __init__(self, device: str | torch.device = "cuda") -> None:
         """Chooses the device.
 
@@ -62,235 +45,217 @@ class TritonKernels:
             raise RuntimeError(
                 "Triton kernels run on the CPU only with TRITON_INTERPRET=1, set before the first import"
             )
-        self._own = threading.local()
-
-    # ---- helpers ---------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        """The device's context, and the launches of one call without those of others in between."""
-        if self.device.type == "cpu":
-            with self._turn, np.errstate(all="ignore"):
-                yield
-        else:
-            with self._turn, torch.cuda.device(self.device):
-                yield
-
-    def _put(self, array: Any) -> torch.Tensor:
-        return upload(array, self.device)
-
-    def _work(self, array: Array, wide: bool) -> torch.Tensor:
-        """An fp64 table rounded once to the work type."""
-        with np.errstate(all="ignore"):
-            return self._put(array.astype(np.float64 if wide else np.float32))
-
-    def _room(self, array: Any) -> torch.Tensor:
-        """A tensor on the device like an output that is written whole; its contents are not copied there."""
-        if isinstance(array, torch.Tensor) or self.device.type == "cpu":
-            return self._put(array)
-        return torch.empty_like(torch.from_numpy(signed(array)), device=self.device)
-
-    def _bring(self, *results: tuple[torch.Tensor, Any]) -> None:
-        """Copies (contiguous tensor, caller's array) pairs back: one wait, for what this thread has launched.
-
-        The copies have a stream of their own, so that kernels that others launch meanwhile neither wait for them nor
-        are waited for.
-        """
-        pairs = [(t, a) for t, a in results if not isinstance(a, torch.Tensor) and a.size]
-        if self.device.type == "cpu":
-            for there, array in pairs:
-                if not np.may_share_memory(there.numpy(), array):
-                    np.copyto(array, there.numpy().view(array.dtype))
-            return
-        if not pairs:
-            return
-        with torch.cuda.device(self.device):
-            side = self._side()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                landed = [torch.empty_like(t, device="cpu", pin_memory=True) for t, _ in pairs]
-                for here, (there, _) in zip(landed, pairs, strict=True):
-                    here.copy_(there, non_blocking=True)
-                done = torch.cuda.Event(blocking=True)
-                done.record()
-        done.synchronize()
-        for here, (_, array) in zip(landed, pairs, strict=True):
-            np.copyto(array, here.numpy().view(array.dtype))
-
-    def _side(self) -> torch.cuda.Stream:
-        """This thread's stream for results on the current device."""
-        known: dict[int, torch.cuda.Stream] = self._own.__dict__.setdefault("streams", {})
-        index = torch.cuda.current_device()
-        if index not in known:
-            known[index] = torch.cuda.Stream()
-        return known[index]
-
-    def _keep(self, s: Any, wide: bool, keep: Any) -> tuple[Keep, Callable[..., Any]]:
-        """Tables of the keep pipeline on the device, and how work items split by the tie rule."""
-        round_code, drop, trim, thr, cut = keep.deltas.round_code, keep.deltas.drop, keep.trim, keep.thr, keep.cut
-        codes = pack([d.code for d in s.dtypes])
-        index, bern = self._put(keep.deltas.models), self._put(keep.deltas.bernoulli)
-        table = self._put(s.table)
-        below = self._put(bounds(thr, wide=wide))
-        tie = self._put(cut[:, :, 2].astype(np.int32))
-        spread = bool(trim and (cut[:, :, 2] >= 0).any())
-        found = torch.empty((len(s.table), len(s.dtypes) - 1), dtype=torch.int64, device=self.device)
-        if trim and len(s.table):
-            args = (found, table, bern, index, below, self._put(cut))
-            cuts(*args, inputs=len(s.dtypes), codes=codes, round_code=round_code, drop=drop, wide=wide)
-
-        def split(items: Any) -> list[tuple[bool, bool, I64]]:
-            some = np.zeros(len(items.unmasked), bool)
-            if trim:
-                some = undecided(s.table, items.unmasked, thr, cut, wide=wide)
-            out: list[tuple[bool, bool, I64]] = items.split(some)
-            return out
-
-        flags = (int(round_code), bool(drop), bool(trim), spread)
-        return Keep((index, bern, below, found, tie), flags), split
-
-    @staticmethod
-    def _types(s: Any) -> tuple[list[int], bool, dict[str, Any]]:
-        """Type codes, whether the work is fp64, and the arguments that describe both to a launcher."""
-        codes = [int(d.code) for d in s.dtypes]
-        wide = 0 in codes
-        return codes, wide, {"inputs": len(codes), "codes": pack(codes), "wide": wide}
-
-    def _bad(self, s: Any) -> tuple[torch.Tensor, Any]:
-        """Counters of non-finite outputs on the device, and the caller's; ones to throw away where it has none."""
-        if len(s.nonfinite) == len(s.table):
-            return self._put(s.nonfinite), s.nonfinite
-        return torch.zeros(len(s.table), dtype=torch.int64, device=self.device), np.zeros(0, np.int64)
+        self.gpu = Gpu(self.device)
 
     def supports(self, spec: Any) -> str | None:
         """Why a spec's program would miss a kernel here; None where it has all."""
         lacking = [name for name in spec.method.needs if not hasattr(self, name)]
         return f"the Triton backend has no kernel {lacking[0]!r}" if lacking else None
 
+    @property
+    def launcher(self) -> TritonKernels:
+        """Itself."""
+        return self
+
+    def sequence(self, segments: Any, order: I64 | None = None, *, per_row: bool = False) -> Sequence:
+        """The launches of a batch of whole tensors; the program adds its steps."""
+        return Sequence(self.gpu, segments, order, per_row=per_row)
+
+    @staticmethod
+    def alone(segments: Any) -> npt.NDArray[np.bool_]:
+        """Which tensors one program can select: those are laid out last."""
+        return selection.small(Types(segments.dtypes), segments.table[:, 1])
+
+    # ---- helpers ---------------------------------------------------------------------------------------
+
+    def _out(self, call: Call, array: Any) -> Any:
+        """Room for an output that is written whole; the tensor itself where it is on the device already."""
+        return array if isinstance(array, torch.Tensor) else call.room(array.shape, array.dtype)
+
+    def _bad(self, call: Call, s: Any) -> Any:
+        """Counters of non-finite outputs; ones to throw away where the caller has none."""
+        given = s.nonfinite
+        return given if isinstance(given, torch.Tensor) and len(given) else call.zeros((len(s.table),), np.int64)
+
+    @staticmethod
+    def _finish(call: Call, *results: tuple[Any, Any]) -> None:
+        """Runs a call and brings back what goes to the host."""
+        call.run()
+        call.bring(*((p, a) for p, a in results if isinstance(p, Place)))
+
+    def _counted(self, call: Call, s: Any, bad: Any) -> None:
+        """Runs a call and adds its counters to the caller's."""
+        call.run()
+        if len(s.nonfinite) and isinstance(bad, Place):
+            here = np.zeros(len(s.table), np.int64)
+            call.bring((bad, here))
+            s.nonfinite += here
+
+    def _keep(self, call: Call, s: Any, types: Types, keep: Any, table: Place) -> Keep:
+        """Tables of the keep pipeline, per segment."""
+        d, cut = keep.deltas, keep.cut
+        index, bern = call.put(d.models), call.put(d.bernoulli)
+        size = (len(s.table), len(s.dtypes) - 1)
+        outs = call.room(size, types.key), call.room(size, np.int64), call.room(size, np.int32)
+        if keep.trim and len(s.table):
+            found = np.concatenate([bounds(keep.thr, wide=types.wide)[:, :, None], cut], axis=2)
+            queries = call.put(s.table[:, 5]), call.zeros((len(s.table),), np.int64), call.put(found)
+            about = {"round_code": int(d.round_code), "drop": bool(d.drop)}
+            cuts(call, outs, table, queries, index, bern, **about, **types.about)
+        spread = bool(keep.trim and (cut[:, :, 2] >= 0).any())
+        return Keep((index, bern, *outs), (int(d.round_code), bool(d.drop), bool(keep.trim), spread))
+
     # ---- kernels ---------------------------------------------------------------------------------------
 
-    def combine(self, segments: Any, coef: Any, scale: Any, *, delta: bool, per_row: bool) -> None:
+    def combine(self, segments: Any, coef: Array, scale: Array, *, delta: bool, per_row: bool) -> None:
         """Weighted sums into the output addresses; ``coef [P, M]``, ``scale [P, 2]`` (lambda, divisor)."""
-        s, (codes, wide, about) = segments, self._types(segments)
-        out = int(s.out_dtype.code)
-        items = element_items(s.table, codes, out, block=config("combine")["BLOCK"], per_row=per_row)
-        with self._running():
-            bad, given = self._bad(s)
-            div = bool((scale[:, 1] != 1).any())
-            table, coef, scale = self._put(s.table), self._work(coef, wide), self._work(scale, wide)
-            for unmasked, some in items.variants():
-                combine.combine(
-                    table, some, coef, scale, bad, out=out, delta=bool(delta), div=div, unmasked=unmasked, **about
-                )  # fmt: skip
-        self._bring((bad, given))
+        s, types, call = segments, Types(segments.dtypes), Call(self.gpu)
+        out, bad, table = int(s.out_dtype.code), self._bad(call, s), call.put(s.table)
+        places = call.put(types.work(coef)), call.put(types.work(scale)), bad
+        about = {"out": out, "delta": bool(delta), "div": bool((scale[:, 1] != 1).any()), "per_row": bool(per_row)}
+        for walk in types.blocks(s.table, "combine", out, per_row=per_row):
+            combine.combine(call, table, walk, *places, **about, **types.about)
+        self._counted(call, s, bad)
 
     def gram(self, segments: Any, partials: Any, *, delta: bool, diff: bool, per_row: bool) -> None:
         """Inner products of every tile into ``partials [R, pairs]``, from row ``stats`` of each piece on."""
-        s, (codes, _, about) = segments, self._types(segments)
-        items = tile_items(s.table, codes, block=CONFIGS["gram"]["BLOCK"], per_row=per_row)
-        with self._running():
-            out, table = self._room(partials), self._put(s.table)
-            for unmasked, some in items.variants():
-                gram.gram(out, table, some, delta=bool(delta), diff=bool(diff), unmasked=unmasked, **about)
-        self._bring((out, partials))
+        s, types, call = segments, Types(segments.dtypes), Call(self.gpu)
+        out, table = self._out(call, partials), call.put(s.table)
+        about = {"delta": bool(delta), "diff": bool(diff), "per_row": bool(per_row)}
+        for walk in types.tiles(s.table, "gram", per_row=per_row):
+            gram.gram(call, out, table, walk, **about, **types.about)
+        self._finish(call, (out, partials))
 
     @staticmethod
     def fold(partials: Array, first: I64) -> npt.NDArray[np.float64]:
         """Ordered fp64 sums of the row ranges that start at ``first [G + 1]``: ``[G, C]``.
 
-        On the host: they are few (one row per 65,536 elements), and a round trip to the device would be the second
-        one of the pass.
+        On the host, for a tensor that the device has seen in pieces: they are few (one row per 65,536 elements).
         """
         return fold_here(partials, first)
 
     def delta_keys(self, segments: Any, deltas: Any, out: Any) -> None:
         """Magnitude keys of all elements, ``uint32 [L, N]`` (``uint64`` where the work type is fp64)."""
-        codes, _, about = self._types(segments)
-        table = segments.table.copy()
-        table[:, 6] = np.cumsum(table[:, 1]) - table[:, 1]  # the output row is where the piece's keys start
-        items = element_items(table, codes, -1, block=config("delta_keys")["BLOCK"], lanes=True, rows=True)
-        with self._running():
-            keys = self._room(out)
-            args = (self._put(table), self._put(deltas.models), self._put(deltas.bernoulli))
-            about |= {"round_code": int(deltas.round_code), "drop": bool(deltas.drop)}
-            for unmasked, some in items.variants():
-                delta_keys.delta_keys(keys, args[0], some, *args[1:], unmasked=unmasked, **about)
-        self._bring((keys, out))
+        types, call, table = Types(segments.dtypes), Call(self.gpu), segments.table.copy()
+        table[:, 6] = np.cumsum(table[:, 1]) - table[:, 1]  # where the piece's keys start
+        keys, there = self._out(call, out), call.put(table)
+        tables = call.put(deltas.models), call.put(deltas.bernoulli)
+        about = {"round_code": int(deltas.round_code), "drop": bool(deltas.drop)}
+        for walk in types.blocks(table, "delta_keys", lanes=True):
+            delta_keys.delta_keys(call, keys, there, walk, *tables, **about, **types.about)
+        self._finish(call, (keys, out))
 
     def count(self, segments: Any, deltas: Any, brackets: Any, found: Any) -> None:
         """Keys above, at and inside brackets, per tile; those strictly inside are listed up to the capacity.
 
-        Of the lists, only what is used comes back: a second, short wait, where anything was listed at all.
+        Of the lists, only what is used comes back: a second, short wait, where anything was listed at all. ``where``
+        gets the first element of the tile.
         """
-        codes, wide, about = self._types(segments)
-        items = tile_items(segments.table, codes, block=CONFIGS["count"]["BLOCK"], lanes=True)
-        about |= {"round_code": int(deltas.round_code), "drop": bool(deltas.drop)}
-        bounded = [bounds(a, wide=wide) for a in (brackets.low, brackets.high)]
-        with self._running():
-            outs = [self._room(found.counts), self._room(found.keys), self._room(found.where), self._put(found.used)]
-            ins = [self._put(a) for a in (deltas.models, deltas.bernoulli, *bounded)]
-            table = self._put(segments.table)
-            for unmasked, some in items.variants():
-                count.count(*outs, table, some, *ins, unmasked=unmasked, **about)
-        self._bring((outs[0], found.counts), (outs[3], found.used))
-        if not isinstance(found.used, torch.Tensor):
-            full = np.minimum(found.used, found.keys.shape[1]).tolist()
-            pairs = ((outs[1], found.keys), (outs[2], found.where))
-            self._bring(*((there[i, :n], array[i, :n]) for there, array in pairs for i, n in enumerate(full)))
+        s, types, call = segments, Types(segments.dtypes), Call(self.gpu)
+        models, cap = found.keys.shape
+        table = call.put(s.table)
+        counts = call.zeros(found.counts.shape, np.int64)
+        keys, tiles = call.room(found.keys.shape, types.key), call.room(found.keys.shape, np.int32)
+        used = call.zeros((models,), np.int64)
+        ends = np.stack([bounds(a, wide=types.wide) for a in brackets], axis=2)
+        regions = np.stack([np.arange(models) * cap, np.full(models, cap)], axis=1)
+        queries = call.put(s.table[:, 5]), call.zeros((len(s.table),), np.int64), call.put(ends), call.put(regions)
+        args = call.put(deltas.models), call.put(deltas.bernoulli), queries
+        about = {"round_code": int(deltas.round_code), "drop": bool(deltas.drop)}
+        for walk in types.tiles(s.table, "count", lanes=True):
+            count.count(call, (counts, keys, tiles, used), table, walk, *args, **about, **types.about)
+        call.run()
+        more = np.zeros(models, np.int64)
+        call.bring((counts, found.counts), (used, more))
+        found.used[:] += more
+        self._lists(call, s.table, found, (keys, tiles), more)
+
+    @staticmethod
+    def _lists(call: Call, table: I64, found: Any, places: tuple[Place, Place], used: Array) -> None:
+        """Brings the used part of the lists, and says of each key in which tile it is."""
+        cap = found.keys.shape[1]
+        parts = [(p, i, int(n)) for p in places for i, n in enumerate(np.minimum(used, cap)) if n]
+        arrays = [np.zeros(n, p.dtype) for p, _, n in parts]
+        pairs = [(p._replace(offset=p.offset + i * cap * p.dtype.itemsize, shape=(n,)), a)
+                 for (p, i, n), a in zip(parts, arrays, strict=True)]  # fmt: skip
+        call.bring(*pairs)
+        segment = np.repeat(np.arange(len(table)), -(-table[:, 1] // 65_536))
+        for (p, i, n), a in zip(parts, arrays, strict=True):
+            if p is places[0]:
+                found.keys[i, :n] = a.view(found.keys.dtype)
+                continue
+            row = table[segment[a]]
+            found.where[i, :n, 0] = row[:, 5]
+            found.where[i, :n, 1] = row[:, 2] + (a - row[:, 6]) * 65_536
 
     def kth(self, segments: Any, deltas: Any, ranks: Any, thr: Any, found: Any) -> None:
         """Thresholds of whole tensors that fit the registers of one program; larger ones stay open."""
-        _, wide, about = self._types(segments)
-        table = segments.table
-        small = np.ascontiguousarray(table[table[:, 1] <= kth.MOST >> wide])
+        types, table = Types(segments.dtypes), segments.table
+        small = table[table[:, 1] <= kth.MOST >> types.wide]
         if not len(small) or not ranks[small[:, 5]].any():
             return
-        about |= {"round_code": int(deltas.round_code), "drop": bool(deltas.drop)}
-        with self._running():
-            outs = self._put(thr), self._put(found)
-            tables = [self._put(a) for a in (small, deltas.models, deltas.bernoulli, np.ascontiguousarray(ranks))]
-            kth.kth(*outs, *tables, most=int(small[:, 1].max()), **about)
-        self._bring((outs[0], thr), (outs[1], found))
+        call = Call(self.gpu)
+        out = call.zeros((*thr.shape, 3), np.int64)
+        tables = [call.put(a) for a in (small, deltas.models, deltas.bernoulli, ranks)]
+        about = {"round_code": int(deltas.round_code), "drop": bool(deltas.drop)}
+        kth.kth(call, out, *tables, most=int(small[:, 1].max()), **about, **types.about)
+        here = np.zeros(out.shape, np.int64)
+        self._finish(call, (out, here))
+        known = here[:, :, 2] > 0
+        np.copyto(thr, here[:, :, 0].astype(np.uint64), where=known)
+        np.copyto(found, here[:, :, [1, 2, 2, 1]] * np.array([1, 1, 0, 1]), where=known[:, :, None])
 
     def l1(self, segments: Any, keep: Any, sums: Any) -> None:
         """``sums [R, N, 2]``: |d| and |kept d| of every tile."""
-        codes, wide, about = self._types(segments)
-        items = tile_items(segments.table, codes, block=CONFIGS["l1"]["BLOCK"], lanes=True)
-        with self._running():
-            out = self._room(sums)
-            tables, split = self._keep(segments, wide, keep)
-            for unmasked, cut, some in split(items):
-                l1.l1(out, self._put(segments.table), some, tables, unmasked=unmasked, cut=cut, **about)
-        self._bring((out, sums))
+        s, types, call = segments, Types(segments.dtypes), Call(self.gpu)
+        out, table = self._out(call, sums), call.put(s.table)
+        tables = self._keep(call, s, types, keep, table)
+        for walk in types.tiles(s.table, "l1", lanes=True):
+            l1.l1(call, out, table, walk, tables, **types.about)
+        self._finish(call, (out, sums))
 
     def votes(self, segments: Any, keep: Any, election: Any, counts: Any) -> None:
         """``counts [R, 2]``: positive and negative votes of every tile."""
-        codes, wide, about = self._types(segments)
-        items = tile_items(segments.table, codes, block=CONFIGS["votes"]["BLOCK"], lanes=True)
-        about |= {"elect": int(election.elect), "split": bool(election.split)}
-        with self._running():
-            out = self._room(counts)
-            tables, split = self._keep(segments, wide, keep)
-            f = self._work(election.factors, wide)
-            for unmasked, cut, some in split(items):
-                votes.votes(out, self._put(segments.table), some, tables, f, unmasked=unmasked, cut=cut, **about)
-        self._bring((out, counts))
+        s, types, call = segments, Types(segments.dtypes), Call(self.gpu)
+        out, table = self._out(call, counts), call.put(s.table)
+        tables, f = self._keep(call, s, types, keep, table), call.put(types.work(election.factors))
+        about = {"elect": int(election.elect), "split": bool(election.split)}
+        for walk in types.tiles(s.table, "votes", lanes=True):
+            votes.votes(call, out, table, walk, tables, f, **about, **types.about)
+        self._finish(call, (out, counts))
 
     def consensus(self, segments: Any, keep: Any, rules: Any) -> None:
         """The merge of task vectors: ``factors [P, N, 3]``, ``scale [P, 3]``."""
-        s, (codes, wide, about) = segments, self._types(segments)
-        elect, merge, f, scale = int(rules.votes.elect), int(rules.merge), rules.votes.factors, rules.scale
-        out = int(s.out_dtype.code)
-        items = element_items(s.table, codes, out, block=config("consensus")["BLOCK"], lanes=True)
-        about |= {"out": out, "elect": elect, "split": bool(rules.votes.split), "zero": int(rules.zero), "merge": merge}
-        about["div"] = elect == consensus.NONE and bool((scale[:, 1] != 1).any())
-        with self._running():
-            bad, given = self._bad(s)
-            tables, split = self._keep(s, wide, keep)
-            work = np.float64 if wide else np.float32
-            few = elect != consensus.NONE and merge == consensus.MEAN and f.shape[1] <= consensus.SETS.value
-            share = self._put(consensus.shares(f, scale, work) if few else np.zeros((1, 1), work))
-            table, f, scale = self._put(s.table), self._work(f, wide), self._work(scale, wide)
-            for unmasked, cut, some in split(items):
-                consensus.consensus(table, some, tables, f, scale, share, bad, unmasked=unmasked, cut=cut, **about)
-        self._bring((bad, given))
+        s, types, call = segments, Types(segments.dtypes), Call(self.gpu)
+        out, bad, table = int(s.out_dtype.code), self._bad(call, s), call.put(s.table)
+        tables = self._keep(call, s, types, keep, table)
+        places = call.put(types.work(rules.votes.factors)), call.put(types.work(rules.scale))
+        share = call.put(consensus.shares(rules, types.work))
+        walk = types.blocks(s.table, "consensus", out, lanes=True)
+        about = consensus.flags(rules, out)
+        consensus.consensus(call, table, walk, tables, *places, share, bad, **about, **types.about)
+        self._counted(call, s, bad)
+
+
+def fold_here(partials: npt.NDArray[np.float64], first: I64) -> npt.NDArray[np.float64]:
+    """Ordered fp64 sums, from +0, of the row ranges of ``partials [R, C]`` that start at ``first [G + 1]``.
+
+    Few long ranges are summed one by one, many short ones (rows) all at once.
+    """
+    out = np.zeros((len(first) - 1, partials.shape[1]))
+    starts, counts = first[:-1], np.diff(first)
+    most = int(counts.max(initial=0))
+    with np.errstate(all="ignore"):
+        if most > len(counts):
+            for g, (start, end) in enumerate(zip(first[:-1].tolist(), first[1:].tolist(), strict=True)):
+                if end > start:  # numpy adds up in order; + 0.0 makes the +0 of it that +0 + -0 is
+                    out[g] = np.cumsum(partials[start:end], axis=0)[-1] + 0.0
+            return out
+        longest = np.argsort(-counts, kind="stable")
+        left = int((counts > 0).sum())
+        for k in range(most):
+            while left and counts[longest[left - 1]] <= k:
+                left -= 1
+            some = longest[:left]
+            out[some] += partials[starts[some] + k]
+    return out

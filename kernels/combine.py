@@ -5,49 +5,45 @@ One pass; ``(M + 1) * b`` bytes per element (``b`` bytes per weight, M inputs wi
 Arithmetic: every product, sum and quotient is one IEEE operation in the work type, terms in input order, one
 rounding at the store (design law L1). Coefficients are one row of tables per tensor, or per row of a tensor.
 Tiling: one program per block of 2048 elements, sixteen to a thread, flat: no loop, so the loads of all inputs are in
-flight at once; a program finds its block through the work items, so one launch covers any number of tensors.
+flight at once; a program finds its block in a prefix table, so one launch covers any number of tensors.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from ._jit import at, divide, load, store
-from ._launch import I64, OPTIONS, chunks, config, spread, upload
+from ._call import Call, Place
+from ._jit import at, divide, load, place, store
+from ._launch import Walk, config
 
 
-@triton.jit(do_not_specialize=["log"])
+@triton.jit(do_not_specialize=["segments"])
 def combine_kernel(
     table,
-    items,
+    prefix,
+    skip,
+    segments: tl.int32,
     coef,
     scale,
     nonfinite,
-    log: tl.int32,
     M: tl.constexpr,
     CODES: tl.constexpr,
     OUT: tl.constexpr,
     DELTA: tl.constexpr,
     DIV: tl.constexpr,
     WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
     UNMASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (item, block): items << log programs; coef W ``[P, M]``, scale W ``[P, 2]`` (lam, div)."""
-    pid = tl.program_id(0)
-    item = items + (pid >> log).to(tl.int64) * 5
-    first = (pid & ((1 << log) - 1)) * BLOCK
-    count = tl.load(item + 2).to(tl.int32)
-    if first >= count:
-        return
-    s = tl.load(item)
-    start = tl.load(item + 1) + first
-    p = tl.load(item + 3)
-    row = table + s * (7 + M)
+    """One program per block; coef W ``[P, M]``, scale W ``[P, 2]`` (lam, div)."""
+    s, row, start, count, r, _ = place(prefix, skip, table, segments, M, BLOCK, ROWS, UNMASKED)
+    p = tl.load(row + 5) + r
+    if ROWS:
+        p += tl.load(row + 2) // tl.maximum(tl.load(row + 3), 1)
     offs = tl.arange(0, BLOCK)
-    mask = offs < count - first
+    mask = offs < count
     if DELTA:
         b = load(at(tl.load(row + 7), start, CODES & 15, UNMASKED), 0, offs, mask, WIDE, UNMASKED)
         acc = b
@@ -70,11 +66,12 @@ def combine_kernel(
 
 
 def combine(
-    table: torch.Tensor,
-    items: I64,
-    coef: torch.Tensor,
-    scale: torch.Tensor,
-    nonfinite: torch.Tensor,
+    call: Call,
+    table: Place,
+    walk: Walk,
+    coef: Place,
+    scale: Place,
+    nonfinite: Place,
     *,
     inputs: int,
     codes: int,
@@ -82,27 +79,26 @@ def combine(
     delta: bool,
     div: bool,
     wide: bool,
-    unmasked: bool,
+    per_row: bool,
 ) -> None:
-    """Launches one variant; never waits.
+    """Adds the launch of one variant.
 
     Args:
-        table: int64 ``[S, 7 + M]`` on the device; the results go to its addresses.
-        items: work items (host) of this variant.
-        coef: ``[P, M]`` in the work type, on the device.
+        call: that it belongs to.
+        table: int64 ``[S, 7 + M]``; the results go to its addresses.
+        walk: the programs.
+        coef: ``[P, M]`` in the work type.
         scale: ``[P, 2]`` (lambda, divisor), likewise.
-        nonfinite: int64 ``[S]`` on the device, added to.
+        nonfinite: int64 ``[S]``, added to.
         inputs: M, the base included.
         codes: packed type codes of the inputs.
         out: type code of the results.
         delta: input 0 is a base.
         div: whether any divisor is not 1.
         wide: work in fp64.
-        unmasked: which variant the items are for.
+        per_row: the row of parameters is group + row of the tensor.
     """
     cfg = config("combine")
-    log = spread(items, cfg["BLOCK"])
-    for part in chunks(upload(items, table.device), 1 << log):
-        combine_kernel[(len(part) << log,)](
-            table, part, coef, scale, nonfinite, log, inputs, codes, out, delta, div, wide, unmasked, **cfg, **OPTIONS
-        )
+    args = (table, *walk.places(call), coef, scale, nonfinite)
+    flags = (inputs, codes, out, delta, div, wide, per_row, walk.unmasked, cfg.pop("BLOCK"))
+    call.launch(combine_kernel, (walk.programs,), args, *flags, **cfg)

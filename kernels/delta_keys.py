@@ -7,23 +7,24 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from ._jit import at, load, magnitude
+from ._call import Call, Place
+from ._jit import at, load, magnitude, place
 from ._keep import delta, drop
-from ._launch import I64, OPTIONS, chunks, config, spread, upload
+from ._launch import Walk, config
 
 
-@triton.jit(do_not_specialize=["log"])
+@triton.jit(do_not_specialize=["segments"])
 def delta_keys_kernel(
     out,
     table,
-    items,
+    prefix,
+    skip,
+    segments: tl.int32,
     model_index,
     bern,
-    log: tl.int32,
     M: tl.constexpr,
     CODES: tl.constexpr,
     ROUND: tl.constexpr,
@@ -32,22 +33,15 @@ def delta_keys_kernel(
     UNMASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (item, block): keys of a block into out ``[L, N]``; the item's output row is its first l."""
+    """One program per block: its keys into out ``[L, N]``; the column ``stats`` is the segment's first l."""
     N: tl.constexpr = M - 1
-    pid = tl.program_id(0)
-    item = items + (pid >> log).to(tl.int64) * 5
-    first = (pid & ((1 << log) - 1)) * BLOCK
-    count = tl.load(item + 2).to(tl.int32)
-    if first >= count:
-        return
-    row = table + tl.load(item) * (7 + M)
-    start = tl.load(item + 1) + first
-    p = tl.load(item + 3)
+    _, row, start, count, _, _ = place(prefix, skip, table, segments, M, BLOCK, False, UNMASKED)
+    p = tl.load(row + 5)
     e = tl.load(row + 2) + start
     key = tl.load(row + 4)
-    to = out + (tl.load(item + 4) + first) * N
+    to = out + (tl.load(row + 6) + start) * N
     offs = tl.arange(0, BLOCK)
-    mask = offs < count - first
+    mask = offs < count
     b = load(at(tl.load(row + 7), start, CODES & 15, UNMASKED), 0, offs, mask, WIDE, UNMASKED)
     for i in tl.static_range(N):
         x = at(tl.load(row + 8 + i), start, (CODES >> (4 * i + 4)) & 15, UNMASKED)
@@ -61,25 +55,26 @@ def delta_keys_kernel(
 
 
 def delta_keys(
-    out: torch.Tensor,
-    table: torch.Tensor,
-    items: I64,
-    model_index: torch.Tensor,
-    bern: torch.Tensor,
+    call: Call,
+    out: Place,
+    table: Place,
+    walk: Walk,
+    model_index: Place,
+    bern: Place,
     *,
     inputs: int,
     codes: int,
     round_code: int,
     drop: bool,
     wide: bool,
-    unmasked: bool,
 ) -> None:
-    """Launches one variant; never waits.
+    """Adds the launch of one variant.
 
     Args:
-        out: int32 (int64 where wide) ``[L, N]`` on the device: the bits of the keys.
-        table: int64 ``[S, 7 + M]`` on the device.
-        items: work items (host) of this variant; the output row is where the item starts among all elements.
+        call: that it belongs to.
+        out: int32 (int64 where wide) ``[L, N]``: the bits of the keys.
+        table: int64 ``[S, 7 + M]``; ``stats`` is where the segment starts among all elements.
+        walk: the programs.
         model_index: int32 ``[N]``.
         bern: int32 ``[P, N]``.
         inputs: M = N + 1, the base included.
@@ -87,11 +82,8 @@ def delta_keys(
         round_code: type that deltas are rounded to, -1 for none.
         drop: whether the Bernoulli drop comes first.
         wide: work in fp64.
-        unmasked: which variant the items are for.
     """
     cfg = config("delta_keys")
-    log = spread(items, cfg["BLOCK"])
-    for part in chunks(upload(items, table.device), 1 << log):
-        delta_keys_kernel[(len(part) << log,)](
-            out, table, part, model_index, bern, log, inputs, codes, round_code, drop, wide, unmasked, **cfg, **OPTIONS
-        )
+    flags = (inputs, codes, round_code, drop, wide, walk.unmasked, cfg.pop("BLOCK"))
+    args = (out, table, *walk.places(call), model_index, bern)
+    call.launch(delta_keys_kernel, (walk.programs,), args, *flags, **cfg)

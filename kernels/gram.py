@@ -5,26 +5,28 @@
 tile and column; more than ten columns take several launches over the same, then often cached, bytes.
 
 Written order of sums (design law L2): products in the work type; lane j < 2048 adds elements j, j + 2048, ... of
-its tile of 65,536 from +0; lanes fold by halves; the tile's sum is widened to fp64 and stored; the host adds tiles
-in fp64 in tile order (`fold_here`). Tiling: one program per tile, 8 warps, eight neighbouring lanes to a thread, so
+its tile of 65,536 from +0; lanes fold by halves; the tile's sum is widened to fp64 and stored; tiles are added in
+fp64 in tile order (solve.py). Tiling: one program per tile, 8 warps, eight neighbouring lanes to a thread, so
 every load of 16-bit values is one 128-bit access and each column costs 8 registers.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from ._jit import at, fold, load
-from ._launch import CONFIGS, GRAM_PAIRS, I64, OPTIONS, chunks, registers, upload
+from ._call import Call, Place
+from ._jit import at, fold, load, place
+from ._launch import CONFIGS, GRAM_PAIRS, Walk, registers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def gram_kernel(
     partials,
     table,
-    items,
+    prefix,
+    skip,
+    segments: tl.int32,
     M: tl.constexpr,
     CODES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -33,14 +35,15 @@ def gram_kernel(
     DELTA: tl.constexpr,
     DIFF: tl.constexpr,
     WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
     UNMASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program t: columns FROM .. TO - 1 of tile t into partials f64 ``[R, COLUMNS]``."""
-    item = items + tl.program_id(0).to(tl.int64) * 5
-    row = table + tl.load(item) * (7 + M)
-    start = tl.load(item + 1)
-    count = tl.load(item + 2).to(tl.int32)
+    """One program per tile: columns FROM .. TO - 1 into partials f64 ``[R, COLUMNS]``."""
+    _, row, start, count, r, unit = place(prefix, skip, table, segments, M, 65536, ROWS, UNMASKED)
+    stat = tl.load(row + 6) + unit
+    if ROWS:
+        stat += r * ((tl.load(row + 3) + 65535) // 65536)
     offs = tl.arange(0, BLOCK)
     FIRST: tl.constexpr = 1 if DELTA else 0
     K: tl.constexpr = M - FIRST
@@ -73,41 +76,42 @@ def gram_kernel(
             new = new + (sums[PAIRS - FROM] + e * e,)
         sums = new
         done += BLOCK
-    stat = tl.load(item + 4)  # not held in registers during the loop
     for c in tl.static_range(TO - FROM):
         tl.store(partials + stat * COLUMNS + FROM + c, fold(sums[c], BLOCK).to(tl.float64))
 
 
 def gram(
-    partials: torch.Tensor,
-    table: torch.Tensor,
-    items: I64,
+    call: Call,
+    partials: Place,
+    table: Place,
+    walk: Walk,
     *,
     inputs: int,
     codes: int,
     delta: bool,
     diff: bool,
     wide: bool,
-    unmasked: bool,
+    per_row: bool,
 ) -> None:
-    """Launches one variant for all columns, ten at a time; never waits.
+    """Adds the launches of one variant, for ten columns each.
 
     Args:
-        partials: f64 ``[R, columns]`` on the device; the rows of the items are written.
-        table: int64 ``[S, 7 + M]`` on the device.
-        items: work items (host) of this variant, one per tile.
+        call: that they belong to.
+        partials: f64 ``[R, columns]``; every row is written.
+        table: int64 ``[S, 7 + M]``.
+        walk: the programs, one per tile.
         inputs: M, the base included.
         codes: packed type codes of the inputs.
         delta: input 0 is a base; products are of x_i - b.
         diff: the last column is ``sum (x_0 - x_1)^2`` (of deltas where delta).
         wide: work in fp64.
-        unmasked: which variant the items are for.
+        per_row: tiles restart at each row.
     """
     k = inputs - int(delta)
     columns = k * (k + 1) // 2 + int(diff)
-    more = registers(fast=unmasked and not wide)
-    for part in chunks(upload(items, table.device), 1):
-        for c in range(0, columns, GRAM_PAIRS):
-            span = (c, min(c + GRAM_PAIRS, columns))
-            flags = (inputs, codes, columns, *span, delta, diff, wide, unmasked)
-            gram_kernel[(len(part),)](partials, table, part, *flags, **CONFIGS["gram"], **OPTIONS, **more)
+    more = registers(fast=walk.unmasked and not wide)
+    args = (partials, table, *walk.places(call))
+    for c in range(0, columns, GRAM_PAIRS):
+        span = (c, min(c + GRAM_PAIRS, columns))
+        flags = (inputs, codes, columns, *span, delta, diff, wide, per_row, walk.unmasked, CONFIGS["gram"]["BLOCK"])
+        call.launch(gram_kernel, (walk.programs,), args, *flags, num_warps=CONFIGS["gram"]["num_warps"], **more)

@@ -1,19 +1,18 @@
 """The k-th largest magnitudes of whole small tensors, without a sort and without the host.
 
-``thr[g, i]`` is the key of the k-th largest ``|x_i - b|`` (rounded and dropped as asked) of tensor g, and ``found``
-says how its ties are cut. One pass, ``2 b`` bytes read per element and model. Tiling: one program per tensor and model
+``(key, keep, tied)`` are the key of the k-th largest ``|x_i - b|`` (rounded and dropped as asked) of a tensor, how many
+elements at it belong to the k largest, and how many there are. One pass, ``2 b`` bytes read per element and model. Tiling: one program per tensor and model
 holds all keys of the tensor in registers, and finds the threshold bit by bit: 31 counts of keys (63 in fp64).
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
+from ._call import Call, Place
 from ._jit import at, load, magnitude
 from ._keep import delta, drop
-from ._launch import OPTIONS
 
 LEAST, MOST = 1024, 16_384
 """Elements of the smallest and the largest program, one kernel for each power of two: 32 keys in the registers of each
@@ -22,8 +21,7 @@ of 512 threads. (A whole tile would fill the register file; twice as many spill.
 
 @triton.jit
 def kth_kernel(
-    thr,
-    found,
+    out,
     table,
     model_index,
     bern,
@@ -34,9 +32,10 @@ def kth_kernel(
     DROP: tl.constexpr,
     WIDE: tl.constexpr,
     BITS: tl.constexpr,
+    STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (s, i), one tensor and model: thr int64 ``[P, N]``, found int64 ``[P, N, 4]`` (kept, ties, 0, kept)."""
+    """Program (s, i), one tensor and model: (key, keep, tied) into out int64 ``[P, N, STRIDE]``."""
     N: tl.constexpr = M - 1
     s = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1)
@@ -67,20 +66,19 @@ def kth_kernel(
             bound = tl.where(enough, higher, bound)
         above = tl.sum((keys > bound).to(tl.int32), axis=0).to(tl.int64)
         tied = tl.sum((keys == bound).to(tl.int32), axis=0).to(tl.int64)
-        tl.store(thr + at_model, bound.to(tl.int64))
-        tl.store(found + at_model * 4, k - above)
-        tl.store(found + at_model * 4 + 1, tied)
-        tl.store(found + at_model * 4 + 2, tl.zeros((), tl.int64))
-        tl.store(found + at_model * 4 + 3, k - above)
+        to = out + at_model * STRIDE
+        tl.store(to, bound.to(tl.int64))
+        tl.store(to + 1, k - above)
+        tl.store(to + 2, tied)
 
 
 def kth(
-    thr: torch.Tensor,
-    found: torch.Tensor,
-    table: torch.Tensor,
-    model_index: torch.Tensor,
-    bern: torch.Tensor,
-    ranks: torch.Tensor,
+    call: Call,
+    out: Place,
+    table: Place,
+    model_index: Place,
+    bern: Place,
+    ranks: Place,
     *,
     inputs: int,
     codes: int,
@@ -89,12 +87,12 @@ def kth(
     wide: bool,
     most: int,
 ) -> None:
-    """Launches once; never waits.
+    """Adds the launch.
 
     Args:
-        thr: int64 ``[P, N]`` on the device: keys.
-        found: int64 ``[P, N, 4]``, zeros.
-        table: int64 ``[S, 7 + M]``: whole tensors of at most :data:`MOST` elements.
+        call: that it belongs to.
+        out: int64 ``[P, N, 3]`` or wider, zeros: written where something is asked.
+        table: int64 ``[S, 7 + M]``: whole tensors of at most :data:`MOST` elements (half in fp64).
         model_index: int32 ``[N]``.
         bern: int32 ``[P, N]``.
         ranks: int64 ``[P, N]``; nothing is asked where one is not inside 0 .. length.
@@ -107,5 +105,6 @@ def kth(
     """
     block = max(LEAST, 1 << max(0, most - 1).bit_length())
     warps = max(4, min(16, block // 1024))
-    args = (thr, found, table, model_index, bern, ranks, inputs, codes, round_code, drop, wide, 63 if wide else 31)
-    kth_kernel[(len(table), inputs - 1)](*args, BLOCK=block, num_warps=warps, **OPTIONS)
+    args = (out, table, model_index, bern, ranks)
+    flags = (inputs, codes, round_code, drop, wide, 63 if wide else 31, out.shape[-1], block)
+    call.launch(kth_kernel, (table.shape[0], inputs - 1), args, *flags, num_warps=warps)

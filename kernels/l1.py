@@ -8,20 +8,22 @@ model.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from ._jit import at, fold, load
-from ._keep import delta, keep
-from ._launch import CONFIGS, I64, L1_MODELS, OPTIONS, Keep, chunks, registers, upload
+from ._call import Call, Place
+from ._jit import at, fold, load, place
+from ._keep import Keep, delta, keep
+from ._launch import CONFIGS, L1_MODELS, Walk, registers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def l1_kernel(
     sums,
     table,
-    items,
+    prefix,
+    skip,
+    segments: tl.int32,
     model_index,
     bern,
     thr,
@@ -37,17 +39,13 @@ def l1_kernel(
     TO: tl.constexpr,
     WIDE: tl.constexpr,
     UNMASKED: tl.constexpr,
-    CUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program t: models FROM .. TO - 1 of tile t into sums f64 ``[R, N, 2]``."""
+    """One program per tile: models FROM .. TO - 1 into sums f64 ``[R, N, 2]``."""
     N: tl.constexpr = M - 1
-    item = items + tl.program_id(0).to(tl.int64) * 5
-    s = tl.load(item)
-    row = table + s * (7 + M)
-    start = tl.load(item + 1)
-    count = tl.load(item + 2).to(tl.int32)
-    p = tl.load(item + 3)
+    s, row, start, count, _, unit = place(prefix, skip, table, segments, M, 65536, False, UNMASKED)
+    p = tl.load(row + 5)
+    stat = tl.load(row + 6) + unit
     e = tl.load(row + 2) + start
     key = tl.load(row + 4)
     offs = tl.arange(0, BLOCK)
@@ -70,47 +68,34 @@ def l1_kernel(
             new_before = new_before + (before[i - FROM] + tl.abs(d),)
             d = keep(
                 d, key, e + done, offs, s, p * N + i, i, model_index, bern, thr, cut, tie,
-                N, DROP, TRIM, SPREAD, CUT, BLOCK, UNMASKED
+                N, DROP, TRIM, SPREAD, TRIM, BLOCK, UNMASKED
             )  # fmt: skip
             new_after = new_after + (after[i - FROM] + tl.abs(d),)
         before = new_before
         after = new_after
         done += BLOCK
-    stat = tl.load(item + 4)  # not held in registers during the loop
     for i in tl.static_range(FROM, TO):
         to = sums + (stat * N + i) * 2
         tl.store(to, fold(before[i - FROM], BLOCK).to(tl.float64))
         tl.store(to + 1, fold(after[i - FROM], BLOCK).to(tl.float64))
 
 
-def l1(
-    sums: torch.Tensor,
-    table: torch.Tensor,
-    items: I64,
-    keep: Keep,
-    *,
-    inputs: int,
-    codes: int,
-    wide: bool,
-    unmasked: bool,
-    cut: bool,
-) -> None:
-    """Launches one variant; never waits.
+def l1(call: Call, sums: Place, table: Place, walk: Walk, keep: Keep, *, inputs: int, codes: int, wide: bool) -> None:
+    """Adds the launches of one variant, for four models each.
 
     Args:
-        sums: f64 ``[R, N, 2]`` on the device; the rows of the items are written.
-        table: int64 ``[S, 7 + M]`` on the device.
-        items: work items (host) of this variant, one per tile.
-        keep: tables of the keep pipeline, on the device.
-        inputs: M = N + 1, the base included.
+        call: that they belong to.
+        sums: f64 ``[R, N, 2]``; every row is written.
+        table: int64 ``[S, 7 + M]``.
+        walk: the programs, one per tile.
+        keep: tables of the keep pipeline.
+        inputs: M, the base included.
         codes: packed type codes of the inputs.
         wide: work in fp64.
-        unmasked: which variant the items are for.
-        cut: whether ties may be decided inside them.
     """
-    more = registers(fast=unmasked and not wide)
-    for part in chunks(upload(items, table.device), 1):
-        for i in range(0, inputs - 1, L1_MODELS):
-            models = (i, min(i + L1_MODELS, inputs - 1))
-            flags = (inputs, codes, *keep.flags, *models, wide, unmasked, cut)
-            l1_kernel[(len(part),)](sums, table, part, *keep.tables, *flags, **CONFIGS["l1"], **OPTIONS, **more)
+    more = registers(fast=walk.unmasked and not wide)
+    args = (sums, table, *walk.places(call), *keep.tables)
+    for i in range(0, inputs - 1, L1_MODELS):
+        models = (i, min(i + L1_MODELS, inputs - 1))
+        flags = (inputs, codes, *keep.flags, *models, wide, walk.unmasked, CONFIGS["l1"]["BLOCK"])
+        call.launch(l1_kernel, (walk.programs,), args, *flags, num_warps=CONFIGS["l1"]["num_warps"], **more)

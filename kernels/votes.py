@@ -7,20 +7,22 @@ eight neighbours (at most 256 each per tile).
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from ._jit import at, load
-from ._keep import delta, keep
-from ._launch import CONFIGS, I64, OPTIONS, Keep, chunks, upload
+from ._call import Call, Place
+from ._jit import at, load, place
+from ._keep import Keep, delta, keep
+from ._launch import CONFIGS, Walk
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def votes_kernel(
     counts,
     table,
-    items,
+    prefix,
+    skip,
+    segments: tl.int32,
     model_index,
     bern,
     thr,
@@ -37,17 +39,13 @@ def votes_kernel(
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,
     UNMASKED: tl.constexpr,
-    CUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program t: the votes of tile t into counts int64 ``[R, 2]`` (plus, minus); f W ``[P, N, 3]`` (c, g, a)."""
+    """One program per tile: its votes into counts int64 ``[R, 2]`` (plus, minus); f W ``[P, N, 3]`` (c, g, a)."""
     N: tl.constexpr = M - 1
-    item = items + tl.program_id(0).to(tl.int64) * 5
-    s = tl.load(item)
-    row = table + s * (7 + M)
-    start = tl.load(item + 1)
-    count = tl.load(item + 2).to(tl.int32)
-    p = tl.load(item + 3)
+    s, row, start, count, _, unit = place(prefix, skip, table, segments, M, 65536, False, UNMASKED)
+    p = tl.load(row + 5)
+    stat = tl.load(row + 6) + unit
     e = tl.load(row + 2) + start
     key = tl.load(row + 4)
     offs = tl.arange(0, BLOCK)
@@ -65,7 +63,7 @@ def votes_kernel(
             d = delta(ptrs[i], done, offs, mask, b, ROUND, WIDE, UNMASKED)
             d = keep(
                 d, key, e + done, offs, s, p * N + i, i, model_index, bern, thr, cut, tie,
-                N, DROP, TRIM, SPREAD, CUT, BLOCK, UNMASKED
+                N, DROP, TRIM, SPREAD, TRIM, BLOCK, UNMASKED
             )  # fmt: skip
             if ELECT == 2:
                 vote += (d > 0).to(tl.int32) - (d < 0).to(tl.int32)
@@ -80,42 +78,39 @@ def votes_kernel(
             inc = tl.where(mask, inc, 0)
         pack += tl.sum(tl.reshape(inc, (BLOCK // 8, 8)), axis=1)
         done += BLOCK
-    stat = tl.load(item + 4)  # not held in registers during the loop
     tl.store(counts + stat * 2, tl.sum(pack & 0xFFFF, axis=0).to(tl.int64))
     tl.store(counts + stat * 2 + 1, tl.sum(pack >> 16, axis=0).to(tl.int64))
 
 
 def votes(
-    counts: torch.Tensor,
-    table: torch.Tensor,
-    items: I64,
+    call: Call,
+    counts: Place,
+    table: Place,
+    walk: Walk,
     keep: Keep,
-    f: torch.Tensor,
+    f: Place,
     *,
     inputs: int,
     codes: int,
     elect: int,
     split: bool,
     wide: bool,
-    unmasked: bool,
-    cut: bool,
 ) -> None:
-    """Launches one variant; never waits.
+    """Adds the launch of one variant.
 
     Args:
-        counts: int64 ``[R, 2]`` on the device; the rows of the items are written.
-        table: int64 ``[S, 7 + M]`` on the device.
-        items: work items (host) of this variant, one per tile.
-        keep: tables of the keep pipeline, on the device.
-        f: ``[P, N, 3]`` (c, g, a) in the work type, on the device.
-        inputs: M = N + 1, the base included.
+        call: that it belongs to.
+        counts: int64 ``[R, 2]``; every row is written.
+        table: int64 ``[S, 7 + M]``.
+        walk: the programs, one per tile.
+        keep: tables of the keep pipeline.
+        f: ``[P, N, 3]`` (c, g, a) in the work type.
+        inputs: M, the base included.
         codes: packed type codes of the inputs.
         elect: how the vote is formed (see consensus.py).
         split: by ``sum a_i d_i`` instead of A.
         wide: work in fp64.
-        unmasked: which variant the items are for.
-        cut: whether ties may be decided inside them.
     """
-    for part in chunks(upload(items, table.device), 1):
-        flags = (inputs, codes, *keep.flags, elect, split, wide, unmasked, cut)
-        votes_kernel[(len(part),)](counts, table, part, *keep.tables, f, *flags, **CONFIGS["votes"], **OPTIONS)
+    flags = (inputs, codes, *keep.flags, elect, split, wide, walk.unmasked, CONFIGS["votes"]["BLOCK"])
+    args = (counts, table, *walk.places(call), *keep.tables, f)
+    call.launch(votes_kernel, (walk.programs,), args, *flags, num_warps=CONFIGS["votes"]["num_warps"])

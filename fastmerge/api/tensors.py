@@ -20,8 +20,8 @@ from fastmerge.ops.spec import Op, Spec
 from fastmerge.planning.from_tensors import TensorPlanner
 from fastmerge.planning.structure import structure
 from fastmerge.runtime.budget import UNIT_ELEMENTS, need
-from fastmerge.runtime.devices import CpuDevice, Device, cores
-from fastmerge.runtime.devices.cuda import MEMORY_ELEMENTS, Resident
+from fastmerge.runtime.devices import CpuDevice, cores
+from fastmerge.runtime.resident import resident
 from fastmerge.runtime.schedule import schedule
 from fastmerge.runtime.stores import OpStore
 from fastmerge.runtime.workers import Runner
@@ -58,8 +58,8 @@ def merge_tensors(
 
     Args:
         tensors: inputs of one shape, ``[*S]`` each, on the CPU or on one GPU; they are not changed. On a GPU,
-            kernels run on the current stream and the result may still be under way; no weights are copied to the host,
-            but a method with statistics waits for its sums, or for the few keys that its thresholds depend on.
+            kernels run on the current stream and the result may still be under way: nothing waits, but for methods
+            that can fail on their data (slerp, model_stock, a rescale by sums), which end by asking whether they did.
         method: a name of ``fastmerge methods``.
         parameters: scalars for all inputs, sequences in input order (without the base for parameters of
             non-base models), or mappings keyed by ``ids``; filters as in recipes
@@ -379,8 +379,12 @@ def run(
     """
     chosen = replace(choose(str(home), backend, said=f"tensors on {home}"), home=str(home))
     chosen.check(ops)
-    elements = MEMORY_ELEMENTS if chosen.gpus else elements
-    workers: list[Device] = [Resident(home)] if chosen.gpus else [CpuDevice() for _ in range(cores())]
+    if chosen.gpus:
+        if checkpoints:
+            raise ShapeError(f"tensors on {home} beside a checkpoint on disk: expected tensors on the CPU")
+        resident(ops, chosen.program)
+        return
+    workers = [CpuDevice() for _ in range(cores())]
     if not checkpoints:
         jobs = schedule(ops, elements=elements, whole=chosen.whole)
         Runner(ops, jobs, OpStore(ops), workers, chosen.program).run()

@@ -50,6 +50,10 @@ class NativeKernels:
         """Every kernel is here."""
         return None
 
+    @property
+    def launcher(self) -> None:
+        """None: kernels run at once."""
+
     def combine(self, segments: Segments, coef: F64, scale: F64, *, delta: bool, per_row: bool) -> None:
         """Weighted sums into the output addresses."""
         s = segments

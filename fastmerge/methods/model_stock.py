@@ -119,12 +119,20 @@ class ModelStock(Method):
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """Gram of the offsets, solve, combine."""
-        per_row = [cast("ModelStock", op.spec.method).filter_wise for op in ops]
+        methods = [cast("ModelStock", op.spec.method) for op in ops]
+
+        def steps(sequence: Any, vectors: Any, some: Sequence[Op]) -> tuple[Any, Any]:
+            m, *_ = mine = [cast("ModelStock", op.spec.method) for op in some]
+            numbers = np.array([(m.floor,) for m in mine])
+            angle, clamp = m.cos_agg == "angle", m.clamp_t == "unit"
+            found: tuple[Any, Any] = sequence.model_stock(vectors, numbers, angle=angle, clamp=clamp)
+            return found
 
         def build(some: list[int]) -> Program:
-            return GramProgram(kernels, [ops[i] for i in some], cls.solve, per_row=per_row[some[0]], delta=True)
+            per_row = methods[some[0]].filter_wise
+            return GramProgram(kernels, [ops[i] for i in some], cls.solve, per_row=per_row, delta=True, steps=steps)
 
-        return by_kind(per_row, build)
+        return by_kind([(m.filter_wise, m.cos_agg, m.clamp_t) for m in methods], build)
 
     def grain(self, spec: Spec) -> Grain:
         """One angle per tensor or row."""

@@ -135,14 +135,21 @@ class Slerp(Method):
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """Gram, solve, combine."""
-        per_row = [cast("Slerp", op.spec.method).scope == "row" for op in ops]
+        kinds = [(m.scope, m.all_rows) for m in (cast("Slerp", op.spec.method) for op in ops)]
+        per_row = [scope == "row" for scope, _ in kinds]
+
+        def steps(sequence: Any, vectors: Any, some: Sequence[Op]) -> tuple[Any, Any]:
+            methods = [cast("Slerp", op.spec.method) for op in some]
+            numbers = np.array([(m.t, m.threshold) for m in methods])
+            found: tuple[Any, Any] = sequence.slerp(vectors, numbers, every=methods[0].all_rows)
+            return found
 
         def build(some: list[int]) -> Program:
             return GramProgram(
-                kernels, [ops[i] for i in some], cls.solve, per_row=per_row[some[0]], diff=True, delta=False
+                kernels, [ops[i] for i in some], cls.solve, per_row=per_row[some[0]], diff=True, delta=False, steps=steps
             )
 
-        return by_kind(per_row, build)
+        return by_kind(kinds, build)
 
     def grain(self, spec: Spec) -> Grain:
         """One angle per tensor or row."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from fastmerge.ops.kernels import Kernels
-from fastmerge.ops.program import OnePass
+from fastmerge.ops.program import Bound, Launches, OnePass
 from fastmerge.ops.segments import F64, Segments
 
 USUAL = {False: 40, True: 400}
@@ -78,6 +78,14 @@ class CombineProgram(OnePass):
         self._coef = coef
         self._scale = scale
         self._delta = delta
+
+    def bind(self, segments: Segments) -> Bound | None:
+        """The same, as a launch."""
+        if self._kernels.launcher is None:
+            return None
+        s = self._kernels.launcher.sequence(segments)
+        s.combine(self._coef, self._scale, delta=self._delta, div=bool((self._scale[:, 1] != 1).any()))
+        return Launches(s)
 
     def apply(self, segments: Segments) -> None:
         """One kernel call."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from fastmerge.errors import OutputError
 from fastmerge.ops.kernels import Kernels
-from fastmerge.ops.program import Program
+from fastmerge.ops.program import Bound, Launches, Program
 from fastmerge.ops.segments import F64, GROUP, I64, TILE, Segments
 from fastmerge.ops.spec import Op
 from fastmerge.ops.tiles import Partial, gather, number
 
 Solve = Callable[[Sequence[Op], F64, Sequence[int]], tuple[F64, F64]]
 """From ops, inner products ``[P, C]`` and vectors per op to coefficients ``[P, M]`` and scales ``[P, 2]``."""
+
+Steps = Callable[[Any, Any, Sequence[Op]], tuple[Any, Any]]
+"""The same on a device: from a sequence, its vectors and the ops to tables there."""
 
 
 def check_sums(ops: Sequence[Op], stats: F64, rows: Sequence[int]) -> None:
@@ -29,9 +33,12 @@ def check_sums(ops: Sequence[Op], stats: F64, rows: Sequence[int]) -> None:
         OutputError: with the tensor, and the row where its vectors are rows.
     """
     finite = np.isfinite(stats).all(axis=1)
-    if finite.all():
-        return
-    bad = int(np.argmin(finite))
+    if not finite.all():
+        refuse(ops, int(np.argmin(finite)), rows)
+
+
+def refuse(ops: Sequence[Op], bad: int, rows: Sequence[int]) -> None:
+    """Raises the error of :func:`check_sums` for vector ``bad``."""
     ends = np.cumsum(rows)
     i = int(np.searchsorted(ends, bad, side="right"))
     row = f" (row {bad - int(ends[i]) + rows[i]})" if rows[i] > 1 else ""
@@ -54,6 +61,7 @@ class GramProgram(Program):
         per_row: bool,
         delta: bool,
         diff: bool = False,
+        steps: Steps | None = None,
     ) -> None:
         """Sets up the pass.
 
@@ -64,6 +72,7 @@ class GramProgram(Program):
             per_row: a vector is a row of the last dimension, not the whole tensor.
             delta: work on differences from input 0, in the statistics and in the result.
             diff: also sum the squared difference of the first two vectors.
+            steps: the solve as steps of a sequence on a device; None where a device has no kernel for it.
         """
         self._kernels = kernels
         self._ops = ops
@@ -71,6 +80,7 @@ class GramProgram(Program):
         self._per_row = per_row
         self._delta = delta
         self._diff = diff
+        self._steps = steps
         numel = np.array([op.spec.numel for op in ops], np.int64)
         if per_row:
             row = np.array([max(op.spec.row, 1) for op in ops], np.int64)
@@ -88,6 +98,16 @@ class GramProgram(Program):
     def ready(self) -> bool:
         """True once the coefficients are known."""
         return self._tables is not None
+
+    def bind(self, segments: Segments) -> Bound | None:
+        """Sums, solve and the weighted sum, one behind the other."""
+        if self._steps is None or self._kernels.launcher is None:
+            return None
+        s = self._kernels.launcher.sequence(segments, per_row=self._per_row)
+        vectors = s.gram(delta=self._delta, diff=self._diff)
+        coef, scale = self._steps(s, vectors, self._ops)
+        s.combine(coef, scale, delta=self._delta, div=self._delta, vectors=vectors)
+        return Launches(s, lambda bad: refuse(self._ops, bad, self._vectors.tolist()))
 
     def pieces(self) -> I64 | None:
         """Everything."""

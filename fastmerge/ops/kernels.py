@@ -110,8 +110,41 @@ class Found(NamedTuple):
     used: I64
 
 
+class Sequence(Protocol):
+    """A batch of whole tensors in device memory, as one fixed sequence of launches; see ``kernels/sequence.py``.
+
+    Programs add its steps; what a step finds stays on the device for the next.
+    """
+
+    def run(self) -> None:
+        """Launches everything, and waits for nothing; may be called again."""
+
+    def wrong(self) -> int | None:
+        """The first vector whose sums are not finite; waits for the launches where the method has such sums."""
+
+
+class Launcher(Protocol):
+    """What a backend offers whose kernels are launched, and run while the host goes on."""
+
+    def sequence(self, segments: Segments, order: I64 | None = None, *, per_row: bool = False) -> Any:
+        """An empty :class:`Sequence` of whole tensors.
+
+        Args:
+            segments: whole tensors, each of its own group, in order.
+            order: in which they are laid out.
+            per_row: whether sums and coefficients belong to rows.
+        """
+
+    def alone(self, segments: Segments) -> npt.NDArray[np.bool_]:
+        """Which tensors a sequence selects in one launch; they are laid out last."""
+
+
 class Kernels(Protocol):
     """The kernels of a backend. Every call is one batch: a table of segments of equal types."""
+
+    @property
+    def launcher(self) -> Launcher | None:
+        """Of sequences; None where kernels run at once."""
 
     def supports(self, spec: Spec) -> str | None:
         """Why there is no kernel for a spec, so that its definition runs; None where there is one."""

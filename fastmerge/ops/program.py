@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastmerge.ops.segments import I64, Segments
+
+if TYPE_CHECKING:
+    from fastmerge.ops.kernels import Sequence as Steps
+
+
+class Bound(Protocol):
+    """A program with its tensors: run as often as wanted."""
+
+    def run(self) -> None:
+        """Starts all of its work, and waits for none."""
+
+    def check(self) -> None:
+        """Waits where the method can fail on its data, and then raises its error.
+
+        Raises:
+            OutputError: with the tensor.
+        """
 
 
 class Program(Protocol):
@@ -24,6 +41,14 @@ class Program(Protocol):
     @property
     def ready(self) -> bool:
         """True once :meth:`apply` may be called; False while a statistics pass is due."""
+
+    def bind(self, segments: Segments) -> Bound | None:  # noqa: ARG002  for programs that can
+        """All passes over tensors in device memory at once; None where the backend, or the method, works pass by pass.
+
+        Args:
+            segments: every group once, whole, in order.
+        """
+        return None
 
     def resident(self, segments: Segments) -> None:
         """Takes tensors that the segments hold whole, before the first pass, to spare passes; nothing by default."""
@@ -45,6 +70,25 @@ class Program(Protocol):
 
     def apply(self, segments: Segments) -> None:
         """Computes the output of the pieces into their output addresses."""
+
+
+class Launches:
+    """A sequence of launches as a :class:`Bound`."""
+
+    def __init__(self, sequence: Steps, check: Callable[[int], None] | None = None) -> None:
+        """Takes the sequence, and what raises the error of the vector whose sums are not finite."""
+        self._sequence = sequence
+        self._check = check
+
+    def run(self) -> None:
+        """Launches everything."""
+        self._sequence.run()
+
+    def check(self) -> None:
+        """Waits and raises where a sum was not finite."""
+        wrong = self._sequence.wrong()
+        if wrong is not None and self._check is not None:
+            self._check(wrong)
 
 
 class OnePass(Program):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge.ops.program import Program
+from fastmerge.ops.program import Bound, Program
 from fastmerge.ops.segments import GROUP, I64, Segments
 
 
@@ -24,6 +24,28 @@ def by_kind(kinds: Sequence[Hashable], build: Callable[[list[int]], Program]) ->
     if len(members) == 1:
         return build(list(range(len(kinds))))
     return SplitProgram([(np.array(m, np.int64), build(m)) for m in members.values()], len(kinds))
+
+
+class _Bounds:
+    """Several, one behind the other."""
+
+    def __init__(self, parts: Sequence[Bound], rows: Sequence[tuple[I64, Segments]], whole: Segments) -> None:
+        self._parts = parts
+        self._rows = rows
+        self._whole = whole
+
+    def run(self) -> None:
+        """Starts each."""
+        for part in self._parts:
+            part.run()
+        if len(self._whole.nonfinite):
+            for rows, some in self._rows:
+                self._whole.nonfinite[rows] = some.nonfinite
+
+    def check(self) -> None:
+        """Of each."""
+        for part in self._parts:
+            part.check()
 
 
 class SplitProgram(Program):
@@ -54,6 +76,19 @@ class SplitProgram(Program):
             moved[:, 0] = members[moved[:, 0]]
             wanted.append(moved)
         return np.concatenate(wanted)
+
+    def bind(self, segments: Segments) -> Bound | None:
+        """Each part with its own tensors; None where one cannot."""
+        parts = self._cut(segments)
+        made = []
+        for n, rows, some in parts:
+            if len(segments.nonfinite):  # these may be on a device, and then so are the part's own
+                some.nonfinite = segments.nonfinite[rows]
+            bound = self._parts[n][1].bind(some)
+            if bound is None:
+                return None
+            made.append(bound)
+        return _Bounds(made, [(rows, some) for _, rows, some in parts], segments)
 
     def _cut(self, segments: Segments) -> list[tuple[int, I64, Segments]]:
         owner = self._part[segments.table[:, GROUP]]

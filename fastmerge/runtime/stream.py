@@ -192,7 +192,12 @@ def cut(segments: Segments, pieces: I64) -> Segments:
 
 
 def compute(program: Program, segments: Segments) -> None:
-    """All passes over tensors that are in memory whole."""
+    """All passes over tensors that are in memory whole, on a device without the host in between."""
+    bound = program.bind(segments)
+    if bound is not None:
+        bound.run()
+        bound.check()
+        return
     if not program.ready:
         program.resident(segments)
     while not program.ready:

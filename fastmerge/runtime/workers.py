@@ -167,7 +167,10 @@ class Runner:
         segments = device.upload(host)
         if task.phase == "statistics":
             return program.statistics(segments)
-        compute(program, segments)
+        if task.phase == "apply":
+            program.apply(segments)
+        else:
+            compute(program, segments)
         device.download(segments, host)
         return None
 

@@ -126,7 +126,7 @@ def describe(name: str, constants: dict) -> str:
     words += [f"{rule.lower()}={constants[rule]}" for rule in rules if constants.get(rule, -1) > 0]
     if "FROM" in constants:
         words.append(f"{constants['FROM']}..{constants['TO']}")
-    flags = ("DELTA", "DIFF", "DIV", "DROP", "TRIM", "SPREAD", "SPLIT", "CUT", "UNMASKED")
+    flags = ("DELTA", "DIFF", "DIV", "DROP", "TRIM", "SPREAD", "SPLIT", "ROWS", "UNMASKED")
     return " ".join(words + [f.lower() for f in flags if constants.get(f)])
 
 
@@ -325,6 +325,7 @@ def check(arch: int, only: str) -> list[Found]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from fastmerge.kernels._call import Gpu
     from fastmerge.kernels.backend import TritonKernels
 
     driver.set_active(Driver(arch))
@@ -341,9 +342,16 @@ def check(arch: int, only: str) -> list[Found]:
             found[one.key] = one
         return kernel
 
+    class Compiler(Gpu):
+        """Compiles what is launched and goes no further."""
+
+        def bind(self, launch, pointers):
+            return lambda: self.compiled(launch)
+
     JITFunction.run = run
     kernels = object.__new__(TritonKernels)  # the constructor rightly refuses a CPU
     kernels.device = torch.device("cpu")
+    kernels.gpu = Compiler(kernels.device)
     launches(only)(kernels)
     return list(found.values())
 

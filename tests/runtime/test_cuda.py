@@ -41,7 +41,7 @@ class Native:
 
     def __getattr__(self, name):
         call = getattr(self._kernels, name)
-        if name == "supports":
+        if name in ("supports", "launcher"):
             return call
 
         def run(segments, *args, **kwargs):

@@ -10,7 +10,7 @@ import numpy as np
 from fastmerge.errors import RecipeError
 from fastmerge.ops.consensus.rules import Consensus, kept, l1_factor
 from fastmerge.ops.kernels import ELECT, MERGE, ZERO, Deltas, Keep, Kernels, Rules, Votes
-from fastmerge.ops.program import Program
+from fastmerge.ops.program import Bound, Launches, Program
 from fastmerge.ops.segments import F64, I64, TILE, Segments
 from fastmerge.ops.selection.select import ALL_TILES, Select
 from fastmerge.ops.spec import Op
@@ -111,6 +111,37 @@ class ConsensusProgram(Program):
     def pieces(self) -> I64 | None:
         """Selection may ask for samples and for some tensors only; the other passes read everything."""
         return self._select.pieces() if self._select is not None and self._due[0] == "select" else None
+
+    def bind(self, segments: Segments) -> Bound | None:
+        """Every pass, one behind the other; what they find stays on the device."""
+        words, order, launcher = self._words, None, self._kernels.launcher
+        if launcher is None:
+            return None
+        if words.trim and words.whole_model:  # ties count by name
+            order = np.array(sorted(range(len(self._ops)), key=lambda g: self._ops[g].name.encode()))
+        elif words.trim:
+            order = np.argsort(launcher.alone(segments), kind="stable")
+        s = launcher.sequence(segments, order)
+        made = self._make_tables()
+        deltas = s.deltas(self._deltas(segments))
+        keep = whole = s.untrimmed(deltas)
+        factors, scale = s.tables(made)
+        sums = None
+        if words.trim:
+            keep = s.select(deltas, self._ranks(), ties=words.ties, together=words.whole_model)
+        if words.l1 != "none":
+            weights = np.array([r.weight for r in self._rules], np.float64)
+            sums = s.rescale(keep if words.l1 == "trim" else whole, factors, weights)
+        if words.elect != "none" and words.zero == "majority":
+            s.majority(keep, factors, scale, made, together=words.whole_model)
+        s.consensus(keep, factors, scale, made)
+
+        def check(bad: int) -> None:
+            at, i = divmod(bad, len(words.weight))
+            before, after = s.row(sums, at)[2 * i : 2 * i + 2]
+            l1_factor(before, after, self._ops[at if order is None else int(order[at])].name)
+
+        return Launches(s, check)
 
     def resident(self, segments: Segments) -> None:
         """Thresholds of small tensors in one call."""

@@ -36,9 +36,6 @@ LEAST_WORKERS = 3
 UNIT_ELEMENTS = 1 << 25
 """Elements per unit on a GPU: 64 MiB per bf16 model; by estimate 1.3 ms of PCIe 5, against 1 ms of Python."""
 
-MEMORY_ELEMENTS = 1 << 28
-"""Elements per call where tensors are on the GPU already: kernels of milliseconds, tables of about 1 GB."""
-
 SLOT_SHARE = 3
 """Slots take a third of the free memory, by default. What kernels need beside a slot stays below twice its bytes: at
 worst 4 bytes (8 in fp64) per element and model for the keys of small tensors that are ranked whole, next to the 2 (8)
@@ -186,35 +183,6 @@ class CudaDevice:
         end = int((addresses + nbytes)[some].max(initial=0)) - self._buffer.address
         place = slice(start, end) if some.any() else slice(0)
         return self._slot[place], self._host[place]
-
-
-class Resident:
-    """Tensors that are on a GPU already: one worker, on the stream that the caller was using."""
-
-    def __init__(self, device: torch.device) -> None:
-        """Takes the device whose current stream of this thread is used."""
-        import torch
-
-        self._torch = torch
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self.name = str(device)
-
-    def allocate(self, nbytes: int) -> Buffer:
-        """No slot; makes the caller's stream the worker's own."""
-        if self._stream is not None:
-            self._torch.cuda.set_stream(self._stream)
-        return Buffer.allocate(nbytes)
-
-    def run(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-        """Once: the memory is the caller's."""
-        return work(*args, **named)
-
-    def upload(self, host: Segments) -> Segments:
-        """Nothing to move, and nobody asks for non-finite outputs."""
-        return Segments(host.table, host.dtypes, host.out_dtype)
-
-    def download(self, device: Segments, host: Segments) -> None:
-        """Nothing to move, nothing to wait for."""
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -1,0 +1,273 @@
+"""One call on the device, prepared once: one upload, one allocation, a list of launches.
+
+What kernels read and write beside the weights has a :class:`Place`: tables that the host fills, counters that start at
+zero, and room for what kernels make. :meth:`Call.run` sends the first two in one copy from page-locked memory and
+launches; it decides nothing and waits for nothing, so the same call can run again, or be captured as a CUDA graph.
+
+A launch goes through the compiled kernel itself: Triton's ordinary way binds and hashes all arguments each time, which
+costs the host tens of microseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+
+Array = npt.NDArray[Any]
+
+ALIGN = 64
+"""Bytes at a multiple of which every array starts; Triton asks for 16 to move 128 bits at a time."""
+
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
+"""Options of every launch: no multiply-add is ever contracted (design law L1)."""
+
+TORCH = {
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.uint64): torch.int64,
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.uint32): torch.int32,
+    np.dtype(np.float64): torch.float64,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.uint8): torch.uint8,
+}
+"""Types of places: unsigned keys travel as signed ones of the same bits."""
+
+POISON = 0xA5
+"""What the interpreter fills scratch with, so that tests see what is read before it is written."""
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, on CPU addresses (TRITON_INTERPRET=1 at import)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+class Place(NamedTuple):
+    """An array of a call on the device.
+
+    Attributes:
+        sent: whether the host fills it (or it starts at zero); else it is scratch.
+        offset: bytes from the start of its part.
+        dtype: of its elements.
+        shape: of the array.
+    """
+
+    sent: bool
+    offset: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the array."""
+        n = self.dtype.itemsize
+        for s in self.shape:
+            n *= s
+        return n
+
+
+class Launch(NamedTuple):
+    """One kernel launch.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        grid: programs, one to three dimensions.
+        args: runtime arguments in order: places, tensors of the device, numbers.
+        constants: ``tl.constexpr`` arguments in order.
+        options: of the compiler.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class Gpu:
+    """What a call asks of a device; tests count what goes through it."""
+
+    # Triton compiles and loads at the first launch and sets up a loaded kernel in steps that another thread can see;
+    # the interpreter patches the language while a kernel runs. Nobody waits for a device inside.
+    _turn = threading.Lock()
+    _compiled: dict[tuple[Any, ...], Any] = {}  # noqa: RUF012  of all devices, once per process
+
+    def __init__(self, device: torch.device) -> None:
+        """Takes the device; ``cuda`` without a number is the current one of the thread that calls."""
+        self.device = device
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """The device's context, and the launches of one call without those of others in between."""
+        if self.device.type == "cpu":
+            with self._turn, np.errstate(all="ignore"):
+                yield
+        else:
+            with self._turn, torch.cuda.device(self.device):
+                yield
+
+    def host(self, nbytes: int) -> torch.Tensor:
+        """Page-locked memory of the host, uint8: a copy from other memory waits for the stream."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Memory of the device, uint8."""
+        room = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        if self.device.type == "cpu":
+            room.fill_(POISON)
+        return room
+
+    def send(self, there: torch.Tensor, here: torch.Tensor) -> None:
+        """Copies to the device, in the order of the current stream, without waiting."""
+        there.copy_(here, non_blocking=True)
+
+    def bring(self, there: torch.Tensor) -> torch.Tensor:
+        """A copy in the host's memory, once all that this thread has launched is done."""
+        here = torch.empty_like(there, device="cpu", pin_memory=self.device.type == "cuda")
+        here.copy_(there, non_blocking=True)
+        if self.device.type == "cuda":
+            done = torch.cuda.Event(blocking=True)
+            done.record()
+            done.synchronize()
+        return here
+
+    def bind(self, launch: Launch, pointers: tuple[Any, ...]) -> Callable[[], None]:
+        """A launch whose arguments are addresses (tensors in the interpreter), ready to go."""
+        kernel, grid = launch.kernel, (*launch.grid, 1, 1)[:3]
+        if interpreted():
+            args = (*pointers, *launch.constants)
+            return lambda: kernel[launch.grid](*args, **launch.options)
+        compiled = self.compiled(launch)
+        args = (*(p.data_ptr() if isinstance(p, torch.Tensor) else p for p in pointers), *launch.constants)
+        run = compiled[grid]
+        return lambda: run(*args)
+
+    def compiled(self, launch: Launch) -> Any:
+        """The kernel of a launch, compiled once for its types, constants and options.
+
+        Numbers are not specialised on (``do_not_specialize``), and every address is a multiple of 16.
+        """
+        kinds = tuple([a if type(a) is int else _kind(a) for a in launch.args])
+        shape = tuple([int if type(a) is int else a for a in kinds])
+        index = torch.cuda.current_device() if self.device.type == "cuda" else -1
+        key = (launch.kernel.fn, shape, launch.constants, tuple(launch.options.items()), index)
+        found = self._compiled.get(key)
+        if found is None:
+            found = launch.kernel.warmup(*kinds, *launch.constants, grid=(1,), **launch.options)
+            self._compiled[key] = found
+        return found
+
+
+def _kind(arg: Any) -> Any:
+    """The type of what an argument points to."""
+    return arg.dtype if isinstance(arg, torch.Tensor) else TORCH[arg.dtype]
+
+
+class Call:
+    """Tables, room and launches of one call."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        """An empty call."""
+        self._gpu = gpu
+        self._given: list[tuple[int, Array]] = []
+        self._sent = self._room = 0
+        self._launches: list[Launch] = []
+        self._bound: list[Callable[[], None]] | None = None
+        self._here: torch.Tensor | None = None
+        self._there: torch.Tensor | None = None
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of device memory that the call takes."""
+        return self._sent + self._room
+
+    @property
+    def launches(self) -> int:
+        """How many there are."""
+        return len(self._launches)
+
+    # ---- preparing -----------------------------------------------------------------------------------------
+
+    def put(self, array: Any) -> Place:
+        """A table of the host; copied now, sent with the rest."""
+        a = np.ascontiguousarray(array)
+        place = self.zeros(a.shape, a.dtype)
+        self._given.append((place.offset, a.copy() if a is array else a))
+        return place
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Place:
+        """An array that starts at zero each time that the call runs."""
+        place = Place(True, self._sent, np.dtype(dtype), shape)
+        self._sent += -(-max(1, place.nbytes) // ALIGN) * ALIGN
+        return place
+
+    def room(self, shape: tuple[int, ...], dtype: Any) -> Place:
+        """An array that kernels write before they read it."""
+        place = Place(False, self._room, np.dtype(dtype), shape)
+        self._room += -(-max(1, place.nbytes) // ALIGN) * ALIGN
+        return place
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], *constants: Any, **options: Any) -> None:
+        """Adds a launch; one without programs is left out."""
+        if all(grid):
+            self._launches.append(Launch(kernel, grid, args, constants, {**OPTIONS, **options}))
+
+    # ---- running -------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Sends the tables and launches; the first time it also allocates, and compiles what is new."""
+        with self._gpu.turn():
+            if self._bound is None:
+                self._bind()
+            if self._sent and self._bound:
+                assert self._there is not None
+                assert self._here is not None
+                self._gpu.send(self._there[: self._sent], self._here)
+            for launch in self._bound or ():
+                launch()
+
+    def _bind(self) -> None:
+        self._here = self._gpu.host(self._sent)
+        view = self._here.numpy()
+        view[:] = 0
+        for offset, a in self._given:
+            view[offset : offset + a.nbytes] = a.reshape(-1).view(np.uint8)
+        self._given.clear()
+        self._there = self._gpu.allocate(self.scratch)
+        self._bound = [self._gpu.bind(x, tuple([self._pointer(a) for a in x.args])) for x in self._launches]
+
+    def _pointer(self, arg: Any) -> Any:
+        if not isinstance(arg, Place):
+            return arg
+        if interpreted():
+            return self.tensor(arg)
+        assert self._there is not None
+        return self._there.data_ptr() + arg.offset + (0 if arg.sent else self._sent)
+
+    def tensor(self, place: Place) -> torch.Tensor:
+        """The array on the device, once the call has run."""
+        assert self._there is not None
+        start = place.offset + (0 if place.sent else self._sent)
+        raw = self._there[start : start + max(place.nbytes, place.dtype.itemsize)]
+        flat = raw.view(TORCH[place.dtype])
+        return flat[: place.nbytes // place.dtype.itemsize].reshape(place.shape)
+
+    def bring(self, *pairs: tuple[Place, Array]) -> None:
+        """Copies results into arrays of the host: one wait for all of them, for what this thread has launched."""
+        wanted = [(self.tensor(place), array) for place, array in pairs if array.size]
+        if not wanted:
+            return
+        with self._gpu.turn():
+            parts = [t.reshape(-1).view(torch.uint8) for t, _ in wanted]
+            flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+        here = self._gpu.bring(flat).numpy()
+        at = 0
+        for _, array in wanted:
+            np.copyto(array, here[at : at + array.nbytes].view(array.dtype).reshape(array.shape))
+            at += array.nbytes

@@ -1,0 +1,55 @@
+"""What all kernels of a call are told of its types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ._launch import CONFIGS, I64, Walk, config, pack, walks
+from .count import STEP
+
+
+class Types:
+    """Types of a batch.
+
+    Attributes:
+        codes: type code of each input.
+        wide: whether the work is fp64.
+        about: the arguments that say so to a launcher.
+    """
+
+    def __init__(self, dtypes: Any) -> None:
+        """Takes the inputs' types, base first."""
+        self.codes = [int(d.code) for d in dtypes]
+        self.wide = 0 in self.codes
+        self.about: dict[str, Any] = {"inputs": len(self.codes), "codes": pack(self.codes), "wide": self.wide}
+
+    @property
+    def float(self) -> Any:
+        """The work type."""
+        return np.float64 if self.wide else np.float32
+
+    @property
+    def key(self) -> Any:
+        """The type of keys."""
+        return np.int64 if self.wide else np.int32
+
+    def work(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """An fp64 table rounded once to the work type."""
+        with np.errstate(all="ignore"):
+            return array.astype(self.float)
+
+    def tiles(self, table: I64, name: str, *, per_row: bool = False, lanes: bool = False) -> Iterator[Walk]:
+        """The launches of a kernel of sums."""
+        block = CONFIGS[name]["BLOCK"] * (STEP if name == "count" else 1)
+        return walks(table, self.codes, unit=65_536, block=block, per_row=per_row, lanes=lanes)
+
+    def blocks(
+        self, table: I64, name: str, out: int = -1, *, per_row: bool = False, lanes: bool = False
+    ) -> Iterator[Walk]:
+        """The launches of an elementwise kernel."""
+        block = config(name)["BLOCK"]
+        return walks(table, self.codes, out, unit=block, block=block, per_row=per_row, lanes=lanes)
