@@ -267,7 +267,6 @@ ReplicateArgs replicate_args(const py::array& table, const py::array& ins, int o
   a.table = check_table(table, ins, needs, outputs);
   a.out_code = out_code;
   check(a);
-  a.safe = safe_input(out_code, most_sigma(a));
   return a;
 }
 
@@ -281,20 +280,21 @@ void replicate(const py::array& table, const py::array& ins, int out_code, const
 }
 
 #if defined(FASTMERGE_HAS_CUDA)
-// `there`: address of table, first, sigma, numbers and lines on the device, one after the other.
+// `there`: address of table, first, sigma, numbers, lines and a zero on the device, one after the other.
 int cuda_launch(int device, int64_t stream, const py::array& table, const py::array& ins, int out_code,
-                const py::array& sigma, const py::array& numbers, const py::array& first, int64_t blocks, int64_t there,
+                const py::array& sigma, const py::array& numbers, const py::array& first, int64_t there,
                 int64_t nonfinite) {
   ReplicateArgs a = replicate_args(table, ins, out_code, sigma, numbers);
-  ReplicateWalk walk = {data<int64_t>(first, "first", {a.table.segments + 1}), 0, blocks};
+  ReplicateWalk walk = {data<int64_t>(first, "first", {a.table.segments + 1}), 0, tile_of(out_code), kGroup, nullptr};
   walk.tiles = check(a.table, walk);
   if (device < 0 || there == 0) fail("device or there: not a device's address");
-  const bool random = most_sigma(a) > 0;
+  const bool random = any_noise(a);
   a.table.data = reinterpret_cast<const int64_t*>(there);
   walk.first = a.table.data + table.size();
   a.sigma = reinterpret_cast<const double*>(walk.first + first.size());
   a.numbers = reinterpret_cast<const int64_t*>(a.sigma + sigma.size());
   a.lines = reinterpret_cast<const NormalLine*>(a.numbers + numbers.size());
+  walk.drawn = reinterpret_cast<int32_t*>(const_cast<NormalLine*>(a.lines + kNormalLines));
   a.nonfinite = reinterpret_cast<int64_t*>(nonfinite);
   py::gil_scoped_release release;
   return walk.tiles ? cuda_replicate(device, stream, a, walk, random) : 0;
@@ -375,7 +375,7 @@ PYBIND11_MODULE(_native, m) {
         arg("nonfinite"));
 #if defined(FASTMERGE_HAS_CUDA)
   m.def("cuda_replicate", cuda_launch, arg("device"), arg("stream"), arg("table"), arg("ins"), arg("out_code"),
-        arg("sigma"), arg("numbers"), arg("first"), arg("blocks"), arg("there"), arg("nonfinite"));
+        arg("sigma"), arg("numbers"), arg("first"), arg("there"), arg("nonfinite"));
   m.def("cuda_error", cuda_error, arg("status"));
 #endif
   m.def("philox_u16", philox_lanes, arg("key"), arg("model"), arg("op"), arg("e0"), arg("n"));

@@ -125,8 +125,7 @@ inline void check(const ReplicateArgs& a) {
 }
 
 // The tiles of a walk, which must be those of the table.
-inline int64_t check(const Table& t, const ReplicateWalk& walk) {
-  if (walk.tile < 1) fail("blocks: expected at least 1, got " + std::to_string(walk.tile));
+inline int32_t check(const Table& t, const ReplicateWalk& walk) {
   int64_t tiles = 0;
   for (int64_t i = 0; i <= t.segments; ++i) {
     if (walk.first[i] != tiles) fail("first: expected " + std::to_string(tiles) + " at " + std::to_string(i));
@@ -134,16 +133,17 @@ inline int64_t check(const Table& t, const ReplicateWalk& walk) {
     const int64_t blocks = ((t[i].e0 + t[i].length - 1) >> 3) - (t[i].e0 >> 3) + 1;
     tiles += (blocks + walk.tile - 1) / walk.tile;
   }
-  return tiles;
+  if (tiles > kMostItems / t.outputs) fail("first: more than 2^30 items");
+  return static_cast<int32_t>(tiles);
 }
 
-// The largest sigma of a call; 0 where no output has noise in the work type.
-inline double most_sigma(const ReplicateArgs& a) {
+// Whether any output has noise, in the work type.
+inline bool any_noise(const ReplicateArgs& a) {
   const Table& t = a.table;
   double most = 0;
   for (int64_t i = 0; i < t.segments; ++i)
     for (int32_t e = 0; t[i].length && e < t.outputs; ++e) most = std::max(most, a.sigma[t[i].group * t.outputs + e]);
-  return t.wide() ? most : static_cast<float>(most);
+  return (t.wide() ? most : static_cast<float>(most)) != 0;
 }
 
 }  // namespace fastmerge

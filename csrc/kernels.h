@@ -169,18 +169,22 @@ constexpr double kMostSigma = 0x1p100;  // noise is finite, so that only a NaN g
 struct ReplicateArgs {
   Table table;
   int32_t out_code;
-  float safe;               // see safe_input
   const double* sigma;      // [P, E] 0 .. kMostSigma, rounded once to the work type
   const int64_t* numbers;   // [E] 0 .. 2^32 - 1: model_index of the counter
   const NormalLine* lines;  // [kNormalLines]
   int64_t* nonfinite;       // [S], added to; or null
 };
 
-// Where a launch's tiles lie: `tile` Philox blocks each, those of segment s from first[s] on (first [S + 1]).
+constexpr int64_t kMostItems = 1 << 30;  // of a launch: tiles times outputs
+
+// Where a launch's tiles lie: `tile` Philox blocks each, those of segment s from first[s] on (first [S + 1]). `group`
+// tiles are written for one expert before the next.
 struct ReplicateWalk {
   const int64_t* first;
-  int64_t tiles;
-  int64_t tile;
+  int32_t tiles;
+  int32_t tile;
+  int32_t group;
+  int32_t* drawn;  // items that programs took after their first: 0 when the launch starts
 };
 
 // One instruction set's kernels.

@@ -160,16 +160,16 @@ def cuda_replicate(
     sigma: _F64,
     numbers: _I64,
     first: _I64,
-    blocks: int,
     there: int,
     nonfinite: int,
 ) -> int:
     """The same on a CUDA device; only where :func:`has_cuda`. Returns a status, 0 for success, and does not wait.
 
-    ``there`` is an address on the device that holds a copy of ``table``, ``first``, ``sigma``, ``numbers`` and the
-    lines of the normals, one after the other: this call checks all but the lines, allocates nothing and copies
-    nothing. ``first`` [S + 1] counts tiles of ``blocks`` Philox blocks. ``nonfinite`` is the address of [S] counters
-    on the device, or 0.
+    ``there`` is an address on the device that holds a copy of ``table``, ``first``, ``sigma``, ``numbers``, the lines
+    of the normals and eight bytes that are 0, one after the other: this call checks all but the last two, allocates
+    nothing and copies nothing. The kernel counts in the eight bytes, so they serve one launch. ``first`` [S + 1] counts
+    tiles of 16 KB of an output, 2048 Philox blocks over its bytes per element. ``nonfinite`` is the address of [S]
+    counters on the device, or 0.
     """
 
 def cuda_error(status: int) -> str:

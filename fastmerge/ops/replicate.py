@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 MOST_SIGMA = 2.0**100
 """Largest sigma: noise is finite, so only a NaN makes a NaN."""
 
-BLOCKS = 1024
-"""Philox blocks (8 elements) of a tile of the CUDA kernel: four per thread, between two looks into the table."""
+TILE_BYTES = 16384
+"""Bytes of an output that the CUDA kernel writes at a time, ``kTileBytes`` of ``csrc/replicate.h``."""
 
 
 class Replicates(Protocol):
@@ -93,7 +93,7 @@ def launch(segments: Segments, sigma: F64, numbers: I64, device: torch.device) -
     native: Any = _native
     if not native.has_cuda():
         raise BackendUnavailable("replicate on CUDA: the extension was built without nvcc (see FASTMERGE_CUDA)")
-    first = first_tiles(segments.table, BLOCKS)
+    first = first_tiles(segments.table, TILE_BYTES // (8 * segments.out_dtype.size))
     if first[-1] == 0:
         return
     used, rows = np.unique(segments.table[:, GROUP], return_inverse=True)  # a plan has more groups than a call
@@ -101,14 +101,14 @@ def launch(segments: Segments, sigma: F64, numbers: I64, device: torch.device) -
     table[:, GROUP] = rows
     ins = np.array([d.code for d in segments.dtypes], np.int32)
     args = table, ins, segments.out_dtype.code, sigma, numbers, first
-    packed = [table, first, sigma.view(np.int64), numbers, normal_lines().view(np.int64)]
+    packed = [table, first, sigma.view(np.int64), numbers, normal_lines().view(np.int64), np.zeros(1, np.int64)]
     bad: Any = segments.nonfinite
     with torch.cuda.device(device):
         there = torch.from_numpy(np.concatenate([a.reshape(-1) for a in packed])).pin_memory()
         there = there.to(device, non_blocking=True)
         stream = torch.cuda.current_stream(device).cuda_stream
         counters = bad.data_ptr() if len(bad) else 0
-        status = native.cuda_replicate(device.index, stream, *args, BLOCKS, there.data_ptr(), counters)
+        status = native.cuda_replicate(device.index, stream, *args, there.data_ptr(), counters)
     if status:
         raise BackendUnavailable(f"replicate on {device}: {native.cuda_error(status)} (CUDA error {status})")
 

@@ -80,5 +80,5 @@ def test_a_launch_leaves_the_current_device_and_its_errors_alone():
     assert torch.cuda.current_device() == before
     assert torch.equal(got[0], x)
     args = np.zeros((1, 8), np.int64), np.array([3], np.int32), 3, np.zeros((1, 1)), np.zeros(1, np.int64)
-    assert _native.cuda_replicate(10_000, 0, *args, np.zeros(2, np.int64), 1, 8, 0) == 0  # nothing to launch
+    assert _native.cuda_replicate(10_000, 0, *args, np.zeros(2, np.int64), 8, 0) == 0  # nothing to launch
     torch.cuda.synchronize()

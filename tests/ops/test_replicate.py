@@ -10,7 +10,7 @@ import fastmerge as fm
 from fastmerge import _native
 from fastmerge.backends.native import NativeKernels
 from fastmerge.dtypes import BY_CODE
-from fastmerge.ops.replicate import ReplicateProgram, first_tiles, reference
+from fastmerge.ops.replicate import TILE_BYTES, ReplicateProgram, first_tiles, reference
 from fastmerge.ops.segments import GROUP, Segments
 from fastmerge.philox import NOISE, normal, normal_lines, tensor_key
 from tests.backends.isas import ISAS, using
@@ -202,15 +202,20 @@ def test_walks_are_checked_before_a_launch():
     x = np.zeros(100, np.float32)
     at = x.ctypes.data
     table = np.concatenate([table_of((at, 100, 3, 0), [at, at]), table_of((at, 0, 0, 0), [at, at])])
-    first = first_tiles(table, 4)
-    assert first.tolist() == [0, 4, 4]  # elements 3 .. 102: 13 blocks of Philox
+    assert first_tiles(table, 4).tolist() == [0, 4, 4]  # elements 3 .. 102: 13 blocks of Philox
+    first = first_tiles(table, TILE_BYTES // 32)
     args = table, np.array([1], np.int32), 1, np.array([[0.0, 0.1]]), np.arange(2)
-    for wrong in (first + 1, first[:2].copy(), np.array([0, 3, 3]), np.array([0, 4, 5])):
+    for wrong in (first + 1, first[:2].copy(), np.array([0, 4, 4]), np.array([0, 1, 2])):
         with pytest.raises(ValueError, match="first"):
-            _native.cuda_replicate(0, 0, *args, wrong, 4, 8, 0)
-    for device, blocks, there in ((-1, 4, 8), (0, 4, 0), (0, 0, 8)):
-        with pytest.raises(ValueError, match="device|blocks"):
-            _native.cuda_replicate(device, 0, *args, first, blocks, there, 0)
+            _native.cuda_replicate(0, 0, *args, wrong, 8, 0)
+    for device, there in ((-1, 8), (0, 0)):
+        with pytest.raises(ValueError, match="device"):
+            _native.cuda_replicate(device, 0, *args, first, there, 0)
+    long = table[:1].copy()
+    long[0, 1] = 2**43
+    first = first_tiles(long, TILE_BYTES // 32)
+    with pytest.raises(ValueError, match="items"):
+        _native.cuda_replicate(0, 0, long, *args[1:], first, 8, 0)
     assert "driver" in _native.cuda_error(35)
 
 

@@ -4,6 +4,7 @@ tests/kernels/test_replicate_gpu.py runs them for real.
 """
 
 import ctypes
+import itertools
 import re
 import shutil
 import subprocess
@@ -21,17 +22,18 @@ from tests.ops.test_replicate import PAIRS, run, stored, want
 ROOT = Path(__file__).resolve().parents[2]
 THREADS = 32
 
-# Instructions that a block of eight elements of a noisy bf16 expert takes on sm_90: 40 of Philox, 92 that make, add and
-# round the normals, the rest loads, addresses and branches. H200 has 15.6 per bf16 element written and as much again
-# for what is read, so 17.6 of them beside one read for eight experts.
-BLOCK_ON_90 = 158
+# Instructions that a block of eight elements takes on sm_90. A noisy bf16 expert: 37 of Philox, 92 that make, add and
+# round the normals, 8 that convert the input, 5 that look for results that are not finite, the rest loads, stores and
+# branches. That is 19 per element; an H100 at 1.7 GHz issues 28.7e12 in a second, so 3.0 TB/s may be written.
+NOISY_ON_90 = 152
+COPY_ON_90 = 11
 
 
 class Walk:
     """The kernel's walk over a table, with the interface of the kernels."""
 
-    def __init__(self, library, blocks, programs):
-        self.library, self.blocks, self.programs = library, blocks, programs
+    def __init__(self, library, blocks, programs, group=3):
+        self.library, self.blocks, self.programs, self.group = library, blocks, programs, group
 
     def replicate(self, segments, sigma, numbers):
         t = np.ascontiguousarray(segments.table)
@@ -39,8 +41,7 @@ class Walk:
         at = [a.ctypes.data_as(ctypes.c_void_p) for a in (sigma, numbers, lines, segments.nonfinite, first)]
         self.library.walk(
             t.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(len(t)), segments.outputs, segments.dtypes[0].code,
-            segments.out_dtype.code, *at, ctypes.c_int64(self.blocks), self.programs, THREADS,
-            ctypes.c_double(sigma.max()),
+            segments.out_dtype.code, *at, self.blocks, self.group, self.programs, THREADS, int(sigma.max() > 0),
         )  # fmt: skip
 
 
@@ -68,6 +69,35 @@ def test_the_walk_equals_the_reference(library, code, out_code):
         clean = {"numbers": [1, 2], "sigma": [0.0, 0.0]}
         got = run(walk, x, code, out_code, e0=e0, **clean)
         assert differences(got, want(x, code, out_code, e0=e0, **clean)) == [], (n, e0, clean)
+
+
+@pytest.mark.parametrize("experts", [1, 3, 8, 64])
+@pytest.mark.parametrize(("group", "programs"), [(1, 1), (2, 7), (5, 3), (128, 40)])
+def test_the_walk_reaches_every_expert(library, experts, group, programs):
+    """Clean and noisy experts in one call, groups that the tiles do not fill, segments whose blocks are not whole."""
+    x = stored(3, 1301)
+    numbers, sigma = list(range(experts)), [0.0 if e % 3 == 1 else 0.1 * (e + 1) for e in range(experts)]
+    options = {"e0": 5, "numbers": numbers, "sigma": sigma}
+    pieces = [(0, 1), (1, 1), (1, 400), (400, 403), (403, 1301)]
+    for blocks, shift in [(1, 0), (8, 3), (40, 1)]:
+        got = run(Walk(library, blocks, programs, group), x, 3, 3, shift=shift, pieces=pieces, **options)
+        assert differences(got, want(x, 3, 3, **options)) == [], (blocks, shift)
+
+
+def test_the_walk_where_the_blocks_numbers_pass_32_bits(library):
+    x = stored(3, 4000)
+    got = run(Walk(library, 64, 2), x, 3, 3, e0=2**35 - 2000)
+    assert differences(got, want(x, 3, 3, e0=2**35 - 2000)) == []
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 3, 4), (12, 5, 4), (9, 1, 128), (300, 8, 128), (2, 64, 1)])
+def test_items_follow_by_tile_then_expert_then_group(library, shape):
+    tiles, outputs, group = shape
+    order = [(t, e) for g in range(0, tiles, group) for e in range(outputs) for t in range(g, min(g + group, tiles))]
+    for step in (1, 2, 7, 396):
+        got = np.full((len(order) + 1, 2), -1, np.int32)
+        n = library.places(tiles, group, outputs, step, got.ctypes.data_as(ctypes.c_void_p))
+        assert [tuple(p) for p in got[:n].tolist()] == order[::step]
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e3, 1e5])
@@ -142,9 +172,9 @@ def test_machine_code(arch):
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert len(found) == 32
     for name, registers, stack, local in found:
-        read, written, _ = types_of(name)
+        read, written, noise = types_of(name)
         assert (stack, local) == ("0", "0"), f"{name}: spills"
-        assert int(registers) <= (128 if 8 in (read, written) else 80), name
+        assert int(registers) <= (64 if not noise else 128 if 8 in (read, written) else 80), name
     code = code_of(arch)
     assert len(code) == 32
     for name, instructions in code.items():
@@ -153,21 +183,17 @@ def test_machine_code(arch):
         assert not re.search(r"\b(FFMA|DFMA|MUFU|LDL|STL|\w+\.FTZ)", text), name
         assert len(re.findall(r"\bLDG\.E\S*\.128", text)) >= read // 2, name
         assert len(re.findall(r"\bSTG\.E\S*\.128", text)) >= written // 2, name
-        assert len(re.findall(r"\bLDS\.64", text)) == (16 if noise else 0), name  # the fast loop and the masked one
-        if arch == "sm_90" and noise and "Bf16ES2_" in name:
-            assert fast_loop(instructions) <= BLOCK_ON_90 * 1.03
+        if arch == "sm_90" and "Bf16ES2_" in name:
+            assert min(blocks_of(instructions, 0)) <= COPY_ON_90 + 1
+            assert not noise or max(sorted(blocks_of(instructions, 8))[:3]) <= NOISY_ON_90 * 1.03
 
 
-def fast_loop(instructions):
-    """Instructions of the loop over experts that stores 128 bits at a time."""
-    sizes = []
-    for address, text in instructions:
-        jump = re.search(r"\bBRA\S* (?:!?U?P\w+, )?`?\(?0x([0-9a-f]+)", text)
-        if jump and int(jump.group(1), 16) < address:
-            body = [t for a, t in instructions if int(jump.group(1), 16) <= a <= address]
-            if sum("LDS.64" in t for t in body) == 8 and any(re.search(r"STG\S*\.128", t) for t in body):
-                sizes.append(len(body))
-    return min(sizes)
+def blocks_of(instructions, lookups):
+    """Instructions from one store of 128 bits to the next, where there are so many loads from shared memory between."""
+    text = [t for _, t in instructions]
+    stores = [i for i, t in enumerate(text) if re.search(r"\bSTG\S*\.128", t)]
+    spans = [text[a:b] for a, b in itertools.pairwise(stores)]
+    return [len(s) for s in spans if sum("LDS.64" in t for t in s) == lookups]
 
 
 @needs_cuda
@@ -176,7 +202,8 @@ def test_intermediate_code():
         pytest.skip("needs cuobjdump")
     text = cuobjdump("-ptx")
     assert "replicate_kernel" in text
-    assert not re.findall(r"\S*(?:fma\.|\.approx|div\.full|\.ftz)\S*", text)
+    # Packed ones look for results that are not finite (finite8).
+    assert not re.findall(r"\S*(?:fma\.(?!rn\.b?f16x2)|\.approx|div\.full|\.ftz)\S*", text)
 
 
 @pytest.mark.skipif(_native.has_cuda() or shutil.which("nvcc") is None, reason="needs nvcc, and a build without it")
