@@ -178,8 +178,6 @@ class Run:
             entry = found or {"status": "failed", "reason": f"took longer than {item.limit:.0f} s"}
             self._say(f"    {line(entry)}")
             self._state.record(part, item.name, entry)
-            if entry["status"] == "cut":
-                return
             self._again.add((part, item.name))
 
     def stop(self) -> None:

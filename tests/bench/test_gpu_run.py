@@ -106,7 +106,9 @@ def test_bits_then_calls_then_kernels_then_what_fits(tmp_path, monkeypatch):
 
 
 def test_tests_that_take_too_long_leave_the_others_their_shares(tmp_path, monkeypatch):
-    machine = Machine(tmp_path, monkeypatch, USUAL | {"tests": {tests.ITEM: 1000.0}, "calls": some(80, 3.0)})
+    machine = Machine(
+        tmp_path, monkeypatch, USUAL | {"build": {}, "tests": {tests.ITEM: 1000.0}, "calls": some(80, 3.0)}
+    )
     monkeypatch.setattr(Machine, "items", lambda self, part: [
         Item(n, dict, needs=2, limit=450 if part == "tests" else LIMIT, stops=part == "tests") for n in self.takes[part]
     ])  # fmt: skip
