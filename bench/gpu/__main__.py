@@ -1,5 +1,6 @@
-"""Everything that needs a GPU, in one command that can be cut short: build, tests, sanitizer, benches, merges.
+"""Everything that needs a GPU, in one command that can be cut short.
 
+    make gpu BUDGET=240                            # tests, whole calls, kernels; what fits of merges, tune, sanitize
     make gpu                                       # all parts, at most 540 seconds
     make gpu                                       # the same again continues where that stopped or was killed
     make gpu PARTS="build kernels" BUDGET=3000 WHEELS=dir      # parts are gathered in one table
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import time
 from pathlib import Path
 
 from bench.gpu import runner, table
@@ -34,7 +36,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     )
     cache = ROOT / ".cache" / "gpu"
     parser.add_argument("--parts", default="", help=f"some of: {' '.join(PARTS)} [all, in this order]")
-    parser.add_argument("--budget", type=float, default=540, help="seconds, after which no item begins [540]")
+    parser.add_argument("--budget", type=float, default=540, help="seconds from start to exit [540]")
     parser.add_argument("--wheels", help="folder of wheels for packages that are missing")
     parser.add_argument("--cache", type=Path, default=cache, help="packages, build, models, outputs [.cache/gpu]")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="[bench/results]")
@@ -53,16 +55,18 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
 
 def unknown(context: Context, state: State) -> str:
     """What the run has no result of, part by part; a run without any is finished."""
-    missing = {p: sum(state.entry(p, i.name) is None for i in items(p, context)) for p in PARTS}
+    missing = {p: sum(not state.known(p, i.name) for i in items(p, context)) for p in PARTS}
     return ", ".join(f"{part} ({count})" for part, count in missing.items() if count)
 
 
 def main(words: list[str] | None = None) -> int:
     """Runs what is left, writes the table, says what comes next."""
+    begin = time.monotonic()
     args = arguments(words)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     wheels = str(Path(args.wheels).resolve()) if args.wheels else None
     context = Context(args.dry, wheels, str(args.cache.resolve()))
+    bare = not context.site.exists()
     context.site.mkdir(parents=True, exist_ok=True)
     sys.path.append(str(context.site))
     about = facts(context, commit=args.commit)
@@ -70,8 +74,10 @@ def main(words: list[str] | None = None) -> int:
         print(f"make gpu: no usable GPU here: {about['no_gpu']}")
         return 2
     state = State.open(args.results, about, fresh=args.fresh)
+    if bare:  # the results of another machine may have come along, what it built has not
+        state.results.pop("build", None)
     print(f"{state.path}: {about.get('gpu')}, driver {about.get('driver')}, torch {about['torch']}")
-    left = runner.run(args.parts, context, state, budget=args.budget, retry=args.retry)
+    left = runner.Run(args.parts, context, state, retry=args.retry).work(begin, args.budget)
     rest = unknown(context, state)
     table.write(state, rest)
     verdicts = judge(state)

@@ -54,16 +54,54 @@ def ties(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return (base.float() + mean).to(base.dtype)
 
 
+def thinned(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Deltas of which half are dropped at random; base first."""
+    import torch
+
+    base, *tuned = tensors
+    return [(x.float() - base.float()) * (torch.rand(base.shape, device=base.device) < 0.5) for x in tuned]
+
+
 def dare_linear(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Drop half of every delta at random, double the rest, average; base first."""
     import torch
 
-    base, *tuned = tensors
-    total = torch.zeros_like(base, dtype=torch.float32)
-    for x in tuned:
-        kept = torch.rand(base.shape, device=base.device) < 0.5
-        total = total + (x.float() - base.float()) * kept * 2
-    return (base.float() + total / len(tuned)).to(base.dtype)
+    base, total = tensors[0], torch.zeros_like(tensors[0], dtype=torch.float32)
+    for delta in thinned(tensors):
+        total = total + delta * 2
+    return (base.float() + total / (len(tensors) - 1)).to(base.dtype)
 
 
-MERGES: Mapping[str, Merge] = {"linear": linear, "slerp": slerp, "ties": ties, "dare_linear": dare_linear}
+def dare_l1(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Drop half of every delta at random, restore its sum of magnitudes, average; base first."""
+    import torch
+
+    base, total = tensors[0], torch.zeros_like(tensors[0], dtype=torch.float32)
+    for x, delta in zip(tensors[1:], thinned(tensors), strict=True):
+        before = (x.float() - base.float()).abs().sum()
+        total = total + delta * (before / delta.abs().sum().clamp(min=1e-12))
+    return (base.float() + total / (len(tensors) - 1)).to(base.dtype)
+
+
+def dare_ties(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Drop half of every delta at random, restore its sum of magnitudes, elect signs by mass, average what agrees."""
+    import torch
+
+    base = tensors[0]
+    kept = []
+    for x, delta in zip(tensors[1:], thinned(tensors), strict=True):
+        before = (x.float() - base.float()).abs().sum()
+        kept.append(delta * (before / delta.abs().sum().clamp(min=1e-12)) / (len(tensors) - 1))
+    deltas = torch.stack(kept)
+    sign = torch.where(deltas.sum(0) >= 0, 1.0, -1.0)
+    return (base.float() + (deltas * (deltas * sign > 0)).sum(0)).to(base.dtype)
+
+
+MERGES: Mapping[str, Merge] = {
+    "linear": linear,
+    "slerp": slerp,
+    "ties": ties,
+    "dare_linear keep": dare_linear,
+    "dare_linear l1": dare_l1,
+    "dare_ties": dare_ties,
+}

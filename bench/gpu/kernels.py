@@ -26,21 +26,19 @@ def items(context: Context) -> Sequence[Item]:
     models = (2,) if context.dry else MODELS
     kinds = KINDS[-1:] if context.dry else KINDS
 
-    def item(name: str, run: Callable[..., Row], *args: Any, needs: float = 10, limit: float = 90) -> Item:
+    def item(name: str, run: Callable[..., Row], *args: Any, needs: float = 5, limit: float = 90) -> Item:
         return Item(name, functools.partial(run, bench, *args), needs=needs, limit=limit)
 
-    found = [item("issue", issue.rates, needs=25)]
+    found = [item("issue", issue.rates, needs=12)]
     found += [item(f"combine N={n}", combine, n, False) for n in models]
     found += [item("combine delta N=2", combine, 2, True), item("slerp", slerp)]
     found += [item(f"ties N={n}", ties, n, "lattice") for n in models]
     found += [item("ties N=2 random", ties, 2, "random")]
     found += [item(f"select N=2 {kind}", select, 2, kind) for kind in kinds]
     found += [item(f"select N={n} lattice", select, n, "lattice") for n in models if n > 2]
-    found += [item(f"select whole N=2 {kind}", whole_select, kind) for kind in kinds]
     found += [item(f"dare N={n}", dare, n) for n in models]
     found += [item(f"replicate E=8 {what}", replicate.rate, 8, what) for what in ("clean", "noise")]
-    found += [item(f"batch {what}", layout.batch, what, needs=30, limit=150) for what in ("combine", "ties")]
-    found += [item(f"state dict {what}", layout.public, what, needs=30, limit=150) for what in ("combine", "ties")]
+    found += [item(f"batch {what}", layout.batch, what, needs=8, limit=60) for what in ("combine", "ties")]
     return found
 
 
@@ -95,43 +93,3 @@ def dare(bench: Bench, models: int) -> Row:
     bound = min(rate, 1e9 * row["copy GB/s"])
     share = round(1e9 * row["dare GB/s"] / bound, 4)
     return {**row, "instructions": round(instructions, 1), "issue GB/s": round(rate / 1e9, 1), "bound share": share}
-
-
-def whole_select(bench: Bench, kind: str) -> Row:
-    """A selection as a merge runs it: sample, all passes, lists and host, as wall time.
-
-    Returns:
-        ``share``: its one counting read at the copy bandwidth, over the whole; ``count share``: over the count kernel.
-    """
-    import torch
-
-    from fastmerge.dtypes import BF16
-    from fastmerge.methods import get
-    from fastmerge.methods.parameters import called
-    from fastmerge.ops.spec import Op, Spec
-    from fastmerge.runtime.stream import cut
-
-    f = family(bench.device, bench.elements(3), 2, kind)
-    kernels = triton(bench)
-    method = get("ties")
-    parameters = {"weight": 0.5, "density": calls.DENSITY}
-    chosen = called(method, parameters, range(2)).method("w", [(0, "w"), (1, "w")])
-    op = Op("w", Spec(chosen, (f.n,), (BF16,) * 3, BF16, has_base=True))
-    s = calls.segments(f, [f.base, *f.tuned], None)
-    reads = 0
-
-    def whole() -> None:
-        nonlocal reads
-        reads = 0
-        program = method.program([op], kernels)
-        while not program.ready:
-            pieces = program.pieces()
-            reads += pieces is None
-            program.advance([program.statistics(s if pieces is None else cut(s, pieces))])
-
-    wall = bench.wall({"whole": whole}, runs=min(bench.runs, 5))["whole"]
-    row = beside(bench, {"count": (data.count(kernels, f), 6.0 * f.n)}, runs=min(bench.runs, 5))
-    torch_gb = torch.cuda.max_memory_allocated() / 1e9 if bench.device != "cpu" else 0.0
-    share = round(6.0 * f.n / wall.median / 1e9 / row["copy GB/s"], 4)
-    return {"share": share, "count share": row["share"], "reads": reads, "wall ms": str(wall),
-            "count ms": row["count ms"], "copy GB/s": row["copy GB/s"], "peak GB": round(torch_gb, 2)}  # fmt: skip

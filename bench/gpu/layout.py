@@ -27,11 +27,11 @@ def lengths(*, small: bool) -> list[int]:
     return sizes[:6] if small else sizes
 
 
-def arenas(bench: Bench, cuts: Sequence[int]) -> Family:
+def arenas(bench: Bench, cuts: Sequence[int], kind: str = "lattice") -> Family:
     """A base and two fine-tunes, each one allocation that holds all tensors."""
     import torch
 
-    pool = family(bench.device, min(POOL, sum(cuts)), 2)
+    pool = family(bench.device, min(POOL, sum(cuts)), 2, kind)
 
     def fill(some: torch.Tensor) -> torch.Tensor:
         whole = torch.empty(sum(cuts), dtype=torch.bfloat16, device=bench.device)
@@ -67,28 +67,4 @@ def batch(bench: Bench, what: str) -> Row:
         "many ms": str(found["many"]),
         "one ms": str(found["one"]),
         "share": round(2.0 * arrays * f.n / found["many"].median / (2 * probes.nbytes / found["copy"].median), 4),
-    }
-
-
-def public(bench: Bench, what: str) -> Row:
-    """The same through the public calls, wall time: ``merge_state_dicts`` of all over ``merge_tensors`` of the one."""
-    import fastmerge
-
-    cuts = lengths(small=bench.device == "cpu")
-    f = arenas(bench, cuts)
-    method, base = ("linear", None) if what == "combine" else ("ties", 0)
-    parameters = {"weight": 0.5} if base is None else {"weight": 0.5, "density": calls.DENSITY}
-    inputs = list(f.tuned) if base is None else [f.base, *f.tuned]
-    states = [{f"t{i}": t for i, t in enumerate(x.split(list(cuts)))} for x in inputs]
-    works = {
-        "many": lambda: fastmerge.merge_state_dicts(states, method, base=base, parameters=parameters),
-        "one": lambda: fastmerge.merge_tensors(inputs, method, base_index=base, parameters=parameters),
-    }
-    wall = bench.wall(works, runs=min(bench.runs, 3))
-    return {
-        "times": ratio(wall["many"].median, wall["one"].median),
-        "tensors": len(cuts),
-        "GB": round(2e-9 * (len(inputs) + 1) * f.n, 3),
-        "many wall ms": str(wall["many"]),
-        "one wall ms": str(wall["one"]),
     }

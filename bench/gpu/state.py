@@ -39,7 +39,8 @@ class State:
     Attributes:
         path: its JSON file; the table lies beside it.
         facts: provenance.
-        results: by part and item: ``status`` (ok, failed, absent), ``seconds``, and ``row`` or ``reason``.
+        results: by part and item: ``status`` (ok, failed, absent, cut), ``seconds``, and ``row`` or ``reason``; of
+            what was cut off both, and ``kept``, with which the next call goes on.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any], results: dict[str, dict[str, dict[str, Any]]]) -> None:
@@ -73,6 +74,11 @@ class State:
     def entry(self, part: str, item: str) -> Mapping[str, Any] | None:
         """What is known of an item."""
         return self.results.get(part, {}).get(item)
+
+    def known(self, part: str, item: str) -> bool:
+        """Whether an item has its result; one that was cut off has not."""
+        entry = self.entry(part, item)
+        return entry is not None and entry["status"] != "cut"
 
     def row(self, part: str, item: str) -> Mapping[str, Any] | None:
         """What an item found, if it could run."""

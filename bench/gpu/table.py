@@ -15,8 +15,16 @@ FACTS = ("gpu", "capability", "gpus", "gpu_memory_gb", "driver", "nvidia_smi", "
 
 def cell(value: object) -> str:
     """A value in a table."""
-    text = "-" if value is None else ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return " ".join(text.split()).replace("|", "\\|") or "-"
+    return " ".join(text(value).split()).replace("|", "\\|") or "-"
+
+
+def text(value: object) -> str:
+    """A value, without the punctuation of Python."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(text, value))
+    if isinstance(value, dict):
+        return " ".join(f"{k} {text(v)}" for k, v in value.items())
+    return "-" if value is None else str(value)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -32,7 +40,9 @@ def rows_of(results: Mapping[str, Mapping[str, Any]]) -> list[list[dict[str, Any
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for name, entry in results.items():
         row = {"item": name}
-        row |= entry["row"] if entry["status"] == "ok" else {"status": entry["status"], "reason": entry["reason"]}
+        if entry["status"] != "ok":
+            row |= {"status": entry["status"], "reason": entry["reason"]}
+        row |= entry.get("row", {})
         groups.setdefault(tuple(row), []).append({**row, "s": entry.get("seconds")})
     return list(groups.values())
 
@@ -53,10 +63,10 @@ def page(state: State, left: str) -> str:
         lines += [f"Not run yet: {left}.", ""]
     lines += [f"- {name}: {cell(facts[name])}" for name in FACTS if facts.get(name) is not None]
     lines += ["", "## Required", "", markdown(judge(state))]
-    for part, about in PARTS.items():
-        results = state.results.get(part)
+    for name, part in PARTS.items():
+        results = state.results.get(name)
         if results:
-            lines += ["", f"## {part}: {about}"]
+            lines += ["", f"## {name}: {part.about}"]
             for rows in rows_of(results):
                 lines += ["", markdown(rows)]
     return "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@ with the fastest and the slowest. Working sets are far beyond the L2 cache, whic
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,18 +77,30 @@ class Bench:
             return took, took
         return clock.once(work, issue)
 
-    def wall(self, works: Mapping[str, Work], *, runs: int | None = None) -> dict[str, Times]:
-        """Wall times of calls that leave the device idle, in turn: what a user waits for."""
-        seconds: dict[str, list[float]] = {name: [] for name in works}
-        for count in range(-min(self.warm, 1), runs or self.runs):
+    def wall(self, works: Mapping[str, Work], *, runs: int, seconds: float = math.inf) -> dict[str, Times]:
+        """Wall times of calls that leave the device idle, in turn: what a user waits for.
+
+        Args:
+            works: by name; what they do the first time is done.
+            runs: rounds at most.
+            seconds: after which no round begins but the first.
+        """
+        found: dict[str, list[float]] = {name: [] for name in works}
+        begin = time.perf_counter()
+        for count in range(runs):
+            if count and time.perf_counter() - begin > seconds:
+                break
             for name, work in works.items():
-                self.wait()
-                start = time.perf_counter()
-                work()
-                self.wait()
-                if count >= 0:
-                    seconds[name].append(time.perf_counter() - start)
-        return {name: Times.of(some) for name, some in seconds.items()}
+                found[name].append(self.once(work))
+        return {name: Times.of(some) for name, some in found.items()}
+
+    def once(self, work: Work) -> float:
+        """Wall seconds of one call."""
+        self.wait()
+        start = time.perf_counter()
+        work()
+        self.wait()
+        return time.perf_counter() - start
 
     def wait(self) -> None:
         """Until the device has done everything."""

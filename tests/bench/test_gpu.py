@@ -16,7 +16,7 @@ pytest.importorskip("torch", reason="the GPU benches need torch")
 pytest.importorskip("triton", reason="the GPU benches need triton")
 
 from bench import clock
-from bench.gpu import bars, data, merges, runner, sanitize, table, tests, timing
+from bench.gpu import bars, data, merges, runner, sanitize, table, timing
 from bench.gpu.build import packages
 from bench.gpu.plan import PARTS, Absent, Context, Item, items
 from bench.gpu.state import IDENTITY, State
@@ -79,8 +79,8 @@ def test_a_killed_run_continues_and_every_part_runs(dry):
 def test_what_is_absent_is_said_and_the_table_has_every_row(dry):
     path, _, _ = dry
     after = saved(path)["results"]
-    assert after["peers"]["ties mergekit"]["status"] == "absent"
-    assert "not here" in after["peers"]["ties mergekit"]["reason"]
+    assert after["calls"]["ties mergekit"]["status"] == "absent"
+    assert "not here" in after["calls"]["ties mergekit"]["reason"]
     assert after["merges"]["same bytes ties"]["row"]["devices"] == "cuda:0 = cuda:0,cuda:0 = cpu"
     (page,) = (path / "results").glob("gpu-*.md")
     text = page.read_text()
@@ -98,6 +98,16 @@ def test_the_next_command_begins_anew(dry):
     assert done.returncode == 3
     assert "the same command continues" in done.stdout
     assert len(list((path / "results").glob("gpu-*.json"))) == 2
+
+
+def test_results_that_came_to_another_machine_do_not_stand_for_a_build(tmp_path):
+    words = ["--dry", "--parts", "build", "--budget"]
+    for cache, budget, want in (("one", 12, 3), ("one", 0, 3), ("two", 0, 3)):
+        done = subprocess.run(**command(tmp_path, *words, str(budget), "--cache", str(tmp_path / cache)),
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == want, done.stdout + done.stderr
+        kept = [*saved(tmp_path)["results"].get("build", {})]
+        assert kept == ([] if cache == "two" else ["packages"])
 
 
 def test_without_a_gpu_one_line_and_a_status(tmp_path):
@@ -127,20 +137,6 @@ runpy.run_module("bench.gpu", run_name="__main__", alter_sys=True)
     assert done.returncode == 3, done.stderr
     assert f"merges ({len(items('merges', context(tmp_path)))})" in done.stdout
     assert list((tmp_path / "results").glob("gpu-*.md"))
-
-
-def test_every_file_with_gpu_tests_is_an_item_and_warnings_fail_none(tmp_path):
-    names = [item.name for item in items("tests", context(tmp_path, dry=False))]
-    assert names == ["tests/gpu/test_gpu.py", "tests/kernels/test_replicate_gpu.py", "tests/kernels/test_triton.py"]
-    (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\nmarkers = gpu\n")
-    test = tmp_path / "test_one.py"
-    test.write_text(
-        "import warnings, pytest\nwarnings.warn('old driver', FutureWarning)\n"
-        "@pytest.mark"
-        ".gpu\ndef test_one(): warnings.warn('old package', FutureWarning)\ndef test_two(): assert False\n"
-    )
-    row = tests.pytest(str(test), context(tmp_path, dry=False))
-    assert (row["tests"], row["failures"], row["skipped"]) == (1, 0, 0)
 
 
 def test_kinds_of_data():
@@ -180,7 +176,7 @@ def test_what_takes_too_long_is_killed_and_what_dies_is_reported(tmp_path):
     answer = worker.perform("build", Item("nothing of that name", dict), 30)
     assert answer["status"] == "failed"
     assert "the process ended" in answer["reason"]
-    assert runner.run(["build"], context(tmp_path), state, budget=0, say=lambda _: None) == 2
+    assert runner.Run(["build"], context(tmp_path), state).work(time.monotonic(), 0) == 2
 
 
 def test_runs_are_continued_only_where_they_measure_the_same(tmp_path):
@@ -232,15 +228,17 @@ def test_verdicts(tmp_path):
     def ok(part, item, **row):
         state.record(part, item, {"status": "ok", "row": row, "seconds": 1})
 
-    ok("kernels", "slerp", share=0.81)
+    ok("kernels", "slerp", share=0.81, **{"gram share": 0.87})
     ok("kernels", "ties N=2", share=0.9)
     ok("kernels", "dare N=2", share=0.79)
     ok("kernels", "batch combine", times=1.01)
     ok("kernels", "batch ties", times=1.16)
     for kind in data.KINDS:
         ok("kernels", f"select N=2 {kind}", share=0.82)
-        ok("kernels", f"select whole N=2 {kind}", share=0.7 if kind == "rows" else 0.8)
-    ok("kernels", "replicate E=8 clean", **{"written share": 0.84, "read and written share": 0.945})
+        ok("calls", f"ties {kind}", ms=1.95 if kind == "rows" else 1.8, beyond=0.01)
+    ok("calls", "ties mergekit", **{"times faster": 18.5})
+    ok("calls", "profile ties", share=0.9)
+    ok("kernels", "replicate E=8 clean", **{"written share": 0.79, "read and written share": 0.945})
     ok("tests", "one", tests=3)
     state.record("sanitize", "memcheck extension", {"status": "absent", "reason": "refused"})
     ok("merges", "same bytes ties")
@@ -251,18 +249,21 @@ def test_verdicts(tmp_path):
         (row,) = [row for bar, row in by.items() if words in bar]
         return row["verdict"], row["measured"]
 
-    assert verdict("slerp") == ("pass", 0.81)
+    assert verdict("slerp, both") == ("pass", 0.81)
+    assert verdict("gram, of") == ("fail", 0.87)
     assert verdict("ties merge") == ("not run", 0.9)
     assert verdict("dare N=2") == ("fail", 0.79)
     assert verdict("select, its one counting read") == ("not run", 0.82)
-    assert verdict("select whole") == ("pass", 0.8)
-    assert verdict("replication") == ("fail", 0.84)
-    (details,) = [row["details"] for bar, row in by.items() if "select whole" in bar]
-    assert details.endswith("not judged: select whole N=2 rows, share 0.7")
-    (details,) = [row["details"] for bar, row in by.items() if "replication" in bar]
+    assert verdict("replication, bytes") == ("fail", 0.79)
+    assert verdict("ties, ms on other") == ("fail", 1.95)
+    assert by["ties, ms"]["verdict"] == "pass"
+    assert verdict("ties, times faster than mergekit") == ("pass", 18.5)
+    assert verdict("ties 4.5B, times faster") == ("not run", None)
+    assert verdict("of the time of a call") == ("not run", 0.9)
+    assert verdict("device memory beyond") == ("not run", 0.01)
+    (details,) = [row["details"] for bar, row in by.items() if "replication, bytes" in bar]
     assert "read and written share 0.945" in details
     assert verdict("8B tensors") == ("fail", 1.16)
-    assert verdict("mergekit") == ("not run", None)
     assert verdict("marked gpu") == ("pass", "1 of 1")
     assert verdict("compute-sanitizer") == ("not run", "0 of 1")
     assert verdict("same bytes") == ("fail", "1 of 2")
