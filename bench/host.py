@@ -183,7 +183,12 @@ def rows(methods: list[str], *, seconds: float) -> Iterator[dict[str, Any]]:
     from fastmerge.runtime import resident
 
     for method in methods:
-        for what, count, small in (("64 elements", 1, True), ("one", 1, False), ("147", 147, False), ("18867", 18_867, False)):
+        for what, count, small in (
+            ("64 elements", 1, True),
+            ("one", 1, False),
+            ("147", 147, False),
+            ("18867", 18_867, False),
+        ):
             counts = Counts()
             kernels = start(counts)
             call = calls(method, count, small)
@@ -200,7 +205,9 @@ def rows(methods: list[str], *, seconds: float) -> Iterator[dict[str, Any]]:
             again = lambda bound=bound: [b.run() for b in bound]  # noqa: E731
             again()
             row["again ms"] = round(timed(again, seconds), 3)
-            row["met"] = row["host ms"] <= BARS["one" if count == 1 else str(count)] and row["again ms"] <= BARS["again"]
+            row["met"] = (
+                row["host ms"] <= BARS["one" if count == 1 else str(count)] and row["again ms"] <= BARS["again"]
+            )
             del kernels
             yield row
 
@@ -221,10 +228,17 @@ def before(methods: list[str], seconds: float) -> None:
     tensors.choose = lambda *args, **named: backend  # type: ignore[assignment]
     tensors.Resident = lambda home: CpuDevice()  # type: ignore[attr-defined]
     for method in methods:
-        for what, count, small in (("64 elements", 1, True), ("one", 1, False), ("147", 147, False), ("18867", 18_867, False)):
+        for what, count, small in (
+            ("64 elements", 1, True),
+            ("one", 1, False),
+            ("147", 147, False),
+            ("18867", 18_867, False),
+        ):
             call = calls(method, count, small)
             call()
-            print(json.dumps({"method": method, "tensors": what, "before ms": round(timed(call, seconds), 3)}), flush=True)
+            print(
+                json.dumps({"method": method, "tensors": what, "before ms": round(timed(call, seconds), 3)}), flush=True
+            )
 
 
 def main() -> int:
@@ -243,7 +257,9 @@ def main() -> int:
     if options.tree:
         plain = [m for m in options.methods if m in PLAIN]
         command = [sys.executable, __file__, "--before", "--seconds", str(options.seconds), "--methods", *plain]
-        done = subprocess.run(command, env={**os.environ, "FASTMERGE_TREE": options.tree}, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, env={**os.environ, "FASTMERGE_TREE": options.tree}, capture_output=True, text=True, check=True
+        )
         for line in done.stdout.splitlines():
             found = json.loads(line)
             old[found["method"], found["tensors"]] = found["before ms"]

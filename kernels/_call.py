@@ -11,6 +11,8 @@ costs the host tens of microseconds.
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -43,9 +45,8 @@ POISON = 0xA5
 """What the interpreter fills scratch with, so that tests see what is read before it is written."""
 
 
-def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter, on CPU addresses (TRITON_INTERPRET=1 at import)."""
-    return bool(triton.knobs.runtime.interpret)
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether the kernels run in Triton's interpreter, on CPU addresses (TRITON_INTERPRET=1 at import)."""
 
 
 class Place(NamedTuple):
@@ -66,10 +67,7 @@ class Place(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Of the array."""
-        n = self.dtype.itemsize
-        for s in self.shape:
-            n *= s
-        return n
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 class Launch(NamedTuple):
@@ -137,36 +135,27 @@ class Gpu:
             done.synchronize()
         return here
 
-    def bind(self, launch: Launch, pointers: tuple[Any, ...]) -> Callable[[], None]:
-        """A launch whose arguments are addresses (tensors in the interpreter), ready to go."""
-        kernel, grid = launch.kernel, (*launch.grid, 1, 1)[:3]
-        if interpreted():
-            args = (*pointers, *launch.constants)
-            return lambda: kernel[launch.grid](*args, **launch.options)
-        compiled = self.compiled(launch)
-        args = (*(p.data_ptr() if isinstance(p, torch.Tensor) else p for p in pointers), *launch.constants)
-        run = compiled[grid]
-        return lambda: run(*args)
+    def runner(self, launch: Launch) -> Callable[..., None]:
+        """What a launch calls with its arguments, addresses (tensors in the interpreter) and constants."""
+        if INTERPRETED:
+            return functools.partial(launch.kernel[launch.grid], **launch.options)
+        found: Callable[..., None] = self.compiled(launch)[(*launch.grid, 1, 1)[:3]]
+        return found
 
     def compiled(self, launch: Launch) -> Any:
         """The kernel of a launch, compiled once for its types, constants and options.
 
         Numbers are not specialised on (``do_not_specialize``), and every address is a multiple of 16.
         """
-        kinds = tuple([a if type(a) is int else _kind(a) for a in launch.args])
-        shape = tuple([int if type(a) is int else a for a in kinds])
         index = torch.cuda.current_device() if self.device.type == "cuda" else -1
-        key = (launch.kernel.fn, shape, launch.constants, tuple(launch.options.items()), index)
+        kinds = [None if type(a) is int else a.dtype for a in launch.args]
+        key = (id(launch.kernel), index, *kinds, *launch.constants, *launch.options.values())
         found = self._compiled.get(key)
         if found is None:
-            found = launch.kernel.warmup(*kinds, *launch.constants, grid=(1,), **launch.options)
+            types = [a if t is None else TORCH.get(t, t) for a, t in zip(launch.args, kinds, strict=True)]
+            found = launch.kernel.warmup(*types, *launch.constants, grid=(1,), **launch.options)
             self._compiled[key] = found
         return found
-
-
-def _kind(arg: Any) -> Any:
-    """The type of what an argument points to."""
-    return arg.dtype if isinstance(arg, torch.Tensor) else TORCH[arg.dtype]
 
 
 class Call:
@@ -175,7 +164,9 @@ class Call:
     def __init__(self, gpu: Gpu) -> None:
         """An empty call."""
         self._gpu = gpu
-        self._given: list[tuple[int, Array]] = []
+        self._given: list[tuple[int, bytes]] = []
+        self._image = bytearray()
+        self._runners: list[Callable[..., None]] | None = None
         self._sent = self._room = 0
         self._launches: list[Launch] = []
         self._bound: list[Callable[[], None]] | None = None
@@ -196,26 +187,29 @@ class Call:
 
     def put(self, array: Any) -> Place:
         """A table of the host; copied now, sent with the rest."""
-        a = np.ascontiguousarray(array)
-        place = self.zeros(a.shape, a.dtype)
-        self._given.append((place.offset, a.copy() if a is array else a))
+        place = self.zeros(array.shape, array.dtype)
+        self._given.append((place.offset, array.tobytes()))
         return place
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Place:
         """An array that starts at zero each time that the call runs."""
-        place = Place(True, self._sent, np.dtype(dtype), shape)
-        self._sent += -(-max(1, place.nbytes) // ALIGN) * ALIGN
+        kind = np.dtype(dtype)
+        place = Place(True, self._sent, kind, shape)
+        self._sent += (kind.itemsize * math.prod(shape) + ALIGN) & -ALIGN
         return place
 
     def room(self, shape: tuple[int, ...], dtype: Any) -> Place:
         """An array that kernels write before they read it."""
-        place = Place(False, self._room, np.dtype(dtype), shape)
-        self._room += -(-max(1, place.nbytes) // ALIGN) * ALIGN
+        kind = np.dtype(dtype)
+        place = Place(False, self._room, kind, shape)
+        self._room += (kind.itemsize * math.prod(shape) + ALIGN) & -ALIGN
         return place
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], *constants: Any, **options: Any) -> None:
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], *constants: Any, **options: Any
+    ) -> None:
         """Adds a launch; one without programs is left out."""
-        if all(grid):
+        if 0 not in grid:
             self._launches.append(Launch(kernel, grid, args, constants, {**OPTIONS, **options}))
 
     # ---- running -------------------------------------------------------------------------------------------
@@ -227,28 +221,43 @@ class Call:
                 self._bind()
             if self._sent and self._bound:
                 assert self._there is not None
-                assert self._here is not None
+                if self._here is None:
+                    self._here = self._gpu.host(self._sent)
+                    memoryview(self._here.numpy())[:] = self._image  # type: ignore[arg-type]
                 self._gpu.send(self._there[: self._sent], self._here)
             for launch in self._bound or ():
                 launch()
 
-    def _bind(self) -> None:
-        self._here = self._gpu.host(self._sent)
-        view = self._here.numpy()
-        view[:] = 0
-        for offset, a in self._given:
-            view[offset : offset + a.nbytes] = a.reshape(-1).view(np.uint8)
-        self._given.clear()
-        self._there = self._gpu.allocate(self.scratch)
-        self._bound = [self._gpu.bind(x, tuple([self._pointer(a) for a in x.args])) for x in self._launches]
+    def rewrite(self, place: Place, array: Array) -> None:
+        """Other contents of a table, for the runs to come: what was sent before may still be under way."""
+        self._image[place.offset : place.offset + place.nbytes] = array.tobytes()
+        self._here = None
 
-    def _pointer(self, arg: Any) -> Any:
-        if not isinstance(arg, Place):
-            return arg
-        if interpreted():
-            return self.tensor(arg)
-        assert self._there is not None
-        return self._there.data_ptr() + arg.offset + (0 if arg.sent else self._sent)
+    def release(self) -> None:
+        """Gives the device's memory back, in the order of the stream; the next run gets some again."""
+        self._there = self._bound = None
+
+    def _bind(self) -> None:
+        if self._given:
+            self._image = bytearray(self._sent)
+            for offset, a in self._given:
+                self._image[offset : offset + len(a)] = a
+            self._given.clear()
+        self._there = self._gpu.allocate(self.scratch)
+        sent = self._there.data_ptr()
+        room = sent + self._sent
+
+        def pointer(arg: Any) -> Any:
+            if type(arg) is Place:
+                if INTERPRETED:
+                    return self.tensor(arg)
+                return (sent if arg.sent else room) + arg.offset
+            return arg if type(arg) is int or INTERPRETED else arg.data_ptr()
+
+        if self._runners is None:
+            self._runners = [self._gpu.runner(x) for x in self._launches]
+        pairs = zip(self._runners, self._launches, strict=True)
+        self._bound = [functools.partial(run, *map(pointer, x.args), *x.constants) for run, x in pairs]
 
     def tensor(self, place: Place) -> torch.Tensor:
         """The array on the device, once the call has run."""

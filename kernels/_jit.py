@@ -7,7 +7,8 @@ libdevice, inline assembly, fused multiply-add or approximate instructions. (Bra
 ``else``, and a function one ``return``: the compiler takes what follows a ``return`` for reachable.)
 
 Vocabulary of the kernels: ``table`` int64 ``[S, 7 + M]`` is the segment table, ``prefix`` and ``skip`` say what each
-program works on (see :func:`place` and ``_launch.py``); ``CODES`` packs the type codes of the inputs, four bits each, base first (0 fp64, 1 fp32, 2 fp16, 3 bf16);
+program works on (see :func:`place` and ``_launch.py``); ``CODES`` packs the type codes of the inputs, four bits each,
+base first (0 fp64, 1 fp32, 2 fp16, 3 bf16);
 ``WIDE`` is true where the arithmetic is fp64; ``UNMASKED`` is true where every address is a multiple of 16 bytes and
 every block is full, so that all accesses are unmasked and 128 bits wide.
 """
@@ -43,7 +44,9 @@ def find(prefix, rows, at):
 
 
 @triton.jit
-def place(prefix, skip, table, segments, M: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, UNMASKED: tl.constexpr):
+def place(
+    prefix, skip, table, segments, M: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, UNMASKED: tl.constexpr
+):
     """What this program works on.
 
     Returns:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ._call import Call, Place, interpreted
+from ._call import INTERPRETED, Call, Place
 from ._jit import HEADER, LANES, TILE
 
 I64 = npt.NDArray[np.int64]
@@ -153,7 +153,7 @@ def registers(*, fast: bool) -> dict[str, int]:
 def config(name: str) -> dict[str, int]:
     """Launch configuration of an elementwise kernel, the caller's to change."""
     cfg = CONFIGS[name]
-    return {**cfg, "BLOCK": INTERPRETER_BLOCK} if interpreted() else {**cfg}
+    return {**cfg, "BLOCK": INTERPRETER_BLOCK} if INTERPRETED else {**cfg}
 
 
 def tiles_of(table: I64, *, per_row: bool = False) -> I64:
@@ -162,4 +162,3 @@ def tiles_of(table: I64, *, per_row: bool = False) -> I64:
     out = np.zeros(len(table) + 1, np.int64)
     np.cumsum(count * -(-length // TILE), out=out[1:])
     return out
-

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from . import combine, consensus, count, delta_keys, gram, kth, l1, selection, votes
-from ._call import Call, Gpu, Place, interpreted
+from ._call import INTERPRETED, Call, Gpu, Place
 from ._keep import Keep, cuts
 from ._launch import I64, bounds
 from ._types import Types
@@ -41,7 +41,7 @@ class TritonKernels:
             RuntimeError: for the CPU without the interpreter.
         """
         self.device = torch.device(device)
-        if self.device.type == "cpu" and not interpreted():
+        if self.device.type == "cpu" and not INTERPRETED:
             raise RuntimeError(
                 "Triton kernels run on the CPU only with TRITON_INTERPRET=1, set before the first import"
             )

@@ -62,20 +62,20 @@ def flags(rules: Any, out: int) -> dict[str, Any]:
 
 
 @np.errstate(all="ignore")
-def shares(rules: Any, round: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+def shares(rules: Any, work: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> npt.NDArray[Any]:
     """``h`` of every set of models that may agree, in the work type; bit N - 1 - i of the column says model i does.
 
     Args:
         rules: factors ``[P, N, 3]`` (c, g, a) and scale ``[P, 3]`` (lam, div, majority sign).
-        round: to the work type.
+        work: rounds to the work type.
 
     Returns:
         ``[P, 2 ** N]``, or one row where all are equal; one number where the kernel does not look.
     """
     models = rules.votes.factors.shape[1]
     if int(rules.votes.elect) == NONE or int(rules.merge) != MEAN or models > SETS.value:
-        return round(np.zeros((1, 1)))
-    count_weights, half = round(rules.votes.factors[:, :, 1]), round(rules.scale[:, 0])
+        return work(np.zeros((1, 1)))
+    count_weights, half = work(rules.votes.factors[:, :, 1]), work(rules.scale[:, 0])
     half = half * half.dtype.type(0.5)
     if len(half) > 1 and (count_weights == count_weights[0]).all() and (half == half[0]).all():
         count_weights, half = count_weights[:1], half[:1]

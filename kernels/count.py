@@ -1,9 +1,10 @@
 """Counts of delta keys around a bracket per tile and model, and the keys strictly inside it: exact selection.
 
 For every tile and model: ``#key > hi``, ``#key == hi``, ``#key == lo`` (0 where lo == hi), ``#lo < key < hi``, with
-key = bits(|d_i|) and d_i = x_i - b, rounded and dropped as asked. Keys strictly inside are appended to the list of their query, in any order,
-with their tile. With a bracket that holds less than a percent of the data this decides the k-th magnitude in one
-read of everything, ``(N + 1) * b`` bytes per element for all models together; no sort, no gather of the rest.
+key = bits(|d_i|) and d_i = x_i - b, rounded and dropped as asked. Keys strictly inside are appended to the list of
+their query, in any order, with their tile. With a bracket that holds less than a percent of the data this decides the
+k-th magnitude in one read of everything, ``(N + 1) * b`` bytes per element for all models together; no sort, no gather
+of the rest.
 
 The loop that reads everything has no branches, no atomics, no barrier and no stores: four comparisons choose what an
 element adds to its eight neighbours' word, one of three counters or the bit that says it is inside. The counters then
@@ -56,7 +57,6 @@ def listed(
     tiles,
     limit,
     i: tl.constexpr,
-    M: tl.constexpr,
     CODES: tl.constexpr,
     ROUND: tl.constexpr,
     WIDE: tl.constexpr,
@@ -134,8 +134,8 @@ def count_kernel(
     """One program per tile, into counts int64 ``[R, N, 4]`` of open queries, and their lists.
 
     brackets int64 ``[O, N, 2]`` (lo, hi) has row ``owner[s]`` for the segment; lo above every key closes a query, and a
-    tile whose queries are all closed is not read. Row ``lists[s]`` of regions int64 ``[L, N, 2]`` (first slot, slots) and
-    of used is that of its lists.
+    tile whose queries are all closed is not read. Row ``lists[s]`` of regions int64 ``[L, N, 2]`` (first slot, slots)
+    and of used is that of its lists.
     """
     N: tl.constexpr = M - 1
     GROUPS: tl.constexpr = BLOCK // 8
@@ -149,11 +149,11 @@ def count_kernel(
     inside = ()
     marks = ()
     wanted = ()
-    open = False
+    asked = False
     for i in tl.static_range(N):
         low = tl.load(brackets + (mine + i) * 2)
         high = tl.load(brackets + (mine + i) * 2 + 1)
-        open = open | (low < NEVER)
+        asked = asked | (low < NEVER)
         wanted = wanted + (low < NEVER,)
         if not WIDE:
             low = low.to(tl.int32)
@@ -164,7 +164,7 @@ def count_kernel(
         inside = inside + (tl.zeros((), tl.int32),)
         for _ in tl.static_range(WORDS):
             marks = marks + (tl.zeros((GROUPS,), tl.int32),)
-    if open:
+    if asked:
         p = tl.load(row + 5)
         e = tl.load(row + 2) + start
         key = tl.load(row + 4)
@@ -177,7 +177,7 @@ def count_kernel(
             pause = tl.minimum(done + WORDS * 8192, count)
             while done < pause:
                 words = ()
-                for i in tl.static_range(N):
+                for _ in tl.static_range(N):
                     words = words + (tl.zeros((GROUPS,), tl.int32),)
                 for u in tl.static_range(4):
                     step = done + u * BLOCK
@@ -230,7 +230,7 @@ def count_kernel(
                     slot = first + taken + tl.cumsum(c, axis=0) - c
                     listed(
                         mine_words, done - 8192, tl.max(c, axis=0), row, start, tl.load(row + 8 + i), tile, slot,
-                        keys, tiles, limit, i, M, CODES, ROUND, WIDE, WORDS, GROUPS,
+                        keys, tiles, limit, i, CODES, ROUND, WIDE, WORDS, GROUPS,
                     )  # fmt: skip
             marks = fresh
             inside = total

@@ -1,14 +1,9 @@
 """From counts to thresholds, without the host: the end of an exact selection.
 
-:func:`decide_kernel` ends a query whose counts allow it: the k-th largest key is an end of the bracket, or is inside and
-the list of what is inside is complete. Else it says what the counts have taught (a span of keys) and leaves the query
-open for another bracket, another count and another decision, which are launched in any case and leave at once where
-nothing is open. What is then still open is settled by :func:`settle_kernel`, one program per query: exact whatever the
-data, by the digits of the keys, at the speed of one multiprocessor. So no step asks the host.
-
-Of elements at the threshold the first ones stay (or all, or a random share): counts per tile tell in which tile the
-last of them lies. They are column 1 or 2 of the counts where the threshold is the upper or lower end of the bracket
-(``where``); where it was found in the list, :func:`tally_kernel` makes column 3 of them from the listed tiles.
+:func:`decide_kernel` ends a query whose counts allow it: the k-th largest key is an end of the bracket, or is inside
+and the list of what is inside is complete. Else it says what the counts have taught (a span of keys) and leaves the
+query open for another bracket, another count and another decision, which are launched in any case and leave at once
+where nothing is open. What is then still open is settled digit by digit (settle.py). So no step asks the host.
 """
 
 from __future__ import annotations
@@ -16,9 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._jit import at, load, magnitude
-from ._keep import delta, drop
-from .sample import RANKED, bits_of, ranked
+from .sample import bits_of, ranked
 
 SWEEP = 4096
 """Keys that a program looks at at a time."""
@@ -52,9 +45,8 @@ def decide_kernel(
 ):
     """Program (g, i): ends query ``g * N + i``, or narrows its span.
 
-    Args (tables on the device): ``tiles`` int64 ``[S + 1]`` tiles before each segment, ``first`` int64 ``[G + 1]`` the first
-    segment of each set, tallies int64 ``[G, N]`` keys listed, ``inner`` room for keys of long lists, from slot
-    ``inners [G, N]`` on.
+    tiles int64 ``[S + 1]``: tiles before each segment; first int64 ``[G + 1]``: the first segment of each set; tallies
+    int64 ``[G, N]``: keys listed; inner: room for keys of long lists, from slot ``inners [G, N]`` on.
     """
     NEVER: tl.constexpr = 0x7FFFFFFFFFFFFFFF if WIDE else 0x7FFFFFFF
     g = tl.program_id(0).to(tl.int64)
@@ -96,7 +88,15 @@ def decide_kernel(
             where = tl.full((), 2, tl.int64)
         if (k > above + upper) & (k <= above + upper + inside) & (inside <= tl.load(regions + q * 2 + 1)):
             found, at_it, left = pick(
-                keys + tl.load(regions + q * 2), inner + tl.load(inners + q), inside, k - above - upper, lo, hi, SWEEP, INNER, RANKED
+                keys + tl.load(regions + q * 2),
+                inner + tl.load(inners + q),
+                inside,
+                k - above - upper,
+                lo,
+                hi,
+                SWEEP,
+                INNER,
+                RANKED,
             )
             if at_it > 0:
                 known = True
@@ -240,180 +240,3 @@ def pick(
                 n -= over + upper + between + lower
                 hi = p_lo
     return found, tied, keep
-
-
-@triton.jit
-def tally_kernel(
-    state,
-    counts,
-    tallies,
-    keys,
-    tiles,
-    regions,
-    N: tl.constexpr,
-    PARTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Program (query, part): adds a part of a list's keys at the threshold to column 3 of the counts of their tiles."""
-    q = tl.program_id(0).to(tl.int64)
-    mine = state + q * COLUMNS
-    if (tl.load(mine + 3) == 4) & (tl.load(mine + 1) < tl.load(mine + 2)):
-        thr = tl.load(mine)
-        size = tl.load(tallies + q)
-        begin = tl.load(regions + q * 2)
-        j = tl.program_id(1).to(tl.int64) * BLOCK
-        while j < size:
-            at_lane = j + tl.arange(0, BLOCK)
-            x = tl.load(keys + begin + at_lane, mask=at_lane < size, other=0).to(tl.int64)
-            mine_too = (at_lane < size) & (x == thr)
-            tile = tl.load(tiles + begin + at_lane, mask=mine_too, other=0).to(tl.int64)
-            to = counts + (tile * N + q % N) * 4 + 3
-            tl.atomic_add(to, tl.full((BLOCK,), 1, tl.int64), mask=mine_too, sem="relaxed")
-            j += PARTS * BLOCK
-
-
-@triton.jit
-def settle_kernel(
-    state,
-    brackets,
-    counts,
-    tiles,
-    first,
-    table,
-    model_index,
-    bern,
-    M: tl.constexpr,
-    CODES: tl.constexpr,
-    ROUND: tl.constexpr,
-    DROP: tl.constexpr,
-    WIDE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Program (g, i): an open query by the digits of its keys, eight bits a read, and its ties in one more."""
-    N: tl.constexpr = M - 1
-    NEVER: tl.constexpr = 0x7FFFFFFFFFFFFFFF if WIDE else 0x7FFFFFFF
-    READS: tl.constexpr = 8 if WIDE else 4
-    g = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1)
-    q = g * N + i
-    if tl.load(brackets + q * 2) < NEVER:
-        mine = state + q * COLUMNS
-        rank = tl.load(mine + 4)
-        offs = tl.arange(0, BLOCK)
-        digit = tl.arange(0, 256)
-        thr = rank * 0
-        tied = rank * 0
-        read = 0
-        while read <= READS:
-            shift = ((READS - 1 - read) * 8).to(tl.int64)
-            seen = tl.zeros((256,), tl.int64)
-            s = tl.load(first + g)
-            last = tl.load(first + g + 1)
-            while s < last:
-                row = table + s * (7 + M)
-                length = tl.load(row + 1)
-                e0 = tl.load(row + 2)
-                key = tl.load(row + 4)
-                base = at(tl.load(row + 7), rank * 0, CODES & 15, False)
-                here = tl.zeros((), tl.int64)
-                ties = tl.zeros((), tl.int64)
-                e = rank * 0
-                while e < length:
-                    mask = offs < length - e
-                    b = load(base, e, offs, mask, WIDE, False)
-                    d = b
-                    for j in tl.static_range(N):
-                        if j == i:
-                            p = at(tl.load(row + 8 + j), e, (CODES >> (4 * j + 4)) & 15, False)
-                            d = delta(p, 0, offs, mask, b, ROUND, WIDE, False)
-                    if DROP:
-                        bound = tl.load(bern + tl.load(row + 5) * N + i)
-                        d = drop(d, key, e0 + e, tl.load(model_index + i), bound, BLOCK, False)
-                    x = magnitude(d).to(tl.int64)
-                    if read < READS:
-                        same = mask & ((x >> shift >> 8) == thr)
-                        seen += tl.histogram(((x >> shift) & 255).to(tl.int32), 256, mask=same).to(tl.int64)
-                    else:
-                        ties += tl.sum((mask & (x == thr)).to(tl.int64), axis=0)
-                        here = e // 65536
-                        if ((e + BLOCK) % 65536 == 0) | (e + BLOCK >= length):
-                            tl.store(counts + ((tl.load(tiles + s) + here) * N + i) * 4 + 3, ties)
-                            ties = tl.zeros((), tl.int64)
-                    e += BLOCK
-                s += 1
-            if read < READS:
-                up = tl.sum(seen, axis=0) - tl.cumsum(seen, axis=0)  # keys with a larger digit
-                best = tl.max(tl.where(up + seen >= rank, digit, -1), axis=0)
-                rank -= tl.sum(tl.where(digit == best, up, 0), axis=0)
-                tied = tl.sum(tl.where(digit == best, seen, 0), axis=0)
-                thr = (thr << 8) | best.to(tl.int64)
-            read += 1
-        tl.store(mine, thr)
-        tl.store(mine + 1, rank)
-        tl.store(mine + 2, tied)
-        tl.store(mine + 3, tl.full((), 3, tl.int64))
-        tl.store(brackets + q * 2, tl.full((), NEVER, tl.int64))
-        tl.store(brackets + q * 2 + 1, tl.full((), NEVER, tl.int64))
-
-
-@triton.jit
-def cut_kernel(
-    found,
-    state,
-    counts,
-    tiles,
-    first,
-    N: tl.constexpr,
-    TIES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Program (g, i): where the ties that stay end, into found int64 ``[Q, 4]`` as ``cuts_kernel`` reads it.
-
-    TIES: 0 the first, 1 all, 2 a random share. Queries of no threshold (k is 0 or all) are the host's.
-    """
-    g = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1)
-    q = g * N + i
-    mine = state + q * COLUMNS
-    tied = tl.load(mine + 2)
-    if tied > 0:
-        thr = tl.load(mine)
-        keep = tl.load(mine + 1)
-        column = tl.minimum(tl.load(mine + 3), 3)
-        tile = tl.full((), 1 << 62, tl.int64)
-        rank = tl.zeros((), tl.int64)
-        tie = tl.full((), -1, tl.int64)
-        if (TIES != 1) & (keep < tied) & (thr > 0):  # zeros add nothing, kept or not
-            if TIES == 2:
-                share = tl.floor(keep.to(tl.float64) / tied.to(tl.float64) * 65536.0 + 0.5)
-                tie = tl.maximum(share, 1.0).to(tl.int64)
-                tile = rank
-            elif column < 0:
-                tile = rank
-                rank = keep
-            else:
-                begin = tl.load(tiles + tl.load(first + g))
-                end = tl.load(tiles + tl.load(first + g + 1))
-                lane = tl.arange(0, BLOCK)
-                t = begin
-                before = rank
-                while t < end:
-                    some = t + lane < end
-                    c = tl.load(counts + ((t + lane) * N + i) * 4 + column, mask=some, other=0)
-                    ends = before + tl.cumsum(c, axis=0)
-                    one = tl.min(tl.where(some & (ends > keep), lane, BLOCK), axis=0)
-                    if one < BLOCK:
-                        tile = t + one - begin
-                        rank = keep - tl.sum(tl.where(lane == one, ends - c, 0), axis=0)
-                        t = end
-                    else:
-                        before += tl.sum(c, axis=0)
-                        t += BLOCK
-        to = found + q * 4
-        tl.store(to, thr)
-        tl.store(to + 1, tile)
-        tl.store(to + 2, rank)
-        tl.store(to + 3, tie)

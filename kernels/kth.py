@@ -1,8 +1,9 @@
 """The k-th largest magnitudes of whole small tensors, without a sort and without the host.
 
 ``(key, keep, tied)`` are the key of the k-th largest ``|x_i - b|`` (rounded and dropped as asked) of a tensor, how many
-elements at it belong to the k largest, and how many there are. One pass, ``2 b`` bytes read per element and model. Tiling: one program per tensor and model
-holds all keys of the tensor in registers, and finds the threshold bit by bit: 31 counts of keys (63 in fp64).
+elements at it belong to the k largest, and how many there are. One pass, ``2 b`` bytes read per element and model.
+Tiling: one program per tensor and model holds all keys of the tensor in registers, and finds the threshold bit by bit:
+31 counts of keys (63 in fp64).
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ take a few hundred values, and a bracket is then often a single one, with a tent
 
 Nothing here needs to be right: counts decide (count.py, decide.py), and a query whose bracket missed tries again.
 
-``state`` int64 ``[Q, 12]`` is what is known of each query: see :data:`FIELDS`. ``brackets`` int64 ``[Q, 2]`` is (lo, hi);
-lo above every key closes a query.
+``state`` int64 ``[Q, 12]`` is what is known of each query: see :data:`FIELDS`. ``brackets`` int64 ``[Q, 2]`` is
+(lo, hi); lo above every key closes a query.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._call import Call, Place
 from ._jit import drawn, find, load, magnitude, narrow, widen
 
 FIELDS = ("thr", "keep", "tied", "where", "k", "end", "above", "high", "low")
@@ -84,18 +83,18 @@ def sample_kernel(
 ):
     """One program per 128 runs of a set: lists keys inside the brackets of its queries, and counts.
 
-    Args (tables on the device): ``prefix`` int64 ``[G + 1]`` programs before each set; ``first`` int64 ``[G + 1]`` its first
-    segment; ``runs`` int64 ``[S + 1]`` runs before each segment. tallies int64 ``[G, N, 3]`` is added to: keys inside the
-    bracket, in the span, and of those at its upper end or above.
+    prefix int64 ``[G + 1]``: programs before each set; first int64 ``[G + 1]``: its first segment; runs int64
+    ``[S + 1]``: runs before each segment. tallies int64 ``[G, N, 3]`` is added to: keys inside the bracket, keys in the
+    span, and how many of those are at the upper end of the bracket or above.
     """
     N: tl.constexpr = M - 1
     NEVER: tl.constexpr = 0x7FFFFFFFFFFFFFFF if WIDE else 0x7FFFFFFF
     pid = tl.program_id(0)
     g = find(prefix, sets, pid).to(tl.int64)
-    open = False
+    asked = False
     for i in tl.static_range(N):
-        open = open | (tl.load(brackets + (g * N + i) * 2) < NEVER)
-    if open:
+        asked = asked | (tl.load(brackets + (g * N + i) * 2) < NEVER)
+    if asked:
         chunk = pid.to(tl.int64) - tl.load(prefix + g)
         wanted = (tl.load(prefix + g + 1) - tl.load(prefix + g)) * (BLOCK // 16)
         begin = tl.load(first + g)

@@ -4,19 +4,21 @@ Tensors that one program's registers hold take one launch of kth.py. For the oth
 sample, a narrower bracket, one counting read of everything, a decision; the second time hardly ever finds anything to
 do, and then leaves at once. What is still open is settled digit by digit. (sample.py, count.py, decide.py)
 
-Sizes. A sample of m of n elements knows the rank k within ``sqrt(m p (1 - p))``, p = k / n; of 16,384 elements the coarse
-bracket holds 2.5 % of all at p = 0.2, of a million the next one 0.31 %, so that its list takes 2.5 % of what a bf16
-model takes.
+Sizes. A sample of m of n elements knows the rank k within ``sqrt(m p (1 - p))``, p = k / n: from 16,384 elements the
+coarse bracket holds 2.5 % of all at p = 0.2, from a million the next one 0.31 %. Its list then takes 1.6 % of what the
+bf16 model takes, keys and tiles together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from . import count, decide, sample
+from . import count, decide, sample, settle
 from . import kth as whole
+from . import ties as which
 from ._call import Call, Place
 from ._launch import I64
 from ._types import Types
@@ -92,6 +94,7 @@ def select(
     types: Types,
     here: I64,
     table: Place,
+    some: Callable[[I64, int], Place],
     tiles: Place,
     deltas: Deltas,
     ranks: I64,
@@ -106,6 +109,7 @@ def select(
         types: of the batch.
         here: the segments, whole tensors: ``together`` in tie order, else those of :func:`small` last.
         table: the same on the device.
+        some: puts some of its rows there, from the given one on.
         tiles: int64 ``[S + 1]`` tiles before each.
         deltas: how task vectors are formed.
         ranks: ``[S, N]`` how many elements to keep; ``together``, of all tensors.
@@ -137,7 +141,7 @@ def select(
     owner = call.put(np.zeros(tensors, np.int64) if together else np.arange(tensors))
 
     if large < rows and asked[large:].any():
-        args = (there[1], call.put(here[large:]), deltas.models, deltas.bernoulli, call.put(ranks))
+        args = (there[1], some(here[large:], large), deltas.models, deltas.bernoulli, call.put(ranks))
         whole.kth(call, *args, most=int(length[large:].max()), **about)
     counts = call.room((1, models, 4), np.int64)
     if asked[:large].any():
@@ -145,10 +149,10 @@ def select(
         work = _Sets(first[: large + 1], size[:large], share)
         counts = _rounds(call, types, here, table, tiles, deltas, work, asked, (owner, there[1], sets), never, largest)
     flags = (models, TIES[ties], WIDTH, 1024)
-    call.launch(decide.cut_kernel, (rows, models), (*there, counts, tiles, sets), *flags, num_warps=4)
+    call.launch(which.cut_kernel, (rows, models), (*there, counts, tiles, sets), *flags, num_warps=4)
     before = call.zeros((tensors,), np.int64)
     if together:
-        before = call.put((np.cumsum(-(-length // 65_536)) - -(-length // 65_536)))
+        before = call.put(np.cumsum(-(-length // 65_536)) - -(-length // 65_536))
     return owner, before, there[0]
 
 
@@ -211,7 +215,7 @@ def _rounds(
         call.launch(decide.decide_kernel, grid, args, *flags, num_warps=16)
         args = (state, counts, tally, keys, listed, region)
         flags = (models, PARTS, WIDTH, decide.SWEEP)
-        call.launch(decide.tally_kernel, (sets * models, PARTS), args, *flags, num_warps=8)
+        call.launch(which.tally_kernel, (sets * models, PARTS), args, *flags, num_warps=8)
     args = (state, ends, counts, tiles, first, table, *ins)
-    call.launch(decide.settle_kernel, grid, args, *codes, 2048, num_warps=16)
+    call.launch(settle.settle_kernel, grid, args, *codes, 2048, num_warps=16)
     return counts

@@ -66,6 +66,7 @@ class Sequence:
         table[:, 5] = np.arange(len(table))
         table[:, 6] = self._tiles_here[:-1]
         self._sent: Place | None = None
+        self._addressed: list[tuple[Place, I64, int]] = []
         self._tiles: Place | None = None
         self._bad: Place | None = None
         given = segments.nonfinite
@@ -77,8 +78,14 @@ class Sequence:
     def _table(self) -> Place:
         """The segments on the device; their parameter rows are final once the first kernel asks."""
         if self._sent is None:
-            self._sent = self.call.put(self.table)
+            self._sent = self._rows(self.table)
         return self._sent
+
+    def _rows(self, rows: I64, first: int = 0) -> Place:
+        """Some rows of the table, those from ``first`` on, on the device."""
+        place = self.call.put(rows)
+        self._addressed.append((place, rows, first))
+        return place
 
     def _ordered(self, array: Array) -> Array:
         """Rows of a table of parameters in the order of the layout."""
@@ -149,7 +156,14 @@ class Sequence:
         total, models = int(vectors.here[-1]), len(self.types.codes) - 1
         scale = self.call.room((total, 2), self.types.float)
         coef = self.call.put(np.ones((total, 1 + models), self.types.float))
-        args = (scale, self._wrong(), vectors.sums, self.call.put(self._ordered(numbers)), vectors.first, len(self.table))
+        args = (
+            scale,
+            self._wrong(),
+            vectors.sums,
+            self.call.put(self._ordered(numbers)),
+            vectors.first,
+            len(self.table),
+        )
         flags = (models, angle, clamp, self.types.wide, LANES)
         self.call.launch(solve.model_stock_kernel, (-(-total // LANES),), args, *flags, num_warps=LANES // 32)
         return coef, scale
@@ -176,8 +190,9 @@ class Sequence:
         """Thresholds and tie cuts; ``ranks [S, N]``, one threshold for all tensors where ``together``."""
         call, types, table = self.call, self.types, self._table()
         found = selection.select(
-            call, types, self.table, table, self._tile_prefix(), deltas, self._ordered(ranks), ties=ties, together=together
-        )
+            call, types, self.table, table, self._rows, self._tile_prefix(), deltas, self._ordered(ranks),
+            ties=ties, together=together,
+        )  # fmt: skip
         size = (len(self.table), len(types.codes) - 1)
         outs = call.room(size, types.key), call.room(size, np.int64), call.room(size, np.int32)
         about = {"round_code": deltas.round_code, "drop": deltas.drop}
@@ -237,6 +252,15 @@ class Sequence:
             order, counters = (self.call.tensor(p) for p in self._back)
             self._nonfinite.index_add_(0, order, counters)
 
+    def move(self, segments: Any) -> None:
+        """The same for other tensors, that differ in addresses and keys alone (and are aligned alike)."""
+        table = segments.table if self._order is None else segments.table[self._order]
+        for place, rows, first in self._addressed:
+            some = rows.copy()
+            given = table[first : first + len(rows)]
+            some[:, 0], some[:, 4], some[:, 7:] = given[:, 0], given[:, 4], given[:, 7:]
+            self.call.rewrite(place, some)
+
     def wrong(self) -> int | None:
         """The first vector (of L1 norms: tensor times models plus model) whose sums are not finite; waits where asked.
 
@@ -246,7 +270,7 @@ class Sequence:
             return None
         found = np.zeros(1, np.int64)
         self.call.bring((self._bad, found))
-        return int(found[0]) if found[0] != NOBODY else None
+        return int(found[0]) if found[0] < NOBODY else None
 
     def row(self, place: Place, n: int) -> list[float]:
         """One row of what a call has found; waits."""

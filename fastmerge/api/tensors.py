@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import operator
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from fastmerge.api.call import Call, call_of, dtype_of, one_device, position, result_of
 from fastmerge.backends.choose import choose
 from fastmerge.checkpoint import Checkpoint, Files, without_gc
-from fastmerge.dtypes import BY_NAME, DType
+from fastmerge.dtypes import DType
 from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.methods import get
-from fastmerge.methods.base import Method
-from fastmerge.methods.parameters import Resolver, called
 from fastmerge.ops.spec import Op, Spec
-from fastmerge.planning.from_tensors import TensorPlanner
 from fastmerge.planning.structure import structure
 from fastmerge.runtime.budget import UNIT_ELEMENTS, need
 from fastmerge.runtime.devices import CpuDevice, cores
@@ -25,7 +21,6 @@ from fastmerge.runtime.resident import resident
 from fastmerge.runtime.schedule import schedule
 from fastmerge.runtime.stores import OpStore
 from fastmerge.runtime.workers import Runner
-from fastmerge.tensors import check, check_inputs, extent
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +29,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("fastmerge")
-
-MOST_CALLS = 64
-"""Calls of :func:`merge_tensors` whose parameters are kept."""
 
 
 def merge_tensors(
@@ -87,17 +79,17 @@ def merge_tensors(
     keys = list(ids) if ids is not None else list(range(len(tensors)))
     if len(keys) != len(tensors) or len(set(keys)) != len(keys):
         raise RecipeError(f"ids: expected {len(tensors)} different ids, got {keys!r}")
-    at = None if base_index is None else _index(base_index, len(keys))
-    call = _call(method, keys, at, parameters, preset, seed)
+    at = None if base_index is None else position(base_index, len(keys))
+    call = call_of(method, keys, at, parameters, preset, seed)
     if call.resolver.gradient:
         shown = ", ".join(map(repr, call.resolver.gradients))
         raise RecipeError(f"parameters: {shown}: a gradient needs the layers of a model, and this is one tensor")
     target = out_dtype or dtype
-    _one_device(name or "", call.ids, [tensors[i] for i in call.order])
+    one_device(name or "", call.ids, [tensors[i] for i in call.order])
     group, spec = call.spec(
-        name or "", [tensors[i] for i in call.order], _dtype(target) if target is not None else None
+        name or "", [tensors[i] for i in call.order], dtype_of(target) if target is not None else None
     )
-    result = _result(spec, group[0], out, dict(zip(keys, tensors, strict=True)))
+    result = result_of(spec, group[0], out, dict(zip(keys, tensors, strict=True)))
     run([call.op(name or "", spec, group, result)], result.device, backend)
     return result
 
@@ -151,12 +143,12 @@ def merge_state_dicts(
         raise RecipeError(f"base {base!r} is not one of the models {list(states)!r}")
     keys = list(states)
     names = _common(states, strict=strict)
-    call = _Call(get(method), keys, None if base is None else keys.index(base), parameters, preset, seed)
+    call = Call(get(method), keys, None if base is None else keys.index(base), parameters, preset, seed)
     layers = structure(names, {}) if call.resolver.gradient else None
     if layers is not None and not layers.stacks:
         raise RecipeError("a gradient needs layers, and the tensor names show none")
     wanted = out_dtype or dtype
-    target = _dtype(wanted) if wanted is not None else None
+    target = dtype_of(wanted) if wanted is not None else None
     merged, ops, kept = _ops_of([states[keys[i]] for i in call.order], names, call, target, layers)
     for pattern in call.resolver.unmatched():
         log.warning("the filter %r matches no tensor name", pattern)
@@ -169,7 +161,7 @@ def merge_state_dicts(
 def _ops_of(
     states: Sequence[Mapping[str, Any]],
     names: Sequence[str],
-    call: _Call,
+    call: Call,
     target: DType | None,
     layers: Structure | None,
 ) -> tuple[dict[str, torch.Tensor], list[Op], list[list[torch.Tensor]]]:
@@ -181,27 +173,58 @@ def _ops_of(
     # A mapping may make tensors when it is asked: kept, no two of them share an address by chance.
     kept: list[list[torch.Tensor]] = []
     ops: list[Op] = []
+    alike: dict[Hashable, tuple[Spec, torch.dtype]] = {}  # where names do not matter
+    plain = layers is None and call.resolver.constant
+    home = None
     for name in names:
         group = [s[name] for s in states]
         kept.append(group)
-        _one_device(name, call.ids, group)
-        owner = owners.setdefault(_identity(group) or name, name)
+        if home is None:
+            home = one_device(name, call.ids, group)
+        kind = _kind(group, home)
+        if kind is None:
+            one_device(name, call.ids, group)
+        owner = owners.setdefault(_identity(group, kind) or name, name)
         if owner != name:
             merged[name] = merged[owner]
             continue
-        first = group[0]
-        if not first.is_floating_point():
-            if not all(torch.equal(first, t) for t in group[1:]):
-                raise ShapeError(f"{name}: {first.dtype} tensors are copied, not merged, and the models differ")
-            merged[name] = first.clone()
-            continue
-        tensors, spec = call.spec(name, group, target, layers.gradient(name) if layers is not None else 0.0)
-        kept.append(tensors)
-        if tensors[0].device != kept[0][0].device:
-            raise ShapeError(f"{name} is on {tensors[0].device} and the first tensor on {kept[0][0].device}")
-        result = merged[name] = _result(spec, tensors[0], None, {})
-        ops.append(call.op(name, spec, tensors, result))
+        known = alike.get(kind) if plain and kind is not None else None
+        if known is None:
+            first = group[0]
+            if not first.is_floating_point():
+                if not all(torch.equal(first, t) for t in group[1:]):
+                    raise ShapeError(f"{name}: {first.dtype} tensors are copied, not merged, and the models differ")
+                merged[name] = first.clone()
+                continue
+            group, spec = call.spec(name, group, target, layers.gradient(name) if layers is not None else 0.0)
+            kept.append(group)
+            if group[0].device != home:
+                raise ShapeError(f"{name} is on {group[0].device} and the first tensor on {home}")
+            known = spec, getattr(torch, spec.out_dtype.name)
+            if kind is not None:
+                alike[kind] = known
+        spec, dtype = known
+        result = merged[name] = torch.empty(spec.shape, dtype=dtype, device=home)
+        ops.append(call.op(name, spec, group, result))
     return merged, ops, kept
+
+
+def _kind(group: Sequence[torch.Tensor], home: torch.device) -> Hashable:
+    """Equal for groups of dense, contiguous floating-point tensors on ``home`` that share a spec; None for others."""
+    import torch
+
+    shape = group[0].shape
+    for t in group:
+        if (
+            type(t) not in (torch.Tensor, torch.nn.Parameter)
+            or t.shape != shape
+            or t.device != home
+            or t.layout is not torch.strided
+            or not t.is_contiguous()
+            or not t.is_floating_point()
+        ):
+            return None
+    return (shape, *[t.dtype for t in group])
 
 
 def _common(states: Mapping[Hashable, Mapping[str, Any]], *, strict: bool) -> list[str]:
@@ -221,140 +244,13 @@ def _common(states: Mapping[Hashable, Mapping[str, Any]], *, strict: bool) -> li
     return [n for n in first if all(n in s for s in states.values())]
 
 
-class _Call:
-    """The method, parameters and inputs of one call.
-
-    Attributes:
-        resolver: of the parameters.
-        order: positions of the inputs in the order of the method: base first where it has one.
-        ids: names of the inputs, in that order.
-    """
-
-    def __init__(
-        self,
-        method: type[Method],
-        keys: Sequence[Hashable],
-        base: int | None,
-        parameters: Mapping[str, Any] | None,
-        preset: str | None,
-        seed: int,
-    ) -> None:
-        lead = base if method.contract.base != "ignored" else None
-        others = [i for i in range(len(keys)) if i != lead]
-        self.order = others if lead is None else [lead, *others]
-        self.ids = [keys[i] for i in self.order]
-        if problem := method.contract.problem(method.name, len(others), has_base=lead is not None):
-            raise RecipeError(problem)
-        chosen = preset or ("mergekit" if "mergekit" in method.presets else None)
-        self.resolver: Resolver = called(method, parameters, [keys[i] for i in others], chosen)
-        self._planner = TensorPlanner(self.resolver, has_base=lead is not None, seed=seed)
-        self._models = tuple(range(len(others)))
-
-    def spec(
-        self, name: str, tensors: Sequence[Any], target: DType | None, t: float = 0.0
-    ) -> tuple[list[torch.Tensor], Spec]:
-        """The inputs of one tensor, on one device, contiguous, and what is computed from them."""
-        shape = tuple(tensors[0].shape)
-        for key, tensor in zip(self.ids, tensors, strict=True):
-            if tuple(tensor.shape) != shape:
-                raise ShapeError(f"{name or 'tensor'}: input {key!r} has shape {tuple(tensor.shape)}, expected {shape}")
-        dtypes = tuple([_dtype(x.dtype) for x in tensors])
-        spec = self._planner.spec(name, shape, dtypes, self._models, target, t=t)
-        return [x if x.is_contiguous() else x.detach().contiguous() for x in tensors], spec
-
-    def op(self, name: str, spec: Spec, tensors: Sequence[torch.Tensor], result: torch.Tensor) -> Op:
-        """The op that merges them into ``result``."""
-        return self._planner.op(name, spec, [x.data_ptr() for x in tensors], result.data_ptr())
-
-
-_CALLS: dict[tuple[type[Method], str], _Call] = {}
-
-
-def _call(method: str, keys: Sequence[Hashable], base: int | None, given: Any, preset: str | None, seed: int) -> _Call:
-    """A call, resolved and checked once for equal arguments: tools that merge tensor by tensor repeat them."""
-    found, rest = get(method), [keys, base, given, preset, seed]
-    known = (found, repr(rest)) if _written(rest) else None
-    call = _CALLS.get(known) if known is not None else None
-    if call is None:
-        call = _Call(found, keys, base, given, preset, seed)
-        if known is not None:
-            if len(_CALLS) >= MOST_CALLS:
-                _CALLS.clear()
-            _CALLS[known] = call
-    return call
-
-
-def _written(value: Any) -> bool:
-    """Whether equal values, and only those, are written alike."""
-    if type(value) in (list, tuple):
-        return all(map(_written, value))
-    if type(value) is dict:
-        return all(map(_written, value)) and all(map(_written, value.values()))
-    return value is None or type(value) in (float, int, bool, str)
-
-
-def _index(base_index: Any, n: int) -> int:
-    """Position of the base; as everywhere in Python, -1 is the last."""
-    if not isinstance(base_index, bool):
-        with contextlib.suppress(TypeError, IndexError):
-            return range(n)[operator.index(base_index)]
-    raise RecipeError(f"base_index: expected a whole number from {-n} to {n - 1}, got {base_index!r}")
-
-
-def _identity(tensors: Sequence[torch.Tensor]) -> Hashable:
+def _identity(tensors: Sequence[torch.Tensor], kind: Hashable) -> Hashable:
     """Equal for two names that are the same memory, read the same way, in every model; None for no memory."""
+    if kind is not None:
+        addresses = tuple([t.data_ptr() for t in tensors])
+        return (kind, addresses) if all(addresses) else None
     out = tuple([(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors])
     return out if all(x[0] for x in out) else None
-
-
-def _one_device(name: str, ids: Sequence[Hashable], tensors: Sequence[torch.Tensor]) -> None:
-    """All inputs of a call are dense tensors on the CPU, or on one GPU."""
-    check_inputs(name, ids, tensors)
-    home = tensors[0].device
-    for key, t in zip(ids, tensors, strict=True):
-        if t.device.type not in ("cpu", "cuda"):
-            raise ShapeError(f"{name or 'tensor'}: input {key!r} is on {t.device}; expected the CPU or a GPU")
-        if t.device != home:
-            raise ShapeError(
-                f"{name or 'tensor'}: input {key!r} is on {t.device} and {ids[0]!r} on {home}; expected one device"
-            )
-
-
-_DTYPES: dict[Any, DType] = {}
-
-
-def _dtype(t: Any) -> DType:
-    found = _DTYPES.get(t)
-    if found is None:
-        name = str(t).removeprefix("torch.")
-        if name not in BY_NAME or not BY_NAME[name].mergeable:
-            raise ShapeError(f"expected float64, float32, float16 or bfloat16; got {name}")
-        found = _DTYPES[t] = BY_NAME[name]
-    return found
-
-
-def _result(
-    spec: Spec, like: torch.Tensor, out: torch.Tensor | None, inputs: Mapping[Hashable, torch.Tensor]
-) -> torch.Tensor:
-    """A new tensor, or the caller's ``out`` where it fits and overlaps none of the inputs except as one of them."""
-    import torch
-
-    dtype = getattr(torch, spec.out_dtype.name)
-    if out is None:
-        return torch.empty(spec.shape, dtype=dtype, device=like.device)
-    check("out", out)
-    if tuple(out.shape) != spec.shape or out.dtype != dtype or not out.is_contiguous() or out.device != like.device:
-        layout = "" if out.is_contiguous() else f", not contiguous (strides {tuple(out.stride())})"
-        raise ShapeError(
-            f"out: expected a contiguous tensor {spec.shape} of {dtype} on {like.device}, "
-            f"got {tuple(out.shape)} of {out.dtype} on {out.device}{layout}"
-        )
-    start, end = extent(out)
-    for key, t in inputs.items():
-        low, high = extent(t)
-        if max(start, low) < min(end, high) and (low != start or t.dtype != out.dtype):
-            raise ShapeError(f"out overlaps input {key!r}: expected that input itself, or memory of its own")
-    return out
 
 
 def run(
@@ -382,7 +278,7 @@ def run(
     if chosen.gpus:
         if checkpoints:
             raise ShapeError(f"tensors on {home} beside a checkpoint on disk: expected tensors on the CPU")
-        resident(ops, chosen.program)
+        resident(ops, chosen)
         return
     workers = [CpuDevice() for _ in range(cores())]
     if not checkpoints:

@@ -11,7 +11,7 @@ from fastmerge.methods.base import Method, per_model, shared
 from fastmerge.ops.consensus import program as family
 from fastmerge.ops.consensus import reference as definition
 from fastmerge.ops.consensus.rules import Consensus, in_range
-from fastmerge.ops.spec import once_per_spec
+from fastmerge.ops.per_spec import PerSpec
 from fastmerge.philox import rescale, threshold
 
 if TYPE_CHECKING:
@@ -94,13 +94,13 @@ class TaskVectors(Method):
     def reference_all(cls, inputs: Sequence[Sequence[torch.Tensor]], ops: Sequence[Op]) -> list[torch.Tensor]:
         """All tensors together where the threshold is the model's."""
         if ops and ops[0].spec.grain == "model":
-            return definition.reference(inputs, ops, once_per_spec(rules_of, ops))
+            return definition.reference(inputs, ops, PerSpec(rules_of, ops).all())
         return super().reference_all(inputs, ops)
 
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """Any selection and sums, then consensus."""
-        return family.program(ops, once_per_spec(rules_of, ops), kernels)
+        return family.program(ops, PerSpec(rules_of, ops), kernels)
 
     def grain(self, spec: Spec) -> Grain:
         """Trimming, restoring a sum of magnitudes and majorities look at a tensor, or at the whole model."""

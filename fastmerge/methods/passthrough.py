@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import numpy as np
-
 from fastmerge.methods.base import Contract, Method, per_input
 from fastmerge.ops import blocks
 from fastmerge.ops.combine import CombineProgram, weights_in_range
-from fastmerge.ops.spec import once_per_spec
+from fastmerge.ops.per_spec import PerSpec
 
 if TYPE_CHECKING:
     import torch
@@ -60,9 +58,9 @@ class Passthrough(Method):
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """One pass of the combine kernel."""
-        tables = once_per_spec(_tables, ops)
-        coef = np.array([factor for factor, _ in tables])
-        return CombineProgram(kernels, coef, np.array([(1.0, div) for _, div in tables]), delta=False)
+        tables = PerSpec(_tables, ops)
+        coef, scale = tables.rows(lambda t: t[0]), tables.rows(lambda t: (1.0, t[1]))
+        return CombineProgram(kernels, coef, scale, delta=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,7 +146,13 @@ class Slerp(Method):
 
         def build(some: list[int]) -> Program:
             return GramProgram(
-                kernels, [ops[i] for i in some], cls.solve, per_row=per_row[some[0]], diff=True, delta=False, steps=steps
+                kernels,
+                [ops[i] for i in some],
+                cls.solve,
+                per_row=per_row[some[0]],
+                diff=True,
+                delta=False,
+                steps=steps,
             )
 
         return by_kind(kinds, build)

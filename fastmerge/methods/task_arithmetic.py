@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import numpy as np
-
 from fastmerge.methods.base import Contract, per_model, shared
 from fastmerge.methods.deltas import TaskVectors, rules_of
 from fastmerge.ops import blocks
 from fastmerge.ops.combine import CombineProgram
-from fastmerge.ops.spec import once_per_spec
+from fastmerge.ops.per_spec import PerSpec
 
 if TYPE_CHECKING:
     import torch
@@ -77,11 +75,13 @@ class TaskArithmetic(TaskVectors):
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """One pass of the combine kernel, or of the consensus kernel where task vectors are rounded."""
-        if any(cast("TaskArithmetic", op.spec.method).delta_dtype == "base" for op in ops):
+        if any(
+            cast("TaskArithmetic", m).delta_dtype == "base"
+            for m in {id(op.spec): op.spec.method for op in ops}.values()
+        ):
             return super().program(ops, kernels)
-        rules = once_per_spec(rules_of, ops)
-        coef = np.array([(0.0, *r.weight) for r in rules])
-        scale = np.array([(r.lam, r.div) for r in rules])
+        rules = PerSpec(rules_of, ops)
+        coef, scale = rules.rows(lambda r: (0.0, *r.weight)), rules.rows(lambda r: (r.lam, r.div))
         return CombineProgram(kernels, coef, scale, delta=True)
 
     def warn(self, spec: Spec) -> list[str]:

@@ -107,7 +107,7 @@ class GramProgram(Program):
         vectors = s.gram(delta=self._delta, diff=self._diff)
         coef, scale = self._steps(s, vectors, self._ops)
         s.combine(coef, scale, delta=self._delta, div=self._delta, vectors=vectors)
-        return Launches(s, lambda bad: refuse(self._ops, bad, self._vectors.tolist()))
+        return Launches(s, self._ops, lambda bad, ops: refuse(ops, bad, self._vectors.tolist()))
 
     def pieces(self) -> I64 | None:
         """Everything."""

@@ -119,6 +119,13 @@ class Sequence(Protocol):
     def run(self) -> None:
         """Launches everything, and waits for nothing; may be called again."""
 
+    @property
+    def call(self) -> Any:
+        """The tables and launches."""
+
+    def move(self, segments: Segments) -> None:
+        """Turns to other tensors of the same kinds."""
+
     def wrong(self) -> int | None:
         """The first vector whose sums are not finite; waits for the launches where the method has such sums."""
 

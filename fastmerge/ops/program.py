@@ -9,6 +9,7 @@ from fastmerge.ops.segments import I64, Segments
 
 if TYPE_CHECKING:
     from fastmerge.ops.kernels import Sequence as Steps
+    from fastmerge.ops.spec import Op
 
 
 class Bound(Protocol):
@@ -23,6 +24,12 @@ class Bound(Protocol):
         Raises:
             OutputError: with the tensor.
         """
+
+    def move(self, segments: Segments, ops: Sequence[Op]) -> bool:
+        """Turns to other tensors of the same specs, aligned alike; False where that cannot be done."""
+
+    def release(self) -> None:
+        """Keeps no memory of the device until the next run."""
 
 
 class Program(Protocol):
@@ -42,7 +49,7 @@ class Program(Protocol):
     def ready(self) -> bool:
         """True once :meth:`apply` may be called; False while a statistics pass is due."""
 
-    def bind(self, segments: Segments) -> Bound | None:  # noqa: ARG002  for programs that can
+    def bind(self, segments: Segments) -> Bound | None:
         """All passes over tensors in device memory at once; None where the backend, or the method, works pass by pass.
 
         Args:
@@ -75,20 +82,33 @@ class Program(Protocol):
 class Launches:
     """A sequence of launches as a :class:`Bound`."""
 
-    def __init__(self, sequence: Steps, check: Callable[[int], None] | None = None) -> None:
-        """Takes the sequence, and what raises the error of the vector whose sums are not finite."""
+    def __init__(
+        self, sequence: Steps, ops: Sequence[Op] = (), check: Callable[[int, Sequence[Op]], None] | None = None
+    ) -> None:
+        """Takes the sequence, its ops, and what raises the error of the vector whose sums are not finite."""
         self._sequence = sequence
+        self._ops = ops
         self._check = check
 
     def run(self) -> None:
         """Launches everything."""
         self._sequence.run()
 
+    def move(self, segments: Segments, ops: Sequence[Op]) -> bool:
+        """Other addresses and keys in the tables."""
+        self._sequence.move(segments)
+        self._ops = ops
+        return True
+
+    def release(self) -> None:
+        """The scratch."""
+        self._sequence.call.release()
+
     def check(self) -> None:
         """Waits and raises where a sum was not finite."""
         wrong = self._sequence.wrong()
         if wrong is not None and self._check is not None:
-            self._check(wrong)
+            self._check(wrong, self._ops)
 
 
 class OnePass(Program):

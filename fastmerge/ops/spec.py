@@ -8,8 +8,7 @@ names and places share one :class:`Spec`, so that what is decided per kind of te
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from fastmerge.dtypes import DType
 
@@ -23,8 +22,6 @@ Grain = Literal["copy", "element", "row", "tensor", "matrix", "model"]
 from pieces cut at tiles. ``row``: the same with pieces cut at rows. ``matrix``: the tensor as a whole, never cut.
 ``model``: statistics of all tensors together.
 """
-
-T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -111,14 +108,3 @@ class Op(NamedTuple):
     key: int = 0
     inputs: tuple[Source, ...] = ()
     targets: tuple[Target, ...] = ()
-
-
-def once_per_spec(make: Callable[[Spec], T], ops: Sequence[Op]) -> list[T]:
-    """``make(op.spec)`` of each op, called once per spec."""
-    known: dict[Spec, T] = {}
-    out = []
-    for op in ops:
-        if op.spec not in known:
-            known[op.spec] = make(op.spec)
-        out.append(known[op.spec])
-    return out

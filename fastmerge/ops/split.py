@@ -9,6 +9,7 @@ import numpy as np
 
 from fastmerge.ops.program import Bound, Program
 from fastmerge.ops.segments import GROUP, I64, Segments
+from fastmerge.ops.spec import Op
 
 
 def by_kind(kinds: Sequence[Hashable], build: Callable[[list[int]], Program]) -> Program:
@@ -41,6 +42,15 @@ class _Bounds:
         if len(self._whole.nonfinite):
             for rows, some in self._rows:
                 self._whole.nonfinite[rows] = some.nonfinite
+
+    def move(self, segments: Segments, ops: Sequence[Op]) -> bool:
+        """Not possible."""
+        return False
+
+    def release(self) -> None:
+        """Of each."""
+        for part in self._parts:
+            part.release()
 
     def check(self) -> None:
         """Of each."""

@@ -2,48 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from fastmerge.checkpoint import without_gc
-from fastmerge.ops.program import Bound, Program
-from fastmerge.ops.segments import Segments
+from fastmerge.ops.program import Bound
+from fastmerge.ops.segments import HEADER, OUT, Segments
 from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op
 from fastmerge.runtime.stream import compute
 
+if TYPE_CHECKING:
+    from fastmerge.backends.choose import Backend
 
-def resident(ops: Sequence[Op], program: Callable[[Sequence[Op]], Program]) -> None:
+FEW = 8
+"""Tensors of a call whose launches are kept, for the next call of the same kind: tools merge tensor by tensor."""
+
+MOST_KEPT = 64
+"""Calls that are kept, without memory of the device."""
+
+_KEPT: dict[tuple[object, ...], tuple[list[Op], Bound]] = {}
+
+
+def resident(ops: Sequence[Op], backend: Backend) -> None:
     """Runs ops whose tensors are all in the memory of one device, on the current stream.
 
     Everything is launched before anything is waited for, and only methods that can fail on their data wait at all.
 
     Args:
         ops: their sources and targets are :class:`Memory`.
-        program: makes the program of the ops of one batch.
+        backend: of that device.
 
     Raises:
         OutputError: of a method, once everything has been launched.
     """
     started = []
     for batch, segments in batches(ops):
-        made = program(batch)
-        bound = made.bind(segments)
-        if bound is None:
-            compute(made, segments)
-        else:
+        bound = _kept(batch, segments, backend)
+        if bound is not None:
             bound.run()
             started.append(bound)
-    for bound in started:
-        bound.check()
+    try:
+        for bound in started:
+            bound.check()
+    finally:
+        for bound in started:
+            bound.release()
 
 
-def bind(ops: Sequence[Op], program: Callable[[Sequence[Op]], Program]) -> list[Bound]:
+def bind(ops: Sequence[Op], backend: Backend) -> list[Bound]:
     """The same, to be run as often as wanted: for what binds, that is kernels of a device."""
-    bound = [program(batch).bind(segments) for batch, segments in batches(ops)]
+    bound = [backend.program(batch).bind(segments) for batch, segments in batches(ops)]
     return [b for b in bound if b is not None]
+
+
+def _kept(ops: list[Op], segments: Segments, backend: Backend) -> Bound | None:
+    """The launches of a batch: those of an earlier one of the same kind, with other addresses, or new ones.
+
+    None where a program works pass by pass, or by a definition in plain torch: that has then been done.
+
+    What they depend on beside addresses are the specs (kept alive here, so that their identity says it) and whether
+    all addresses are multiples of 16.
+    """
+    if len(ops) > FEW:
+        return _bound(ops, segments, backend)
+    table = segments.table
+    aligned = not int(np.bitwise_or.reduce(table[:, [OUT, *range(HEADER, table.shape[1])]], axis=None)) % 16
+    key = (id(backend.kernels), backend.home, aligned, *[id(op.spec) for op in ops])
+    known = _KEPT.pop(key, None) if aligned else None
+    if known is not None and known[1].move(segments, ops):
+        _KEPT[key] = known
+        return known[1]
+    bound = _bound(ops, segments, backend)
+    if bound is not None and aligned:
+        if len(_KEPT) >= MOST_KEPT:
+            _KEPT.pop(next(iter(_KEPT)))
+        _KEPT[key] = ops, bound
+    return bound
+
+
+def _bound(ops: list[Op], segments: Segments, backend: Backend) -> Bound | None:
+    program = backend.program(ops)
+    bound = program.bind(segments)
+    if bound is None:
+        compute(program, segments)
+    return bound
 
 
 @without_gc()
@@ -63,7 +108,7 @@ def _table(ops: Sequence[Op]) -> Segments:
     rows = []
     for group, op in enumerate(ops):
         spec, key = op.spec, op.key
-        out, *more = (cast("Memory", t).address for t in op.targets)
+        out, *more = [cast("Memory", t).address for t in op.targets]
         inputs = [cast("Memory", s).address for s in op.inputs]
         rows.append((out, spec.numel, 0, spec.row, key - ((key >> 63) << 64), group, 0, *inputs, *more))
     return Segments(np.array(rows, np.int64), ops[0].spec.dtypes, ops[0].spec.out_dtype)

@@ -5,14 +5,15 @@ import torch
 
 import fastmerge as fm
 from fastmerge.api import tensors as memory
+from fastmerge.api.call import call_of
 from fastmerge.backends.choose import Backend
 from fastmerge.errors import OutputError
-from fastmerge.kernels import TritonKernels, _call, _launch
+from fastmerge.kernels import TritonKernels, _call
 from fastmerge.runtime.resident import bind
 from tests import tiny
 from tests.compare import differences
 
-if not _launch.interpreted():
+if not _call.INTERPRETED:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 
@@ -44,7 +45,7 @@ def test_tensors_on_a_gpu_are_merged_in_place(monkeypatch, method, given):
 def test_one_upload_and_no_wait_before_the_last_launch(monkeypatch, gpu_tensors):
     """Whatever the method and the number of tensors; what can fail on its data waits once, at the end."""
     log = []
-    for name in ("send", "bring", "bind"):
+    for name in ("send", "bring", "runner"):
         whole = getattr(_call.Gpu, name)
 
         def noted(self, *args, name=name, whole=whole):
@@ -60,8 +61,8 @@ def test_one_upload_and_no_wait_before_the_last_launch(monkeypatch, gpu_tensors)
                       for j in range(3)]  # fmt: skip
             base = None if method == "linear" else 0
             fm.merge_state_dicts(models, method, parameters={"weight": 0.5, **given}, base=base)
-            seen.append([n for n in log if n == "bind"])
-            rest = [n for n in log if n != "bind"]
+            seen.append([n for n in log if n == "runner"])
+            rest = [n for n in log if n != "runner"]
             assert rest == (["send", "bring"] if method == "dare_linear" else ["send"])
             assert log[-1] == rest[-1], "the wait is the last thing"
         assert seen[0] == seen[1], "launches do not grow with the number of tensors"
@@ -73,17 +74,17 @@ def test_sums_that_are_not_finite_are_refused_as_on_the_cpu(gpu_tensors):
     given = {"base": 0, "parameters": {"t": 0.5}}
     with pytest.raises(OutputError, match="second: the angle between its inputs is unknown"):
         fm.merge_state_dicts([{"first": a, "second": a}, {"first": a * 2, "second": b}], "slerp", **given)
+    given = {"base": 0, "parameters": {"weight": 1.0, "density": 0.5}}
     with pytest.raises(OutputError, match="second: rescale needs finite sums"):
-        given = {"base": 0, "parameters": {"weight": 1.0, "density": 0.5}}
         fm.merge_state_dicts([{"first": a, "second": a}, {"first": a * 2, "second": b}], "dare_linear", **given)
 
 
 def test_a_bound_call_runs_again_on_new_data():
     """The tables stay, counters and what was found start anew."""
     base, x, out = torch.zeros(5000), torch.randn(5000, generator=torch.Generator().manual_seed(0)), torch.empty(5000)
-    call = memory._call("ties", [0, 1], 0, {"weight": 1.0, "density": 0.2}, None, 0)
+    call = call_of("ties", [0, 1], 0, {"weight": 1.0, "density": 0.2}, None, 0)
     group, spec = call.spec("w", [base, x], None)
-    (bound,) = bind([call.op("w", spec, group, out)], Backend("triton", TritonKernels("cpu"), (0,)).program)
+    (bound,) = bind([call.op("w", spec, group, out)], Backend("triton", TritonKernels("cpu"), (0,)))
     for turn in range(2):
         x *= -(turn + 1.5)
         bound.run()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastmerge as fm
-from fastmerge.api import tensors
+from fastmerge.api import call
 
 X = [torch.arange(6.0), torch.arange(6.0) * 3]
 
@@ -12,14 +12,14 @@ X = [torch.arange(6.0), torch.arange(6.0) * 3]
 @pytest.fixture(autouse=True)
 def counted(monkeypatch):
     made = []
-    inner = tensors._Call
+    inner = call.Call
 
     def count(*args):
         made.append(args)
         return inner(*args)
 
-    monkeypatch.setattr(tensors, "_CALLS", {})
-    monkeypatch.setattr(tensors, "_Call", count)
+    monkeypatch.setattr(call, "_CALLS", {})
+    monkeypatch.setattr(call, "Call", count)
     return made
 
 
@@ -69,8 +69,8 @@ def test_values_that_change_are_read_each_time(counted):
 
 
 def test_only_so_many_are_kept(counted, monkeypatch):
-    monkeypatch.setattr(tensors, "MOST_CALLS", 3)
+    monkeypatch.setattr(call, "MOST_CALLS", 3)
     for i in range(10):
         merge({"weight": [1.0, float(i + 1)]})
-        assert len(tensors._CALLS) <= 3
+        assert len(call._CALLS) <= 3
     assert len(counted) == 10

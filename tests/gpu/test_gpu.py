@@ -6,7 +6,7 @@ import torch
 
 import fastmerge as fm
 from fastmerge.errors import BackendUnavailable, BudgetError, ShapeError
-from fastmerge.kernels import TritonKernels, _launch
+from fastmerge.kernels import TritonKernels, _call
 from fastmerge.runtime import placement
 from fastmerge.runtime.devices import cuda
 from fastmerge.runtime.devices.streams import CudaStreams
@@ -16,7 +16,7 @@ from tests.compare import differences
 from tests.methods.test_definitions import add
 
 pytestmark = pytest.mark.gpu
-if _launch.interpreted() or not torch.cuda.is_available():
+if _call.INTERPRETED or not torch.cuda.is_available():
     pytest.skip("needs a CUDA device and TRITON_INTERPRET=0", allow_module_level=True)
 
 GIVEN = {

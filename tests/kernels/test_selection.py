@@ -17,8 +17,9 @@ torch = pytest.importorskip("torch", reason="the Triton kernels need torch")
 import triton.language as tl
 
 from fastmerge.kernels import TritonKernels, _call, decide, kth, selection
+from fastmerge.kernels.ties import cut_kernel
 
-if _call.interpreted():
+if _call.INTERPRETED:
     DEVICE = "cpu"
 else:
     pytestmark = pytest.mark.gpu
@@ -69,7 +70,7 @@ class Selected:
         s.run()
         back = np.arange(len(sizes)) if order is None else np.argsort(order)
         self.thr, self.cut, self.tie = (s.call.tensor(p).cpu().numpy()[back] for p in keep.tables[2:])
-        (state,) = (x.args[1] for x in s.call._launches if x.kernel is decide.cut_kernel)
+        (state,) = (x.args[1] for x in s.call._launches if x.kernel is cut_kernel)
         self.where = s.call.tensor(state).cpu().numpy()[:, :, 3]
 
     @staticmethod
@@ -147,7 +148,9 @@ def test_ties(ties):
     assert found.wrong() == []
 
 
-@pytest.mark.parametrize(("kinds", "ties"), [(["normal"], "index"), (["lattice", "few"], "index"), (["rows"], "spread")])
+@pytest.mark.parametrize(
+    ("kinds", "ties"), [(["normal"], "index"), (["lattice", "few"], "index"), (["rows"], "spread")]
+)
 def test_all_tensors_together(kinds, ties):
     """One threshold for all; among them an empty tensor, and some shorter than a run of the sample."""
     assert Selected(kinds, (4200, 5, 0, 900, 66_000, 12), ties=ties, together=True).wrong() == []

@@ -19,10 +19,10 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 torch = pytest.importorskip("torch", reason="the Triton kernels need torch")
 
 
-from fastmerge.kernels import TritonKernels, _launch
+from fastmerge.kernels import TritonKernels, _call, _launch
 from fastmerge.kernels._jit import philox
 
-if _launch.interpreted():
+if _call.INTERPRETED:
     DEVICE = "cpu"
     TRITON = TritonKernels(DEVICE)
 else:

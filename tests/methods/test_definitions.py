@@ -25,7 +25,6 @@ from fastmerge.ops.segments import TILE
 from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.runtime import placement
-from fastmerge.runtime.devices import CpuDevice
 from tests import tiny
 from tests.compare import differences
 from tests.runtime.fake_device import FakeDevice

@@ -19,7 +19,7 @@ from fastmerge.api import merge as engine
 from fastmerge.backends.choose import Backend, say
 from fastmerge.backends.native import NativeKernels
 from fastmerge.errors import BudgetError, FastMergeError
-from fastmerge.kernels import TritonKernels, _launch
+from fastmerge.kernels import TritonKernels, _call
 from fastmerge.ops.segments import TILE
 from fastmerge.runtime import placement
 from fastmerge.runtime.devices import cuda
@@ -29,7 +29,7 @@ from tests import tiny
 from tests.api.test_merge import RECIPES, recipe_of, weights
 from tests.runtime.host_streams import HostStreams
 
-if not _launch.interpreted():
+if not _call.INTERPRETED:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 

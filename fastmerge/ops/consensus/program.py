@@ -10,27 +10,31 @@ import numpy as np
 from fastmerge.errors import RecipeError
 from fastmerge.ops.consensus.rules import Consensus, kept, l1_factor
 from fastmerge.ops.kernels import ELECT, MERGE, ZERO, Deltas, Keep, Kernels, Rules, Votes
+from fastmerge.ops.per_spec import PerSpec
 from fastmerge.ops.program import Bound, Launches, Program
 from fastmerge.ops.segments import F64, I64, TILE, Segments
 from fastmerge.ops.selection.select import ALL_TILES, Select
-from fastmerge.ops.spec import Op
+from fastmerge.ops.spec import Op, Spec
 from fastmerge.ops.split import by_kind
 from fastmerge.ops.tiles import Partial, gather, number
 
 
-def program(ops: Sequence[Op], rules: Sequence[Consensus], kernels: Kernels) -> Program:
+def program(ops: Sequence[Op], rules: PerSpec[Consensus], kernels: Kernels) -> Program:
     """The program of tensors of one method.
 
     Raises:
         RecipeError: where one threshold for the whole model is asked for, and the tensors' parameters differ.
     """
     if rules[0].whole_model and (rules[0].trim or rules[0].zero == "majority"):
-        _same([(r.words, r.density, r.keep_count) for r in rules], ops, "parameters")
+        _same([(r.words, r.density, r.keep_count) for r in rules.all()], ops, "parameters")
         _same([op.spec.double for op in ops], ops, "precision (fp64 or not)")
         return ConsensusProgram(ops, rules, kernels)
+    words = [r.words for r in rules.each]
+    if words.count(words[0]) == len(words):
+        return ConsensusProgram(ops, rules, kernels)
     return by_kind(
-        [r.words for r in rules],
-        lambda some: ConsensusProgram([ops[i] for i in some], [rules[i] for i in some], kernels),
+        [words[i] for i in rules.index.tolist()],
+        lambda some: ConsensusProgram([ops[i] for i in some], rules.some(some), kernels),
     )
 
 
@@ -46,7 +50,7 @@ def _same(what: Sequence[object], ops: Sequence[Op], noun: str) -> None:
 class ConsensusProgram(Program):
     """Passes: selection (as often as it takes), sums of magnitudes, votes; each only where needed."""
 
-    def __init__(self, ops: Sequence[Op], rules: Sequence[Consensus], kernels: Kernels) -> None:
+    def __init__(self, ops: Sequence[Op], rules: PerSpec[Consensus], kernels: Kernels) -> None:
         """Sets up the passes of tensors whose ``words`` agree."""
         first = rules[0]
         self._kernels = kernels
@@ -54,11 +58,12 @@ class ConsensusProgram(Program):
         self._rules = rules
         self._words = first
         count, models = len(ops), len(first.weight)
-        self._tiles = np.array([-(-op.spec.numel // TILE) for op in ops], np.int64)
-        self._factor = np.array([r.rescale for r in rules], np.float64)
+        self._numel = rules.integers(lambda spec, _: spec.numel)
+        self._tiles = -(-self._numel // TILE)
+        self._factor = rules.rows(lambda r: r.rescale)
         self._majority = np.ones(count)
         self._models = np.array(first.models, np.int32)
-        self._bernoulli = np.array([r.bernoulli for r in rules], np.int32)
+        self._bernoulli = rules.integers(lambda _, r: r.bernoulli, np.int32)
         self._thr = np.zeros((count, models), np.uint64)
         self._cut = np.empty((count, models, 3), np.int64)
         self._cut[:] = (ALL_TILES, 0, -1)
@@ -85,22 +90,24 @@ class ConsensusProgram(Program):
 
     def _ranks(self) -> I64:
         """How many elements each (group, model) keeps; with one threshold for all, of the model's total."""
-        sizes = [op.spec.numel for op in self._ops]
-        if self._words.whole_model:
-            sizes = [sum(sizes)] * len(sizes)
-        pairs = zip(sizes, self._rules, strict=True)
-        return np.array([[kept(n, d, r.keep_count) for d in r.density] for n, r in pairs], np.int64)
+        total = int(self._numel.sum()) if self._words.whole_model else None
+
+        def row(spec: Spec, rules: Consensus) -> list[int]:
+            n = spec.numel if total is None else total
+            return [kept(n, d, rules.keep_count) for d in rules.density]
+
+        return self._rules.integers(row)
 
     def _votes(self) -> Votes:
-        weight = np.array([r.weight for r in self._rules], np.float64)
-        count_weight = np.array([r.count_weight for r in self._rules], np.float64)
+        weight, count_weight = self._rules.rows(lambda r: r.weight), self._rules.rows(lambda r: r.count_weight)
         factors = np.empty((*weight.shape, 3))
         for column, values in enumerate((weight * self._factor, count_weight, self._factor)):
             factors[:, :, column] = values
         return Votes(ELECT[self._words.elect], self._words.split, factors)
 
     def _make_tables(self) -> Rules:
-        scale = np.array([(r.lam, r.div, m) for r, m in zip(self._rules, self._majority.tolist(), strict=True)])
+        scale = self._rules.rows(lambda r: (r.lam, r.div, 0.0))
+        scale[:, 2] = self._majority
         return Rules(self._votes(), ZERO[self._words.zero], MERGE[self._words.merge], scale)
 
     @property
@@ -130,18 +137,18 @@ class ConsensusProgram(Program):
         if words.trim:
             keep = s.select(deltas, self._ranks(), ties=words.ties, together=words.whole_model)
         if words.l1 != "none":
-            weights = np.array([r.weight for r in self._rules], np.float64)
+            weights = self._rules.rows(lambda r: r.weight)
             sums = s.rescale(keep if words.l1 == "trim" else whole, factors, weights)
         if words.elect != "none" and words.zero == "majority":
             s.majority(keep, factors, scale, made, together=words.whole_model)
         s.consensus(keep, factors, scale, made)
 
-        def check(bad: int) -> None:
+        def check(bad: int, ops: Sequence[Op]) -> None:
             at, i = divmod(bad, len(words.weight))
             before, after = s.row(sums, at)[2 * i : 2 * i + 2]
-            l1_factor(before, after, self._ops[at if order is None else int(order[at])].name)
+            l1_factor(before, after, ops[at if order is None else int(order[at])].name)
 
-        return Launches(s, check)
+        return Launches(s, self._ops, check)
 
     def resident(self, segments: Segments) -> None:
         """Thresholds of small tensors in one call."""

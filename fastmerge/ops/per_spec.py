@@ -1,0 +1,60 @@
+"""Tables with a row per op, of which each kind is made once: a model of 18,867 tensors has a few dozen specs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fastmerge.ops.segments import F64
+from fastmerge.ops.spec import Op, Spec
+
+T = TypeVar("T")
+
+
+class PerSpec(Generic[T]):
+    """A value of each spec of some ops.
+
+    Attributes:
+        specs: in order of their first op.
+        each: their values.
+        index: ``[P]`` which one is an op's.
+    """
+
+    def __init__(self, make: Callable[[Spec], T], ops: Sequence[Op]) -> None:
+        """``make(op.spec)``, called once per spec."""
+        known: dict[int, int] = {}  # specs live as long as their ops
+        self.index = np.array([known.setdefault(id(op.spec), len(known)) for op in ops], np.int64)
+        _, first = np.unique(self.index, return_index=True)
+        self.specs = [ops[i].spec for i in first.tolist()]
+        self.each = [make(spec) for spec in self.specs]
+
+    def __getitem__(self, op: int) -> T:
+        """Of an op."""
+        return self.each[int(self.index[op])]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def all(self) -> list[T]:
+        """Of all ops."""
+        return [self.each[i] for i in self.index.tolist()]
+
+    def rows(self, row: Callable[[T], object]) -> F64:
+        """A table of numbers: a row per op."""
+        return np.array([row(value) for value in self.each], np.float64)[self.index]
+
+    def integers(self, row: Callable[[Spec, T], object], dtype: Any = np.int64) -> npt.NDArray[Any]:
+        """The same of whole numbers."""
+        return np.array([row(*pair) for pair in zip(self.specs, self.each, strict=True)], dtype)[self.index]
+
+    def some(self, ops: Sequence[int]) -> PerSpec[T]:
+        """Of some of the ops."""
+        if len(ops) == len(self.index):
+            return self
+        out: PerSpec[T] = PerSpec.__new__(PerSpec)
+        out.index = self.index[list(ops)]
+        out.specs, out.each = self.specs, self.each
+        return out
