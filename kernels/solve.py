@@ -158,8 +158,9 @@ def apart_kernel(apart, sums, numbers, vectors, segments: tl.int32, BLOCK: tl.co
     sums f64 ``[V, 4]``; numbers f64 ``[S, 2]`` (t, threshold). V lanes.
     """
     v, mask, s = lanes(vectors, segments, BLOCK)
-    _, _, _, cosine, _ = cosines(sums, v, mask)
+    _, chord2, close, cosine, _ = cosines(sums, v, mask)
     parallel = tl.abs(cosine) > tl.load(numbers + s * 2 + 1, mask=mask, other=0.0)
+    parallel = parallel | (close & (chord2 == 0.0))
     tl.atomic_add(apart + s, tl.full((BLOCK,), 1, tl.int32), mask=mask & ~parallel, sem="relaxed")
 
 
@@ -189,7 +190,7 @@ def slerp_kernel(
     if EVERY:
         parallel = (tl.load(apart + s, mask=mask, other=0) == 0) | (tl.abs(cosine) >= 1.0)
     else:
-        parallel = tl.abs(cosine) > tl.load(numbers + s * 2 + 1, mask=mask, other=0.0)
+        parallel = (tl.abs(cosine) > tl.load(numbers + s * 2 + 1, mask=mask, other=0.0)) | (theta == 0.0)
     rest = 1.0 - t
     whole = sin(theta)
     a = tl.where(parallel, rest, sin(rest * theta) / whole)

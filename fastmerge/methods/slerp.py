@@ -53,7 +53,7 @@ def coefficients(stats: F64, t: F64, threshold: F64, every: F64) -> F64:
         theta = angles.chord_angle(chord2) if some else angles.acos(dot)
         if some and not close.all():
             theta = np.where(close, theta, angles.acos(dot))
-        parallel = np.abs(cosine) > threshold
+        parallel = (np.abs(cosine) > threshold) | (theta == 0)  # without an arc, whatever the threshold
         grouped = ~np.isnan(every)
         for g in set(every[grouped].tolist()):
             rows = every == g

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+import fastmerge
 from fastmerge.methods import angles
 
 UNIT = np.concatenate([np.linspace(-1, 1, 4001), [0.9995, -0.9995, 1 - 1e-12, -1 + 1e-12, 1e-300, 0.5, -0.5]])
@@ -45,3 +46,15 @@ def test_values_do_not_depend_on_their_neighbours(f):
     x = np.random.default_rng(0).uniform(0, 1, 1003)
     whole = f(x)
     assert all(f(x[i : i + n]).tolist() == whole[i : i + n].tolist() for i in range(0, 1000, 37) for n in (1, 2, 3))
+
+
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_equal_tensors_have_no_arc_whatever_the_threshold(backend, scope):
+    """A cosine of 1 is not above a threshold of 1, and 0 / 0 was a NaN."""
+    torch = pytest.importorskip("torch")
+    x = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    for fallback in ("per_vector", "all_rows"):
+        given = {"t": 0.25, "threshold": 1.0, "scope": scope, "fallback": fallback}
+        got = fastmerge.merge_tensors([x, x.clone()], "slerp", base_index=0, parameters=given, backend=backend)
+        assert torch.allclose(got, x, rtol=1e-6)
