@@ -234,5 +234,7 @@ def bracket_kernel(
                 new_lo = ranked(x, bottom.to(tl.int32), bits).to(tl.int64) + lo + 1
             elif place - margin < m:
                 new_lo = lo
+        if LAST:  # a key of 0, which a dropped element has, is never listed: the list knows nothing of drops
+            new_lo = tl.maximum(new_lo, 0)
         tl.store(brackets + q * 2, new_lo)
         tl.store(brackets + q * 2 + 1, new_hi)

@@ -272,9 +272,8 @@ class Sequence:
         self.call.bring((self._bad, found))
         return int(found[0]) if found[0] < NOBODY else None
 
-    def row(self, place: Place, n: int) -> list[float]:
-        """One row of what a call has found; waits."""
-        out = np.zeros(place.shape[1], place.dtype)
-        offset = place.offset + n * out.nbytes
-        self.call.bring((place._replace(offset=offset, shape=out.shape), out))
-        return [float(x) for x in out]
+    def array(self, place: Place) -> Array:
+        """What a call has found; waits."""
+        out = np.zeros(place.shape, place.dtype)
+        self.call.bring((place, out))
+        return out

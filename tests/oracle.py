@@ -132,10 +132,11 @@ def cut(ops, step):
     return np.array(out, np.int64).reshape(-1, 3)
 
 
-def drive(ops, inputs, backend, *, program=None, step=None, shuffle=None, most=200):
+def drive(ops, inputs, backend, *, program=None, step=None, shuffle=None, most=200, bound=False):
     """Runs a program as the stream would: poisoned outputs between guards, pieces in any order, one call each.
 
-    ``program`` is the one that the method makes of the kernels of ``backend``, unless another one is given.
+    ``program`` is the one that the method makes of the kernels of ``backend``, unless another one is given. ``bound``:
+    all tensors at once, as in a device's memory.
     """
     program = program or type(ops[0].spec.method).program(ops, backend)
     rng = random.Random(shuffle)
@@ -148,11 +149,17 @@ def drive(ops, inputs, backend, *, program=None, step=None, shuffle=None, most=2
     ]
     before = [[bits(t) for t in tensors] for tensors in inputs]
     every = cut(ops, step or 1 << 62)
-    if step is None and not program.ready and hasattr(backend, "kth"):
+    if bound:
+        (s,) = segments(ops, inputs, outputs, every)
+        s.nonfinite = torch.zeros(len(ops), dtype=torch.int64)
+        made = program.bind(s)
+        made.run()
+        made.check()
+    if not bound and step is None and not program.ready and hasattr(backend, "kth"):
         for s in segments(ops, inputs, None, every):
             program.resident(s)
     passes = 0
-    while not program.ready:
+    while not bound and not program.ready:
         passes += 1
         assert passes <= most, "the passes do not end"
         due = program.pieces()
@@ -161,8 +168,8 @@ def drive(ops, inputs, backend, *, program=None, step=None, shuffle=None, most=2
             pieces = pieces[rng.sample(range(len(pieces)), len(pieces))]
         chunks = [pieces] if step is None else [pieces[i : i + 1] for i in range(len(pieces))]
         program.advance([program.statistics(s) for c in chunks for s in segments(ops, inputs, None, c)])
-    nonfinite = 0
-    for s in segments(ops, inputs, outputs, every):
+    nonfinite = int(s.nonfinite.sum()) if bound else 0
+    for s in [] if bound else segments(ops, inputs, outputs, every):
         program.apply(s)
         nonfinite += int(s.nonfinite.sum())
     for h in held:

@@ -143,10 +143,12 @@ class ConsensusProgram(Program):
             s.majority(keep, factors, scale, made, together=words.whole_model)
         s.consensus(keep, factors, scale, made)
 
-        def check(bad: int, ops: Sequence[Op]) -> None:
-            at, i = divmod(bad, len(words.weight))
-            before, after = s.row(sums, at)[2 * i : 2 * i + 2]
-            l1_factor(before, after, ops[at if order is None else int(order[at])].name)
+        def check(_: int, ops: Sequence[Op]) -> None:
+            found = s.array(sums)  # in the order of the layout: the first one wrong there need not be the first op's
+            back = range(len(ops)) if order is None else np.argsort(order)
+            for op, at in zip(ops, back, strict=True):
+                for before, after in found[at].reshape(-1, 2).tolist():
+                    l1_factor(before, after, op.name)
 
         return Launches(s, self._ops, check)
 

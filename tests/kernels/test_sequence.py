@@ -1,0 +1,49 @@
+"""Every method's cases as one sequence of launches, in the interpreter, bit for bit against the definition."""
+
+import pytest
+
+from tests import oracle
+from tests.methods.test_methods import CASE_IDS, CASES, batch, unlike_reference
+
+pytest.importorskip("triton", reason="the Triton kernels need triton")
+import triton.language as tl
+
+from fastmerge.kernels import TritonKernels, _call, kth, selection
+
+if not _call.INTERPRETED:
+    pytest.skip("needs TRITON_INTERPRET=1; tests/gpu does the same on a GPU", allow_module_level=True)
+
+SHAPES = ((), (0,), (1,), (33, 41), (2, 2049))
+every_case = pytest.mark.parametrize(("method", "case"), CASES, ids=CASE_IDS)
+BRACKETED = ("ties-0", "ties-1", "ties-2", "dare_ties-2", "dare_ties-4")
+"""Cases whose thresholds are found in every way: index, rescale, spread, with a drop, all ties."""
+
+
+def unlike_definition(method, case, types, shapes, **data):
+    ops, inputs = batch(method, case, types, shapes, **data)
+    return unlike_reference(ops, inputs, TritonKernels("cpu"), bound=True)
+
+
+@every_case
+def test_small_shapes_in_one_call(method, case):
+    """Among them empty ones; another type for each case."""
+    types = list(oracle.TYPES)[CASES.index((method, case)) % len(oracle.TYPES)]
+    assert unlike_definition(method, case, types, SHAPES) == []
+
+
+@every_case
+def test_special_values(method, case):
+    """NaN, infinities, zeros of either sign, subnormals; where sums are not finite, the error of the definition."""
+    types = ("bf16", "fp32", "mixed64")[CASES.index((method, case)) % 3]
+    special = (True, "finite")[CASES.index((method, case)) % 2]
+    assert unlike_definition(method, case, types, ((1,), (13, 100)), special=special) == []
+
+
+@pytest.mark.parametrize("name", BRACKETED)
+def test_selected_by_brackets(name, monkeypatch):
+    """Tensors of a thousand elements are sampled, bracketed and counted, beside some that are not."""
+    monkeypatch.setattr(kth, "MOST", 1000)
+    monkeypatch.setattr(selection, "RANKED", tl.constexpr(512))
+    method, case = CASES[CASE_IDS.index(name)]
+    assert unlike_definition(method, case, "bf16", ((5,), (33, 41), (7, 11))) == []
+    assert unlike_definition(method, case, "fp32", ((5,), (13, 100)), special=True) == []
