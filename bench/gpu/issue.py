@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.calls import Work
 from bench.gpu.plan import Absent, Row
-from bench.gpu.timing import Bench, Work
+from bench.gpu.timing import Bench
 
 TRIPS = 256
 WARPS = 4
@@ -55,36 +56,43 @@ def executed(code: list[tuple[int, str]], trips: int) -> float:
 
 
 @contextmanager
-def compiled(family: str) -> Iterator[list[Any]]:
-    """Collects the compiled kernels that a family's launches use meanwhile, with their constants."""
-    import importlib
+def compiled(family: str) -> Iterator[list[tuple[Any, int, int]]]:
+    """Collects the kernels of a family that calls bind meanwhile: each with its elements per step and its warps."""
+    from fastmerge.kernels._call import Gpu
 
-    module = importlib.import_module(f"fastmerge.kernels.{family}")
-    kernel: Any = getattr(module, f"{family}_kernel")
-    inner = kernel.run
-    seen: list[Any] = []
+    inner = Gpu.compiled
+    seen: list[tuple[Any, int, int]] = []
 
-    def run(*args: Any, **words: Any) -> Any:
-        made = inner(*args, **words)
-        seen.append((made, words))
+    def compiled(gpu: Gpu, launch: Any) -> Any:
+        made = inner(gpu, launch)
+        if launch.kernel.fn.__name__ == f"{family}_kernel":
+            words = dict(zip(launch.kernel.arg_names, (*launch.args, *launch.constants), strict=True))
+            seen.append((made, words["BLOCK"], launch.options["num_warps"]))
         return made
 
-    kernel.run = run
+    Gpu.compiled = compiled
     try:
         yield seen
     finally:
-        del kernel.run
+        Gpu.compiled = inner
 
 
 def per_element(work: Work, family: str) -> float:
-    """Instructions per element of the leanest kernel that a call launches: the one for full, aligned blocks."""
-    from tests.kernels.aot import issued
+    """Instructions per element of the leanest kernel that a call launches: the one for full, aligned blocks.
+
+    Of elementwise kernels: their one loop looks for the segment of a block, and ends at once where there is one.
+    """
+    from tests.kernels.aot import issued, target
 
     with compiled(family) as seen:
         work()
     if not seen:
         raise RuntimeError(f"no {family} kernel was launched")
-    counts = [issued(machine_code(made.asm["cubin"]), words["BLOCK"], words["num_warps"]) for made, words in seen]
+    counts = []
+    for made, block, warps in seen:
+        code = machine_code(made.asm["cubin"])
+        forward = [(a, text) for a, text in code if "BRA" not in text or (target(text) or a) >= a]
+        counts.append(issued(forward, block, warps))
     return min(counts)
 
 
