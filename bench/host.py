@@ -157,6 +157,7 @@ def stubbed(counts: Counts) -> Iterator[None]:
 
     kernels: Any = object.__new__(TritonKernels)  # the constructor rightly refuses a CPU
     kernels.device, kernels.gpu = torch.device("cpu"), device(counts)
+    kernels.gpu.owner = kernels  # what is kept of a call is known by its kernels, which must then live as long
     chosen = Backend("triton", kernels, (0,))
 
     def warmup(*_: object, **__: object) -> object:

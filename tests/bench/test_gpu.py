@@ -353,9 +353,12 @@ from bench.gpu.data import family
 from bench.gpu.spin import spin_kernel
 from fastmerge.kernels._call import Gpu
 from fastmerge.kernels.backend import TritonKernels
+class Nothing:
+    def __getitem__(self, grid):
+        return lambda *args: None
 class Compiler(Gpu):
-    def bind(self, launch, pointers):
-        return lambda: self.compiled(launch)
+    def compiled(self, launch):
+        return super().compiled(launch) and Nothing()
 kernels = object.__new__(TritonKernels)
 kernels.device = torch.device("cpu")
 kernels.gpu = Compiler(kernels.device)
