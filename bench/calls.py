@@ -1,8 +1,8 @@
 """Calls of kernels on tensors that are where the kernels run: numpy arrays in host memory, torch tensors on a GPU.
 
 Only the segment table and the parameters of a tensor (some bytes to some KB) travel with the call, as in the stream.
-Results that a caller might want back (counts, sums, lists) lie beside the tensors, so nothing waits. What is imported
-in functions may be missing until ``bench.gpu`` has installed it, and its items are listed before that.
+Results that a caller might want back (counts, sums, lists) stay on the device, so nothing waits. What is imported in
+functions may be missing until ``bench.gpu`` has installed it, and its items are listed before that.
 """
 
 from __future__ import annotations
@@ -183,11 +183,14 @@ def count(kernels: Any, f: Family, low: Any, high: Any, *, drop: bool = False, l
         drop: whether half of the deltas are dropped at random first.
         listed: room for one key in so many.
     """
+    import numpy as np
+
     from fastmerge.ops.kernels import Brackets, Deltas, Found
 
-    models = len(f.tuned)
+    models, capacity = len(f.tuned), max(1024, f.n // listed)
+    if kernels.launcher is not None:
+        return _launched_count(kernels.gpu, f, np.stack([low, high], axis=2), drop=drop, capacity=capacity)
     s = segments(f, [f.base, *f.tuned], None)
-    capacity = max(1024, f.n // listed)
     counts, used = f.zeros(f.tiles, models, 4, dtype="int64"), f.zeros(models, dtype="int64")
     keys, where = f.zeros(models, capacity, dtype="uint32"), f.zeros(models, capacity, 2, dtype="int64")
     index, half = draw(f, 1)
@@ -197,6 +200,47 @@ def count(kernels: Any, f: Family, low: Any, high: Any, *, drop: bool = False, l
         kernels.count(s, Deltas(-1, drop, index, half), Brackets(low, high), Found(counts, keys, where, used))
 
     return work
+
+
+def _launched_count(gpu: Any, f: Family, ends: Any, *, drop: bool, capacity: int) -> Work:
+    """The same as a selection on the device does it; that of the backend brings counts and lists to the host."""
+    import numpy as np
+
+    from fastmerge.kernels import count as kernel
+    from fastmerge.kernels._call import Call
+    from fastmerge.kernels._launch import bounds
+    from fastmerge.kernels._types import Types
+
+    s = segments(f, [f.base, *f.tuned], None)
+    types, call, models = Types(s.dtypes), Call(gpu), len(f.tuned)
+    outs = (
+        call.room((f.tiles, models, 4), np.int64),
+        call.room((models, capacity), types.key),
+        call.room((models, capacity), np.int32),
+        call.zeros((models,), np.int64),
+    )
+    index, half = draw(f, 1)
+    regions = np.stack([np.arange(models) * capacity, np.full(models, capacity)], axis=1)
+    table, owner = call.put(s.table), call.put(np.zeros(1, np.int64))
+    queries = owner, owner, call.put(bounds(ends, wide=types.wide)), call.put(regions)
+    args = call.put(index), call.put(half), queries
+    for walk in types.tiles(s.table, "count", lanes=True):
+        kernel.count(call, outs, table, walk, *args, round_code=-1, drop=drop, **types.about)
+    run: Work = call.run
+    return run
+
+
+def select(kernels: Any, f: Family, density: float = DENSITY) -> Work:
+    """The whole exact selection, from samples to cuts: ``N + 1`` values per element, and what is sampled."""
+    import numpy as np
+
+    from fastmerge.ops.kernels import Deltas
+
+    sequence = kernels.sequence(segments(f, [f.base, *f.tuned], None))
+    ranks = np.full((1, len(f.tuned)), int(f.n * density), np.int64)
+    sequence.select(sequence.deltas(Deltas(-1, False, *draw(f, 1))), ranks, ties="index", together=False)
+    run: Work = sequence.run
+    return run
 
 
 def l1(kernels: Any, f: Family, thr: Any = None, *, drop: bool = False) -> Work:

@@ -1,35 +1,40 @@
 """What a call on tensors in a GPU's memory costs the host, and what it asks of the device; no GPU is needed.
 
-    python bench/host.py                    # every method; a minute
-    python bench/host.py ../before          # beside another work tree, where that can be done without data
+    python bench/host.py                     # every method; two minutes
+    python bench/host.py --methods ties      # some
+    python bench/host.py ../before           # beside commit 1d9f8df: a work tree with its extension, as for beside.py
 
-Everything runs as on a GPU but for the device itself: memory is host memory that nobody touches, a copy copies nothing,
-and a compiled kernel that is launched does nothing. So what is left is the host's own time, and launches, uploads,
-allocations and waits can be counted. (A real launch adds what the driver takes, some 3 microseconds.) Another tree is
-measured for methods without statistics only: before, the host decided by what kernels had found.
+Everything runs as on a GPU but for the device itself: its memory is host memory that nobody touches, a copy copies
+nothing, and a compiled kernel that is launched does nothing. So what is left is the host's own time, and launches,
+uploads, allocations and waits can be counted. (A real launch adds what the driver takes, some 3 microseconds by
+estimate.) Results and inputs are not counted: they are the caller's. See the README beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
-os.environ.pop("TRITON_INTERPRET", None)
 ROOT = Path(__file__).resolve().parents[1]
 
 if TYPE_CHECKING:
     import torch
 
 GIVEN: dict[str, dict[str, Any]] = {
+    "passthrough": {"scale": 0.5},
     "linear": {"weight": 0.4},
     "task_arithmetic": {"weight": 0.7},
     "slerp": {"t": 0.3},
@@ -38,248 +43,298 @@ GIVEN: dict[str, dict[str, Any]] = {
     "dare_linear": {"weight": 0.5, "density": 0.4},
     "dare_ties": {"weight": 0.5, "density": 0.4},
 }
-"""Parameters of each method; slerp takes two models, the others three, the first of which is the base but of linear."""
+"""Parameters of each method."""
+
+INPUTS = {"passthrough": 1, "slerp": 2}
+"""Models of a call, where it is not three."""
+
+BASELESS = ("passthrough", "linear")
+"""Methods whose first input is not the base."""
 
 PLAIN = ("linear", "task_arithmetic")
-"""Methods without statistics."""
+"""Methods without statistics: an earlier tree's decide nothing by what kernels have found, and there are none here."""
 
-BARS = {"one": 0.3, "147": 6.0, "18867": 400.0, "again": 0.15}
-"""Milliseconds."""
+Shapes = dict[str, tuple[int, ...]]
+
+LAYER: Shapes = {
+    "q": (4096, 4096),
+    "k": (1024, 4096),
+    "v": (1024, 4096),
+    "o": (4096, 4096),
+    "gate": (14_336, 4096),
+    "up": (14_336, 4096),
+    "down": (4096, 14_336),
+    "n1": (4096,),
+    "n2": (4096,),
+}
+EXPERT: Shapes = {"w1": (96, 256), "w2": (256, 96), "w3": (96, 256)}
+
+SIZES = ("64 elements", "one", "147", "18867")
+"""One tensor of 64 elements; one of 268 million; models of 147 tensors (4.5 billion parameters) and of 18,867."""
+
+BARS = {"64 elements": 0.3, "one": 0.3, "147": 6.0, "18867": 400.0}
+"""Milliseconds that a call may take of the host."""
+
+AGAIN = 0.15
+"""Milliseconds of the same launches again."""
 
 
+@dataclass
 class Counts:
-    """Stands for a device, and counts."""
+    """What a device was asked for.
 
-    def __init__(self) -> None:
-        self.launches = self.uploads = self.allocations = self.waits = self.scratch = 0
+    Attributes:
+        launches: kernels.
+        uploads: copies to it.
+        allocations: of its memory.
+        waits: times that the host waited for it.
+        between: those of the waits that a launch or an upload followed.
+        scratch: bytes allocated.
+    """
+
+    launches: int = 0
+    uploads: int = 0
+    allocations: int = 0
+    waits: int = 0
+    between: int = 0
+    scratch: int = 0
 
     def reset(self) -> None:
         """To zero."""
-        self.__init__()  # type: ignore[misc]
+        vars(self).update(asdict(Counts()))
 
 
-def counted(counts: Counts) -> Any:
-    """Kernels whose device is ``counts``."""
+def device(counts: Counts) -> Any:
+    """What calls take for a GPU, and what counts in its place."""
     import torch
 
     from fastmerge.kernels._call import Gpu
-    from fastmerge.kernels.backend import TritonKernels
+    from fastmerge.kernels.sequence import NOBODY
 
-    class Stub(Gpu):
-        """Does everything but the device's part."""
+    gpu = Gpu(torch.device("cpu"))
+    compiled = gpu.compiled
 
-        def allocate(self, nbytes: int) -> torch.Tensor:
-            counts.allocations += 1
-            counts.scratch += nbytes
-            return torch.empty(nbytes, dtype=torch.uint8)
+    def allocate(nbytes: int) -> torch.Tensor:
+        counts.allocations += 1
+        counts.scratch += nbytes
+        return torch.empty(nbytes, dtype=torch.uint8)
 
-        def send(self, there: torch.Tensor, here: torch.Tensor) -> None:
-            counts.uploads += 1
+    def send(there: torch.Tensor, here: torch.Tensor) -> None:  # noqa: ARG001
+        counts.uploads += 1
+        counts.between = counts.waits
 
-        def bring(self, there: torch.Tensor) -> torch.Tensor:
-            counts.waits += 1
-            return torch.full_like(there, 0x7F)  # what no solve has found wrong is a large number
+    def bring(there: torch.Tensor) -> torch.Tensor:
+        counts.waits += 1
+        return torch.full((-(-len(there) // 8),), NOBODY).view(torch.uint8)[: len(there)]  # no sum was wrong
 
-        def compiled(self, launch: Any) -> Any:
-            found = super().compiled(launch)
+    def launch(*args: Any) -> None:  # noqa: ARG001
+        counts.launches += 1
+        counts.between = counts.waits
 
-            class Runner:
-                def __getitem__(self, grid: Any) -> Any:
-                    def run(*args: Any) -> None:
-                        counts.launches += 1
+    class Runs:
+        """A compiled kernel: asked for with a grid, it can be launched."""
 
-                    return run
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return launch
 
-            return found and Runner()
+    def ready(wanted: Any) -> Runs:
+        compiled(wanted)
+        return Runs()
 
-    kernels = object.__new__(TritonKernels)  # the constructor rightly refuses a CPU
-    kernels.device = torch.device("cpu")
-    kernels.gpu = Stub(kernels.device)
-    return kernels
+    gpu.allocate, gpu.send, gpu.bring, gpu.compiled = allocate, send, bring, ready
+    return gpu
 
 
-def stub() -> Callable[[Counts], Any]:
-    """Makes the calls of this process believe in a GPU; gives what makes the kernels of one."""
-    from fastmerge.api import tensors
-    from fastmerge.backends.choose import Backend
+@contextmanager
+def stubbed(counts: Counts) -> Iterator[None]:
+    """Calls of this process believe in a GPU meanwhile."""
+    import torch
     from triton.runtime.jit import JITFunction
 
-    class Kernel:
-        """Runs nothing."""
+    from fastmerge.api import tensors
+    from fastmerge.backends.choose import Backend
+    from fastmerge.kernels.backend import TritonKernels
 
-    JITFunction.warmup = lambda self, *args, **named: Kernel()
+    kernels: Any = object.__new__(TritonKernels)  # the constructor rightly refuses a CPU
+    kernels.device, kernels.gpu = torch.device("cpu"), device(counts)
+    kernels.gpu.owner = kernels  # what is kept of a call is known by its kernels, which must then live as long
+    chosen = Backend("triton", kernels, (0,))
 
-    def start(counts: Counts) -> Any:
-        kernels = counted(counts)
-        tensors.choose = lambda *args, **named: Backend("triton", kernels, (0,))  # type: ignore[assignment]
-        return kernels
+    def warmup(*_: object, **__: object) -> object:
+        return object()
 
-    return start
+    def choose(*_: object, **__: object) -> Backend:
+        return chosen
 
-
-def shapes(count: int) -> dict[str, tuple[int, ...]]:
-    """Of a model of 4.5 billion parameters in 147 tensors, or of one with experts in 18,867."""
-    if count == 1:
-        return {"w": (16_384, 16_384)}
-    if count == 147:
-        layer = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096), "gate": (14_336, 4096),
-                 "up": (14_336, 4096), "down": (4096, 14_336), "n1": (4096,), "n2": (4096,)}  # fmt: skip
-        out = {f"model.layers.{i}.{n}.weight": s for i in range(16) for n, s in layer.items()}
-        return {**out, "model.embed.weight": (128_256, 4096), "head.weight": (128_256, 4096), "norm.weight": (4096,)}
-    expert = {"w1": (96, 256), "w2": (256, 96), "w3": (96, 256)}
-    names = ((f"model.layers.{i}.experts.{e}.{n}.weight", s)
-             for i in range(48) for e in range(128) for n, s in expert.items())  # fmt: skip
-    more = {f"model.layers.{i}.n{j}.weight": (2048,) for i in range(48) for j in range(9)}
-    return dict([*names, *more.items()][: count - 3]) | {f"extra{i}": (2048,) for i in range(3)}
+    with mock.patch.object(JITFunction, "warmup", warmup), mock.patch.object(tensors, "choose", choose):
+        yield
 
 
-def model(count: int) -> dict[str, torch.Tensor]:
-    """Tensors of those shapes that own no memory: each is a view of one that nobody touches."""
+def shapes(size: str) -> Shapes:
+    """Of the tensors of a model; ``two`` are a large and a small one of those of ``147``."""
+    if size == "147":
+        layers = {f"model.layers.{i}.{n}.weight": shape for i in range(16) for n, shape in LAYER.items()}
+        ends: Shapes = {"model.embed.weight": (128_256, 4096), "head.weight": (128_256, 4096), "norm.weight": (4096,)}
+        return {**layers, **ends}
+    if size == "18867":
+        each = [(f"model.layers.{i}.experts.{e}", n) for i in range(48) for e in range(128) for n in EXPERT]
+        experts = {f"{where}.{n}.weight": EXPERT[n] for where, n in each}
+        norms: Shapes = {f"model.layers.{i}.n{j}.weight": (2048,) for i in range(48) for j in range(9)}
+        return {**experts, **norms, **dict.fromkeys(("extra0", "extra1", "extra2"), (2048,))}
+    few: dict[str, Shapes] = {
+        "64 elements": {"w": (64,)},
+        "one": {"w": (16_384, 16_384)},
+        "two": {"w": (4096, 4096), "n": (4096,)},
+    }
+    return few[size]
+
+
+def model(size: str) -> dict[str, torch.Tensor]:
+    """Tensors of those shapes that take no memory: all are views of one that nobody touches."""
     import torch
 
-    found = shapes(count)
-    total = sum(a * b for a, b in ((s[0], s[1] if len(s) > 1 else 1) for s in found.values()))
-    room = torch.empty(total, dtype=torch.bfloat16)
-    out, at = {}, 0
-    for name, shape in found.items():
-        n = shape[0] * (shape[1] if len(shape) > 1 else 1)
-        out[name] = room[at : at + n].view(shape)
-        at += n
-    return out
+    found = {name: (shape, math.prod(shape)) for name, shape in shapes(size).items()}
+    room = torch.empty(sum(n for _, n in found.values()), dtype=torch.bfloat16)
+    parts = room.split([n for _, n in found.values()])
+    return {name: part.view(shape) for (name, (shape, _)), part in zip(found.items(), parts, strict=True)}
 
 
-def timed(call: Callable[[], Any], seconds: float) -> float:
-    """Median milliseconds of a call, repeated for a while; the first two do not count."""
-    took: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(took) < 7 or (time.perf_counter() < until and len(took) < 500):
-        start = time.perf_counter()
-        call()
-        took.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(took[2:])
-
-
-def calls(method: str, count: int, small: bool) -> Callable[[], Any]:
+def call(method: str, size: str) -> Callable[[], object]:
     """A whole call: of one tensor, or of state dicts."""
     import torch
 
     import fastmerge as fm
 
-    inputs = 2 if method == "slerp" else 3
-    base = None if method == "linear" else 0
-    given = {"parameters": GIVEN[method]}
-    if count == 1:
-        tensors = [torch.randn(64).bfloat16() if small else model(1)["w"] for _ in range(inputs)]
-        out = torch.empty_like(tensors[0])
-        return lambda: fm.merge_tensors(tensors, method, base_index=base, out=out, **given)
-    models = [model(count) for _ in range(inputs)]
-    return lambda: fm.merge_state_dicts(models, method, base=base, **given)
+    models = [model(size) for _ in range(INPUTS.get(method, 3))]
+    base = None if method in BASELESS else 0
+    if len(models[0]) > 1:
+        return lambda: fm.merge_state_dicts(models, method, base=base, parameters=GIVEN[method])
+    tensors = [m["w"] for m in models]
+    out = torch.empty_like(tensors[0])
+    return lambda: fm.merge_tensors(tensors, method, base_index=base, out=out, parameters=GIVEN[method])
 
 
-def rows(methods: list[str], *, seconds: float) -> Iterator[dict[str, Any]]:
-    """Every method: whole calls and bound ones."""
-    start = stub()
+def counted(method: str, size: str) -> Counts:
+    """What one call asks for, when an equal one went before."""
+    counts = Counts()
+    with stubbed(counts):
+        work = call(method, size)
+        work()
+        counts.reset()
+        work()
+    return counts
+
+
+def timed(work: Callable[[], object], seconds: float) -> float:
+    """Median milliseconds of a call, repeated for a while; the first does not count."""
+    took: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(took) < 4 or (time.perf_counter() < until and len(took) < 500):
+        start = time.perf_counter()
+        work()
+        took.append((time.perf_counter() - start) * 1e3)
+    return round(statistics.median(took[1:]), 3)
+
+
+def bound(work: Callable[[], object]) -> Callable[[], object]:
+    """The launches of a call alone, prepared once."""
     from fastmerge.api import tensors
     from fastmerge.runtime import resident
 
+    seen: list[tuple[Any, ...]] = []
+    with mock.patch.object(tensors, "resident", lambda *args: seen.append(args)):
+        work()
+    found = resident.bind(*seen[0])
+
+    def again() -> None:
+        for some in found:
+            some.run()
+
+    return again
+
+
+def rows(methods: Sequence[str], sizes: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]:
+    """Counts and times of every method and size."""
     for method in methods:
-        for what, count, small in (
-            ("64 elements", 1, True),
-            ("one", 1, False),
-            ("147", 147, False),
-            ("18867", 18_867, False),
-        ):
-            counts = Counts()
-            kernels = start(counts)
-            call = calls(method, count, small)
-            call()
-            counts.reset()
-            call()
-            row = {"method": method, "tensors": what, **vars(counts)}
-            row["host ms"] = round(timed(call, seconds), 3)
-            seen: list[Any] = []
-            whole, tensors.resident = tensors.resident, lambda ops, program: seen.append((ops, program))  # type: ignore[assignment]
-            call()
-            tensors.resident = whole
-            bound = resident.bind(*seen[0])
-            again = lambda bound=bound: [b.run() for b in bound]  # noqa: E731
-            again()
-            row["again ms"] = round(timed(again, seconds), 3)
-            row["met"] = (
-                row["host ms"] <= BARS["one" if count == 1 else str(count)] and row["again ms"] <= BARS["again"]
-            )
-            del kernels
-            yield row
+        for size in sizes:
+            counts = counted(method, size)
+            with stubbed(Counts()):
+                work = call(method, size)
+                whole, again = timed(work, seconds), timed(bound(work), seconds)
+            met = whole <= BARS[size] and again <= AGAIN
+            yield {"method": method, "tensors": size, **asdict(counts), "host ms": whole, "again ms": again, "met": met}
 
 
-def before(methods: list[str], seconds: float) -> None:
-    """The same calls in a tree whose kernels are launched through Triton's own way; prints JSON."""
+def before(tree: str, methods: Sequence[str], sizes: Sequence[str], seconds: float) -> None:
+    """Times of the same calls in a work tree of commit 1d9f8df, by JSON; its kernels are launched by Triton itself."""
+    # An editable installation in this environment would come first.
+    sys.meta_path[:] = [f for f in sys.meta_path if "_editable" not in type(f).__module__]
+    sys.path.insert(0, tree)
     import torch
-    from fastmerge.api import tensors
-    from fastmerge.backends.choose import Backend
-    from fastmerge.kernels.backend import TritonKernels
-    from fastmerge.runtime.devices import CpuDevice
     from triton.runtime.jit import JITFunction
 
-    JITFunction.run = lambda self, *args, **named: None
+    import fastmerge
+    from fastmerge import dispatch, memory
+    from fastmerge.kernels.backend import TritonKernels
+
+    assert Path(fastmerge.__file__).is_relative_to(Path(tree).resolve()), fastmerge.__file__
     kernels = object.__new__(TritonKernels)
     kernels.device = torch.device("cpu")
-    backend = Backend("triton", kernels, (0,))
-    tensors.choose = lambda *args, **named: backend  # type: ignore[assignment]
-    tensors.Resident = lambda home: CpuDevice()  # type: ignore[attr-defined]
-    for method in methods:
-        for what, count, small in (
-            ("64 elements", 1, True),
-            ("one", 1, False),
-            ("147", 147, False),
-            ("18867", 18_867, False),
-        ):
-            call = calls(method, count, small)
-            call()
-            print(
-                json.dumps({"method": method, "tensors": what, "before ms": round(timed(call, seconds), 3)}), flush=True
-            )
+    chosen = dispatch.Backend("triton", kernels, (0,))
+
+    def run(*_: object, **__: object) -> None:
+        pass
+
+    def choose(*_: object, **__: object) -> object:
+        return chosen
+
+    with mock.patch.object(JITFunction, "run", run), mock.patch.object(memory, "choose", choose):
+        for method in methods:
+            for size in sizes:
+                print(json.dumps([method, size, timed(call(method, size), seconds)]), flush=True)
+
+
+def earlier(tree: str, methods: Sequence[str], sizes: Sequence[str], seconds: float) -> dict[tuple[str, str], float]:
+    """Times of :func:`before`, in a process of its own."""
+    plain = [m for m in methods if m in PLAIN]
+    if not plain:
+        return {}
+    words = ["--seconds", str(seconds), "--sizes", *sizes, "--methods", *plain]
+    command = [sys.executable, __file__, tree, "--before", *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return {(method, size): took for method, size, took in map(json.loads, done.stdout.splitlines())}
 
 
 def main() -> int:
-    """Prints the table, and JSON where asked."""
+    """Prints the table; writes JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tree", nargs="?", help="another work tree, with its extension")
-    parser.add_argument("--methods", nargs="*", default=list(GIVEN))
+    parser.add_argument("--methods", nargs="*", default=list(GIVEN), choices=list(GIVEN), metavar="METHOD")
+    parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=SIZES, metavar="SIZE")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each figure")
-    parser.add_argument("--json", help="file to write")
+    parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--before", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.before:
-        before(options.methods, options.seconds)
+        before(options.tree, options.methods, options.sizes, options.seconds)
         return 0
-    old: dict[tuple[str, str], float] = {}
-    if options.tree:
-        plain = [m for m in options.methods if m in PLAIN]
-        command = [sys.executable, __file__, "--before", "--seconds", str(options.seconds), "--methods", *plain]
-        done = subprocess.run(
-            command, env={**os.environ, "FASTMERGE_TREE": options.tree}, capture_output=True, text=True, check=True
-        )
-        for line in done.stdout.splitlines():
-            found = json.loads(line)
-            old[found["method"], found["tensors"]] = found["before ms"]
+    sys.path.insert(0, str(ROOT))
+    old = earlier(options.tree, options.methods, options.sizes, options.seconds) if options.tree else {}
+    print(f"{'method':16} {'tensors':>12} {'launches':>8} {'uploads':>7} {'allocs':>6} {'waits':>5} {'between':>7} "
+          f"{'before ms':>9} {'host ms':>8} {'again ms':>8} {'scratch MB':>10}")  # fmt: skip
     out = []
-    print(f"{'method':16} {'tensors':>12} {'launches':>8} {'uploads':>7} {'allocs':>6} {'waits':>5} {'before ms':>9} "
-          f"{'host ms':>8} {'again ms':>8} {'scratch MB':>10}")  # fmt: skip
-    for row in rows(options.methods, seconds=options.seconds):
+    for row in rows(options.methods, options.sizes, options.seconds):
         row["before ms"] = old.get((row["method"], row["tensors"]))
         out.append(row)
-        shown = "" if row["before ms"] is None else row["before ms"]
         print(f"{row['method']:16} {row['tensors']:>12} {row['launches']:8} {row['uploads']:7} {row['allocations']:6} "
-              f"{row['waits']:5} {shown:>9} {row['host ms']:8} {row['again ms']:8} {row['scratch'] / 1e6:10.2f}"
-              f"{'' if row['met'] else '  above the bar'}", flush=True)  # fmt: skip
+              f"{row['waits']:5} {row['between']:7} {row['before ms'] or '':>9} {row['host ms']:8} {row['again ms']:8} "
+              f"{row['scratch'] / 1e6:10.2f}{'' if row['met'] else '  above the bar'}", flush=True)  # fmt: skip
     if options.json:
-        about = {"python": platform.python_version(), "cores": os.cpu_count(), "bars": BARS, "rows": out}
-        Path(options.json).write_text(json.dumps(about, indent=1) + "\n")
+        about = {"python": platform.python_version(), "cores": os.cpu_count(), "bars": {**BARS, "again": AGAIN}}
+        options.json.write_text(json.dumps({**about, "rows": out}, indent=1) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    tree = os.environ.get("FASTMERGE_TREE")
-    sys.path.insert(0, str(tree or ROOT))
+    os.environ.pop("TRITON_INTERPRET", None)  # which would run the kernels
     sys.exit(main())

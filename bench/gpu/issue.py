@@ -6,18 +6,24 @@ each, which is the mix of Philox; its instructions are counted in its machine co
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.calls import Work
 from bench.gpu.plan import Absent, Row
-from bench.gpu.timing import Bench, Work
+from bench.gpu.timing import Bench
 
 TRIPS = 256
 WARPS = 4
 BLOCK = 1024
+
+LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
+BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?`?\(?(0x[0-9a-f]+)")
+"""Of a listing: the address and text of an instruction, and where a branch goes."""
 
 
 def machine_code(cubin: bytes) -> list[tuple[int, str]]:
@@ -26,16 +32,25 @@ def machine_code(cubin: bytes) -> list[tuple[int, str]]:
     Raises:
         Absent: triton has no disassembler here.
     """
-    from tests.kernels.aot import parse, tool
+    from tests.kernels.aot import tool
 
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "kernel.cubin"
         path.write_bytes(cubin)
         try:
-            found: list[tuple[int, str]] = parse(tool("cuobjdump", "-sass", str(path)))
+            lines = LINE.findall(tool("cuobjdump", "-sass", str(path)))
         except OSError as error:
             raise Absent(f"cuobjdump of triton cannot run: {error}") from error
+    found = [(int(at, 16), text.strip()) for at, text in lines if not text.startswith("NOP")]
+    while found and target(found[-1][1]) == found[-1][0]:  # the padding jumps to itself
+        found.pop()
     return found
+
+
+def target(text: str) -> int | None:
+    """Where a branch jumps to."""
+    found = BRANCH.search(text)
+    return int(found.group(1), 16) if found else None
 
 
 def executed(code: list[tuple[int, str]], trips: int) -> float:
@@ -44,9 +59,7 @@ def executed(code: list[tuple[int, str]], trips: int) -> float:
     Raises:
         RuntimeError: there is no loop.
     """
-    from tests.kernels.aot import target
-
-    loops = [(t, a) for a, text in code if "BRA" in text and (t := target(text)) is not None and t < a]
+    loops = [(t, a) for a, text in code if (t := target(text)) is not None and t < a]
     if not loops:
         raise RuntimeError("the kernel that measures the rate of instructions has no loop")
     low, high = max(loops, key=lambda span: span[1] - span[0])
@@ -55,37 +68,38 @@ def executed(code: list[tuple[int, str]], trips: int) -> float:
 
 
 @contextmanager
-def compiled(family: str) -> Iterator[list[Any]]:
-    """Collects the compiled kernels that a family's launches use meanwhile, with their constants."""
-    import importlib
+def compiled(family: str) -> Iterator[list[tuple[Any, int, int]]]:
+    """Collects the kernels of a family that calls bind meanwhile: each with its elements per step and its warps."""
+    from fastmerge.kernels._call import Gpu
 
-    module = importlib.import_module(f"fastmerge.kernels.{family}")
-    kernel: Any = getattr(module, f"{family}_kernel")
-    inner = kernel.run
-    seen: list[Any] = []
+    inner = Gpu.compiled
+    seen: list[tuple[Any, int, int]] = []
 
-    def run(*args: Any, **words: Any) -> Any:
-        made = inner(*args, **words)
-        seen.append((made, words))
+    def compiled(gpu: Gpu, launch: Any) -> Any:
+        made = inner(gpu, launch)
+        if launch.kernel.fn.__name__ == f"{family}_kernel":
+            words = dict(zip(launch.kernel.arg_names, (*launch.args, *launch.constants), strict=True))
+            seen.append((made, words["BLOCK"], launch.options["num_warps"]))
         return made
 
-    kernel.run = run
+    Gpu.compiled = compiled
     try:
         yield seen
     finally:
-        del kernel.run
+        Gpu.compiled = inner
 
 
 def per_element(work: Work, family: str) -> float:
-    """Instructions per element of the leanest kernel that a call launches: the one for full, aligned blocks."""
-    from tests.kernels.aot import issued
+    """Instructions per element of the leanest kernel that a call launches: the one for full, aligned blocks.
 
+    Of elementwise kernels, which do everything once per block: their one loop looks for the segment of the block, and
+    ends at once where there is one.
+    """
     with compiled(family) as seen:
         work()
     if not seen:
         raise RuntimeError(f"no {family} kernel was launched")
-    counts = [issued(machine_code(made.asm["cubin"]), words["BLOCK"], words["num_warps"]) for made, words in seen]
-    return min(counts)
+    return min(len(machine_code(made.asm["cubin"])) / (block / (32 * warps)) for made, block, warps in seen)
 
 
 def measure(bench: Bench) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Every kernel on resident tensors beside the copy bandwidth of the same run; working sets of 4 GiB in bf16.
 
 Bytes are those that the operation cannot do without (b = 2 bytes): combine ``(N + 1) b`` per element, slerp ``2 b`` and
-``3 b``, the merge passes ``(N + 2) b``, the counting read ``(N + 1) b``, replication ``(E + 1) b``,
-of which ``E b`` are written.
+``3 b``, the merge passes ``(N + 2) b``, the counting read and the whole selection ``(N + 1) b``, replication
+``(E + 1) b``, of which ``E b`` are written.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def items(context: Context) -> Sequence[Item]:
     found += [item("ties N=2 random", ties, 2, "random")]
     found += [item(f"select N=2 {kind}", select, 2, kind) for kind in kinds]
     found += [item(f"select N={n} lattice", select, n, "lattice") for n in models if n > 2]
+    found += [item(f"selection N=2 {kind}", selection, 2, kind) for kind in kinds]
     found += [item(f"dare N={n}", dare, n) for n in models]
     found += [item(f"replicate E=8 {what}", replicate.rate, 8, what) for what in ("clean", "noise")]
     found += [item(f"batch {what}", layout.batch, what, needs=8, limit=60) for what in ("combine", "ties")]
@@ -78,6 +79,12 @@ def select(bench: Bench, models: int, kind: str) -> Row:
     """The counting read with a bracket of six standard deviations, listing included."""
     f = family(bench.device, bench.elements(models + 1), models, kind)
     return beside(bench, {"count": (data.count(triton(bench), f), 2.0 * (models + 1) * f.n)})
+
+
+def selection(bench: Bench, models: int, kind: str) -> Row:
+    """The whole exact selection of one tensor: samples, brackets, the counting read, decisions, cuts."""
+    f = family(bench.device, bench.elements(models + 1), models, kind)
+    return beside(bench, {"select": (calls.select(triton(bench), f), 2.0 * (models + 1) * f.n)})
 
 
 def dare(bench: Bench, models: int) -> Row:

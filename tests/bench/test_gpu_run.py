@@ -190,8 +190,8 @@ def test_a_turn_has_its_time_and_a_cut_has_a_line(tmp_path):
 
 
 def test_marked_tests_run_at_once_go_on_and_warnings_fail_none(tmp_path, monkeypatch):
-    assert tests.files() == ["tests/gpu/test_gpu.py", "tests/kernels/test_replicate_gpu.py",
-                             "tests/kernels/test_triton.py"]  # fmt: skip
+    some = {"tests/gpu/test_gpu.py", "tests/kernels/test_replicate_gpu.py", "tests/kernels/test_triton.py"}
+    assert some <= set(tests.files())
     (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\nmarkers = gpu\n")
     test = tmp_path / "test_some.py"
     mark = "@pytest.mark" + ".gpu\n"
