@@ -154,10 +154,10 @@ def stubbed(counts: Counts) -> Iterator[None]:
     from fastmerge.api import tensors
     from fastmerge.backends.choose import Backend
     from fastmerge.kernels.backend import TritonKernels
+    from fastmerge.runtime import resident
 
     kernels: Any = object.__new__(TritonKernels)  # the constructor rightly refuses a CPU
     kernels.device, kernels.gpu = torch.device("cpu"), device(counts)
-    kernels.gpu.owner = kernels  # what is kept of a call is known by its kernels, which must then live as long
     chosen = Backend("triton", kernels, (0,))
 
     def warmup(*_: object, **__: object) -> object:
@@ -166,7 +166,11 @@ def stubbed(counts: Counts) -> Iterator[None]:
     def choose(*_: object, **__: object) -> Backend:
         return chosen
 
-    with mock.patch.object(JITFunction, "warmup", warmup), mock.patch.object(tensors, "choose", choose):
+    with (
+        mock.patch.object(JITFunction, "warmup", warmup),
+        mock.patch.object(tensors, "choose", choose),
+        mock.patch.dict(resident._KEPT, clear=True),  # noqa: SLF001  calls of other devices
+    ):
         yield
 
 

@@ -62,9 +62,9 @@ class TritonKernels:
         return Sequence(self.gpu, segments, order, per_row=per_row)
 
     @staticmethod
-    def alone(segments: Any) -> npt.NDArray[np.bool_]:
-        """Which tensors one program can select: those are laid out last."""
-        return selection.small(Types(segments.dtypes), segments.table[:, 1])
+    def ways(segments: Any) -> I64:
+        """How thresholds of tensors are found, which is how they are laid out."""
+        return selection.ways(Types(segments.dtypes), segments.table[:, 1])
 
     # ---- helpers ---------------------------------------------------------------------------------------
 

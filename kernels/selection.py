@@ -1,12 +1,14 @@
 """Exact k-th magnitudes of whole tensors in device memory: a fixed sequence of launches.
 
-Tensors that one program's registers hold take one launch of kth.py. For the others, twice: sample, bracket, a larger
-sample, a narrower bracket, one counting read of everything, a decision; the second time hardly ever finds anything to
-do, and then leaves at once. What is still open is settled digit by digit. (sample.py, count.py, decide.py)
+Tensors that one program's registers hold take one launch of kth.py. For those of more than a tile, twice: sample,
+bracket, a larger sample, a narrower bracket, one counting read of everything, a decision; the second time hardly ever
+finds anything to do, and then leaves at once (sample.py, count.py, decide.py). What is still open, and tensors between
+the two, are settled digit by digit: a program reads a tile five times in some 100 microseconds, which brackets of its
+own, and lists as large as the tile, would take as well.
 
 Sizes. A sample of m of n elements knows the rank k within ``sqrt(m p (1 - p))``, p = k / n: from 16,384 elements the
 coarse bracket holds 2.5 % of all at p = 0.2, from a million the next one 0.31 %. Its list then takes 1.6 % of what the
-bf16 model takes, keys and tiles together.
+bf16 model takes, keys and tiles together (of a tensor of a million elements some 5 %).
 """
 
 from __future__ import annotations
@@ -42,6 +44,9 @@ ALL_TILES = 1 << 62
 PARTS = 16
 """Programs that tally a list."""
 
+MIDDLE = 65_536
+"""Elements of the largest tensor that is settled without brackets."""
+
 
 class Deltas(NamedTuple):
     """How task vectors are formed: numbers of the models int32 ``[N]``, Bernoulli thresholds int32 ``[S, N]``."""
@@ -52,9 +57,9 @@ class Deltas(NamedTuple):
     drop: bool
 
 
-def small(types: Types, lengths: I64) -> I64:
-    """Which tensors are decided by one program."""
-    out: I64 = lengths <= whole.MOST >> types.wide
+def ways(types: Types, lengths: I64) -> I64:
+    """How thresholds of tensors are found: 0 by brackets, 1 digit by digit, 2 by kth.py. They are laid out so."""
+    out: I64 = (lengths <= MIDDLE).astype(np.int64) + (lengths <= whole.MOST >> types.wide)
     return out
 
 
@@ -74,8 +79,9 @@ class _Sets(NamedTuple):
     def chunks(self) -> tuple[I64, I64]:
         """Programs of the small sample and of the large one."""
         runs = np.maximum(self.size // RUN // (CHUNK // RUN), 1)
-        few = np.clip(self.size // 64 // CHUNK, 1, max(1, RANKED.value // CHUNK))
-        many = np.minimum(np.clip(self.size // 256 // CHUNK, 64 * few, MOST_CHUNKS), runs)
+        few = np.clip(self.size // 16 // CHUNK, 1, max(1, RANKED.value // CHUNK))
+        many = np.minimum(64 * few, np.maximum(self.size // 4 // CHUNK, 1))
+        many = np.minimum(np.clip(self.size // 256 // CHUNK, many, MOST_CHUNKS), runs)
         return np.minimum(few, runs), many
 
     def slots(self) -> I64:
@@ -84,7 +90,7 @@ class _Sets(NamedTuple):
         spread = np.sqrt(np.clip(self.share * (1 - self.share), 0.01, 0.25))
         coarse = 2 * SIGMAS[0][0] * spread / np.sqrt(few) * many
         fine = 2 * SIGMAS[0][1] * spread / np.sqrt(many) * self.size[:, None]
-        wanted = np.maximum(np.maximum(coarse, fine) * MARGIN + 1024, few)
+        wanted = np.maximum(np.maximum(coarse, fine) * MARGIN + 256, few)
         out: I64 = np.minimum(wanted, self.size[:, None]).astype(np.int64)
         return out
 
@@ -107,7 +113,7 @@ def select(
     Args:
         call: that they belong to.
         types: of the batch.
-        here: the segments, whole tensors: ``together`` in tie order, else those of :func:`small` last.
+        here: the segments, whole tensors: ``together`` in tie order, else by their :func:`ways`.
         table: the same on the device.
         some: puts some of its rows there, from the given one on.
         tiles: int64 ``[S + 1]`` tiles before each.
@@ -121,7 +127,8 @@ def select(
     """
     length, tensors, models = here[:, 1], len(here), ranks.shape[1]
     rows = 1 if together else tensors  # of queries
-    large = rows if together else int((~small(types, length)).sum())
+    way = np.zeros(rows, np.int64) if together else ways(types, length)
+    large, registers = int((way == 0).sum()), int((way < 2).sum())
     size = np.array([length.sum()]) if together else length
     k = ranks[:rows]
     never = (1 << 63) - 1 if types.wide else (1 << 31) - 1
@@ -140,14 +147,22 @@ def select(
     sets = call.put(first)
     owner = call.put(np.zeros(tensors, np.int64) if together else np.arange(tensors))
 
-    if large < rows and asked[large:].any():
-        args = (there[1], some(here[large:], large), deltas.models, deltas.bernoulli, call.put(ranks))
-        whole.kth(call, *args, most=int(length[large:].max()), **about)
-    counts = call.room((1, models, 4), np.int64)
-    if asked[:large].any():
-        share = k[:large] / np.maximum(size[:large], 1)[:, None]
-        work = _Sets(first[: large + 1], size[:large], share)
-        counts = _rounds(call, types, here, table, tiles, deltas, work, asked, (owner, there[1], sets), never, largest)
+    if registers < rows and asked[registers:].any():
+        args = (there[1], some(here[registers:], registers), deltas.models, deltas.bernoulli, call.put(ranks))
+        whole.kth(call, *args, most=int(length[registers:].max()), **about)
+    read = int(first[registers])  # tensors
+    counts = call.room((int((-(-length[:read] // 65_536)).sum()), models, 4), np.int64)
+    if asked[:registers].any():
+        brackets = np.full((registers, models, 2), never, np.int64)
+        brackets[asked[:registers]] = (-1, largest + 1)
+        ends = call.put(brackets)
+        places = owner, there[1], sets, ends, counts
+        if asked[:large].any():
+            share = k[:large] / np.maximum(size[:large], 1)[:, None]
+            _rounds(call, types, here, table, tiles, deltas, _Sets(first[: large + 1], size[:large], share), places)
+        args = (there[1], ends, counts, tiles, sets, table, deltas.models, deltas.bernoulli)
+        codes = (types.about["inputs"], types.about["codes"], deltas.round_code, deltas.drop, types.wide, WIDTH)
+        call.launch(settle.settle_kernel, (registers, models), args, *codes, 2048, num_warps=16)
     flags = (models, TIES[ties], WIDTH, 1024)
     call.launch(which.cut_kernel, (rows, models), (*there, counts, tiles, sets), *flags, num_warps=4)
     before = call.zeros((tensors,), np.int64)
@@ -164,17 +179,12 @@ def _rounds(
     tiles: Place,
     deltas: Deltas,
     work: _Sets,
-    asked: I64,
-    places: tuple[Place, Place, Place],
-    never: int,
-    largest: int,
-) -> Place:
-    """Samples, brackets, counts and decisions of the large sets; the counts per tile."""
-    owner, state, first = places
-    sets, models = len(work.size), asked.shape[1]
+    places: tuple[Place, Place, Place, Place, Place],
+) -> None:
+    """Samples, brackets, counts and decisions of the large sets."""
+    owner, state, first, ends, counts = places
+    sets, models = work.share.shape
     tensors = int(work.first[-1])
-    brackets = np.full((sets, models, 2), never, np.int64)
-    brackets[asked[:sets]] = (-1, largest + 1)
     slots = work.slots()
     regions = np.stack([np.cumsum(slots).reshape(slots.shape) - slots, slots], axis=2)
     inners = np.where(slots > RANKED.value, decide.INNER, 0)
@@ -182,8 +192,6 @@ def _rounds(
     room = int(slots.sum())
     keys, listed = call.room((room,), types.key), call.room((room,), np.int32)
     inner = call.room((int(inners.sum()),), types.key)
-    each = -(-here[:tensors, 1] // 65_536)
-    counts = call.room((int(each.sum()), models, 4), np.int64)
     runs = np.zeros(tensors + 1, np.int64)
     np.cumsum(here[:tensors, 1] // RUN, out=runs[1:])
     prefixes = []
@@ -191,14 +199,13 @@ def _rounds(
         prefix = np.zeros(sets + 1, np.int64)
         np.cumsum(chunks, out=prefix[1:])
         prefixes.append((call.put(prefix), int(prefix[-1])))
-    ends, region, run = call.put(brackets), call.put(regions), call.put(runs)
+    region, run = call.put(regions), call.put(runs)
     inner_first = call.put(inner_at)
     about = {"round_code": deltas.round_code, "drop": deltas.drop, **types.about}
     ins = (deltas.models, deltas.bernoulli)
     codes = (types.about["inputs"], types.about["codes"], deltas.round_code, deltas.drop, types.wide, WIDTH)
     walks = list(types.tiles(here[:tensors], "count", lanes=True))
     grid = (sets, models)
-    tally = call.zeros((sets, models), np.int64)
     for number, sigmas in enumerate(SIGMAS):
         for stage, ((prefix_at, programs), sigma) in enumerate(zip(prefixes, sigmas, strict=True)):
             seen = call.zeros((sets, models, 3), np.int64)
@@ -216,6 +223,3 @@ def _rounds(
         args = (state, counts, tally, keys, listed, region)
         flags = (models, PARTS, WIDTH, decide.SWEEP)
         call.launch(which.tally_kernel, (sets * models, PARTS), args, *flags, num_warps=8)
-    args = (state, ends, counts, tiles, first, table, *ins)
-    call.launch(settle.settle_kernel, grid, args, *codes, 2048, num_warps=16)
-    return counts

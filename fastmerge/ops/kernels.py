@@ -142,8 +142,8 @@ class Launcher(Protocol):
             per_row: whether sums and coefficients belong to rows.
         """
 
-    def alone(self, segments: Segments) -> npt.NDArray[np.bool_]:
-        """Which tensors a sequence selects in one launch; they are laid out last."""
+    def ways(self, segments: Segments) -> I64:
+        """A number for how a sequence selects in each tensor; they are laid out in its order."""
 
 
 class Kernels(Protocol):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -23,7 +24,8 @@ FEW = 8
 MOST_KEPT = 64
 """Calls that are kept, without memory of the device."""
 
-_KEPT: dict[tuple[object, ...], tuple[list[Op], Bound]] = {}
+_KEPT: dict[tuple[object, ...], Bound] = {}
+"""By device and specs, which are compared by identity."""
 
 
 def resident(ops: Sequence[Op], backend: Backend) -> None:
@@ -38,49 +40,62 @@ def resident(ops: Sequence[Op], backend: Backend) -> None:
     Raises:
         OutputError: of a method, once everything has been launched.
     """
-    started = []
-    for batch, segments in batches(ops):
-        bound = _kept(batch, segments, backend)
-        if bound is not None:
-            bound.run()
-            started.append(bound)
-    try:
-        for bound in started:
-            bound.check()
-    finally:
-        for bound in started:
-            bound.release()
+    started: list[tuple[Bound, tuple[object, ...] | None]] = []
+    with _current(backend.home):
+        try:
+            for batch, segments in batches(ops):
+                bound, key = _kept(batch, segments, backend)
+                if bound is not None:
+                    started.append((bound, key))
+                    bound.run()
+            for bound, _ in started:
+                bound.check()
+        finally:
+            for bound, key in started:
+                bound.release()
+                if key is not None:  # back only now: until here it was this thread's alone
+                    _KEPT[key] = bound
+                    while len(_KEPT) > MOST_KEPT:
+                        _KEPT.pop(next(iter(_KEPT)), None)
+
+
+def _current(home: str) -> AbstractContextManager[Any]:
+    """Makes the tensors' device the current one."""
+    if not home.startswith("cuda"):
+        return nullcontext()
+    import torch
+
+    found: AbstractContextManager[Any] = torch.cuda.device(home)
+    return found
 
 
 def bind(ops: Sequence[Op], backend: Backend) -> list[Bound]:
     """The same, to be run as often as wanted: for what binds, that is kernels of a device."""
-    bound = [backend.program(batch).bind(segments) for batch, segments in batches(ops)]
+    with _current(backend.home):
+        bound = [backend.program(batch).bind(segments) for batch, segments in batches(ops)]
     return [b for b in bound if b is not None]
 
 
-def _kept(ops: list[Op], segments: Segments, backend: Backend) -> Bound | None:
+def _kept(ops: list[Op], segments: Segments, backend: Backend) -> tuple[Bound | None, tuple[object, ...] | None]:
     """The launches of a batch: those of an earlier one of the same kind, with other addresses, or new ones.
 
     None where a program works pass by pass, or by a definition in plain torch: that has then been done.
+    What they depend on beside addresses are the specs, the device, and whether all addresses are multiples of 16.
 
-    What they depend on beside addresses are the specs (kept alive here, so that their identity says it) and whether
-    all addresses are multiples of 16.
+    Returns:
+        The launches, and under which key they may be kept.
     """
     if len(ops) > FEW:
-        return _bound(ops, segments, backend)
+        return _bound(ops, segments, backend), None
     table = segments.table
     aligned = not int(np.bitwise_or.reduce(table[:, [OUT, *range(HEADER, table.shape[1])]], axis=None)) % 16
-    key = (id(backend.kernels), backend.home, aligned, *[id(op.spec) for op in ops])
-    known = _KEPT.pop(key, None) if aligned else None
-    if known is not None and known[1].move(segments, ops):
-        _KEPT[key] = known
-        return known[1]
-    bound = _bound(ops, segments, backend)
-    if bound is not None and aligned:
-        if len(_KEPT) >= MOST_KEPT:
-            _KEPT.pop(next(iter(_KEPT)))
-        _KEPT[key] = ops, bound
-    return bound
+    if not aligned:
+        return _bound(ops, segments, backend), None
+    key = (backend.name, backend.home, *[op.spec for op in ops])
+    known = _KEPT.pop(key, None)
+    if known is not None and known.move(segments, ops):
+        return known, key
+    return _bound(ops, segments, backend), key
 
 
 def _bound(ops: list[Op], segments: Segments, backend: Backend) -> Bound | None:

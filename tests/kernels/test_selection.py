@@ -64,7 +64,7 @@ class Selected:
                      for g in range(len(sizes))]  # fmt: skip
         kernels = TritonKernels(DEVICE)
         segments, self._held = self._there(case.segments)
-        order = None if together else np.argsort(kernels.alone(segments), kind="stable")
+        order = None if together else np.argsort(kernels.ways(segments), kind="stable")
         s = kernels.sequence(segments, order)
         keep = s.select(s.deltas(args), self.ranks, ties=ties, together=together)
         s.run()
@@ -130,6 +130,7 @@ class Selected:
 def few_are_small(monkeypatch):
     """Nearly every tensor is too large for one program, and programs are small, so that tests can be short."""
     monkeypatch.setattr(kth, "MOST", 1000)
+    monkeypatch.setattr(selection, "MIDDLE", 1000)
     monkeypatch.setattr(selection, "RANKED", tl.constexpr(1024))
 
 

@@ -127,7 +127,7 @@ class ConsensusProgram(Program):
         if words.trim and words.whole_model:  # ties count by name
             order = np.array(sorted(range(len(self._ops)), key=lambda g: self._ops[g].name.encode()))
         elif words.trim:
-            order = np.argsort(launcher.alone(segments), kind="stable")
+            order = np.argsort(launcher.ways(segments), kind="stable")
         s = launcher.sequence(segments, order)
         made = self._make_tables()
         deltas = s.deltas(self._deltas(segments))
