@@ -345,12 +345,35 @@ def bernoulli(key, e, model, bound, OP: tl.constexpr, BLOCK: tl.constexpr, UNMAS
 
 
 @triton.jit
-def fold(x, LANES: tl.constexpr):
-    """Sum of ``LANES`` (2048) lanes by halves: lane j += lane j + 1024, then 512, ..., 1.
+def halve(x, LANES: tl.constexpr, C: tl.constexpr):
+    """Three halvings, ``[LANES, C]`` to ``[C, LANES / 8]``: lane j += lane j + LANES / 2, then LANES / 4, LANES / 8."""
+    x = tl.permute(tl.reshape(x, (2, 2, 2, LANES // 8, C)), (4, 3, 2, 1, 0))  # a thread gets the eight that it adds
+    for _ in tl.static_range(3):
+        a, b = tl.split(x)
+        x = a + b
+    return x
 
-    A sum over an axis of length two is one addition, and a + b == b + a: the order is fixed by the shape, not by
-    the layout or the compiler. (``tl.sum`` over all takes fewer instructions, in an unwritten order.)
+
+@triton.jit
+def fold(columns, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """Sums of COUNT columns of ``LANES`` (2048) lanes by halves: lane j += lane j + 1024, then 512, ..., 1; ``[COUNT]``.
+
+    An addition of two blocks, or a sum over an axis of length two, is one addition, and a + b == b + a: the order is
+    fixed by the shape, not by the layout or the compiler. (``tl.sum`` over all lanes has an unwritten order.) A COUNT that
+    is no power of two is filled up with the last column.
+
+    Each column goes through shared memory once, then all of them together: few barriers, 16 additions a column and warp.
     """
-    for s in tl.static_range(11):
-        x = tl.sum(tl.reshape(x, (2, LANES >> (s + 1))), axis=0)
-    return tl.sum(x, axis=0)
+    some = ()
+    for c in tl.static_range(triton.next_power_of_2(COUNT)):
+        some = some + (tl.reshape(halve(columns[min(c, COUNT - 1)], LANES, 1), (LANES // 8,)),)
+    for level in tl.static_range(4):
+        if len(some) > 1:
+            pairs = ()
+            for c in tl.static_range(len(some) // 2):
+                pairs = pairs + (tl.join(some[c], some[c + len(some) // 2]),)
+            some = pairs
+    x = halve(some[0], LANES // 8, triton.next_power_of_2(COUNT))
+    for s in tl.static_range(5):
+        x = tl.sum(tl.reshape(x, (triton.next_power_of_2(COUNT), 2, LANES >> (s + 7))), axis=1)
+    return tl.reshape(x, (triton.next_power_of_2(COUNT),))

@@ -74,10 +74,12 @@ def l1_kernel(
         before = new_before
         after = new_after
         done += BLOCK
-    for i in tl.static_range(FROM, TO):
-        to = sums + (stat * N + i) * 2
-        tl.store(to, fold(before[i - FROM], BLOCK).to(tl.float64))
-        tl.store(to + 1, fold(after[i - FROM], BLOCK).to(tl.float64))
+    both = ()
+    for i in tl.static_range(TO - FROM):
+        both = both + (before[i], after[i])
+    columns = tl.arange(0, triton.next_power_of_2(2 * (TO - FROM)))
+    to = sums + (stat * N + FROM) * 2 + columns
+    tl.store(to, fold(both, 2 * (TO - FROM), BLOCK).to(tl.float64), mask=columns < 2 * (TO - FROM))
 
 
 def l1(call: Call, sums: Place, table: Place, walk: Walk, keep: Keep, *, inputs: int, codes: int, wide: bool) -> None:
