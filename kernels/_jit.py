@@ -7,9 +7,9 @@ libdevice, inline assembly, fused multiply-add or approximate instructions. (Bra
 ``else``, and a function one ``return``: the compiler takes what follows a ``return`` for reachable.)
 
 Vocabulary of the kernels: ``table`` int64 ``[S, 7 + M]`` is the segment table, ``prefix`` and ``skip`` say what each
-program works on (see :func:`place` and ``_launch.py``); ``CODES`` packs the type codes of the inputs, four bits each, base first (0 fp64, 1 fp32, 2 fp16, 3 bf16);
-``WIDE`` is true where the arithmetic is fp64; ``UNMASKED`` is true where every address is a multiple of 16 bytes and
-every block is full, so that all accesses are unmasked and 128 bits wide.
+program works on (see :func:`place` and ``_launch.py``); ``CODES`` packs the type codes of the inputs, four bits each,
+base first (0 fp64, 1 fp32, 2 fp16, 3 bf16); ``WIDE`` is true where the arithmetic is fp64; ``UNMASKED`` is true where
+every address is a multiple of 16 bytes and every block is full, so that all accesses are unmasked and 128 bits wide.
 """
 
 import triton
@@ -356,18 +356,19 @@ def halve(x, LANES: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def fold(columns, COUNT: tl.constexpr, LANES: tl.constexpr):
-    """Sums of COUNT columns of ``LANES`` (2048) lanes by halves: lane j += lane j + 1024, then 512, ..., 1; ``[COUNT]``.
+    """Sums of columns of ``LANES`` (2048) lanes by halves: lane j += lane j + 1024, then 512, ..., 1.
 
-    An addition of two blocks, or a sum over an axis of length two, is one addition, and a + b == b + a: the order is
-    fixed by the shape, not by the layout or the compiler. (``tl.sum`` over all lanes has an unwritten order.) A COUNT that
-    is no power of two is filled up with the last column.
+    Returns ``[COUNT]``, filled up to a power of two with the last column. An addition of two blocks, or a sum over an
+    axis of length two, is one addition, and a + b == b + a: the order is fixed by the shape, not by the layout or the
+    compiler. (``tl.sum`` over all lanes has an unwritten order.)
 
-    Each column goes through shared memory once, then all of them together: few barriers, 16 additions a column and warp.
+    Each column goes through shared memory once, then all of them together: with four columns 17 barriers, and a
+    third of the instructions that halvings one by one take.
     """
     some = ()
     for c in tl.static_range(triton.next_power_of_2(COUNT)):
         some = some + (tl.reshape(halve(columns[min(c, COUNT - 1)], LANES, 1), (LANES // 8,)),)
-    for level in tl.static_range(4):
+    for _level in tl.static_range(4):
         if len(some) > 1:
             pairs = ()
             for c in tl.static_range(len(some) // 2):

@@ -20,7 +20,6 @@ from ._call import Call, Place
 from ._jit import at, fold, load, place
 from ._launch import CONFIGS, GRAM_PAIRS, Walk, registers
 
-
 STEPS = 2
 """Steps of an iteration, at most: all their loads stand first, then both add to the sums in turn."""
 
@@ -28,9 +27,9 @@ STEPS = 2
 def shape(inputs: int, codes: int, columns: int, *, fast: bool) -> tuple[int, dict[str, int]]:
     """Steps of an iteration, and options of the compiler.
 
-    Two steps of 16-bit values are 32 bytes a thread and input, what one step of fp32 is. With 2 inputs and 4 columns, or 3
-    and 3, they fit the 64 registers of which four programs share a multiprocessor: 64 KB in flight where slerp's
-    products had 24 KB (one step, 66 registers, three programs); 3 TB/s take some 20 KB at every moment.
+    Two steps of 16-bit values are 32 bytes a thread and input, what one step of fp32 is. With 2 inputs and 4 columns,
+    or 3 and 3, they fit 64 registers, and four programs share a multiprocessor: slerp's products have 64 KB in flight
+    (with one step 66 registers, three programs and 24 KB); 3 TB/s take some 20 KB at every moment.
     """
     two = fast and inputs + columns <= 6 and all((codes >> (4 * i)) & 15 >= 2 for i in range(inputs))
     return (STEPS, {"maxnreg": 64}) if two else (1, registers(fast=fast))

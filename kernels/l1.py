@@ -97,6 +97,9 @@ def l1(call: Call, sums: Place, table: Place, walk: Walk, keep: Keep, *, inputs:
     """
     more = registers(fast=walk.unmasked and not wide)
     args = (sums, table, *walk.places(call), *keep.tables)
+    if walk.unmasked and inputs <= 3 and all((codes >> (4 * i)) & 15 >= 2 for i in range(inputs)):
+        if not (keep.flags[1] and keep.flags[2]):
+            more = {"maxnreg": 80}  # three programs a multiprocessor, for 5 to 10 % more instructions
     for i in range(0, inputs - 1, L1_MODELS):
         models = (i, min(i + L1_MODELS, inputs - 1))
         flags = (inputs, codes, *keep.flags, *models, wide, walk.unmasked, CONFIGS["l1"]["BLOCK"])

@@ -213,5 +213,5 @@ def _rounds(
         flags = (models, PARTS, WIDTH, decide.SWEEP)
         call.launch(decide.tally_kernel, (sets * models, PARTS), args, *flags, num_warps=8)
     args = (state, ends, counts, tiles, first, table, *ins)
-    call.launch(decide.settle_kernel, grid, args, *codes, 2048, num_warps=16)
+    call.launch(decide.settle_kernel, grid, args, *codes, 2048, num_warps=16, maxnreg=128)  # else it spills with 64
     return counts
