@@ -31,14 +31,18 @@ its sign and payload, so nothing is cast that way: see :func:`round_odd`.) The i
 
 @triton.jit
 def find(prefix, rows, at):
-    """The last row r with ``prefix[r] <= at``: int64 ``[rows + 1]``, of which the row of ``at`` is not empty."""
-    low = at * 0
-    high = low + rows
-    while high - low > 1:
-        middle = (low + high) // 2
-        here = tl.load(prefix + middle) <= at
-        low = tl.where(here, middle, low)
-        high = tl.where(here, high, middle)
+    """The last row r with ``prefix[r] <= at``: int64 ``[rows + 1]``, of which the row of ``at`` is not empty.
+
+    The lanes of a warp look at 32 rows at a time, equally far apart: two rounds up to 1024 rows, three up to 32,768, each
+    one load deep and without a barrier. (Halving takes 10 and 15 loads, one after the other.)
+    """
+    low = rows * 0
+    step = rows
+    while step > 1:
+        step = (step + 31) // 32
+        probe = low + tl.arange(0, 32) * step
+        here = (probe < rows) & (tl.load(prefix + tl.minimum(probe, rows)) <= at)
+        low += (tl.sum(here.to(tl.int32), axis=0) - 1) * step
     return low
 
 
