@@ -27,12 +27,13 @@ STEPS = 2
 def shape(inputs: int, codes: int, columns: int, *, fast: bool) -> tuple[int, dict[str, int]]:
     """Steps of an iteration, and options of the compiler.
 
-    Two steps of 16-bit values are 32 bytes a thread and input, what one step of fp32 is. With 2 inputs and 4 columns,
-    or 3 and 3, they fit 64 registers, and four programs share a multiprocessor: slerp's products have 64 KB in flight
-    (with one step 66 registers, three programs and 24 KB); 3 TB/s take some 20 KB at every moment.
+    Two steps of 16-bit values are 32 bytes a thread and input, what one step of fp32 is. With 2 inputs and 4 columns
+    they fit 64 registers, and four programs share a multiprocessor: slerp's products have 64 KB in flight (with one
+    step 66 registers, three programs and 24 KB); 3 TB/s take some 20 KB at every moment. 3 inputs with 3 columns take
+    80 registers: three programs, 72 KB.
     """
     two = fast and inputs + columns <= 6 and all((codes >> (4 * i)) & 15 >= 2 for i in range(inputs))
-    return (STEPS, {"maxnreg": 64}) if two else (1, registers(fast=fast))
+    return (STEPS, {"maxnreg": 64 if inputs == 2 else 80}) if two else (1, registers(fast=fast))
 
 
 @triton.jit(do_not_specialize=["segments"])

@@ -23,12 +23,12 @@ torch = pytest.importorskip("torch", reason="the Triton kernels need torch")
 
 import triton.language as tl
 
-from fastmerge.kernels import _angles, _launch, solve
+from fastmerge.kernels import _angles, _call, solve
 from fastmerge.kernels._angles import acos, atan, chord_angle, cos, sin
 from fastmerge.kernels._jit import find
 from fastmerge.kernels.solve import owner
 
-if _launch.interpreted():
+if _call.interpreted():
     DEVICE = "cpu"
 else:
     pytestmark = pytest.mark.gpu
@@ -51,7 +51,7 @@ def launch(kernel, lanes, *args, block=BLOCK, **flags):
     """Runs a kernel over lanes; arrays travel, and come back as they are afterwards."""
     moved = [there(a) if isinstance(a, np.ndarray) else a for a in args]
     with np.errstate(all="ignore"):  # of the interpreter
-        kernel[(-(-lanes // block),)](*moved, **flags, BLOCK=block, maxnreg=255, **_launch.OPTIONS)
+        kernel[(-(-lanes // block),)](*moved, **flags, BLOCK=block, maxnreg=255, **_call.OPTIONS)
     return [m.cpu().numpy() if isinstance(m, torch.Tensor) else m for m in moved]
 
 
