@@ -8,9 +8,8 @@ libdevice, inline assembly, fused multiply-add or approximate instructions. (Bra
 
 Vocabulary of the kernels: ``table`` int64 ``[S, 7 + M]`` is the segment table, ``prefix`` and ``skip`` say what each
 program works on (see :func:`place` and ``_launch.py``); ``CODES`` packs the type codes of the inputs, four bits each,
-base first (0 fp64, 1 fp32, 2 fp16, 3 bf16);
-``WIDE`` is true where the arithmetic is fp64; ``UNMASKED`` is true where every address is a multiple of 16 bytes and
-every block is full, so that all accesses are unmasked and 128 bits wide.
+base first (0 fp64, 1 fp32, 2 fp16, 3 bf16); ``WIDE`` is true where the arithmetic is fp64; ``UNMASKED`` is true where
+every address is a multiple of 16 bytes and every block is full, so that all accesses are unmasked and 128 bits wide.
 """
 
 import triton
@@ -32,14 +31,18 @@ its sign and payload, so nothing is cast that way: see :func:`round_odd`.) The i
 
 @triton.jit
 def find(prefix, rows, at):
-    """The last row r with ``prefix[r] <= at``: int64 ``[rows + 1]``, of which the row of ``at`` is not empty."""
-    low = at * 0
-    high = low + rows
-    while high - low > 1:
-        middle = (low + high) // 2
-        here = tl.load(prefix + middle) <= at
-        low = tl.where(here, middle, low)
-        high = tl.where(here, high, middle)
+    """The last row r with ``prefix[r] <= at``: int64 ``[rows + 1]``, of which the row of ``at`` is not empty.
+
+    The lanes of a warp look at 32 rows at a time, equally far apart: two rounds up to 1024 rows, three up to 32,768, each
+    one load deep and without a barrier. (Halving takes 10 and 15 loads, one after the other.)
+    """
+    low = rows * 0
+    step = rows
+    while step > 1:
+        step = (step + 31) // 32
+        probe = low + tl.arange(0, 32) * step
+        here = (probe < rows) & (tl.load(prefix + tl.minimum(probe, rows)) <= at)
+        low += (tl.sum(here.to(tl.int32), axis=0) - 1) * step
     return low
 
 
@@ -348,12 +351,36 @@ def bernoulli(key, e, model, bound, OP: tl.constexpr, BLOCK: tl.constexpr, UNMAS
 
 
 @triton.jit
-def fold(x, LANES: tl.constexpr):
-    """Sum of ``LANES`` (2048) lanes by halves: lane j += lane j + 1024, then 512, ..., 1.
+def halve(x, LANES: tl.constexpr, C: tl.constexpr):
+    """Three halvings, ``[LANES, C]`` to ``[C, LANES / 8]``: lane j += lane j + LANES / 2, then LANES / 4, LANES / 8."""
+    x = tl.permute(tl.reshape(x, (2, 2, 2, LANES // 8, C)), (4, 3, 2, 1, 0))  # a thread gets the eight that it adds
+    for _ in tl.static_range(3):
+        a, b = tl.split(x)
+        x = a + b
+    return x
 
-    A sum over an axis of length two is one addition, and a + b == b + a: the order is fixed by the shape, not by
-    the layout or the compiler. (``tl.sum`` over all takes fewer instructions, in an unwritten order.)
+
+@triton.jit
+def fold(columns, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """Sums of columns of ``LANES`` (2048) lanes by halves: lane j += lane j + 1024, then 512, ..., 1.
+
+    Returns ``[COUNT]``, filled up to a power of two with the last column. An addition of two blocks, or a sum over an
+    axis of length two, is one addition, and a + b == b + a: the order is fixed by the shape, not by the layout or the
+    compiler. (``tl.sum`` over all lanes has an unwritten order.)
+
+    Each column goes through shared memory once, then all of them together: with four columns 17 barriers, and a
+    third of the instructions that halvings one by one take.
     """
-    for s in tl.static_range(11):
-        x = tl.sum(tl.reshape(x, (2, LANES >> (s + 1))), axis=0)
-    return tl.sum(x, axis=0)
+    some = ()
+    for c in tl.static_range(triton.next_power_of_2(COUNT)):
+        some = some + (tl.reshape(halve(columns[min(c, COUNT - 1)], LANES, 1), (LANES // 8,)),)
+    for _level in tl.static_range(4):
+        if len(some) > 1:
+            pairs = ()
+            for c in tl.static_range(len(some) // 2):
+                pairs = pairs + (tl.join(some[c], some[c + len(some) // 2]),)
+            some = pairs
+    x = halve(some[0], LANES // 8, triton.next_power_of_2(COUNT))
+    for s in tl.static_range(5):
+        x = tl.sum(tl.reshape(x, (triton.next_power_of_2(COUNT), 2, LANES >> (s + 7))), axis=1)
+    return tl.reshape(x, (triton.next_power_of_2(COUNT),))

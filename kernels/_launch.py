@@ -1,8 +1,8 @@
 """What the host tells the programs of a launch: how many there are, and how each finds its piece of which tensor.
 
 A kernel of sums has one program per tile of 65,536 elements, an elementwise one per block of 2048. The host makes one
-prefix table of programs per launch, with a row per segment; a program finds its segment by a binary search in it (8
-loads for 147 tensors, 15 for 18,867, which all hit a cache), so nothing is made or sent per tile. Launches are split
+prefix table of programs per launch, with a row per segment; a program finds its segment by 32 rows at a time (two loads
+deep for 147 tensors, three for 18,867, which all hit a cache), so nothing is made or sent per tile. Launches are split
 in two by speed, never by result: *unmasked* programs have 16-byte aligned addresses and full blocks only, so their
 kernel has no masks and moves 128 bits per access; the rest (the last elements of a tensor, views at odd addresses) runs
 in the masked variant of the same kernel.

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ._launch import CONFIGS, I64, Walk, config, pack, walks
 from .count import STEP
+from .gram import STEPS
 
 
 class Types:
@@ -44,7 +45,7 @@ class Types:
 
     def tiles(self, table: I64, name: str, *, per_row: bool = False, lanes: bool = False) -> Iterator[Walk]:
         """The launches of a kernel of sums."""
-        block = CONFIGS[name]["BLOCK"] * (STEP if name == "count" else 1)
+        block = CONFIGS[name]["BLOCK"] * {"count": STEP, "gram": STEPS}.get(name, 1)
         return walks(table, self.codes, unit=65_536, block=block, per_row=per_row, lanes=lanes)
 
     def blocks(

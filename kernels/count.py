@@ -148,13 +148,11 @@ def count_kernel(
     packs = ()
     inside = ()
     marks = ()
-    wanted = ()
     asked = False
     for i in tl.static_range(N):
         low = tl.load(brackets + (mine + i) * 2)
         high = tl.load(brackets + (mine + i) * 2 + 1)
         asked = asked | (low < NEVER)
-        wanted = wanted + (low < NEVER,)
         if not WIDE:
             low = low.to(tl.int32)
             high = high.to(tl.int32)
@@ -173,7 +171,7 @@ def count_kernel(
         for i in tl.static_range(M):
             ptrs = ptrs + (at(tl.load(row + 7 + i), start, (CODES >> (4 * i)) & 15, UNMASKED),)
         done = 0
-        while done < count:
+        for _part in tl.range(0, 8 // WORDS):  # with one or two models once: no loop then, and no registers for it
             pause = tl.minimum(done + WORDS * 8192, count)
             while done < pause:
                 words = ()
@@ -236,10 +234,11 @@ def count_kernel(
             inside = total
         for i in tl.static_range(N):
             to = counts + (tile.to(tl.int64) * N + i) * 4
-            tl.store(to, tl.sum(packs[i] & 1023, axis=0).to(tl.int64), mask=wanted[i])
-            tl.store(to + 1, tl.sum((packs[i] >> 10) & 1023, axis=0).to(tl.int64), mask=wanted[i])
-            tl.store(to + 2, tl.sum(packs[i] >> 20, axis=0).to(tl.int64), mask=wanted[i])
-            tl.store(to + 3, inside[i].to(tl.int64), mask=wanted[i])
+            wanted = tl.load(brackets + (mine + i) * 2) < NEVER  # read again: a register less in the loop
+            tl.store(to, tl.sum(packs[i] & 1023, axis=0).to(tl.int64), mask=wanted)
+            tl.store(to + 1, tl.sum((packs[i] >> 10) & 1023, axis=0).to(tl.int64), mask=wanted)
+            tl.store(to + 2, tl.sum(packs[i] >> 20, axis=0).to(tl.int64), mask=wanted)
+            tl.store(to + 3, inside[i].to(tl.int64), mask=wanted)
 
 
 def count(
@@ -279,4 +278,9 @@ def count(
     cfg = CONFIGS["count"]
     flags = (inputs, codes, round_code, drop, wide, words, walk.unmasked, cfg["BLOCK"])
     args = (*outs, table, *walk.places(call), model_index, bern, *queries)
-    call.launch(count_kernel, (walk.programs,), args, *flags, num_warps=cfg["num_warps"])
+    # Two programs a multiprocessor, where the compiler would take a little too much for that. (Two bf16 models take 75
+    # registers by themselves; asked for 80, the compiler uses them all and spills one.)
+    more = walk.unmasked and not wide and models <= (2 if drop else 4)
+    single = any((codes >> (4 * i)) & 15 == 1 for i in range(inputs))
+    limit = {"maxnreg": 128} if more and (drop or single) else {}
+    call.launch(count_kernel, (walk.programs,), args, *flags, num_warps=cfg["num_warps"], **limit)

@@ -7,7 +7,8 @@ tile and column; more than ten columns take several launches over the same, then
 Written order of sums (design law L2): products in the work type; lane j < 2048 adds elements j, j + 2048, ... of
 its tile of 65,536 from +0; lanes fold by halves; the tile's sum is widened to fp64 and stored; tiles are added in
 fp64 in tile order (solve.py). Tiling: one program per tile, 8 warps, eight neighbouring lanes to a thread, so
-every load of 16-bit values is one 128-bit access and each column costs 8 registers.
+every load of 16-bit values is one 128-bit access and each column costs 8 registers. An iteration takes two steps where
+registers allow it, with all loads first (:func:`shape`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,21 @@ import triton.language as tl
 from ._call import Call, Place
 from ._jit import at, fold, load, place
 from ._launch import CONFIGS, GRAM_PAIRS, Walk, registers
+
+STEPS = 2
+"""Steps of an iteration, at most: all their loads stand first, then both add to the sums in turn."""
+
+
+def shape(inputs: int, codes: int, columns: int, *, fast: bool) -> tuple[int, dict[str, int]]:
+    """Steps of an iteration, and options of the compiler.
+
+    Two steps of 16-bit values are 32 bytes a thread and input, what one step of fp32 is. With 2 inputs and 4 columns
+    they fit 64 registers, and four programs share a multiprocessor: slerp's products have 64 KB in flight (with one
+    step 66 registers, three programs and 24 KB); 3 TB/s take some 20 KB at every moment. 3 inputs with 3 columns take
+    80 registers: three programs, 72 KB.
+    """
+    two = fast and inputs + columns <= 6 and all((codes >> (4 * i)) & 15 >= 2 for i in range(inputs))
+    return (STEPS, {"maxnreg": 64 if inputs == 2 else 80}) if two else (1, registers(fast=fast))
 
 
 @triton.jit(do_not_specialize=["segments"])
@@ -37,6 +53,7 @@ def gram_kernel(
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     UNMASKED: tl.constexpr,
+    STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per tile: columns FROM .. TO - 1 into partials f64 ``[R, COLUMNS]``."""
@@ -57,27 +74,33 @@ def gram_kernel(
         ptrs = ptrs + (at(tl.load(row + 7 + i), start, (CODES >> (4 * i)) & 15, UNMASKED),)
     done = 0
     while done < count:
-        mask = offs < count - done
-        if DELTA:
-            b = load(ptrs[0], done, offs, mask, WIDE, UNMASKED)
-        x = ()
-        for i in tl.static_range(FIRST, M):
-            v = load(ptrs[i], done, offs, mask, WIDE, UNMASKED)
-            if DELTA:
-                v = v - b
-            x = x + (v,)
-        new = ()
-        for i in tl.static_range(K):
-            for j in tl.static_range(i, K):
-                if i * (2 * K - i + 1) // 2 + j - i >= FROM and i * (2 * K - i + 1) // 2 + j - i < TO:
-                    new = new + (sums[i * (2 * K - i + 1) // 2 + j - i - FROM] + x[i] * x[j],)
-        if DIFF and TO > PAIRS:
-            e = x[0] - x[1]
-            new = new + (sums[PAIRS - FROM] + e * e,)
-        sums = new
-        done += BLOCK
-    for c in tl.static_range(TO - FROM):
-        tl.store(partials + stat * COLUMNS + FROM + c, fold(sums[c], BLOCK).to(tl.float64))
+        steps = ()  # all loads of an iteration first: they are in flight together
+        for u in tl.static_range(STEPS):
+            mask = offs < count - done - u * BLOCK
+            x = ()
+            for i in tl.static_range(M):
+                x = x + (load(ptrs[i], done + u * BLOCK, offs, mask, WIDE, UNMASKED),)
+            steps = steps + (x,)
+        for u in tl.static_range(STEPS):
+            x = ()
+            for i in tl.static_range(FIRST, M):
+                if DELTA:
+                    x = x + (steps[u][i] - steps[u][0],)
+                else:
+                    x = x + (steps[u][i],)
+            new = ()
+            for i in tl.static_range(K):
+                for j in tl.static_range(i, K):
+                    if i * (2 * K - i + 1) // 2 + j - i >= FROM and i * (2 * K - i + 1) // 2 + j - i < TO:
+                        new = new + (sums[i * (2 * K - i + 1) // 2 + j - i - FROM] + x[i] * x[j],)
+            if DIFF and TO > PAIRS:
+                e = x[0] - x[1]
+                new = new + (sums[PAIRS - FROM] + e * e,)
+            sums = new
+        done += STEPS * BLOCK
+    columns = tl.arange(0, triton.next_power_of_2(TO - FROM))
+    to = partials + stat * COLUMNS + FROM + columns
+    tl.store(to, fold(sums, TO - FROM, BLOCK).to(tl.float64), mask=columns < TO - FROM)
 
 
 def gram(
@@ -109,9 +132,10 @@ def gram(
     """
     k = inputs - int(delta)
     columns = k * (k + 1) // 2 + int(diff)
-    more = registers(fast=walk.unmasked and not wide)
     args = (partials, table, *walk.places(call))
+    cfg = CONFIGS["gram"]
     for c in range(0, columns, GRAM_PAIRS):
         span = (c, min(c + GRAM_PAIRS, columns))
-        flags = (inputs, codes, columns, *span, delta, diff, wide, per_row, walk.unmasked, CONFIGS["gram"]["BLOCK"])
-        call.launch(gram_kernel, (walk.programs,), args, *flags, num_warps=CONFIGS["gram"]["num_warps"], **more)
+        steps, more = shape(inputs, codes, span[1] - c, fast=walk.unmasked and not wide)
+        flags = (inputs, codes, columns, *span, delta, diff, wide, per_row, walk.unmasked, steps, cfg["BLOCK"])
+        call.launch(gram_kernel, (walk.programs,), args, *flags, num_warps=cfg["num_warps"], **more)

@@ -74,10 +74,12 @@ def l1_kernel(
         before = new_before
         after = new_after
         done += BLOCK
-    for i in tl.static_range(FROM, TO):
-        to = sums + (stat * N + i) * 2
-        tl.store(to, fold(before[i - FROM], BLOCK).to(tl.float64))
-        tl.store(to + 1, fold(after[i - FROM], BLOCK).to(tl.float64))
+    both = ()
+    for i in tl.static_range(TO - FROM):
+        both = both + (before[i], after[i])
+    columns = tl.arange(0, triton.next_power_of_2(2 * (TO - FROM)))
+    to = sums + (stat * N + FROM) * 2 + columns
+    tl.store(to, fold(both, 2 * (TO - FROM), BLOCK).to(tl.float64), mask=columns < 2 * (TO - FROM))
 
 
 def l1(call: Call, sums: Place, table: Place, walk: Walk, keep: Keep, *, inputs: int, codes: int, wide: bool) -> None:
@@ -95,6 +97,9 @@ def l1(call: Call, sums: Place, table: Place, walk: Walk, keep: Keep, *, inputs:
     """
     more = registers(fast=walk.unmasked and not wide)
     args = (sums, table, *walk.places(call), *keep.tables)
+    if walk.unmasked and inputs <= 3 and all((codes >> (4 * i)) & 15 >= 2 for i in range(inputs)):
+        if not (keep.flags[1] and keep.flags[2]):
+            more = {"maxnreg": 80}  # three programs a multiprocessor, for 5 to 10 % more instructions
     for i in range(0, inputs - 1, L1_MODELS):
         models = (i, min(i + L1_MODELS, inputs - 1))
         flags = (inputs, codes, *keep.flags, *models, wide, walk.unmasked, CONFIGS["l1"]["BLOCK"])

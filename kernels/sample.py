@@ -58,6 +58,12 @@ def size_of(CODE: tl.constexpr):
     return 8 if CODE == 0 else (4 if CODE == 1 else 2)
 
 
+@triton.jit
+def lanes(x, BLOCK: tl.constexpr):
+    """One number per run, for each of its 16 lanes."""
+    return tl.reshape(tl.broadcast_to(tl.expand_dims(x, 1), (BLOCK // 16, 16)), (BLOCK,))
+
+
 @triton.jit(do_not_specialize=["sets", "seed"])
 def sample_kernel(
     keys,
@@ -101,15 +107,15 @@ def sample_kernel(
         members = (tl.load(first + g + 1) - begin).to(tl.int32)
         zero = tl.load(runs + begin)
         have = tl.load(runs + begin + members) - zero
-        lane = tl.arange(0, BLOCK)
-        number = chunk * (BLOCK // 16) + (lane >> 4)
+        # What a run has in common is found once for its 16 lanes: two divisions of 64 bits a thread, not sixteen.
+        number = chunk * (BLOCK // 16) + tl.arange(0, BLOCK // 16)
         at = number * have // wanted
         width = (number + 1) * have // wanted - at
         h = (number.to(tl.uint32) ^ (seed.to(tl.uint32) * 0x85EBCA6B)) * 0x9E3779B1
         h = (h ^ (h >> 15)) * 0x2C1B3C6D
         h = h ^ (h >> 13)
         at += zero + ((h.to(tl.uint64) * width.to(tl.uint64)) >> 32).to(tl.int64)
-        low = begin + (lane * 0).to(tl.int64)
+        low = begin + number * 0
         high = low + members
         while members > 1:  # which of the set's segments: empty ones are passed over
             middle = (low + high) // 2
@@ -118,23 +124,28 @@ def sample_kernel(
             low = tl.where(here, middle, low)
             members = (members + 1) // 2
         row = table + low * (7 + M)
-        start = (at - tl.load(runs + low)) * 16 + (lane & 15)
-        good = width > 0
-        none = lane * 0
-        b = load(widely(tl.load(row + 7) + start * size_of(CODES & 15), CODES & 15), 0, none, good, WIDE, False)
+        start = (at - tl.load(runs + low)) * 16
+        inner = tl.arange(0, BLOCK) & 15
+        none = inner * 0
+        # No address where there is no run: were width itself spread, its division would be done again in every lane.
+        base = lanes(tl.where(width > 0, tl.load(row + 7) + start * size_of(CODES & 15), 0), BLOCK)
+        good = base != 0
+        base += inner * size_of(CODES & 15)
+        b = load(widely(base, CODES & 15), 0, none, good, WIDE, False)
         for i in tl.static_range(N):
             q = g * N + i
             lo = tl.load(brackets + q * 2)
             if lo < NEVER:
                 CODE: tl.constexpr = (CODES >> (4 * i + 4)) & 15
-                d = load(widely(tl.load(row + 8 + i) + start * size_of(CODE), CODE), 0, none, good, WIDE, False) - b
+                mine = lanes(tl.load(row + 8 + i) + start * size_of(CODE), BLOCK) + inner * size_of(CODE)
+                d = load(widely(mine, CODE), 0, none, good, WIDE, False) - b
                 if ROUND >= 0:
                     d = widen(narrow(d, ROUND), ROUND, WIDE)
                 if DROP:
-                    p = tl.load(row + 5)
-                    e = tl.load(row + 2) + start
-                    bound = tl.load(bern + p * N + i)
-                    d = tl.where(drawn(tl.load(row + 4), e, tl.load(model_index + i), bound, 0), d, 0.0)
+                    e = lanes(tl.load(row + 2) + start, BLOCK) + inner
+                    key = lanes(tl.load(row + 4), BLOCK)
+                    bound = lanes(tl.load(bern + tl.load(row + 5) * N + i), BLOCK)
+                    d = tl.where(drawn(key, e, tl.load(model_index + i), bound, 0), d, 0.0)
                 k = magnitude(d).to(tl.int64)
                 hi = tl.load(brackets + q * 2 + 1)
                 span = good & (k >= tl.load(state + q * COLUMNS + 8)) & (k <= tl.load(state + q * COLUMNS + 7))

@@ -162,7 +162,8 @@ def select(
             _rounds(call, types, here, table, tiles, deltas, _Sets(first[: large + 1], size[:large], share), places)
         args = (there[1], ends, counts, tiles, sets, table, deltas.models, deltas.bernoulli)
         codes = (types.about["inputs"], types.about["codes"], deltas.round_code, deltas.drop, types.wide, WIDTH)
-        call.launch(settle.settle_kernel, (registers, models), args, *codes, 2048, num_warps=16)
+        grid = (registers, models)
+        call.launch(settle.settle_kernel, grid, args, *codes, 2048, num_warps=16, maxnreg=128)  # spills with 64
     flags = (models, TIES[ties], WIDTH, 1024)
     call.launch(which.cut_kernel, (rows, models), (*there, counts, tiles, sets), *flags, num_warps=4)
     before = call.zeros((tensors,), np.int64)

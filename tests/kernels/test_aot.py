@@ -10,6 +10,8 @@ import pytest
 pytest.importorskip("triton", reason="ahead-of-time compilation needs triton")
 pytest.importorskip("torch", reason="the launchers need torch")
 
+from tests.kernels import sass
+
 SCRIPT = Path(__file__).with_name("aot.py")
 
 
@@ -35,28 +37,53 @@ def aot():
 
 SASS = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;
-        /*0010*/                   LDG.E.128 R4, [R2.64] ;
-        /*0020*/                   FADD R4, R4, R5 ;
-        /*0030*/              @!P0 BRA 0x10 ;
-        /*0040*/               @P1 BRA 0x70 ;
-        /*0050*/                   MOV R2, 0x70 ;
-        /*0060*/                   CALL.REL.NOINC 0xa0 ;
-        /*0070*/                   STG.E [R2.64], R4 ;
-        /*0080*/                   EXIT ;
-        /*0090*/                   BRA 0x90;
-        /*00a0*/                   FMUL R1, R1, R1 ;
-        /*00b0*/                   RET.REL.NODEC R2 0x0 ;
-        /*00c0*/                   NOP;
+        /*0010*/                   LDG.E.64 R4, desc[UR4][R2.64] ;
+        /*0020*/                   ISETP.GT.AND P0, PT, R4, 0x2, PT ;
+        /*0030*/               @P0 BRA 0x10 ;
+        /*0040*/                   MOV R9, R8 ;
+        /*0050*/                   LDG.E.EF.128 R4, desc[UR4][R2.64] ;
+        /*0060*/                   LDG.E R8, desc[UR4][R2.64] ;
+        /*0070*/                   FADD R4, R4, R5 ;
+        /*0080*/              @!P0 BRA 0x50 ;
+        /*0090*/               @P1 BRA 0xc0 ;
+        /*00a0*/                   MOV R2, 0xc0 ;
+        /*00b0*/                   CALL.REL.NOINC 0x130 ;
+        /*00c0*/                   STG.E [R2.64], R4 ;
+        /*00d0*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
+        /*00e0*/              @!P3 BRA 0xd0 ;
+        /*00f0*/               @P2 BRA 0x40 ;
+        /*0100*/               @P4 BRA 0x120 ;
+        /*0110*/                   EXIT ;
+        /*0120*/                   BRA 0x110;
+        /*0130*/                   FMUL R1, R1, R1 ;
+        /*0140*/                   RET.REL.NODEC R2 0x0 ;
+        /*0150*/                   NOP;
 """
 
 
-def test_issued_instructions(aot):
-    """A loop of three runs 32 times; the call around which a branch leads, and what it calls, are not counted."""
-    code = aot.parse(SASS)
-    assert [a for a, _ in code][-1] == 0xB0
-    outside = ["LDC", "BRA 0x70", "STG", "EXIT", "BRA 0x90"]
-    assert aot.issued(code, 2048, 8) == (len(outside) + 3 * 32) / 256
-    assert aot.issued(code[:1], 2048, 8) == 1 / 8
+def test_issued_instructions():
+    """The main loop, the search and what is around count by their trips; a division's slow path does not.
+
+    A jump backwards to what does not lead to it is no loop.
+    """
+    code = sass.parse(SASS)
+    assert [a for a, _ in code][-1] == 0x140
+    graph = sass.Graph(code)
+    main, search, lists = 4, 3, 2
+    around = 4 + lists  # MOV, BRA 0xc0, STG, BRA 0x40
+    rest = 4  # LDC, BRA 0x120, EXIT, BRA 0x110
+    assert graph.main is not None
+    assert (graph.main.wide, graph.main.nbytes) == (1, 20)
+    assert len(graph.loops) == 4
+    assert graph.issued(8, around=2) == main * 8 + search * sass.SEARCH + around * 2 + rest
+    flat = sass.Graph(code[:1] + [(0x10, "EXIT")])
+    assert flat.main is None
+    assert flat.issued(8) == 2
+
+
+def test_bytes_of_loads():
+    texts = ["LDG.E.EF.128 R4, x", "LDG.E.64 R4, x", "@P0 LDG.E R4, x", "LDG.E.U16 R4, x", "LDS.128 R4, x"]
+    assert [sass.load_bytes(t) for t in texts] == [16, 8, 4, 2, 0]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from fastmerge.kernels import _angles, _call, solve
 from fastmerge.kernels._angles import acos, atan, chord_angle, cos, sin
+from fastmerge.kernels._jit import find
 from fastmerge.kernels.solve import owner
 
 if _call.INTERPRETED:
@@ -154,6 +155,25 @@ def test_owner(counts):
     at = np.arange(sum(counts), dtype=np.int64)
     got, *_ = launch(owner_kernel, len(at), np.full_like(at, -1), prefix(counts), at, len(counts), len(at), block=32)
     assert got.tolist() == np.repeat(np.arange(len(counts)), counts).tolist()
+
+
+@triton.jit(do_not_specialize=["rows"])
+def find_kernel(out, prefix, at, rows: tl.int32):
+    pid = tl.program_id(0)
+    tl.store(out + pid, find(prefix, rows, tl.load(at + pid)).to(tl.int64))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 31, 32, 33, 100, 1024, 1025, 20_000])
+def test_find(rows):
+    rng = np.random.default_rng(rows)
+    counts = rng.choice([0, 0, 1, 2, 500], rows)
+    counts[rng.integers(rows)] = 3
+    before = prefix(counts)
+    ends = np.concatenate([before[:-1], before[1:] - 1])
+    at = np.unique(np.concatenate([ends[:20], ends[-20:], rng.integers(0, before[-1], 20)]).clip(0, before[-1] - 1))
+    out = there(np.full_like(at, -1))
+    find_kernel[(len(at),)](out, there(before), there(at), rows)
+    assert out.cpu().numpy().tolist() == np.repeat(np.arange(rows), counts)[at].tolist()
 
 
 @pytest.mark.parametrize("columns", [1, 3, 4])
