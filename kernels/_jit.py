@@ -33,8 +33,8 @@ its sign and payload, so nothing is cast that way: see :func:`round_odd`.) The i
 def find(prefix, rows, at):
     """The last row r with ``prefix[r] <= at``: int64 ``[rows + 1]``, of which the row of ``at`` is not empty.
 
-    The lanes of a warp look at 32 rows at a time, equally far apart: two rounds up to 1024 rows, three up to 32,768, each
-    one load deep and without a barrier. (Halving takes 10 and 15 loads, one after the other.)
+    The lanes of a warp look at 32 rows at a time, equally far apart: two rounds up to 1024 rows, three up to 32,768,
+    each one load deep and without a barrier. (Halving takes 10 and 15 loads, one after the other.)
     """
     low = rows * 0
     step = rows
