@@ -137,7 +137,7 @@ def sequences():
 
     def tasks(mode, ties="", *, together=False, drop=False, rescale=False, majority=False):
         def call(kernels, c):
-            s = kernels.sequence(c.segments, None if together else np.argsort(kernels.alone(c.segments), kind="stable"))
+            s = kernels.sequence(c.segments, None if together else np.argsort(kernels.ways(c.segments), kind="stable"))
             deltas, rules = s.deltas(c.delta_args(drop=drop)), c.rules(*mode)
             size = c.segments.table[:, 1].sum() if together else c.segments.table[:, 1]
             ranks = np.zeros((c.groups, c.n), np.int64) + np.reshape(size // 5, (-1, 1))
