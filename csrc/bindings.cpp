@@ -346,6 +346,15 @@ py::tuple transfer(const py::array& table, int64_t row, int64_t done) {
   return py::make_tuple(row, done, error);
 }
 
+py::array_t<int64_t> resident(const py::array& table) {
+  const int64_t* t = data<int64_t>(table, "table", {-1, 4});
+  py::array_t<int64_t> flags(table.shape(0));
+  int64_t* out = flags.mutable_data();
+  py::gil_scoped_release release;
+  find_resident(t, flags.shape(0), out);
+  return flags;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -384,6 +393,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("read_some", transfer<read_some, 4>, arg("table"), arg("row"), arg("done"));
   m.def("write_some", transfer<write_some, 4>, arg("table"), arg("row"), arg("done"));
   m.def("copy_some", transfer<copy_some, 5>, arg("table"), arg("row"), arg("done"));
+  m.def("resident", resident, arg("table"));
+  m.def("read_past", transfer<read_past, 5>, arg("table"), arg("row"), arg("done"));
   m.def("isa", [] { return std::string(kernels().name); });
   m.def(
       "set_isa",

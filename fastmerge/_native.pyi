@@ -197,6 +197,16 @@ def write_some(table: _I64, row: int, done: int) -> tuple[int, int, int]:
 def copy_some(table: _I64, row: int, done: int) -> tuple[int, int, int]:
     """Copies rows (fd in, offset in, fd out, offset out, nbytes) in the kernel; otherwise as :func:`read_some`."""
 
+def resident(table: _I64) -> _I64:
+    """For each row (fd, offset, address, nbytes) 1 where all of it is in the page cache or nobody can tell, else 0."""
+
+def read_past(table: _I64, row: int, done: int) -> tuple[int, int, int]:
+    """Reads rows (fd, offset, direct fd, address, nbytes) past the page cache, except for what is resident there.
+
+    Offsets and addresses are congruent modulo 4096, and the blocks of 4096 around a row are written too. Everything
+    before the returned place has been read; otherwise as :func:`read_some`.
+    """
+
 def isa() -> str:
     """The instruction set in use: baseline, v3, v4 or neon (the best that runs here, or FASTMERGE_ISA)."""
 

@@ -263,10 +263,14 @@ def test_bench_runs_at_least_once(recipe, runs, monkeypatch):
     assert "Traceback" not in run("bench", "--runs", runs).output
 
 
-def test_doctor_and_bench(recipe, tmp_path):
+def test_doctor_and_bench(recipe, tmp_path, monkeypatch):
     facts = json.loads(run("doctor", "--json", "--directory", tmp_path).output)
     assert "backend native" in facts
     assert "not used" in facts["backend triton"]
+    assert "the page cache" in facts["disk read, not cached"]
+    monkeypatch.setenv("FASTMERGE_DIRECT", "0")
+    facts = json.loads(run("doctor", "--json", "--directory", tmp_path).output)
+    assert facts["disk read, not cached"] == "through the page cache: FASTMERGE_DIRECT=0"
     rows = json.loads(run("bench", "--json", "--runs", "1").output)
     assert {r["method"] for r in rows} >= {"linear", "ties", "slerp"}
     assert all(r["G elements/s"] > 0 for r in rows)

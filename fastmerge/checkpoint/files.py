@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastmerge.checkpoint import io as _io
 from fastmerge.checkpoint import system
+from fastmerge.checkpoint.past import Past
 from fastmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Files:
     """File descriptors of checkpoints, opened at first use; equal files share one.
 
     Where a process may not open all of them at once, handles stand for them, and the descriptors behind are closed
-    and opened as they are needed.
+    and opened as they are needed. Where it may open all of them twice, some are read past the page cache.
 
     Args:
         checkpoints: position in this sequence is the ``model`` of the methods.
@@ -42,7 +43,8 @@ class Files:
         self._by_fd: dict[int, ShardFile] = {}
         self._closed = False
         every = {file.identity: file for files in self._files for file in files}
-        spare = system.spare_descriptors(len(every))
+        spare = system.spare_descriptors(2 * len(every))
+        self._past = Past(self._io) if spare >= 2 * len(every) else None
         self._most = None if spare >= len(every) else max(spare, 1)
         self._handles = list(every.values()) if self._most else []
         self._handle_of = {file.identity: i for i, file in enumerate(self._handles)}
@@ -74,6 +76,21 @@ class Files:
             CheckpointError: the file shrank, or an error that three attempts did not get past.
         """
         self.use(table, self._read)
+
+    def cold(self, table: I64) -> list[bool]:
+        """Which rows the page cache does not hold, of files that are read past it."""
+        return self._past.cold(table) if self._past is not None else [False] * len(table)
+
+    def read_past(self, table: I64, cold: Sequence[bool]) -> None:
+        """Reads rows as :meth:`read`, the cold ones past the page cache.
+
+        Their addresses are congruent to their offsets modulo a block of 4096, and the blocks around them are the
+        caller's.
+        """
+        if self._past is not None:
+            table = self._past.read(table, cold, self._name, self._reopen)
+        if len(table):
+            self.read(table)
 
     def _read(self, table: I64) -> None:
         _io.read(self._io, table, self._name, self._reopen)
@@ -122,12 +139,16 @@ class Files:
         fd = _open(shard)
         self._fds[shard.identity] = fd
         self._by_fd[fd] = shard
+        if self._past is not None:
+            self._past.add(fd)
 
     def close(self) -> None:
         """Closes every file."""
         with self._lock:
             self._closed = True
             self._lock.notify_all()
+            if self._past is not None:
+                self._past.close()
             for fd in self._fds.values():
                 os.close(fd)
             self._fds.clear()

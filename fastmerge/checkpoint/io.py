@@ -47,6 +47,15 @@ class Io(Protocol):
     def read_some(self, table: I64, row: int, done: int) -> tuple[int, int, int]:
         """Rows (fd, offset, address, nbytes): file to memory."""
 
+    def resident(self, table: I64) -> I64:
+        """For each row (fd, offset, address, nbytes) whether all of it is in the page cache; 1 where nobody knows."""
+
+    def read_past(self, table: I64, row: int, done: int) -> tuple[int, int, int]:
+        """Rows (fd, offset, direct fd, address, nbytes): file to memory, past the page cache what is not in it.
+
+        Memory and file agree on their place in a block of 4096, and the blocks around a row are the caller's.
+        """
+
     def write_some(self, table: I64, row: int, done: int) -> tuple[int, int, int]:
         """Rows (fd, offset, address, nbytes): memory to file."""
 
@@ -127,6 +136,29 @@ def read(io: Io, table: I64, name: Callable[[int], object], recover: Callable[[i
     if code is not None:
         said = f"read failed: {os.strerror(code)}" if code else "the file shrank while being read"
         raise CheckpointError(f"{name(int(table[row, 0]))}:{table[row, 1] + done}: {said}")
+
+
+def read_past(
+    io: Io, table: I64, name: Callable[[int], object], recover: Callable[[int], None] | None = None
+) -> int | None:
+    """Reads every row (fd, offset, direct fd, address, nbytes) past the page cache, or raises.
+
+    Returns:
+        The fd of a file that could not be read so: from there on all was read as :func:`read` does.
+
+    Raises:
+        CheckpointError: as :func:`read`.
+    """
+    row, done, code = _run(io.read_past, table)
+    if code is None:
+        return None
+    fd = int(table[row, 0])
+    if code == errno.EIO:
+        raise CheckpointError(f"{name(fd)}:{table[row, 1] + done}: read failed: {os.strerror(code)}")
+    rest = table[row:, [0, 1, 3, 4]]
+    rest[0] += (0, done, done, -done)
+    read(io, rest, name, recover)
+    return fd
 
 
 def write(io: Io, table: I64, name: Callable[[int], object]) -> None:

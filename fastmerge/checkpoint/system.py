@@ -19,7 +19,10 @@ _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WRITE = 2
 _AT_FDCWD = -100
-_EXT4, _XFS = 0xEF53, 0x58465342
+_EXT4, _XFS, _BTRFS, _F2FS = 0xEF53, 0x58465342, 0x9123683E, 0xF2F52010
+
+DIRECT_READS = frozenset({_EXT4, _XFS, _BTRFS, _F2FS})
+"""Filesystems of local disks, whose direct reads are coherent with the page cache and fast."""
 
 PAGE = max(4096, os.sysconf("SC_PAGE_SIZE"))
 """What direct writes are aligned to: a multiple of every disk's block, and of the pages that others may be writing."""
@@ -74,12 +77,17 @@ def fallocate(fd: int, nbytes: int) -> int:
 
 def direct_is_good(fd: int) -> bool:
     """Whether the file is on ext4 or XFS, whose direct writes are coherent with the page cache and fast."""
+    return filesystem(fd) in (_EXT4, _XFS)
+
+
+def filesystem(fd: int) -> int:
+    """The number of the kind of filesystem that a file is on; 0 where it is not known, or nothing is direct."""
     if _fstatfs is None or fd < 0 or not hasattr(os, "O_DIRECT"):
-        return False
+        return 0
     answer = ctypes.create_string_buffer(256)
     if _call(_fstatfs, fd, answer):
-        return False
-    return ctypes.c_long.from_buffer(answer).value in (_EXT4, _XFS)
+        return 0
+    return ctypes.c_long.from_buffer(answer).value
 
 
 def start_writeback(fd: int, offset: int, nbytes: int) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from fastmerge.backends import probe
-from fastmerge.runtime.devices import cores
+from fastmerge.checkpoint.io import native
+from fastmerge.checkpoint.past import open_past
+from fastmerge.runtime.devices import Buffer, cores
 from fastmerge.sizes import default_memory
 from fastmerge.version import __version__
 
@@ -41,13 +43,14 @@ def examine(directory: str = ".") -> dict[str, Any]:
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
         facts["platform"] = "best effort: fastmerge is made for Linux on x86-64 and arm64"
     try:
-        write, read = _disk(directory)
+        write, read, past = _disk(directory)
         place = os.path.abspath(directory)  # noqa: PTH100
     except OSError as error:
         facts["disk"] = f"cannot be probed in {directory}: {error.strerror or error}"
     else:
         facts["disk write"] = f"{write / 1e9:.2f} GB/s with fdatasync, in {place}"
         facts["disk read, cached"] = f"{read / 1e9:.2f} GB/s, one core"
+        facts["disk read, not cached"] = past
     return facts
 
 
@@ -103,7 +106,8 @@ def memcpy_rate() -> float:
     return 2 * PROBE / sorted(times)[2]
 
 
-def _disk(directory: str) -> tuple[float, float]:
+def _disk(directory: str) -> tuple[float, float, str]:
+    """Bytes per second written and read through the page cache, and how files there are read that it does not hold."""
     block = np.ones(4 << 20, np.uint8)
     with tempfile.NamedTemporaryFile(dir=directory, prefix=".fastmerge-probe-") as f:
         start = time.perf_counter()
@@ -118,4 +122,31 @@ def _disk(directory: str) -> tuple[float, float]:
             while again.readinto(block.data):
                 pass
         read = PROBE / (time.perf_counter() - start)
-    return write, read
+        try:
+            past = f"{_past(f.fileno()) / 1e9:.2f} GB/s past the page cache"
+        except OSError as error:
+            past = f"through the page cache: {error.strerror or error}"
+    return write, read, past
+
+
+def _past(fd: int) -> float:
+    """Bytes per second of reading the probe past the page cache.
+
+    Raises:
+        OSError: whose text says why merges do not read so in this directory.
+    """
+    if probe.native_reason():
+        raise OSError("backend native is not there")
+    direct = open_past(fd)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        memory = Buffer.allocate(PROBE)
+        if native().resident(np.array([[fd, 0, 0, PROBE]], np.int64))[0]:
+            raise OSError("the kernel does not say what its page cache holds")
+        start = time.perf_counter()
+        code = native().read_past(np.array([[fd, 0, direct, memory.address, PROBE]], np.int64), 0, 0)[2]
+        if code:
+            raise OSError(code, os.strerror(code))
+        return PROBE / (time.perf_counter() - start)
+    finally:
+        os.close(direct)

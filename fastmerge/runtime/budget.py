@@ -79,7 +79,7 @@ def need(ops: Sequence[Op], *, elements: int = UNIT_ELEMENTS, whole: Callable[[S
         else:
             piece, keep = TILE, elements * (2 if spec.grain == "tensor" else 1)
         least = max(least, price.of(min(n, piece)))
-        best = max(best, price.of(min(n, keep)))
+        best = max(best, price.of(min(n, keep)) + price.past)
         bundles = max(bundles, price)
         tables = max(tables, spec.workspace)
         statistics |= spec.grain in ("tensor", "model")
@@ -87,7 +87,7 @@ def need(ops: Sequence[Op], *, elements: int = UNIT_ELEMENTS, whole: Callable[[S
         total += op.spec.numel
         if op.spec in made:
             beside = max(beside, *map(workspace, op.inputs))
-    best = max(best, bundles.of(min(total, elements), min(len(ops), PIECES)))
+    best = max(best, bundles.of(min(total, elements), min(len(ops), PIECES)) + bundles.past)
     return Need(least, best, tables, statistics, beside)
 
 

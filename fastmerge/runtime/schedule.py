@@ -23,7 +23,9 @@ ALIGN = 64
 """Alignment of every run of input bytes inside a slot."""
 
 BLOCK = 4096
-"""A run of output bytes has the same place in a block of memory as in one of its file: direct writes ask for that."""
+"""A run of output bytes has the same place in a block of memory as in one of its file: direct writes ask for that.
+
+So has a run of input bytes that is read past the page cache, with the blocks around it to itself."""
 
 Pieces = tuple[tuple[int, int, int], ...]
 
@@ -67,10 +69,12 @@ class Cost(NamedTuple):
     Attributes:
         element: bytes per element.
         piece: bytes per piece, for alignment.
+        past: bytes of a unit, where there is room, by which its inputs can be read past the page cache.
     """
 
     element: int
     piece: int
+    past: int = 0
 
     def of(self, elements: int, pieces: int = 1) -> int:
         """Bytes of pieces of so many elements together."""
@@ -81,7 +85,8 @@ def cost(op: Op) -> Cost:
     """The slot bytes of an op, the same for all ops of its spec."""
     inputs = [d.size for d, s in zip(op.spec.dtypes, op.inputs, strict=True) if not isinstance(s, Memory)]
     outputs = sum(1 for t in op.targets if not isinstance(t, Memory))
-    return Cost(sum(inputs) + outputs * op.spec.out_dtype.size, ALIGN * len(inputs) + BLOCK * outputs)
+    piece = ALIGN * len(inputs) + BLOCK * outputs
+    return Cost(sum(inputs) + outputs * op.spec.out_dtype.size, piece, 2 * BLOCK * len(inputs))
 
 
 @without_gc()
@@ -214,7 +219,7 @@ def chunk(slot: int, price: Cost, elements: int) -> int:
     """Elements of the largest piece that fits a slot, in whole tiles, at most ``elements`` and at least a tile."""
     if not price.element:
         return elements
-    return max(TILE, min(elements, (slot - price.piece) // price.element // TILE * TILE))
+    return max(TILE, min(elements, (slot - price.piece - price.past) // price.element // TILE * TILE))
 
 
 def sample_units(ops: Sequence[Op], job: Job, pieces: Iterable[tuple[int, int, int]], slot: int) -> Iterator[Unit]:

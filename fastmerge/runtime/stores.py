@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,22 @@ from fastmerge.runtime.schedule import ALIGN, BLOCK, Job, Unit
 
 COMPARE_BYTES = 1 << 20
 """Bytes of integer tensors that are compared at a time."""
+
+
+class _Laid(NamedTuple):
+    """Where the inputs of a unit go.
+
+    Attributes:
+        end: the first free byte behind them.
+        addresses: of every piece, by input.
+        reads: rows (fd, offset, address, nbytes), one per model and contiguous file range.
+        made: (source, first element, elements, address).
+    """
+
+    end: int
+    addresses: list[list[int]]
+    reads: list[tuple[int, int, int, int]]
+    made: list[tuple[Made, int, int, int]]
 
 
 class OpStore:
@@ -60,7 +76,8 @@ class OpStore:
         group_of = _positions(job, self._members)
         ops = [self._ops[o] for o, _, _ in unit.pieces]
         spec = ops[0].spec
-        cursor, addresses = self._inputs(ops, unit, buffer)
+        once = job.resident or spec.grain == "element"
+        cursor, addresses = self._inputs(ops, unit, buffer, once=once)
         table: list[list[int]] = []
         size = spec.out_dtype.size
         shard = end = -1
@@ -82,9 +99,36 @@ class OpStore:
         counters = np.zeros(len(table), np.int64)
         return Segments(np.array(table, np.int64), spec.dtypes, spec.out_dtype, counters)
 
-    def _inputs(self, ops: Sequence[Op], unit: Unit, buffer: Buffer) -> tuple[int, list[list[int]]]:
-        """Addresses of every input of every piece, by input; what files hold is read, and what is made is made."""
-        cursor = buffer.address
+    def _inputs(self, ops: Sequence[Op], unit: Unit, buffer: Buffer, *, once: bool) -> tuple[int, list[list[int]]]:
+        """Addresses of every input of every piece, by input; what files hold is read, and what is made is made.
+
+        What is read more than once goes through the page cache, which has it the next time.
+        """
+        laid = self._lay(ops, unit, buffer.address)
+        _check(laid.end, buffer)
+        cold: list[bool] = []
+        if laid.reads:
+            rows = np.array(laid.reads, np.int64)
+            cold = self._cold(rows) if once else cold
+            if any(cold):
+                moved = self._lay(ops, unit, buffer.address, cold)
+                if moved.end - laid.end <= buffer.nbytes - unit.nbytes:  # what the results take stays theirs
+                    laid, rows = moved, np.array(moved.reads, np.int64)
+                cold = [c and not (r[1] - r[2]) % BLOCK for c, r in zip(cold, laid.reads, strict=True)]
+            self._read(rows, cold)
+        for made_source, e0, length, address in laid.made:
+            made_source.fill(self.bring, e0, length, address)
+        return laid.end, laid.addresses
+
+    def _lay(self, ops: Sequence[Op], unit: Unit, cursor: int, cold: Sequence[bool] = ()) -> _Laid:
+        """Places for the inputs of every piece, from an address on.
+
+        Args:
+            ops: of the pieces.
+            unit: whose pieces.
+            cursor: the first free byte.
+            cold: which reads go past the page cache; they get blocks of their own. None of them, where it is empty.
+        """
         reads: list[tuple[int, int, int, int]] = []
         made: list[tuple[Made, int, int, int]] = []
         addresses: list[list[int]] = []
@@ -96,7 +140,7 @@ class OpStore:
                 source = op.inputs[m]
                 if type(source) is not FileRange:
                     if end > begin:
-                        reads.append((fd, begin, at, end - begin))
+                        cursor = _close(reads, (fd, begin, at, end - begin), cursor, cold)
                     begin = end = -1
                     if type(source) is Memory:
                         column.append(source.address + e0 * dtype.size)
@@ -108,23 +152,21 @@ class OpStore:
                     start = info.offset + e0 * dtype.size
                     if start != end or file != (source.model, info.file):
                         if end > begin:
-                            reads.append((fd, begin, at, end - begin))
+                            cursor = _close(reads, (fd, begin, at, end - begin), cursor, cold)
                         file = (source.model, info.file)
                         fd = self._fd(source)
                         begin = end = start
-                        cursor = at = (cursor + ALIGN - 1) & -ALIGN
+                        cursor = (cursor + ALIGN - 1) & -ALIGN
+                        if cold and cold[len(reads)] and not start % dtype.size:
+                            cursor = -(-cursor // BLOCK) * BLOCK + start % BLOCK
+                        at = cursor
                     end += length * dtype.size
                 column.append(cursor)
                 cursor += length * dtype.size
             if end > begin:
-                reads.append((fd, begin, at, end - begin))
+                cursor = _close(reads, (fd, begin, at, end - begin), cursor, cold)
             addresses.append(column)
-        _check(cursor, buffer)
-        if reads:
-            self._read(np.array(reads, np.int64))
-        for made_source, e0, length, address in made:
-            made_source.fill(self.bring, e0, length, address)
-        return cursor, addresses
+        return _Laid(cursor, addresses, reads, made)
 
     def bring(self, source: Source, runs: I64) -> None:
         """Brings runs (first element, elements, address) of a source to memory."""
@@ -135,7 +177,7 @@ class OpStore:
             rows[:, 1] = source.info.offset + runs[:, 0] * size
             rows[:, 2] = runs[:, 2]
             rows[:, 3] = runs[:, 1] * size
-            self._read(rows)
+            self._read(rows, ())
             return
         for e0, n, address in runs.tolist():
             if isinstance(source, Memory):
@@ -147,9 +189,16 @@ class OpStore:
         assert self._files is not None
         return self._files.fd(source.model, source.info.file)
 
-    def _read(self, rows: I64) -> None:
+    def _cold(self, rows: I64) -> list[bool]:
         assert self._files is not None
-        self._files.read(rows)
+        return self._files.cold(rows)
+
+    def _read(self, rows: I64, cold: Sequence[bool]) -> None:
+        assert self._files is not None
+        if any(cold):
+            self._files.read_past(rows, cold)
+        else:
+            self._files.read(rows)
 
     # ---- results ---------------------------------------------------------------------------------------
 
@@ -257,6 +306,14 @@ class OpStore:
         """Persists what has been written and journals it."""
         if self._writer is not None:
             self._writer.sync()
+
+
+def _close(
+    reads: list[tuple[int, int, int, int]], read: tuple[int, int, int, int], cursor: int, cold: Sequence[bool]
+) -> int:
+    """Ends a run of input bytes; the first byte behind it that is free."""
+    reads.append(read)
+    return -(-cursor // BLOCK) * BLOCK if cold and cold[len(reads) - 1] else cursor
 
 
 def _check(cursor: int, buffer: Buffer) -> None:

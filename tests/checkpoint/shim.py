@@ -28,20 +28,34 @@ class PosixIo:
     def read_some(self, table: I64, row: int, done: int) -> tuple[int, int, int]:
         return self._walk(table, row, done, lambda r, at, n: os.preadv(r[0], [memory(r[2] + at, n)], r[1] + at))
 
+    def resident(self, table: I64) -> I64:
+        """Nothing ever is."""
+        return np.zeros(len(table), np.int64)
+
+    def read_past(self, table: I64, row: int, done: int) -> tuple[int, int, int]:
+        def step(r: list[int], at: int, n: int) -> int:
+            start = (r[1] + at) & -4096
+            skip = r[1] + at - start
+            got = os.preadv(r[2], [memory(r[3] + start - r[1], (skip + n + 4095) & -4096)], start)
+            return min(max(got - skip, 0), n)
+
+        return self._walk(table, row, done, step, "past")
+
     def write_some(self, table: I64, row: int, done: int) -> tuple[int, int, int]:
         return self._walk(table, row, done, lambda r, at, n: os.pwrite(r[0], memory(r[2] + at, n), r[1] + at))
 
     def copy_some(self, table: I64, row: int, done: int) -> tuple[int, int, int]:
-        return self._walk(table, row, done, lambda r, at, n: os.copy_file_range(r[0], r[2], n, r[1] + at, r[3] + at))
+        return self._walk(
+            table, row, done, lambda r, at, n: os.copy_file_range(r[0], r[2], n, r[1] + at, r[3] + at), "copy"
+        )
 
     def limit(self, kind: str, nbytes: int) -> int:
         """How much of the next transfer is allowed; raises OSError for a fault."""
         return nbytes
 
     def _walk(
-        self, table: I64, row: int, done: int, step: Callable[[list[int], int, int], int]
+        self, table: I64, row: int, done: int, step: Callable[[list[int], int, int], int], kind: str = "data"
     ) -> tuple[int, int, int]:
-        kind = {4: "data", 5: "copy"}[table.shape[1]]
         rows = table.tolist()
         while row < len(rows):
             left = rows[row][-1] - done

@@ -130,7 +130,7 @@ def test_what_a_caller_owns_takes_no_slot():
     spec = op(0, (4_000_000,), "tensor").spec
     mine = Memory(0, BF16, spec.shape)
     inside = op(0, None, None, spec=spec)._replace(inputs=(mine, mine), targets=(mine,))
-    assert cost(inside) == (0, 0)
+    assert cost(inside) == (0, 0, 0)
     assert need([inside]).best == 0
     jobs = schedule([inside], slot=0, elements=UNIT)
     assert [u.nbytes for j in jobs for u in j.units] == [0] * 4
