@@ -22,6 +22,8 @@ import numpy.typing as npt
 import torch
 import triton
 
+from ._ptx import unpacked
+
 Array = npt.NDArray[Any]
 
 ALIGN = 64
@@ -153,7 +155,8 @@ class Gpu:
         found = self._compiled.get(key)
         if found is None:
             types = [a if t is None else TORCH.get(t, t) for a, t in zip(launch.args, kinds, strict=True)]
-            found = launch.kernel.warmup(*types, *launch.constants, grid=(1,), **launch.options)
+            with unpacked():
+                found = launch.kernel.warmup(*types, *launch.constants, grid=(1,), **launch.options)
             self._compiled[key] = found
         return found
 
