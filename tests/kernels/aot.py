@@ -69,8 +69,8 @@ SPILL = ("count", "votes", "decide")
 of 512 threads that spills 8 bytes on sm_80."""
 
 BLACKWELL, MOST_SPILLS = 100, 160
-"""From sm_100 on caps that were found for sm_90 make some kernels spill (gram 2 to 14 instructions, kth with a drop 122):
-left until one is met and measured."""
+"""From sm_100 on caps that were found for sm_90 make some kernels spill (gram 2 to 14 instructions, kth with a drop
+122): left until one is met and measured."""
 
 ZEROS = ("slerp", "apart", "model_stock")
 """Solves in which -0 and +0 are told apart."""
@@ -223,6 +223,8 @@ def hazards(ptx: str, text: list[str], *, zeros: bool) -> list[str]:
     )
     if zeros and minmax:
         bad.append("min or max of floats: -0 is below +0")
+    if "f32x2" in ptx:
+        bad.append("packed fp32: ptxas contracts products and sums of it")
     return bad
 
 

@@ -96,6 +96,7 @@ def test_bytes_of_loads():
         ("", "VIADD.16x2 R4, R4, 0x0", "packed 16-bit addition"),
         ("min.f32 %f1, %f2, %f3;", "", "min or max"),
         ("max.ftz.f32 %f1, %f2, %f3;", "", "min or max"),
+        ("mul.rn.f32x2 %rd7, %rd5, %rd6;", "", "packed fp32"),
         ("min.f64 %fd1, %fd2, %fd3;", "", "min or max"),
         ("", "FMNMX R4, R4, R5, PT", "min or max"),
     ],
