@@ -1,7 +1,9 @@
 """Reads past the page cache: for which files, for which of their bytes, and what happens where one is refused.
 
-Through the cache every byte is copied once more, and pages are found, filled and kept for it: 0.47 s of system time
-per GB merged cold, and 0.04 s past it. What is in the cache already is read from there, and stays there.
+Through the cache every byte is copied once more, and pages are found, filled and kept for it: 4.4 s of system time
+for 6 GB at 0.6 GB/s by four threads, and 0.2 s at 2.0 GB/s past it (two busy cores, ext4). What is in the cache already
+is read from there, and stays there. The memory has to be of huge pages, as slots are: a request has room for so many
+pieces of memory (254 on virtio), and with pages of 4 KiB the same reads reached 0.55 GB/s.
 """
 
 from __future__ import annotations
