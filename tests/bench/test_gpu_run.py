@@ -206,8 +206,8 @@ def test_marked_tests_run_at_once_go_on_and_warnings_fail_none(tmp_path, monkeyp
     monkeypatch.setattr(tests.importlib.util, "find_spec", lambda name: None if name == "xdist" else find(name))
     here = Context(dry=False, wheels=None, cache=str(tmp_path))
     run = functools.partial(tests.marked, [str(test)], here)
-    monkeypatch.setenv("FASTMERGE_TEST_SECONDS", "60")
-    for seconds in (4.5, 8, 16, 32):  # until pytest has started in time
+    monkeypatch.setenv("FASTMERGE_TEST_SECONDS", "600")
+    for seconds in (4.5, 8, 16, 32, 64, 128):  # until pytest has started in time
         with pytest.raises(Cut) as cut:
             run(Turn(seconds))
         if cut.value.kept:

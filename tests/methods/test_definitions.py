@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
@@ -24,7 +25,7 @@ from fastmerge.ops import blocks
 from fastmerge.ops.segments import TILE
 from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op, Spec
-from fastmerge.runtime import placement
+from fastmerge.runtime import placement, resident
 from tests import tiny
 from tests.compare import differences
 from tests.runtime.fake_device import FakeDevice
@@ -263,6 +264,7 @@ def test_a_definition_knows_where_the_tensors_are(monkeypatch):
 
     monkeypatch.setattr(Backend, "program", look)
     monkeypatch.setattr(in_memory, "choose", lambda *a, **k: Backend("triton", NativeKernels(), (0,)))
+    monkeypatch.setattr(resident, "_current", lambda home: nullcontext())
     a, b, out = torch.ones(5), torch.full((5,), 3.0), torch.empty(5)
     spec = Spec(Halfway(share=0.5), (5,), (F32, F32), F32, has_base=True)
     ours = [Memory(t.data_ptr(), F32, (5,)) for t in (a, b, out)]
