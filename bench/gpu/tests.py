@@ -71,6 +71,7 @@ def marked(names: Sequence[str], context: Context, turn: Turn) -> Row:
         earlier.write_text(json.dumps(done))
         words = ["-m", "gpu", "-q", "-W", "default", "-p", "no:cacheprovider", "-p", "bench.gpu.outcomes", *spread]
         env = {**context.environment(), OUTCOMES: str(outcomes), DONE: str(earlier)}
+        env.pop("PYTEST_XDIST_WORKER", None)  # of a run that this one is part of
         with log.open("w") as out:
             process = subprocess.Popen(
                 [sys.executable, "-m", "pytest", *words, *names], cwd=ROOT, env=env, stdout=out, stderr=out
