@@ -181,11 +181,6 @@ class Call:
         """Bytes of device memory that the call takes."""
         return self._sent + self._room
 
-    @property
-    def launches(self) -> int:
-        """How many there are."""
-        return len(self._launches)
-
     # ---- preparing -----------------------------------------------------------------------------------------
 
     def put(self, array: Any) -> Place:

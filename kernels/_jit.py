@@ -80,7 +80,7 @@ def place(
 
 @triton.jit
 def typed(address, CODE: tl.constexpr, UNMASKED: tl.constexpr):
-    """The address as a pointer to elements of type ``CODE``; bf16 as bits (uint16), see :func:`load`."""
+    """The address (or block of them) as pointers to elements of type ``CODE``; bf16 as bits, see :func:`load`."""
     if CODE == 0:
         p = address.to(tl.pointer_type(tl.float64), bitcast=True)
     elif CODE == 1:

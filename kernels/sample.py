@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._jit import drawn, find, load, magnitude, narrow, widen
+from ._jit import drawn, find, load, magnitude, narrow, typed, widen
 
 FIELDS = ("thr", "keep", "tied", "where", "k", "end", "above", "high", "low")
 """Columns of ``state``: the threshold, how many elements at it stay, how many there are (0: open), which column of the
@@ -36,20 +36,6 @@ CHUNK = 2048
 
 RANKED = tl.constexpr(16_384)
 """Keys that one program holds in registers, 32 in each of 512 threads."""
-
-
-@triton.jit
-def widely(address, CODE: tl.constexpr):
-    """Addresses, one per lane, as pointers; bf16 as bits."""
-    if CODE == 0:
-        p = address.to(tl.pointer_type(tl.float64), bitcast=True)
-    elif CODE == 1:
-        p = address.to(tl.pointer_type(tl.float32), bitcast=True)
-    elif CODE == 2:
-        p = address.to(tl.pointer_type(tl.float16), bitcast=True)
-    else:
-        p = address.to(tl.pointer_type(tl.uint16), bitcast=True)
-    return p
 
 
 @triton.jit
@@ -131,14 +117,14 @@ def sample_kernel(
         base = lanes(tl.where(width > 0, tl.load(row + 7) + start * size_of(CODES & 15), 0), BLOCK)
         good = base != 0
         base += inner * size_of(CODES & 15)
-        b = load(widely(base, CODES & 15), 0, none, good, WIDE, False)
+        b = load(typed(base, CODES & 15, False), 0, none, good, WIDE, False)
         for i in tl.static_range(N):
             q = g * N + i
             lo = tl.load(brackets + q * 2)
             if lo < NEVER:
                 CODE: tl.constexpr = (CODES >> (4 * i + 4)) & 15
                 mine = lanes(tl.load(row + 8 + i) + start * size_of(CODE), BLOCK) + inner * size_of(CODE)
-                d = load(widely(mine, CODE), 0, none, good, WIDE, False) - b
+                d = load(typed(mine, CODE, False), 0, none, good, WIDE, False) - b
                 if ROUND >= 0:
                     d = widen(narrow(d, ROUND), ROUND, WIDE)
                 if DROP:

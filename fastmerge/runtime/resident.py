@@ -18,11 +18,8 @@ from fastmerge.runtime.stream import compute
 if TYPE_CHECKING:
     from fastmerge.backends.choose import Backend
 
-FEW = 8
-"""Tensors of a call whose launches are kept, for the next call of the same kind: tools merge tensor by tensor."""
-
 MOST_KEPT = 64
-"""Calls that are kept, without memory of the device."""
+"""Calls of one tensor whose launches are kept, without memory of the device: tools merge tensor by tensor."""
 
 _KEPT: dict[tuple[object, ...], Bound] = {}
 """By device and specs, which are compared by identity."""
@@ -77,7 +74,7 @@ def bind(ops: Sequence[Op], backend: Backend) -> list[Bound]:
 
 
 def _kept(ops: list[Op], segments: Segments, backend: Backend) -> tuple[Bound | None, tuple[object, ...] | None]:
-    """The launches of a batch: those of an earlier one of the same kind, with other addresses, or new ones.
+    """The launches of a batch: of one tensor those of an earlier one, with other addresses, where it was alike.
 
     None where a program works pass by pass, or by a definition in plain torch: that has then been done.
     What they depend on beside addresses are the specs, the device, and whether all addresses are multiples of 16.
@@ -85,13 +82,13 @@ def _kept(ops: list[Op], segments: Segments, backend: Backend) -> tuple[Bound | 
     Returns:
         The launches, and under which key they may be kept.
     """
-    if len(ops) > FEW:
+    if len(ops) > 1:  # their order may depend on names, and their specs are a call's own
         return _bound(ops, segments, backend), None
     table = segments.table
     aligned = not int(np.bitwise_or.reduce(table[:, [OUT, *range(HEADER, table.shape[1])]], axis=None)) % 16
     if not aligned:
         return _bound(ops, segments, backend), None
-    key = (backend.name, backend.home, *[op.spec for op in ops])
+    key = (backend.name, backend.home, ops[0].spec)
     known = _KEPT.pop(key, None)
     if known is not None and known.move(segments, ops):
         return known, key
