@@ -1,9 +1,9 @@
 """The k-th magnitude of what no bracket has found: by the digits of its key, exact whatever the data.
 
 One program per query reads all of its elements five times (nine in fp64), so this goes at the speed of one
-multiprocessor. That is the way of tensors of up to a tile (selection.py). Of larger ones, at some 0.9 G elements a
-second and read by estimate, only data needs it that is made for the purpose: samples are taken at fixed places, and both
-rounds of brackets have to miss.
+multiprocessor, by estimate 0.9 G elements a second and read. That is the way of tensors of up to a tile (selection.py).
+Of larger ones only data needs it that is made for the purpose: samples are taken at fixed places, and both rounds of
+brackets have to miss.
 """
 
 from __future__ import annotations
