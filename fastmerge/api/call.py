@@ -64,9 +64,9 @@ class Call:
         spec = self._planner.spec(name, shape, dtypes, self._models, target, t=t)
         return [x if x.is_contiguous() else x.detach().contiguous() for x in tensors], spec
 
-    def op(self, name: str, spec: Spec, tensors: Sequence[torch.Tensor], result: torch.Tensor) -> Op:
-        """The op that merges them into ``result``."""
-        return self._planner.op(name, spec, [x.data_ptr() for x in tensors], result.data_ptr())
+    def op(self, name: str, spec: Spec, inputs: Sequence[int], result: int) -> Op:
+        """The op that merges the tensors at these addresses into the one at another."""
+        return self._planner.op(name, spec, inputs, result)
 
 
 _CALLS: dict[tuple[type[Method], str], Call] = {}

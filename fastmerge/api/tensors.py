@@ -25,6 +25,7 @@ from fastmerge.runtime.workers import Runner
 if TYPE_CHECKING:
     import torch
 
+    from fastmerge.backends.choose import Backend
     from fastmerge.planning.structure import Structure
 
 
@@ -90,7 +91,8 @@ def merge_tensors(
         name or "", [tensors[i] for i in call.order], dtype_of(target) if target is not None else None
     )
     result = result_of(spec, group[0], out, dict(zip(keys, tensors, strict=True)))
-    run([call.op(name or "", spec, group, result)], result.device, backend)
+    addresses = [x.data_ptr() for x in group]
+    run([call.op(name or "", spec, addresses, result.data_ptr())], result.device, backend)
     return result
 
 
@@ -149,15 +151,21 @@ def merge_state_dicts(
         raise RecipeError("a gradient needs layers, and the tensor names show none")
     wanted = out_dtype or dtype
     target = dtype_of(wanted) if wanted is not None else None
-    merged, ops, kept = _ops_of([states[keys[i]] for i in call.order], names, call, target, layers)
-    for pattern in call.resolver.unmatched():
-        log.warning("the filter %r matches no tensor name", pattern)
-    if ops:
-        run(ops, kept[0][0].device, backend)
+    with without_gc():
+        merged, ops, kept = _ops_of([states[keys[i]] for i in call.order], names, call, target, layers)
+        for pattern in call.resolver.unmatched():
+            log.warning("the filter %r matches no tensor name", pattern)
+        if not ops:
+            return merged
+        chosen = _chosen(ops, kept[0][0].device, backend)
+        if chosen.gpus:
+            resident(ops, chosen)
+            del ops, kept  # so that the first look for garbage finds nothing but results
+            return merged
+    _on_cpu(ops, chosen, (), UNIT_ELEMENTS)
     return merged
 
 
-@without_gc()
 def _ops_of(
     states: Sequence[Mapping[str, Any]],
     names: Sequence[str],
@@ -184,7 +192,8 @@ def _ops_of(
         kind = _kind(group, home)
         if kind is None:
             one_device(name, call.ids, group)
-        owner = owners.setdefault(_identity(group, kind) or name, name)
+        addresses = [t.data_ptr() for t in group]
+        owner = owners.setdefault(_identity(group, kind, addresses) or name, name)
         if owner != name:
             merged[name] = merged[owner]
             continue
@@ -200,12 +209,17 @@ def _ops_of(
             kept.append(group)
             if group[0].device != home:
                 raise ShapeError(f"{name} is on {group[0].device} and the first tensor on {home}")
+            addresses = [t.data_ptr() for t in group]
             known = spec, getattr(torch, spec.out_dtype.name)
             if kind is not None:
                 alike[kind] = known
         spec, dtype = known
-        result = merged[name] = torch.empty(spec.shape, dtype=dtype, device=home)
-        ops.append(call.op(name, spec, group, result))
+        if kind is not None:  # a third of the time
+            result = torch.empty_like(group[0], dtype=dtype, memory_format=torch.contiguous_format)
+        else:
+            result = torch.empty(spec.shape, dtype=dtype, device=home)
+        merged[name] = result
+        ops.append(call.op(name, spec, addresses, result.data_ptr()))
     return merged, ops, kept
 
 
@@ -244,13 +258,13 @@ def _common(states: Mapping[Hashable, Mapping[str, Any]], *, strict: bool) -> li
     return [n for n in first if all(n in s for s in states.values())]
 
 
-def _identity(tensors: Sequence[torch.Tensor], kind: Hashable) -> Hashable:
+def _identity(tensors: Sequence[torch.Tensor], kind: Hashable, addresses: Sequence[int]) -> Hashable:
     """Equal for two names that are the same memory, read the same way, in every model; None for no memory."""
+    if not all(addresses):
+        return None
     if kind is not None:
-        addresses = tuple([t.data_ptr() for t in tensors])
-        return (kind, addresses) if all(addresses) else None
-    out = tuple([(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors])
-    return out if all(x[0] for x in out) else None
+        return (kind, *addresses)
+    return tuple([(a, t.shape, t.stride(), t.dtype, t.device) for a, t in zip(addresses, tensors, strict=True)])
 
 
 def run(
@@ -273,13 +287,22 @@ def run(
     Raises:
         BackendUnavailable: if the backend cannot work on that device.
     """
+    chosen = _chosen(ops, home, backend)
+    if not chosen.gpus:
+        _on_cpu(ops, chosen, checkpoints, elements)
+    elif checkpoints:
+        raise ShapeError(f"tensors on {home} beside a checkpoint on disk: expected tensors on the CPU")
+    else:
+        resident(ops, chosen)
+
+
+def _chosen(ops: Sequence[Op], home: torch.device, backend: str | None) -> Backend:
     chosen = replace(choose(str(home), backend, said=f"tensors on {home}"), home=str(home))
     chosen.check(ops)
-    if chosen.gpus:
-        if checkpoints:
-            raise ShapeError(f"tensors on {home} beside a checkpoint on disk: expected tensors on the CPU")
-        resident(ops, chosen)
-        return
+    return chosen
+
+
+def _on_cpu(ops: Sequence[Op], chosen: Backend, checkpoints: Sequence[Checkpoint], elements: int) -> None:
     workers = [CpuDevice() for _ in range(cores())]
     if not checkpoints:
         jobs = schedule(ops, elements=elements, whole=chosen.whole)

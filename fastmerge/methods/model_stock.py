@@ -12,6 +12,7 @@ from fastmerge.methods import angles
 from fastmerge.methods.base import Contract, Method, shared
 from fastmerge.ops import blocks
 from fastmerge.ops.gram import GramProgram, check_sums
+from fastmerge.ops.per_spec import PerSpec
 from fastmerge.ops.segments import F64
 from fastmerge.ops.split import by_kind
 
@@ -119,12 +120,12 @@ class ModelStock(Method):
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """Gram of the offsets, solve, combine."""
-        methods = [cast("ModelStock", op.spec.method) for op in ops]
+        methods = PerSpec(lambda spec: cast("ModelStock", spec.method), ops)
 
         def steps(sequence: Any, vectors: Any, some: Sequence[Op]) -> tuple[Any, Any]:
-            m, *_ = mine = [cast("ModelStock", op.spec.method) for op in some]
-            numbers = np.array([(m.floor,) for m in mine])
-            angle, clamp = m.cos_agg == "angle", m.clamp_t == "unit"
+            mine = PerSpec(lambda spec: cast("ModelStock", spec.method), some)
+            angle, clamp = mine[0].cos_agg == "angle", mine[0].clamp_t == "unit"
+            numbers = mine.rows(lambda m: (m.floor,))
             found: tuple[Any, Any] = sequence.model_stock(vectors, numbers, angle=angle, clamp=clamp)
             return found
 
@@ -132,7 +133,13 @@ class ModelStock(Method):
             per_row = methods[some[0]].filter_wise
             return GramProgram(kernels, [ops[i] for i in some], cls.solve, per_row=per_row, delta=True, steps=steps)
 
-        return by_kind([(m.filter_wise, m.cos_agg, m.clamp_t) for m in methods], build)
+        kinds = PerSpec(lambda spec: cast("ModelStock", spec.method).kind, ops).all()
+        return by_kind(kinds, build)
+
+    @property
+    def kind(self) -> tuple[bool, str, str]:
+        """What tensors of one sequence have in common."""
+        return self.filter_wise, self.cos_agg, self.clamp_t
 
     def grain(self, spec: Spec) -> Grain:
         """One angle per tensor or row."""

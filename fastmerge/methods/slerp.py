@@ -12,6 +12,7 @@ from fastmerge.methods import angles
 from fastmerge.methods.base import Contract, Method, shared
 from fastmerge.ops import blocks
 from fastmerge.ops.gram import GramProgram, check_sums
+from fastmerge.ops.per_spec import PerSpec
 from fastmerge.ops.segments import F64
 from fastmerge.ops.split import by_kind
 
@@ -117,6 +118,11 @@ class Slerp(Method):
         return coefficients(stats, t, threshold, every), np.ones((len(stats), 2))
 
     @property
+    def kind(self) -> tuple[str, bool]:
+        """What tensors of one sequence have in common."""
+        return self.scope, self.all_rows
+
+    @property
     def all_rows(self) -> bool:
         """Whether rows are blended linearly only together."""
         return self.scope == "row" and self.fallback == "all_rows"
@@ -135,12 +141,11 @@ class Slerp(Method):
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """Gram, solve, combine."""
-        kinds = [(m.scope, m.all_rows) for m in (cast("Slerp", op.spec.method) for op in ops)]
-        per_row = [scope == "row" for scope, _ in kinds]
+        kinds = PerSpec(lambda spec: cast("Slerp", spec.method).kind, ops).all()
 
         def steps(sequence: Any, vectors: Any, some: Sequence[Op]) -> tuple[Any, Any]:
-            methods = [cast("Slerp", op.spec.method) for op in some]
-            numbers = np.array([(m.t, m.threshold) for m in methods])
+            methods = PerSpec(lambda spec: cast("Slerp", spec.method), some)
+            numbers = methods.rows(lambda m: (m.t, m.threshold))
             found: tuple[Any, Any] = sequence.slerp(vectors, numbers, every=methods[0].all_rows)
             return found
 
@@ -149,7 +154,7 @@ class Slerp(Method):
                 kernels,
                 [ops[i] for i in some],
                 cls.solve,
-                per_row=per_row[some[0]],
+                per_row=kinds[some[0]][0] == "row",
                 diff=True,
                 delta=False,
                 steps=steps,

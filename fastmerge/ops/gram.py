@@ -9,6 +9,7 @@ import numpy as np
 
 from fastmerge.errors import OutputError
 from fastmerge.ops.kernels import Kernels
+from fastmerge.ops.per_spec import PerSpec
 from fastmerge.ops.program import Bound, Launches, Program
 from fastmerge.ops.segments import F64, GROUP, I64, TILE, Segments
 from fastmerge.ops.spec import Op
@@ -81,9 +82,10 @@ class GramProgram(Program):
         self._delta = delta
         self._diff = diff
         self._steps = steps
-        numel = np.array([op.spec.numel for op in ops], np.int64)
+        specs = PerSpec(lambda spec: spec, ops)
+        numel = specs.integers(lambda spec, _: spec.numel)
         if per_row:
-            row = np.array([max(op.spec.row, 1) for op in ops], np.int64)
+            row = specs.integers(lambda spec, _: max(spec.row, 1))
             self._vectors = numel // row
             self._tiles_each = -(-row // TILE)
         else:

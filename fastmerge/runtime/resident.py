@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from fastmerge.checkpoint import without_gc
+from fastmerge.ops.per_spec import PerSpec
 from fastmerge.ops.program import Bound
-from fastmerge.ops.segments import HEADER, OUT, Segments
+from fastmerge.ops.segments import GROUP, HEADER, KEY, LENGTH, OUT, ROW, Segments
 from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op
 from fastmerge.runtime.stream import compute
@@ -117,10 +118,22 @@ def batches(ops: Sequence[Op]) -> list[tuple[list[Op], Segments]]:
 
 
 def _table(ops: Sequence[Op]) -> Segments:
-    rows = []
-    for group, op in enumerate(ops):
-        spec, key = op.spec, op.key
-        out, *more = [cast("Memory", t).address for t in op.targets]
-        inputs = [cast("Memory", s).address for s in op.inputs]
-        rows.append((out, spec.numel, 0, spec.row, key - ((key >> 63) << 64), group, 0, *inputs, *more))
-    return Segments(np.array(rows, np.int64), ops[0].spec.dtypes, ops[0].spec.out_dtype)
+    """One row per op; column by column, as there may be tens of thousands."""
+    spec = ops[0].spec
+    places = np.array([cast("Memory", s).address for op in ops for s in (*op.targets, *op.inputs)], np.int64)
+    places = places.reshape(len(ops), -1)
+    table = np.zeros((len(ops), HEADER + places.shape[1] - 1), np.int64)
+    table[:, OUT] = places[:, 0]
+    table[:, LENGTH], table[:, ROW] = _lengths(ops)
+    table[:, KEY] = np.array([op.key for op in ops], np.uint64).view(np.int64)
+    table[:, GROUP] = np.arange(len(ops))
+    table[:, HEADER:] = np.roll(places[:, 1:], 1 - len(ops[0].targets), axis=1)  # results after the first come last
+    return Segments(table, spec.dtypes, spec.out_dtype)
+
+
+def _lengths(ops: Sequence[Op]) -> tuple[Any, Any]:
+    """Elements of each tensor and of its rows."""
+    if len(ops) == 1:
+        return ops[0].spec.numel, ops[0].spec.row
+    specs = PerSpec(lambda spec: spec, ops)
+    return specs.integers(lambda s, _: s.numel), specs.integers(lambda s, _: s.row)

@@ -84,7 +84,10 @@ def test_a_bound_call_runs_again_on_new_data():
     base, x, out = torch.zeros(5000), torch.randn(5000, generator=torch.Generator().manual_seed(0)), torch.empty(5000)
     call = call_of("ties", [0, 1], 0, {"weight": 1.0, "density": 0.2}, None, 0)
     group, spec = call.spec("w", [base, x], None)
-    (bound,) = bind([call.op("w", spec, group, out)], Backend("triton", TritonKernels("cpu"), (0,)))
+    (bound,) = bind(
+        [call.op("w", spec, [x.data_ptr() for x in group], out.data_ptr())],
+        Backend("triton", TritonKernels("cpu"), (0,)),
+    )
     for turn in range(2):
         x *= -(turn + 1.5)
         bound.run()
