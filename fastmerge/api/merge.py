@@ -186,7 +186,7 @@ def _merge(
 
     with Files(planned.checkpoints) as files:
         finite = NonFinite(nan)
-        store = OpStore(planned.ops, files, writer, finite)
+        store = OpStore(planned.ops, files, writer, finite, placed.room)
         program = placed.chosen.program
         runner = Runner(planned.ops, placed.jobs, store, placed.workers, program, slot=placed.slot)
         with progress(planned) if progress else nullcontext() as tick:

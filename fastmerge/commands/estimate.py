@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ from fastmerge.backends.choose import cpu_backend, device_for, expected_gpus
 from fastmerge.planning import Plan
 from fastmerge.runtime import budget as budgets
 from fastmerge.runtime.devices import cuda
-from fastmerge.runtime.placement import Budget, VramLimit, cpu_slots, gpu_slots, workers
+from fastmerge.runtime.kept import room, twice
+from fastmerge.runtime.placement import Budget, VramLimit, beside, cpu_slots, gpu_slots, workers
 from fastmerge.runtime.schedule import schedule
 from fastmerge.sizes import default_memory, parse_bytes, show_bytes
 
@@ -54,17 +56,20 @@ def estimate(
         wants = budgets.need(ops, elements=cuda.UNIT_ELEMENTS)
         slots = gpu_slots(wants, len(gpus), Budget(budget), vram)
         jobs = schedule(ops, slot=slots.nbytes, elements=cuda.UNIT_ELEMENTS)
+        keeps = 0
     else:
         chosen = cpu_backend(backend)
         name, read_rate = chosen.name, READ_RATE
         wants = budgets.need(ops, whole=chosen.whole)
         slots = cpu_slots(wants, budget, workers(chosen))
         jobs = schedule(ops, slot=slots.nbytes, elements=budgets.UNIT_ELEMENTS, whole=chosen.whole)
+        keeps = math.prod(room(ops, jobs, beside(wants, slots, budget)))
     units = sum(len(j.units) for j in jobs)
     n = max(1, min(slots.number, units) if gpus else slots.number)
     reads = elements_time = 0.0
-    writes = 0
+    again = writes = 0
     for job in jobs:
+        kept = 0
         for o in job.ops:
             spec = ops[o].spec
             nbytes = spec.numel * sum([d.size for d in spec.dtypes])
@@ -72,8 +77,10 @@ def estimate(
             if job.copy:
                 reads += nbytes
                 continue
-            passes = 1 if job.resident or spec.grain == "element" else 2
+            passes = 2 if twice(ops, job) else 1
             reads += passes * nbytes
+            if passes > 1:
+                again, kept = again + nbytes - min(nbytes, keeps - kept), min(keeps, kept + nbytes)
             elements_time += spec.numel / (GPU_ELEMENT_RATE / passes if gpus else ELEMENT_RATE[spec.grain])
     stages = {"read": reads / read_rate / n, "compute": elements_time / (len(gpus) or n), "write": writes / WRITE_RATE}
     seconds = 0.25 + stages["write"] + max(stages["read"], stages["compute"])
@@ -82,6 +89,7 @@ def estimate(
         "workers": n,
         "units": units,
         "bytes_read": int(reads),
+        "bytes_read_twice": again,
         "memory_budget": budget,
         "memory_slots": n * slots.nbytes,
         "bottleneck": max(stages, key=lambda s: stages[s]),

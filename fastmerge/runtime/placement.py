@@ -16,6 +16,7 @@ from fastmerge.runtime.devices import CpuDevice, Device, cores
 from fastmerge.runtime.devices import cuda as gpu
 from fastmerge.runtime.devices.cuda import CudaDevice, Gpu
 from fastmerge.runtime.devices.streams import NoRoom
+from fastmerge.runtime.kept import NOTHING, Room, room
 from fastmerge.runtime.schedule import Job, schedule
 from fastmerge.runtime.workers import each
 
@@ -52,12 +53,16 @@ class Budget(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """A schedule and the workers that run it, one per slot, with the backend that they belong to."""
+    """A schedule and the workers that run it, one per slot, with the backend that they belong to.
+
+    On CPU cores what the budget leaves beside the slots is for inputs that would be read twice from a disk.
+    """
 
     chosen: Backend
     jobs: tuple[Job, ...]
     slot: int
     workers: Sequence[Device]
+    room: Room = NOTHING
 
 
 class VramLimit(NamedTuple):
@@ -105,7 +110,8 @@ def place(ops: Sequence[Op], chosen: Backend, budget: Budget) -> Iterator[Placem
         wants = need(ops, whole=chosen.whole)
         slots = cpu_slots(wants, budget.memory, workers(chosen))
         jobs = schedule(ops, slot=slots.nbytes, elements=UNIT_ELEMENTS, whole=chosen.whole)
-        yield Placement(chosen, jobs, slots.nbytes, [CpuDevice() for _ in range(slots.number)])
+        left = room(ops, jobs, beside(wants, slots, budget.memory))
+        yield Placement(chosen, jobs, slots.nbytes, [CpuDevice() for _ in range(slots.number)], left)
         return
     gpus = logical(chosen)
     wants = need(ops, elements=gpu.UNIT_ELEMENTS, whole=chosen.whole)
@@ -172,6 +178,13 @@ def cpu_slots(wants: Need, memory: int | None, count: int) -> Slots:
     if found is None:
         raise _below(wants, memory, 1.0)
     return found
+
+
+def beside(wants: Need, slots: Slots, memory: int | None) -> int:
+    """Bytes that a budget leaves for inputs which would be read twice; none where there is no budget."""
+    if memory is None:
+        return 0
+    return memory - wants.apart - slots.number * (slots.nbytes + wants.beside)
 
 
 def _below(wants: Need, memory: int, charge: float) -> TooSmall:

@@ -16,6 +16,7 @@ from fastmerge.ops.sources import FileRange, Made, Memory
 from fastmerge.ops.spec import Op, Source
 from fastmerge.runtime.devices import Buffer
 from fastmerge.runtime.finite import NonFinite
+from fastmerge.runtime.kept import NOTHING, Kept, Room
 from fastmerge.runtime.schedule import ALIGN, BLOCK, Job, Unit
 
 COMPARE_BYTES = 1 << 20
@@ -46,6 +47,7 @@ class OpStore:
         files: of the checkpoints that the plan reads; None where everything is in memory.
         writer: of the output; None likewise.
         finite: looks for NaN and Inf; None where nobody asks.
+        room: memory for inputs that would be read twice from a disk.
     """
 
     def __init__(
@@ -54,11 +56,13 @@ class OpStore:
         files: Files | None = None,
         writer: Writer | None = None,
         finite: NonFinite | None = None,
+        room: Room = NOTHING,
     ) -> None:
         self._ops = ops
         self._files = files
         self._writer = writer
         self._finite = finite
+        self._kept = Kept(room)
         self._members: dict[int, Mapping[int, int]] = {}
 
     @property
@@ -68,16 +72,22 @@ class OpStore:
 
     # ---- inputs ----------------------------------------------------------------------------------------
 
-    def load(self, job: Job, unit: Unit, buffer: Buffer) -> Segments:
+    def reads(self, unit: Unit) -> bool:
+        """Whether :meth:`load` brings the unit's inputs, or they are kept from an earlier pass."""
+        return unit not in self._kept
+
+    def load(self, job: Job, unit: Unit, buffer: Buffer, *, again: bool = False) -> Segments:
         """Lays the unit out in the buffer, one run per model and contiguous file range, and reads it.
 
-        Tensors in memory are used where they are.
+        Tensors in memory are used where they are. Where the unit is asked for ``again`` later, what a disk has to bring
+        is kept until its result is stored, as long as there is room.
         """
         group_of = _positions(job, self._members)
         ops = [self._ops[o] for o, _, _ in unit.pieces]
         spec = ops[0].spec
         once = job.resident or spec.grain == "element"
-        cursor, addresses = self._inputs(ops, unit, buffer, once=once)
+        keep = again and not self.done(job, unit)
+        cursor, addresses = self._inputs(ops, unit, buffer, once=once, keep=keep)
         table: list[list[int]] = []
         size = spec.out_dtype.size
         shard = end = -1
@@ -99,26 +109,40 @@ class OpStore:
         counters = np.zeros(len(table), np.int64)
         return Segments(np.array(table, np.int64), spec.dtypes, spec.out_dtype, counters)
 
-    def _inputs(self, ops: Sequence[Op], unit: Unit, buffer: Buffer, *, once: bool) -> tuple[int, list[list[int]]]:
-        """Addresses of every input of every piece, by input; what files hold is read, and what is made is made.
+    def _inputs(
+        self, ops: Sequence[Op], unit: Unit, buffer: Buffer, *, once: bool, keep: bool
+    ) -> tuple[int, list[list[int]]]:
+        """The first free byte of the buffer, and addresses of every input of every piece, by input.
 
-        What is read more than once goes through the page cache, which has it the next time.
+        What files hold is read, and what is made is made. What is read more than once and not kept goes through the
+        page cache, which may have it the next time.
         """
+        kept = self._kept.addresses(unit)
+        if kept is not None:
+            return buffer.address, kept
         laid = self._lay(ops, unit, buffer.address)
         _check(laid.end, buffer)
-        cold: list[bool] = []
+        home: Buffer | None = None
         if laid.reads:
             rows = np.array(laid.reads, np.int64)
-            cold = self._cold(rows) if once else cold
+            cold = self._cold(rows) if once or keep else []
+            if any(cold) and not once:
+                home = self._kept.take()
+                cold = cold if home is not None else []
             if any(cold):
-                moved = self._lay(ops, unit, buffer.address, cold)
-                if moved.end - laid.end <= buffer.nbytes - unit.nbytes:  # what the results take stays theirs
+                moved = self._lay(ops, unit, (home or buffer).address, cold)
+                if home is not None:
+                    _check(moved.end, home)
+                if home is not None or moved.end - laid.end <= buffer.nbytes - unit.nbytes:  # beside the results
                     laid, rows = moved, np.array(moved.reads, np.int64)
                 cold = [c and not (r[1] - r[2]) % BLOCK for c, r in zip(cold, laid.reads, strict=True)]
             self._read(rows, cold)
         for made_source, e0, length, address in laid.made:
             made_source.fill(self.bring, e0, length, address)
-        return laid.end, laid.addresses
+        if home is None:
+            return laid.end, laid.addresses
+        self._kept.keep(unit, home, laid.addresses)
+        return buffer.address, laid.addresses
 
     def _lay(self, ops: Sequence[Op], unit: Unit, cursor: int, cold: Sequence[bool] = ()) -> _Laid:
         """Places for the inputs of every piece, from an address on.
@@ -206,8 +230,11 @@ class OpStore:
         """Writes the results, adjacent ones in one piece; those in memory are where they belong."""
         if self._finite is not None:
             self._finite.check(self._ops, unit, segments)
-        if self._writer is None:
-            return
+        if self._writer is not None:
+            self._write(self._writer, unit, segments)
+        self._kept.drop(unit)
+
+    def _write(self, writer: Writer, unit: Unit, segments: Segments) -> None:
         size = segments.out_dtype.size
         rows: list[list[int]] = []
         more = HEADER + len(segments.dtypes)
@@ -223,7 +250,7 @@ class OpStore:
                 elif nbytes:
                     rows.append([place.shard, offset, address, nbytes])
         if rows:
-            self._writer.write(np.array(rows, np.int64))
+            writer.write(np.array(rows, np.int64))
 
     def copy(self, unit: Unit) -> None:
         """Copies byte ranges, neighbours together; compares what must be equal first."""

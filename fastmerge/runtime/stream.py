@@ -33,8 +33,18 @@ class Store(Protocol):
     @property
     def durable(self) -> bool: ...  # noqa: D102  described above
 
-    def load(self, job: Job, unit: Unit, buffer: Buffer) -> Segments:
-        """Brings the unit's inputs to addresses and assigns its output addresses."""
+    def reads(self, unit: Unit) -> bool:
+        """Whether loading the unit brings its inputs; not where an earlier pass left them in memory."""
+
+    def load(self, job: Job, unit: Unit, buffer: Buffer, *, again: bool = False) -> Segments:
+        """Brings the unit's inputs to addresses and assigns its output addresses.
+
+        Args:
+            job: of the unit.
+            unit: to be brought.
+            buffer: the worker's slot.
+            again: whether a later pass asks for the same unit.
+        """
 
     def store(self, unit: Unit, segments: Segments) -> None:
         """Keeps the computed outputs of the unit."""
@@ -94,7 +104,7 @@ class Task:
     running: Running
     unit: Unit
     index: int
-    phase: Literal["all", "statistics", "apply", "copy"]
+    phase: Literal["all", "sample", "statistics", "apply", "copy"]
 
 
 class Queue:
@@ -127,14 +137,19 @@ class Queue:
         """The units of the pass that is due."""
         program, job = running.program, running.job
         assert program is not None
-        if program.ready:
-            return [Task(running, u, i, "apply") for i, u in enumerate(job.units) if not self._store.done(job, u)]
+        if program.ready:  # from the end, which was read last
+            last = len(job.units) - 1
+            return [Task(running, job.units[i], i, "apply") for i in range(last, -1, -1) if self._open(job, i)]
         pieces = program.pieces()
         units = job.units if pieces is None else tuple(self._sample(job, pieces.tolist()))
         running.partials = []
         running.missing = len(units)
         self._waiting += 1
-        return [Task(running, u, i, "statistics") for i, u in enumerate(units)]
+        return [Task(running, u, i, "statistics" if pieces is None else "sample") for i, u in enumerate(units)]
+
+    def _open(self, job: Job, unit: int) -> bool:
+        """Whether a unit is still to be stored."""
+        return not self._store.done(job, job.units[unit])
 
     def take(self) -> Task | None:
         """The next task, or None when there is nothing left or the run was stopped."""

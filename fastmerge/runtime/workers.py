@@ -140,11 +140,13 @@ class Runner:
             self._store.copy(unit)
             self.stats.add(write=time.perf_counter() - t0, bytes_written=sum(p[2] for p in unit.pieces), units=1)
             return
-        host = self._store.load(job, unit, buffer)
+        fresh = self._store.reads(unit)
+        host = self._store.load(job, unit, buffer, again=task.phase == "statistics")
         t1 = time.perf_counter()
         partial = device.run(self._compute, task, device, host)
         t2 = t3 = time.perf_counter()
-        if task.phase == "statistics":
+        statistics = task.phase in ("sample", "statistics")
+        if statistics:
             self._queue.deposit(task, partial)
         else:
             self._store.store(unit, host)
@@ -154,8 +156,8 @@ class Runner:
             read=t1 - t0,
             compute=t2 - t1,
             write=t3 - t2,
-            bytes_read=elements * sum([d.size for d in host.dtypes]),
-            bytes_written=0 if task.phase == "statistics" else elements * host.out_dtype.size,
+            bytes_read=elements * sum([d.size for d in host.dtypes]) if fresh else 0,
+            bytes_written=0 if statistics else elements * host.out_dtype.size,
             units=1,
         )
 
@@ -165,7 +167,7 @@ class Runner:
         if program.on_host:
             return self._on_host(task, program, host)
         segments = device.upload(host)
-        if task.phase == "statistics":
+        if task.phase in ("sample", "statistics"):
             return program.statistics(segments)
         if task.phase == "apply":
             program.apply(segments)
@@ -177,7 +179,7 @@ class Runner:
     @staticmethod
     def _on_host(task: Task, program: Program, host: Segments) -> Any:
         """The same for a program that works on host memory whatever the device is: a definition in plain torch."""
-        if task.phase == "statistics":
+        if task.phase in ("sample", "statistics"):
             return program.statistics(host)
         compute(program, host)
         return None

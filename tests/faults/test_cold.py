@@ -20,9 +20,9 @@ def numbers(n, seed):
     return "F32", (n,), np.random.default_rng(seed).standard_normal(n).astype("<f4").tobytes()
 
 
-@pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    """A merge of two models on disk, none of which is in the page cache."""
+@pytest.fixture(params=["linear", "slerp"])
+def recipe(request, tmp_path, monkeypatch):
+    """A merge of two models on disk, none of which is in the page cache: read once, or kept for a second pass."""
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.setattr(_io, "_sleep", lambda _: None)
     paths = [tmp_path / name for name in "xy"]
@@ -41,7 +41,10 @@ def recipe(tmp_path, monkeypatch):
         finally:
             os.close(fd)
     evict(paths)
-    return {"merge_method": "linear", "models": [{"model": str(p), "parameters": {"weight": 0.5}} for p in paths]}
+    how = {"parameters": {"weight": 0.5}}
+    if request.param == "slerp":
+        how = {"parameters": {"t": 0.3}, "base_model": str(paths[0])}
+    return {"merge_method": request.param, "models": [{"model": str(p)} for p in paths], **how}
 
 
 def evict(paths):
@@ -69,12 +72,12 @@ class Failing:
             return self._past(table, row, done)
 
 
-def merged(recipe, out, monkeypatch, past=None):
+def merged(recipe, out, monkeypatch, past=None, **how):
     with monkeypatch.context() as patch:
         if past is not None:
             io = Failing(past)
             patch.setattr(_io, "native", lambda: io)
-        fastmerge.merge(recipe, out, device="cpu", backend="native")
+        fastmerge.merge(recipe, out, device="cpu", backend="native", **how)
         assert past is None or io.calls
     return (out / "model.safetensors").read_bytes()
 
@@ -100,6 +103,9 @@ def test_a_bad_disk_is_an_error_with_its_place(recipe, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"model.safetensors:\d+: read failed: Input/output error"):
         merged(recipe, tmp_path / "out", monkeypatch, bad)
     assert "out" not in names(tmp_path)
+    resumed = merged(recipe, tmp_path / "out", monkeypatch, resume=True)
+    evict(m["model"] for m in recipe["models"])
+    assert resumed == merged(recipe, tmp_path / "again", monkeypatch)
 
 
 def test_a_file_that_shrinks_under_the_merge(recipe, tmp_path, monkeypatch):
