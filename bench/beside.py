@@ -5,9 +5,11 @@
     python bench/beside.py ../before --quick                    # small models, one run each: does it work?
 
 ``../before`` is a work tree that has its own extension. Sections: merges (whole processes: every method on a 768x12
-family; linear, slerp and ties of 1.5b; linear and ties of 18,867 tensors), start (--help and plan), kernels (each tree
-by its own suite, kernel by kernel), calls (in memory; this tree's suite over either package). Figures are medians of
-alternated runs; a row is met where the new build is at most 3 % slower and needs no more memory than 3 % above.
+family; linear, slerp and ties of 1.5b; linear and ties of 18,867 tensors), cold (linear, slerp and ties of 1.5b, or of
+--cold-size, that are on the disk only, beside cat and dd), start (--help and plan), kernels (each tree by its own suite,
+kernel by kernel), calls (in memory; this tree's suite over either package). Figures are medians of alternated runs; a
+row is met where the new build is at most 3 % slower and needs no more memory than 3 % above; of cold merges, where it
+takes a third of the system time and ties is 1.4 times as fast, the others 0.95 of the floor.
 """
 
 from __future__ import annotations
@@ -24,15 +26,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import floor
 import recipes
-from merges import Bench, MergeFailed
-from process import Run, Spread, fastmerge, run, warm, within
+from merges import Bench, MergeFailed, output_bytes
+from process import Run, Spread, cold, fastmerge, run, warm, within
 from report import Row, commit, provenance, save, table, unfit
 
 HERE = Path(__file__).resolve().parents[1]
 SLOWER = 1.03
 MERGES = {"768x12": (3, recipes.METHODS), "1.5b": (3, ("linear", "slerp", "ties")), "moe18k": (2, ("linear", "ties"))}
 """Family to its fine-tunes and methods."""
+
+COLD = {"linear": 3, "slerp": 1, "ties": 3}
+"""Methods of the cold section and how many fine-tunes their family has."""
+
+TIES_COLD, FLOOR_COLD = 1.4, 0.95
+"""How many times faster a cold TIES has to be; the share of the floor that the others may take."""
 
 KERNELS = ("combine", "gram", "delta_keys", "count", "l1", "votes", "consensus", "replicate")
 TYPED = ("combine", "gram", "replicate")
@@ -82,6 +91,38 @@ def merges(bench: Bench, trees: Sequence[Path]) -> Iterator[Row]:
             warm(files)
             old, new = in_turn(bench, lambda tree, path=path: bench.merge(path, tree=tree), trees)  # type: ignore[misc]
             yield compared(bench, f"{method} {size}", old, new)
+
+
+def cold_merges(bench: Bench, trees: Sequence[Path]) -> Iterator[Row]:
+    """Merges whose inputs are on the disk only, beside ``cat`` and ``dd`` of the same bytes in the same state."""
+    for method, models in COLD.items():
+        if method not in bench.chosen(list(COLD)):
+            continue
+        path, files = bench.recipe(method, bench.family(bench.peer_size, models))
+
+        def work(tree: Path, path: Path = path, files: list[Path] = files) -> Run:
+            cold(files)
+            return bench.merge(path, tree=tree)
+
+        floors = []
+        done: list[list[Run]] = [[], []]
+        for _ in range(bench.runs):
+            for runs, tree in zip(done, trees, strict=True):
+                runs.append(work(tree))
+            cold(files)
+            floors.append(floor.probe(files, output_bytes(files), bench.work).seconds)
+        row = compared(bench, f"{method} {bench.peer_size} cold", *done)
+        old, new = (statistics.median(r.system for r in runs) for runs in done)
+        ratio = statistics.median(r.seconds for r in done[1]) / statistics.median(floors)
+        met = new <= old / 3 and (1 / row["times"] >= TIES_COLD if method == "ties" else ratio <= FLOOR_COLD)
+        yield {
+            **{name: value for name, value in row.items() if name != "met"},
+            "before system s": round(old, 2),
+            "now system s": round(new, 2),
+            "floor s": str(Spread.of(floors)),
+            "times floor": round(ratio, 2),
+            "met": bench.verdict(met),
+        }
 
 
 def start(bench: Bench, trees: Sequence[Path]) -> Iterator[Row]:
@@ -170,7 +211,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 SECTIONS: dict[str, Callable[[Bench, Sequence[Path]], Iterator[Row]]] = {
-    "start": start, "merges": merges, "kernels": kernels, "calls": calls,
+    "start": start, "merges": merges, "cold": cold_merges, "kernels": kernels, "calls": calls,
 }  # fmt: skip
 
 
@@ -181,6 +222,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="generated models [$FASTMERGE_BENCH_DATA or .cache/bench]")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--methods", nargs="+", choices=recipes.METHODS, default=[], help="merges: only these")
+    parser.add_argument("--cold-size", choices=("1.5b", "8b"), default="1.5b", help="the cold section's family")
     parser.add_argument("--runs", type=int, help="counted runs of each build [5]")
     parser.add_argument("--quick", action="store_true", help="small models, one run each; judges nothing")
     parser.add_argument("--no-save", action="store_true", help="print only; no file in results/")
@@ -195,7 +237,9 @@ def main() -> int:
         parser.error(reason)
     results: dict[str, list[Row]] = {}
     with tempfile.TemporaryDirectory(dir=data, prefix=".work-") as work:
-        bench = Bench(data, Path(work), args.runs or (1 if args.quick else 5), 0, args.quick, args.methods, ())
+        bench = Bench(
+            data, Path(work), args.runs or (1 if args.quick else 5), 0, args.quick, args.methods, (), args.cold_size
+        )
         for name in args.sections:
             print(f"\n== {name}", flush=True)
             rows = results.setdefault(name, [])

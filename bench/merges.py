@@ -71,7 +71,7 @@ class Bench:
 
     def family(self, size: str, models: int) -> list[Path]:
         """Directories of a generated family, base first."""
-        small = {"1.5b": "256x4", "768x12": "256x4", "moe18k": "tiny-moe", "dense3g": "tiny"}
+        small = {"8b": "256x4", "1.5b": "256x4", "768x12": "256x4", "moe18k": "tiny-moe", "dense3g": "tiny"}
         script = str(Path(__file__).with_name("generate.py"))
         command = [sys.executable, script, str(self.data), "--size", small[size] if self.quick else size]
         made = subprocess.run([*command, "--models", str(models)], stdout=subprocess.PIPE, text=True, check=True)
@@ -168,7 +168,7 @@ def against_floor(bench: Bench) -> list[Row]:
             return merged[-1].seconds
 
         def probe(files: list[Path] = files) -> floor.Floor:
-            return floor.probe(files, _output_bytes(files), bench.work)
+            return floor.probe(files, output_bytes(files), bench.work)
 
         ours, theirs, floors = floor.alternate(work, probe, bench.runs)
         moved = _moved(files)
@@ -192,14 +192,14 @@ def against_floor(bench: Bench) -> list[Row]:
     return rows
 
 
-def _output_bytes(files: Sequence[Path]) -> int:
+def output_bytes(files: Sequence[Path]) -> int:
     """Bytes of one model of the family: of the files in the first file's directory."""
     return sum(f.stat().st_size for f in files if f.parent == files[0].parent)
 
 
 def _moved(files: Sequence[Path]) -> int:
     """Bytes of every input once and of the output."""
-    return sum(f.stat().st_size for f in files) + _output_bytes(files)
+    return sum(f.stat().st_size for f in files) + output_bytes(files)
 
 
 def memory(bench: Bench) -> list[Row]:

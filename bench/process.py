@@ -24,6 +24,7 @@ class Run:
     Attributes:
         seconds: wall time from start to exit.
         cpu: user and system seconds, threads and waited-for children included.
+        system: the second of them alone.
         rss: peak resident bytes of the process. The kernel counts the launching process's pages until the new
             program is loaded, so launchers stay small: nothing here imports numpy.
         status: exit status; negative for a signal.
@@ -32,6 +33,7 @@ class Run:
 
     seconds: float
     cpu: float
+    system: float
     rss: int
     status: int
     output: str
@@ -76,7 +78,8 @@ def run(command: Sequence[str], *, environment: dict[str, str] | None = None) ->
         child.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         text = output.read().decode(errors="replace")
-    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, child.returncode, text[-2_000:])
+    cpu, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    return Run(seconds, cpu, usage.ru_stime, peak, child.returncode, text[-2_000:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,15 @@ class Spread:
 def warm(files: Sequence[Path]) -> None:
     """Reads files once, so that all contenders find them in the page cache, if it can hold them."""
     subprocess.run(["cat", *map(str, files)], stdout=subprocess.DEVNULL, check=True)
+
+
+def cold(files: Sequence[Path]) -> None:
+    """Takes files out of the page cache."""
+    for file in files:
+        fd = os.open(file, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
 
 
 def weights(directory: Path) -> list[Path]:

@@ -18,7 +18,7 @@ def bench(tmp_path, *, quick=False):
 
 
 def runs(*seconds, megabytes=100.0):
-    return [Run(s, s, int(megabytes * 1e6), 0, "") for s in seconds]
+    return [Run(s, s, s / 2, int(megabytes * 1e6), 0, "") for s in seconds]
 
 
 def test_a_build_is_that_of_its_tree(tmp_path):

@@ -1,4 +1,4 @@
-"""kill -9 at 50 random moments of a merge, then ``--resume``: the same bytes each time."""
+"""kill -9 at 50 random moments of merges, then ``--resume``: the same bytes each time."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from tests import tiny
 
 
-@pytest.mark.parametrize(("moments", "mode"), [(50, "fresh"), (20, "overwrite")])
+@pytest.mark.parametrize(("moments", "mode"), [(35, "fresh"), (15, "overwrite")])
 def test_killed_at_any_moment_and_resumed(tmp_path, moments, mode):
     paths = tiny.family(tmp_path / "models", hidden=256, vocab=8000, layers=3)
     recipe = tmp_path / "recipe.yml"

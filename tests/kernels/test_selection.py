@@ -191,7 +191,7 @@ def test_brackets_that_miss(miss, together, monkeypatch):
                 monkeypatch.setattr(selection._Sets, name, lambda self, n=value: np.full(self.share.shape, n))
             else:
                 monkeypatch.setattr(module, name, value)
-    found = Selected(["normal", "rows", "lattice"], (2100, 2000, 1100), together=together)
+    found = Selected(["rows", "lattice"], (2100, 1100), together=together)
     assert found.wrong() == []
     if miss == "every bracket":
         assert decide.TALLIED in found.where, "some query took the slow way"
