@@ -6,10 +6,10 @@
 
 ``../before`` is a work tree that has its own extension. Sections: merges (whole processes: every method on a 768x12
 family; linear, slerp and ties of 1.5b; linear and ties of 18,867 tensors), cold (linear, slerp and ties of 1.5b, or of
---cold-size, that are on the disk only, beside cat and dd), start (--help and plan), kernels (each tree by its own suite,
-kernel by kernel), calls (in memory; this tree's suite over either package). Figures are medians of alternated runs; a
-row is met where the new build is at most 3 % slower and needs no more memory than 3 % above; of cold merges, where it
-takes a third of the system time and ties is 1.4 times as fast, the others 0.95 of the floor.
+--cold-size, that are on the disk only, beside cat and dd), start (--help and plan), kernels (each tree by its own
+suite, kernel by kernel), calls (in memory; this tree's suite over either package). Figures are medians of alternated
+runs; a row is met where the new build is at most 3 % slower and needs no more memory than 3 % above; of cold merges,
+where it takes a third of the system time and ties is 1.4 times as fast, the others 0.95 of the floor.
 """
 
 from __future__ import annotations
