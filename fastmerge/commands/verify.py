@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import xxhash
-
-from fastmerge import _native
-from fastmerge.checkpoint import Checkpoint, seal
+from fastmerge.checkpoint import Checkpoint, ShardFile, seal
 from fastmerge.checkpoint.seal import REPORT_NAME as REPORT
-from fastmerge.errors import CheckpointError
-from fastmerge.runtime.devices import cores
-from fastmerge.runtime.workers import each
-
-BLOCK = 8 << 20
-"""Bytes per read."""
+from fastmerge.commands.sweep import Range, Swept, sweep
 
 SHOWN = 20
 """Wrong entries of a report that are named one by one."""
 
-Range = tuple[str, int, int, str]
+Entry = tuple[str, int, int, str]
 """File, offset, bytes and checksum of what a merge wrote."""
 
 
@@ -87,13 +79,11 @@ def verify(directory: str | os.PathLike[str]) -> Verification:
     if len(recipes) > 1:
         found.problems.append("the shards come from different recipes: stale files of another merge")
     found.recipe = next(iter(recipes), None)
-    for name, bad, size in each(lambda n: _scan(model, n), list(model.tensors), threads=cores(), name="verify"):
-        found.nbytes += size
-        if bad:
-            found.nonfinite[name] = bad
-    facts = _report(found, model)
-    if facts is not None:
-        _checksums(found, facts)
+    found.nbytes = sum(info.nbytes for info in model.tensors.values())
+    entries, files = _entries(found, _report(found, model))
+    swept = sweep(model, files, [Range(*entry[:3]) for entry in entries])
+    found.nonfinite = {name: swept.nonfinite[name] for name in model.tensors if swept.nonfinite[name]}
+    _compare(found, entries, swept)
     found.unchecked = max(0, found.nbytes - found.checked)
     return found
 
@@ -126,107 +116,73 @@ def _report(found: Verification, model: Checkpoint) -> dict[str, Any] | None:
     return facts
 
 
-def _scan(model: Checkpoint, name: str) -> tuple[str, int, int]:
-    """Counts NaN and Inf of one tensor."""
-    info = model.tensors[name]
-    if not info.dtype.mergeable:
-        return name, 0, info.nbytes
-    bad = 0
-    buffer = np.empty(min(BLOCK, info.nbytes), np.uint8)
-    with model.files[info.file].path.open("rb", buffering=0) as f:
-        f.seek(info.offset)
-        left = info.nbytes
-        while left:
-            got = f.readinto(buffer.data[: min(left, BLOCK)])
-            if not got:
-                raise CheckpointError(f"{model.files[info.file].path}: shrank while being read")
-            whole = got - got % info.dtype.size
-            f.seek(whole - got, os.SEEK_CUR)
-            bad += _native.count_nonfinite(buffer.ctypes.data, whole // info.dtype.size, info.dtype.code)
-            left -= whole
-    return name, bad, info.nbytes
-
-
-def _checksums(found: Verification, facts: dict[str, Any]) -> None:
-    """Compares every range that the merge recorded; whatever the report holds, this raises nothing."""
-    directory = Path(found.directory)
-    ranges, wrong = _ranges(directory, facts)
-    found.problems += wrong[:SHOWN]
-    if len(wrong) > SHOWN:
-        found.problems.append(f"{directory / REPORT}: {len(wrong) - SHOWN} more entries are wrong")
+def _compare(found: Verification, entries: Sequence[Entry], swept: Swept) -> None:
+    """What the merge recorded, with what was read."""
     ends: dict[str, int] = defaultdict(int)
-    ranges.sort(key=lambda r: (r[0], r[1]))
-    differ = each(lambda r: _differs(directory, r), ranges, threads=cores(), name="verify")
-    for (shard, offset, nbytes, _), wrong_bytes in zip(ranges, differ, strict=True):
+    for i, ((name, offset, nbytes, expected), checksum) in enumerate(zip(entries, swept.checksums, strict=True)):
+        end = offset + nbytes
         # A resumed merge may have recorded overlapping ranges; each byte counts once.
-        found.checked += max(0, offset + nbytes - max(offset, ends[shard]))
-        ends[shard] = max(ends[shard], offset + nbytes)
-        if wrong_bytes:
-            found.problems.append(f"{shard}: bytes {offset} to {offset + nbytes} {wrong_bytes}")
+        found.checked += max(0, end - max(offset, ends[name]))
+        ends[name] = max(ends[name], end)
+        if i in swept.unread:
+            found.problems.append(f"{name}: bytes {offset} to {end} cannot be read: {swept.unread[i]}")
+        elif checksum != expected:
+            found.problems.append(f"{name}: bytes {offset} to {end} differ from what the merge wrote")
 
 
-def _ranges(directory: Path, facts: dict[str, Any]) -> tuple[list[Range], list[str]]:
-    """The report's ranges that lie inside files of the model, and a line for everything that is not one."""
+def _entries(found: Verification, facts: dict[str, Any] | None) -> tuple[list[Entry], dict[str, ShardFile]]:
+    """The report's ranges that lie inside files of the model, and those files; whatever it holds, no error."""
+    directory = Path(found.directory)
     path = directory / REPORT
-    entries = facts.get("details", {}).get("checksums")
-    if not isinstance(entries, list):
-        return [], [f"{path}: not a merge report: without checksums"]
-    sizes: dict[str, int | None] = {}
-    ranges: list[Range] = []
+    if facts is None:
+        return [], {}
+    listed = facts.get("details", {}).get("checksums")
+    if not isinstance(listed, list):
+        found.problems.append(f"{path}: not a merge report: without checksums")
+        return [], {}
+    known: dict[str, ShardFile | None] = {}
+    entries: list[Entry] = []
     wrong: list[str] = []
-    for i, entry in enumerate(entries):
-        reason = _refused(directory, entry, sizes)
+    for i, entry in enumerate(listed):
+        reason = _refused(directory, entry, known)
         if reason:
             wrong.append(f"{path}: checksum {i}: {reason}")
         else:
-            ranges.append(tuple(entry))
-    return ranges, wrong
+            entries.append(tuple(entry))
+    found.problems += wrong[:SHOWN]
+    if len(wrong) > SHOWN:
+        found.problems.append(f"{path}: {len(wrong) - SHOWN} more entries are wrong")
+    return sorted(entries, key=lambda e: (e[0], e[1])), {name: file for name, file in known.items() if file}
 
 
-def _refused(directory: Path, entry: Any, sizes: dict[str, int | None]) -> str | None:
-    """Why one entry of the report cannot be checked; ``sizes`` remembers the files."""
+def _refused(directory: Path, entry: Any, known: dict[str, ShardFile | None]) -> str | None:
+    """Why one entry of the report cannot be checked; ``known`` remembers the files."""
     if not isinstance(entry, list) or len(entry) != 4:
         return "expected [file, offset, bytes, checksum]"
     name, offset, nbytes, expected = entry
     # JSON's true is an int of Python's: types are compared, not classes.
     if type(name) is not str or type(offset) is not int or type(nbytes) is not int or type(expected) is not str:
         return "expected [file, offset, bytes, checksum]"
-    if name not in sizes:
-        sizes[name] = _size(directory, name)
-    size = sizes[name]
-    if size is None:
+    if name not in known:
+        known[name] = _file(directory, name)
+    file = known[name]
+    if file is None:
         return f"{name[:80]!r} is not a file of this model"
-    if offset < 0 or nbytes < 0 or offset + nbytes > size:
+    if offset < 0 or nbytes < 0 or offset + nbytes > file.size:
         start, length = str(offset)[:24], str(nbytes)[:24]
-        return f"{name}: {length} bytes at {start} are not inside the file of {size} bytes"
+        return f"{name}: {length} bytes at {start} are not inside the file of {file.size} bytes"
     return None
 
 
-def _size(directory: Path, name: str) -> int | None:
-    """Bytes of a file of the directory; None where the name is a path or names no file."""
+def _file(directory: Path, name: str) -> ShardFile | None:
+    """A file of the directory; None where the name is a path or names no file."""
     if os.path.basename(name) != name:  # noqa: PTH119  a name from a file stays a name
         return None
+    path = directory / name
     try:
-        path = directory / name
-        return path.stat().st_size if path.is_file() else None
+        if not path.is_file():
+            return None
+        info = path.stat()
     except (OSError, ValueError):
         return None
-
-
-def _differs(directory: Path, entry: Range) -> str | None:
-    """What is wrong with the bytes of one range; one block of memory, whatever the range."""
-    name, offset, left, expected = entry
-    digest = xxhash.xxh3_64()
-    block = memoryview(bytearray(min(BLOCK, left)))
-    try:
-        with (directory / name).open("rb", buffering=0) as f:
-            f.seek(offset)
-            while left:
-                got = f.readinto(block[: min(left, BLOCK)])
-                if not got:
-                    return "cannot be read: the file shrank"
-                digest.update(block[:got])
-                left -= got
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    return None if digest.hexdigest() == expected else "differ from what the merge wrote"
+    return ShardFile(path, info.st_size, (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns), "", {})
