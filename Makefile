@@ -24,12 +24,12 @@ check: $(STAMP)  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.cu csrc/*.h tests/ops/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.cu csrc/*.h tests/*/*.cpp
 
 fix: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.cu csrc/*.h tests/ops/*.cpp
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.cu csrc/*.h tests/*/*.cpp
 
 bench: $(STAMP)  ## kernels beside memcpy, methods, calls, whole merges beside mergekit and the floor
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-autosave

@@ -169,8 +169,8 @@ void l1_tile(const L1Args& a, const Segment& s, int32_t i, int64_t at, int64_t e
     const Int<W> t = keep_block(a.keep, s, models, i, at, n, rank, d);
     FM_LOOP for (int64_t j = 0; j < n; ++j) k[j] = k[j] + (rank_key(d[j]) > t ? (d[j] < 0 ? -d[j] : d[j]) : W(0));
   }
-  sums[0] = static_cast<double>(fold_lanes(whole));
-  sums[1] = static_cast<double>(fold_lanes(kept));
+  sums[0] = store<double>(fold_lanes(whole));  // one NaN: x86 makes negative ones, arm64 positive ones
+  sums[1] = store<double>(fold_lanes(kept));
 }
 
 template <class W>
