@@ -13,7 +13,7 @@ PACKAGE = ROOT / "fastmerge"
 
 ROOMS = [
     {"errors", "dtypes", "version"},
-    {"tensors", "philox"},
+    {"tensors", "keys", "philox"},
     {"sizes"},
     {"ops", "checkpoint"},
     {"methods"},
