@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import json
-import logging
 import os
 import sys
 import time
@@ -15,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastmerge.errors import FastMergeError, printable
-from fastmerge.sizes import show_bytes
 from fastmerge.version import __version__
 
 if TYPE_CHECKING:
@@ -31,11 +27,24 @@ def _say(text: object, *, err: bool = False) -> None:
     click.echo(printable(text, lines=True), err=err)
 
 
-class _Lines(logging.Formatter):
-    """Log lines, escaped likewise."""
+def _log() -> None:
+    """Shows log lines, escaped likewise."""
+    import logging
 
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record), lines=True)
+    class Lines(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return printable(super().format(record), lines=True)
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(Lines("fastmerge: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
+def _json(value: object, *, indent: int | None = None) -> None:
+    """Prints JSON, which escapes by itself."""
+    import json
+
+    click.echo(json.dumps(value, indent=indent))
 
 
 class _Commands(click.Group):
@@ -59,13 +68,9 @@ class _Commands(click.Group):
 @click.version_option(__version__)
 def main() -> None:
     """Merge LLM weights at the speed of the bytes."""
-    # Looking for plugins of pydantic costs time at every start, and there are none that a recipe wants.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # Nothing here calls BLAS, whose threads numpy would start at import and let spin, one per core.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Lines("fastmerge: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    _log()
 
 
 def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,7 +119,12 @@ def merge(
     log_format: str,
 ) -> None:
     """Merge the models of RECIPE into the new directory OUT."""
+    import gc
+    import json
+
     if quiet:
+        import logging
+
         logging.getLogger("fastmerge").setLevel(logging.ERROR)
     from fastmerge.api import merge as engine
 
@@ -139,7 +149,7 @@ def merge(
         progress=display,
     )
     if log_format == "json":
-        click.echo(json.dumps({"event": "done", **json.loads(report.to_json())}))
+        _json({"event": "done", **json.loads(report.to_json())})
     elif not quiet:
         _say(report)
 
@@ -147,6 +157,8 @@ def merge(
 @contextlib.contextmanager
 def _progress(planned: Plan) -> Iterator[Callable[[Stats], None]]:
     """A bar of output bytes on a terminal; a plain line every 10 s elsewhere."""
+    from fastmerge.sizes import show_bytes
+
     total = sum(p.nbytes for p in planned.layout.places.values())
     started = last = time.monotonic()
     if sys.stderr.isatty():
@@ -175,14 +187,14 @@ def _progress(planned: Plan) -> Iterator[Callable[[Stats], None]]:
 def _json_lines(planned: Plan) -> Iterator[Callable[[Stats], None]]:
     """One JSON event per second."""
     last = time.monotonic()
-    click.echo(json.dumps({"event": "start", "ts": time.time(), **planned.summary()}))
+    _json({"event": "start", "ts": time.time(), **planned.summary()})
 
     def line(stats: Stats) -> None:
         nonlocal last
         if time.monotonic() - last >= 1:
             last = time.monotonic()
             names = ("bytes_read", "bytes_written", "read", "compute", "write", "units")
-            click.echo(json.dumps({"event": "progress", "ts": time.time(), **{n: getattr(stats, n) for n in names}}))
+            _json({"event": "progress", "ts": time.time(), **{n: getattr(stats, n) for n in names}})
 
     yield line
 
@@ -213,7 +225,7 @@ def _show_plan(planned: Plan, *, as_json: bool, **where: Any) -> None:
 
     facts = {**planned.summary(), **estimate(planned, **where)}
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        _json(facts, indent=2)
         return
     _say(table(facts))
     for text in facts.get("warnings", ()):
@@ -228,7 +240,10 @@ def verify(directory: str, as_json: bool) -> None:
     from fastmerge.commands.verify import verify as check
 
     found = check(directory)
-    _say(json.dumps(found.facts(), indent=2) if as_json else found)
+    if as_json:
+        _json(found.facts(), indent=2)
+    else:
+        _say(found)
     if not found.ok:
         raise SystemExit(3)
 
@@ -252,7 +267,10 @@ def bench(recipe: str | None, memory: str | None, runs: int, as_json: bool) -> N
     from fastmerge.commands.bench import bench_kernels, bench_recipe, table
 
     rows = bench_recipe(recipe, memory=memory, runs=runs) if recipe else bench_kernels(runs=runs)
-    click.echo(json.dumps(rows, indent=2) if as_json else table(rows))
+    if as_json:
+        _json(rows, indent=2)
+    else:
+        click.echo(table(rows))
 
 
 @main.command()
@@ -264,7 +282,7 @@ def doctor(as_json: bool, directory: str) -> None:
 
     facts = examine(directory)
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        _json(facts, indent=2)
         return
     for key, value in facts.items():
         click.echo(f"{key:<22} {value}")

@@ -12,13 +12,10 @@ so any piece of a tensor, in any order and on any device, sees the same numbers.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 
 import numpy as np
 import numpy.typing as npt
-
-from fastmerge.errors import RecipeError
 
 DROP = 0
 """Op tag of the Bernoulli drop of DARE."""
@@ -67,7 +64,7 @@ def u16(key: int, model: int, op: int, e0: int, n: int) -> npt.NDArray[np.uint16
     """The 16-bit numbers of elements ``e0 .. e0 + n - 1``.
 
     Args:
-        key: 64-bit key of the tensor (:func:`tensor_key`); only its low 64 bits count, so a signed one will do.
+        key: 64-bit key of the tensor (:func:`fastmerge.keys.tensor_key`); of a signed one only the low 64 bits count.
         model: position among the recipe's non-base models.
         op: :data:`DROP`, :data:`TIES` or :data:`NOISE`.
         e0: logical index, in the whole tensor, of the first element.
@@ -142,7 +139,7 @@ def normal(key: int, model: int, op: int, e0: int, n: int) -> npt.NDArray[np.flo
     symmetric, the mean is 0, the variance 1 within 1e-8, the kurtosis 2.9992 and the largest magnitude 4.325.
 
     Args:
-        key: 64-bit key of the tensor (:func:`tensor_key`).
+        key: 64-bit key of the tensor (:func:`fastmerge.keys.tensor_key`).
         model: the expert's number.
         op: :data:`NOISE`.
         e0: logical index, in the whole tensor, of the first element.
@@ -160,60 +157,3 @@ def normal_of(u: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     line = normal_lines()[_slots(x)]
     size = line[..., 0] + line[..., 1] * x
     return np.where(u & np.uint16(0x8000), -size, size)
-
-
-def tensor_key(seed: int, name: str) -> int:
-    """The 64-bit key of one output tensor.
-
-    Args:
-        seed: the recipe's seed, -2**63 .. 2**63 - 1.
-        name: output tensor name.
-
-    Returns:
-        The little-endian value of blake2b (8 bytes) over the seed as 8 little-endian signed bytes, then the
-        name in UTF-8; 0 .. 2**64 - 1.
-
-    Raises:
-        RecipeError: where the seed does not fit 64 bits.
-    """
-    digest = _seeded(checked_seed(seed)).copy()
-    digest.update(name.encode())
-    return int.from_bytes(digest.digest(), "little")
-
-
-def checked_seed(seed: int) -> int:
-    """The seed itself.
-
-    Raises:
-        RecipeError: where it does not fit 64 bits.
-    """
-    if not -(2**63) <= seed < 2**63:
-        raise RecipeError(f"seed: expected a 64-bit signed integer, got {seed}")
-    return seed
-
-
-@functools.lru_cache(maxsize=8)
-def _seeded(seed: int) -> hashlib.blake2b:
-    """The hash of a seed, to go on from: copying it is quicker than starting anew."""
-    return hashlib.blake2b(seed.to_bytes(8, "little", signed=True), digest_size=8)
-
-
-def threshold(density: float) -> int:
-    """How many of the 65,536 values of a 16-bit number keep their element: keep where ``u16 < threshold``.
-
-    ``T = max(1, floor(density * 65536 + 0.5))`` for a density above 0, and 0 (none) for 0.
-
-    Args:
-        density: expected share of elements kept, 0 .. 1.
-
-    Raises:
-        RecipeError: where the density is not in 0 .. 1.
-    """
-    if not 0.0 <= density <= 1.0:
-        raise RecipeError(f"density: expected a number in 0 .. 1, got {density}")
-    return max(1, math.floor(density * 65536 + 0.5)) if density > 0 else 0
-
-
-def rescale(t: int) -> float:
-    """The factor that keeps a dropped tensor unbiased: ``65536 / T`` in fp64; 1 where nothing is kept."""
-    return 65536 / t if t > 0 else 1.0

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from fastmerge.dtypes import BF16, F16, F32, F64
+from fastmerge.keys import tensor_key
 from fastmerge.methods.parameters import called
 from fastmerge.ops.blocks import torch_dtype
 from fastmerge.ops.segments import HEADER, TILE, Segments, segment_row
 from fastmerge.ops.spec import Op
-from fastmerge.philox import tensor_key
 from fastmerge.planning.from_tensors import TensorPlanner
 from tests.kernels_numpy import NumpyKernels
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import fastmerge
-from fastmerge.philox import DROP, rescale, tensor_key, threshold, u16
+from fastmerge.keys import rescale, tensor_key, threshold
+from fastmerge.philox import DROP, u16
 from tests import tiny
 
 pytestmark = pytest.mark.big

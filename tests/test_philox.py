@@ -12,7 +12,8 @@ import pytest
 
 from fastmerge import philox
 from fastmerge.errors import RecipeError
-from fastmerge.philox import NOISE, normal, normal_lines, normal_of, philox4x32, rescale, tensor_key, threshold, u16
+from fastmerge.keys import rescale, tensor_key, threshold
+from fastmerge.philox import NOISE, normal, normal_lines, normal_of, philox4x32, u16
 
 KNOWN = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),

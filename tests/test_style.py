@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastmerge"
 
 ROOMS = [
     {"errors", "dtypes", "version"},
-    {"tensors", "philox"},
+    {"tensors", "keys", "philox"},
     {"sizes"},
     {"ops", "checkpoint"},
     {"methods"},
@@ -131,15 +133,48 @@ def test_kernels_cannot_be_imported_twice():
     assert "ImportError" in done.stderr
 
 
-@pytest.mark.parametrize("words", [["--help"], ["merge", "--help"], ["methods"], ["methods", "ties"]])
-def test_commands_do_not_import_torch(words):
+HEAVY = {
+    "torch", "transformers", "huggingface_hub", "pydantic", "rich", "asyncio", "email", "importlib.metadata", "socket",
+}  # fmt: skip
+"""What no command loads that merges files on the CPU to no terminal."""
+
+NUMBERS = HEAVY | {"numpy", "concurrent.futures", "fastmerge.runtime.stream", "fastmerge.checkpoint.writer"}
+"""And what it takes to merge, which looking at a recipe does not."""
+
+ANYTHING = NUMBERS | {"json", "logging", "pathlib", "hashlib", "dataclasses", "yaml", "fastmerge.sizes"}
+"""And what takes a look at anything."""
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return tiny.family(tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize(
+    ("words", "unwanted"),
+    [
+        (["--help"], ANYTHING),
+        (["merge", "--help"], NUMBERS | {"pathlib", "yaml"}),
+        (["methods", "ties"], NUMBERS),
+        (["plan", "ties"], NUMBERS),
+        (["plan", "slerp"], NUMBERS),
+        (["plan", "linear"], NUMBERS),
+        (["merge", "linear", "out", "--device", "cpu"], HEAVY),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_commands_load_no_more_than_they_need(paths, tmp_path, words, unwanted):
+    """Beside what the interpreter and click load, which is three quarters of ``--help``."""
+    (tmp_path / "ties").write_text(tiny.recipe(paths, "ties", weight=0.5, density=0.4))
+    (tmp_path / "slerp").write_text(tiny.recipe(paths, "slerp", names=("a",), extra="parameters: {t: 0.5}"))
+    (tmp_path / "linear").write_text(tiny.recipe(paths, "linear", base=None, weight=0.5))
     code = (
-        "import sys\nfrom fastmerge.cli import main\n"
-        f"try:\n    main({words!r})\nfinally:\n    print(*sys.modules, file=sys.stderr)"
+        "import sys, click\nbefore = set(sys.modules)\nfrom fastmerge.cli import main\n"
+        f"try:\n    main({words!r})\nfinally:\n    print(*set(sys.modules) - before, file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout != ""
-    assert {"torch", "transformers", "huggingface_hub"} & set(done.stderr.split()) == set()
+    assert set(done.stderr.split()) & unwanted == set()
 
 
 def test_public_names_are_sorted_and_exist():

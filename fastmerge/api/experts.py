@@ -15,13 +15,13 @@ from fastmerge.backends.choose import cpu_backend, say, wanted
 from fastmerge.backends.probe import cuda_reason, gpu_reason, native_reason
 from fastmerge.dtypes import BY_NAME, FLOATS, DType
 from fastmerge.errors import BackendUnavailable, RecipeError, ShapeError
+from fastmerge.keys import tensor_key
 from fastmerge.methods.replicate import Replicate
 from fastmerge.ops.blocks import gram, torch_dtype
 from fastmerge.ops.replicate import MOST_SIGMA, launch
 from fastmerge.ops.segments import TILE, Segments, segment_row
 from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op, Spec
-from fastmerge.philox import tensor_key
 from fastmerge.runtime.devices import cores
 from fastmerge.tensors import check, extent, python_values
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fastmerge.ops.kernels import U64, Brackets, Deltas, Found, Keep, Rules, Votes
 from fastmerge.ops.segments import F64, I64, Segments
 from fastmerge.ops.spec import Spec
-from fastmerge.philox import normal_lines
 
-I32 = npt.NDArray[np.int32]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+I32: TypeAlias = "npt.NDArray[np.int32]"
 
 _CODES: dict[tuple[int, ...], I32] = {}
 
@@ -21,13 +21,19 @@ def codes(segments: Segments) -> I32:
     """Input types as the kernels take them."""
     key = tuple(d.code for d in segments.dtypes)
     if key not in _CODES:
+        import numpy as np
+
         _CODES[key] = np.array(key, np.int32)
     return _CODES[key]
 
 
 def nonfinite(segments: Segments) -> I64:
     """The caller's counters of non-finite outputs, or ones to throw away."""
-    return segments.nonfinite if len(segments.nonfinite) == len(segments) else np.zeros(len(segments), np.int64)
+    if len(segments.nonfinite) == len(segments):
+        return segments.nonfinite
+    import numpy as np
+
+    return np.zeros(len(segments), np.int64)
 
 
 class NativeKernels:
@@ -107,6 +113,8 @@ class NativeKernels:
 
     def replicate(self, segments: Segments, sigma: F64, numbers: I64) -> None:
         """One input to E outputs, each with its noise."""
+        from fastmerge.philox import normal_lines
+
         s = segments
         self._native.replicate(s.table, codes(s), s.out_dtype.code, sigma, numbers, normal_lines(), s.nonfinite)
 

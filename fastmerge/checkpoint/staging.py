@@ -14,8 +14,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
-import socket
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -282,13 +280,15 @@ def _remove(directory: Path, keep: set[str]) -> None:
         if path.name in keep:
             continue
         if path.is_dir() and not path.is_symlink():
+            import shutil
+
             shutil.rmtree(path)
         else:
             path.unlink()
 
 
 def _self() -> bytes:
-    return json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
+    return json.dumps({"pid": os.getpid(), "host": os.uname().nodename}).encode()
 
 
 def _parse_owner(text: bytes) -> tuple[int, str] | None:
@@ -306,7 +306,7 @@ def _owner(text: bytes) -> str:
 
 def _dead(text: bytes) -> bool:
     owner = _parse_owner(text)
-    if owner is None or owner[1] != socket.gethostname():
+    if owner is None or owner[1] != os.uname().nodename:
         return False
     try:
         os.kill(owner[0], 0)

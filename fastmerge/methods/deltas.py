@@ -7,12 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from fastmerge.keys import rescale, threshold
 from fastmerge.methods.base import Method, per_model, shared
-from fastmerge.ops.consensus import program as family
-from fastmerge.ops.consensus import reference as definition
 from fastmerge.ops.consensus.rules import Consensus, in_range
-from fastmerge.ops.per_spec import PerSpec
-from fastmerge.philox import rescale, threshold
 
 if TYPE_CHECKING:
     import torch
@@ -88,18 +85,26 @@ class TaskVectors(Method):
 
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """The family's definition for a model of one tensor."""
+        from fastmerge.ops.consensus import reference as definition
+
         return definition.reference([inputs], [op], [rules_of(op.spec)])[0]
 
     @classmethod
     def reference_all(cls, inputs: Sequence[Sequence[torch.Tensor]], ops: Sequence[Op]) -> list[torch.Tensor]:
         """All tensors together where the threshold is the model's."""
         if ops and ops[0].spec.grain == "model":
+            from fastmerge.ops.consensus import reference as definition
+            from fastmerge.ops.per_spec import PerSpec
+
             return definition.reference(inputs, ops, PerSpec(rules_of, ops).all())
         return super().reference_all(inputs, ops)
 
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """Any selection and sums, then consensus."""
+        from fastmerge.ops.consensus import program as family
+        from fastmerge.ops.per_spec import PerSpec
+
         return family.program(ops, PerSpec(rules_of, ops), kernels)
 
     def grain(self, spec: Spec) -> Grain:

@@ -6,15 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-import numpy as np
-
-from fastmerge.methods import angles
 from fastmerge.methods.base import Contract, Method, shared
-from fastmerge.ops import blocks
-from fastmerge.ops.gram import GramProgram, check_sums
-from fastmerge.ops.per_spec import PerSpec
 from fastmerge.ops.segments import F64
-from fastmerge.ops.split import by_kind
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +30,10 @@ def ratio(stats: F64, models: int, angle: bool, clamp: bool, floor: float) -> F6
     Returns:
         ``[P]``: ``N c / (1 + (N - 1) c)``; 0 at its pole.
     """
+    import numpy as np
+
+    from fastmerge.methods import angles
+
     column = {(i, j): n for n, (i, j) in enumerate((i, j) for i in range(models) for j in range(i, models))}
     total = np.zeros(len(stats))
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
@@ -95,6 +92,10 @@ class ModelStock(Method):
     @classmethod
     def solve(cls, ops: Sequence[Op], stats: F64, rows: Sequence[int]) -> tuple[F64, F64]:
         """Coefficients ``[P, 1 + N]`` and scales (t, N) ``[P, 2]`` for all vectors of all tensors, in order."""
+        import numpy as np
+
+        from fastmerge.ops.gram import check_sums
+
         check_sums(ops, stats, rows)
         models = len(ops[0].spec.dtypes) - 1
         scale = np.full((len(stats), 2), float(models))
@@ -106,6 +107,8 @@ class ModelStock(Method):
 
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """Inner products of the offsets of each vector, then the way from the base."""
+        from fastmerge.ops import blocks
+
         spec = op.spec
         base, *others = blocks.work(inputs, spec)
         if not spec.numel:
@@ -120,6 +123,10 @@ class ModelStock(Method):
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """Gram of the offsets, solve, combine."""
+        from fastmerge.ops.gram import GramProgram
+        from fastmerge.ops.per_spec import PerSpec
+        from fastmerge.ops.split import by_kind
+
         methods = PerSpec(lambda spec: cast("ModelStock", spec.method), ops)
 
         def steps(sequence: Any, vectors: Any, some: Sequence[Op]) -> tuple[Any, Any]:

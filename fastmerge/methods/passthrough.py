@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from fastmerge.methods.base import Contract, Method, per_input
-from fastmerge.ops import blocks
 from fastmerge.ops.combine import CombineProgram, weights_in_range
-from fastmerge.ops.per_spec import PerSpec
 
 if TYPE_CHECKING:
     import torch
@@ -53,11 +51,15 @@ class Passthrough(Method):
 
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """``s x``."""
+        from fastmerge.ops import blocks
+
         return blocks.combined(inputs, op.spec, *_tables(op.spec))
 
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """One pass of the combine kernel."""
+        from fastmerge.ops.per_spec import PerSpec
+
         tables = PerSpec(_tables, ops)
         coef, scale = tables.rows(lambda t: t[0]), tables.rows(lambda t: (1.0, t[1]))
         return CombineProgram(kernels, coef, scale, delta=False)

@@ -6,15 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-import numpy as np
-
-from fastmerge.methods import angles
 from fastmerge.methods.base import Contract, Method, shared
-from fastmerge.ops import blocks
-from fastmerge.ops.gram import GramProgram, check_sums
-from fastmerge.ops.per_spec import PerSpec
 from fastmerge.ops.segments import F64
-from fastmerge.ops.split import by_kind
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +33,10 @@ def coefficients(stats: F64, t: F64, threshold: F64, every: F64) -> F64:
     Returns:
         ``[P, 2]`` coefficients of a and b.
     """
+    import numpy as np
+
+    from fastmerge.methods import angles
+
     norm_a, norm_b = np.sqrt(stats[:, 0]), np.sqrt(stats[:, 2])
     zero = (norm_a <= EPSILON) | (norm_b <= EPSILON)
     norm_a, norm_b = np.where(norm_a <= EPSILON, 1.0, norm_a), np.where(norm_b <= EPSILON, 1.0, norm_b)
@@ -110,6 +107,10 @@ class Slerp(Method):
     @classmethod
     def solve(cls, ops: Sequence[Op], stats: F64, rows: Sequence[int]) -> tuple[F64, F64]:
         """Coefficients ``[P, 2]`` and scales ``[P, 2]`` for all vectors of all tensors, in order."""
+        import numpy as np
+
+        from fastmerge.ops.gram import check_sums
+
         check_sums(ops, stats, rows)
         methods = [cast("Slerp", op.spec.method) for op in ops]
         t = np.repeat([m.t for m in methods], rows)
@@ -129,6 +130,8 @@ class Slerp(Method):
 
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """Inner products of each vector, then the blend."""
+        from fastmerge.ops import blocks
+
         spec = op.spec
         if not spec.numel:
             return blocks.finish(inputs[0].reshape(-1), spec)
@@ -141,6 +144,10 @@ class Slerp(Method):
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """Gram, solve, combine."""
+        from fastmerge.ops.gram import GramProgram
+        from fastmerge.ops.per_spec import PerSpec
+        from fastmerge.ops.split import by_kind
+
         kinds = PerSpec(lambda spec: cast("Slerp", spec.method).kind, ops).all()
 
         def steps(sequence: Any, vectors: Any, some: Sequence[Op]) -> tuple[Any, Any]:

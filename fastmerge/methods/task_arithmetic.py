@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from fastmerge.methods.base import Contract, per_model, shared
 from fastmerge.methods.deltas import TaskVectors, rules_of
-from fastmerge.ops import blocks
 from fastmerge.ops.combine import CombineProgram
-from fastmerge.ops.per_spec import PerSpec
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +65,8 @@ class TaskArithmetic(TaskVectors):
 
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """``b + lambda (sum w_i (x_i - b)) / div``."""
+        from fastmerge.ops import blocks
+
         if self.delta_dtype == "base":
             return super().reference(inputs, op)
         rules = rules_of(op.spec)
@@ -75,6 +75,8 @@ class TaskArithmetic(TaskVectors):
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """One pass of the combine kernel, or of the consensus kernel where task vectors are rounded."""
+        from fastmerge.ops.per_spec import PerSpec
+
         if any(
             cast("TaskArithmetic", m).delta_dtype == "base"
             for m in {id(op.spec): op.spec.method for op in ops}.values()

@@ -161,7 +161,7 @@ def top(magnitudes: npt.NDArray[np.uint64], k: int, ties: str, noise: npt.NDArra
             all; ``all`` keeps every one; ``spread`` keeps each with the probability that makes k on average.
         noise: 16-bit random numbers ``[n]``, for ``spread``.
     """
-    from fastmerge.philox import threshold
+    from fastmerge.keys import threshold
 
     n = len(magnitudes)
     if k <= 0 or k >= n:

@@ -6,18 +6,18 @@ Tables are numpy arrays; outputs may be tensors of the device where a backend ha
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from fastmerge.ops.segments import F64, I64, Segments
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from fastmerge.ops.spec import Spec
 
-I32 = npt.NDArray[np.int32]
-U64 = npt.NDArray[np.uint64]
+I32: TypeAlias = "npt.NDArray[np.int32]"
+U64: TypeAlias = "npt.NDArray[np.uint64]"
 
 ELECT = {"none": 0, "mass": 1, "count": 2}
 ZERO = {"plus": 0, "majority": 1, "base": 2}

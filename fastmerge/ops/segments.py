@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, TypeAlias
 
 from fastmerge.dtypes import DType
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from fastmerge.ops.spec import Op
 
 TILE = 65_536
@@ -24,8 +24,14 @@ OUT, LENGTH, E0, ROW, KEY, GROUP, STATS, HEADER = range(8)
 """Columns of a segment row: address of the result (0: none), elements, logical index of the first element in the whole
 tensor, row length, Philox key (bits), index of the tensor in its job, first row of partial results, first input."""
 
-I64 = npt.NDArray[np.int64]
-F64 = npt.NDArray[np.float64]
+I64: TypeAlias = "npt.NDArray[np.int64]"
+F64: TypeAlias = "npt.NDArray[np.float64]"
+
+
+def _no_counters() -> I64:
+    import numpy as np
+
+    return np.zeros(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -43,7 +49,7 @@ class Segments:
     table: I64
     dtypes: tuple[DType, ...]
     out_dtype: DType
-    nonfinite: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
+    nonfinite: I64 = field(default_factory=_no_counters)
 
     @property
     def outputs(self) -> int:

@@ -7,7 +7,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +27,14 @@ TOKENIZER = (
     "dict.txt", "tekken.json", "ice_text.model", "normalizer.json", "chat_template*",
     "additional_chat_templates/*.jinja",
 )  # fmt: skip
-"""Names of tokenizers, their vocabularies and templates, as patterns."""
+"""Names of tokenizers, their vocabularies and templates, as patterns with one ``*`` at most."""
 
 OTHERS = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "feature_extraction_config.json", "modules.json", "sentence_*_config.json", "config_sentence_transformers.json",
     "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "Notice*", "License*",
 )  # fmt: skip
-"""Names of what else a model is used with, as patterns."""
+"""Names of what else a model is used with, likewise."""
 
 _NEVER = (".py", ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".onnx", ".gguf", ".msgpack", ".h5")
 """Endings that no pattern takes: weights, and code that only a configuration may name."""
@@ -102,12 +101,20 @@ def _matching(model: Checkpoint, patterns: Sequence[str], warnings: list[str]) -
         if directory not in listed:
             listed[directory] = _names(model.path / directory)
         for name in listed[directory]:
-            if fnmatchcase(name, last) and not name.endswith(_NEVER):
+            if _matches(name, last) and not name.endswith(_NEVER):
                 full = f"{directory}/{name}" if directory else name
                 path = _inside(model, full, warnings)
                 if path is not None:
                     found.setdefault(full, path)
     return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """What ``fnmatch`` says, which would compile 34 expressions for that: 12 million instructions."""
+    head, star, tail = pattern.partition("*")
+    if not star:
+        return name == pattern
+    return len(name) >= len(head) + len(tail) and name.startswith(head) and name.endswith(tail)
 
 
 def _names(directory: Path) -> list[str]:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from fastmerge.checkpoint import of_fields
 from fastmerge.dtypes import DType, promote
 from fastmerge.errors import RecipeError
+from fastmerge.keys import checked_seed, tensor_key
 from fastmerge.methods.base import Method
 from fastmerge.methods.parameters import Resolver
 from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op, Source, Spec
-from fastmerge.philox import checked_seed, tensor_key
 
 
 class TensorPlanner:

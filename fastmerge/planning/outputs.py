@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from fastmerge.checkpoint import of_fields
 from fastmerge.dtypes import BY_NAME, DType, promote
 from fastmerge.errors import CheckpointError, RecipeError, ShapeError
+from fastmerge.keys import checked_seed, tensor_key
 from fastmerge.methods.base import Method
 from fastmerge.methods.parameters import Resolver
 from fastmerge.methods.passthrough import COPY, Passthrough
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op, Source, Spec
-from fastmerge.philox import checked_seed, tensor_key
 from fastmerge.planning.inputs import Inputs
 from fastmerge.planning.rows import Models, Row
 from fastmerge.planning.shapes import Shapes

@@ -18,7 +18,6 @@ from fastmerge.runtime.devices.cuda import CudaDevice, Gpu
 from fastmerge.runtime.devices.streams import NoRoom
 from fastmerge.runtime.kept import NOTHING, Room, room
 from fastmerge.runtime.schedule import Job, schedule
-from fastmerge.runtime.workers import each
 
 WAITING = 2
 """Workers beyond the cores: while some wait for the disk, others compute."""
@@ -266,6 +265,8 @@ def _reserve(slots: Slots, gpus: Sequence[Gpu]) -> list[CudaDevice]:
     Raises:
         NoRoom: if any cannot be had; those that could are given back.
     """
+    from fastmerge.runtime.workers import each
+
     every: list[CudaDevice] = []
     try:
         held = [g.reserve(len(range(i, slots.number, len(gpus))), slots.nbytes) for i, g in enumerate(gpus)]

@@ -13,7 +13,8 @@ from fastmerge import (
     ties_merge,
 )
 from fastmerge.errors import RecipeError, ShapeError
-from fastmerge.philox import tensor_key, threshold, u16
+from fastmerge.keys import tensor_key, threshold
+from fastmerge.philox import u16
 from tests.compare import differences
 
 torch.set_num_threads(1)

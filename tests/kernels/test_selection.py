@@ -8,7 +8,7 @@ import ctypes
 import numpy as np
 import pytest
 
-from fastmerge.philox import threshold
+from fastmerge.keys import threshold
 from tests import keep_oracle as oracle
 from tests.kernels.cases import Case
 

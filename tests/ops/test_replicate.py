@@ -10,9 +10,10 @@ import fastmerge as fm
 from fastmerge import _native
 from fastmerge.backends.native import NativeKernels
 from fastmerge.dtypes import BY_CODE
+from fastmerge.keys import tensor_key
 from fastmerge.ops.replicate import TILE_BYTES, ReplicateProgram, first_tiles, reference
 from fastmerge.ops.segments import GROUP, Segments
-from fastmerge.philox import NOISE, normal, normal_lines, tensor_key
+from fastmerge.philox import NOISE, normal, normal_lines
 from tests.backends.isas import ISAS, using
 from tests.backends.test_native import TORCH, values
 from tests.compare import differences

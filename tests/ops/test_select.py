@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastmerge.keys import tensor_key
 from fastmerge.methods.linear import Linear
 from fastmerge.ops.blocks import top
 from fastmerge.ops.consensus.rules import kept
@@ -15,7 +16,7 @@ from fastmerge.ops.selection.brackets import Span, blocks, bracket
 from fastmerge.ops.selection.select import ALL_TILES, Select
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.ops.tiles import Partial, gather, number
-from fastmerge.philox import TIES, tensor_key, u16
+from fastmerge.philox import TIES, u16
 from tests import oracle
 
 

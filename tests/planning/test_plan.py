@@ -9,10 +9,10 @@ import pytest
 
 from fastmerge.dtypes import BF16
 from fastmerge.errors import CheckpointError, ShapeError
+from fastmerge.keys import tensor_key
 from fastmerge.ops.made import Wide
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op, Spec
-from fastmerge.philox import tensor_key
 from fastmerge.planning import Plan, plan
 from fastmerge.recipe import Recipe
 from tests.planning.plans import LINEAR, TIES, by_name, make, method_of, models_of, names, tensors_of

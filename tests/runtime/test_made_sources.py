@@ -13,6 +13,7 @@ from fastmerge.api.tensors import run
 from fastmerge.checkpoint import Checkpoint, layout
 from fastmerge.dtypes import BF16, BY_NAME, F32, F64
 from fastmerge.errors import CheckpointError, FastMergeError
+from fastmerge.keys import tensor_key
 from fastmerge.methods import get
 from fastmerge.methods.parameters import called
 from fastmerge.methods.passthrough import COPY, Passthrough
@@ -21,7 +22,7 @@ from fastmerge.ops.made import Constant, LowRank, Noise, Rows, Wide
 from fastmerge.ops.segments import TILE
 from fastmerge.ops.sources import FileRange, Memory
 from fastmerge.ops.spec import Op, Spec
-from fastmerge.philox import NOISE, normal, tensor_key
+from fastmerge.philox import NOISE, normal
 from fastmerge.planning import Plan
 from fastmerge.recipe import Recipe
 from fastmerge.runtime import placement

@@ -11,13 +11,14 @@ import fastmerge as fm
 from fastmerge.backends.choose import cpu_backend
 from fastmerge.checkpoint import Checkpoint, Files, Writer, layout
 from fastmerge.dtypes import BF16, F32
+from fastmerge.keys import tensor_key
 from fastmerge.methods.linear import Linear
 from fastmerge.methods.passthrough import COPY, Passthrough
 from fastmerge.methods.replicate import Replicate
 from fastmerge.ops.made import Constant, LowRank, Noise, Rows
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op, Spec
-from fastmerge.philox import NOISE, normal, tensor_key
+from fastmerge.philox import NOISE, normal
 from fastmerge.runtime.budget import need
 from fastmerge.runtime.devices import CpuDevice
 from fastmerge.runtime.schedule import schedule

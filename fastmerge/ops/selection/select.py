@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastmerge.keys import threshold
 from fastmerge.ops.kernels import Brackets, Deltas, Found, Kernels
 from fastmerge.ops.segments import E0, GROUP, I64, LENGTH, TILE, Segments
 from fastmerge.ops.selection.brackets import Span, blocks, bracket, narrow, within
 from fastmerge.ops.spec import Op
 from fastmerge.ops.tiles import Partial, gather, number
-from fastmerge.philox import threshold
 
 U64 = npt.NDArray[np.uint64]
 

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
-import numpy as np
-
 from fastmerge.errors import FastMergeError
 from fastmerge.ops.segments import HEADER, I64, LENGTH, OUT, Segments
 from fastmerge.runtime.devices.buffer import Buffer
@@ -157,6 +155,8 @@ class CudaDevice:
 
     def upload(self, host: Segments) -> Segments:
         """Copies all inputs in one range, and moves the table to the device slot."""
+        import numpy as np
+
         assert self._buffer is not None
         table = host.table.copy()
         sizes = np.array([d.size for d in host.dtypes], np.int64)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from fastmerge.errors import BudgetError
 from fastmerge.runtime.devices.buffer import Buffer
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
 COPY_BYTES = 16 << 20
