@@ -68,6 +68,8 @@ class _Commands(click.Group):
 @click.version_option(__version__)
 def main() -> None:
     """Merge LLM weights at the speed of the bytes."""
+    # Looking for plugins of pydantic costs time at every start, and there are none that a recipe wants.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # Nothing here calls BLAS, whose threads numpy would start at import and let spin, one per core.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _log()

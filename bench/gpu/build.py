@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench.gpu.plan import ROOT, Context, Item, Row
 
-MODULES = {"click": "click", "numpy": "numpy", "yaml": "PyYAML", "rich": "rich",
+MODULES = {"click": "click", "numpy": "numpy", "pydantic": "pydantic", "yaml": "PyYAML", "rich": "rich",
            "xxhash": "xxhash", "torch": "torch", "triton": "triton", "pytest": "pytest",
            "hypothesis": "hypothesis", "safetensors": "safetensors", "pybind11": "pybind11"}  # fmt: skip
 """Modules that the run imports, with the packages that hold them; mergekit is compared where it is there."""

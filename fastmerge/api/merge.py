@@ -58,7 +58,7 @@ def plan(
     """
     loaded = Recipe.load(recipe, strict=strict)
     if allow_missing:
-        loaded = replace(loaded, missing="merge")
+        loaded = loaded.model_copy(update={"missing": "merge"})
     return planning.plan(loaded, seed=seed, shard_size=parse_bytes(shard_size))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastmerge.errors import RecipeError
@@ -24,15 +23,10 @@ from fastmerge.recipe.settings import Parameters, Rule, Setting
 from fastmerge.recipe.tree import Loc
 
 
-@dataclass(frozen=True, kw_only=True)
 class Recipe(Shape):
-    """What is wanted. Immutable; equal where the meaning is written the same.
+    """What is wanted. Immutable; equal where the meaning is written the same."""
 
-    Attributes:
-        origin: the file it was loaded from, with its lines and warnings; None where it was not loaded.
-    """
-
-    origin: Origin | None = field(default=None, compare=False, repr=False)
+    _origin: Origin | None = None
 
     @classmethod
     def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, *, strict: bool = False) -> Recipe:
@@ -56,16 +50,17 @@ class Recipe(Shape):
         problems.check()
         if recipe is None:
             raise RecipeError(f"{name}: not a recipe")
-        return replace(recipe, origin=problems.origin)
+        recipe._origin = problems.origin  # noqa: SLF001  its own
+        return recipe
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What was ignored or deserves a look, each as ``file:line: place: what``; no part of what the recipe means."""
-        return self.origin.warnings if self.origin is not None else ()
+        return self._origin.warnings if self._origin is not None else ()
 
     def at(self, loc: Loc) -> str:
         """A place as errors name it, ``recipe.yml:4: slices[1]``; without file and line where it was not loaded."""
-        return self.origin.at(loc) if self.origin is not None else dotted(loc)
+        return self._origin.at(loc) if self._origin is not None else dotted(loc)
 
     @property
     def method(self) -> type[Method]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastmerge.methods.base import REQUIRED, Method, Param
 from fastmerge.recipe.load import LIFTED
@@ -16,8 +16,6 @@ from fastmerge.recipe.tree import Loc
 
 if TYPE_CHECKING:
     from fastmerge.recipe import Recipe
-
-InputT = TypeVar("InputT", bound=Input)
 
 BUILT_IN_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 
@@ -154,7 +152,7 @@ def _tokenizer(recipe: Recipe, problems: Problems) -> Recipe:
     named = ("auto", *BUILT_IN_TEMPLATES)
     if template and template not in named and (len(template) < 20 or "{" not in template):
         problems.add(("chat_template",), f"expected {', '.join(named)} or a Jinja template; got {template[:40]!r}")
-    return replace(recipe, tokenizer=None, tokenizer_source=source)
+    return recipe.model_copy(update={"tokenizer": None, "tokenizer_source": source})
 
 
 def tokenizer_ref(recipe: Shape) -> ModelRef | None:
@@ -205,17 +203,17 @@ def _lift(recipe: Recipe, method: type[Method], problems: Problems) -> Recipe:
         slices = []
         for i, s in enumerate(recipe.slices):
             sources, own = _lifted(s.sources, s.parameters, name, ("slices", i, "sources"), problems)
-            slices.append(replace(s, sources=sources, parameters=own))
-        recipe = replace(recipe, models=models, parameters=top, slices=tuple(slices))
+            slices.append(s.model_copy(update={"sources": sources, "parameters": own}))
+        recipe = recipe.model_copy(update={"models": models, "parameters": top, "slices": tuple(slices)})
     return recipe
 
 
 def _lifted(
-    inputs: tuple[InputT, ...], level: Parameters, name: str, loc: Loc, problems: Problems
-) -> tuple[tuple[InputT, ...], Parameters]:
+    inputs: Sequence[Input], level: Parameters, name: str, loc: Loc, problems: Problems
+) -> tuple[tuple[Input, ...], Parameters]:
     given = [(i, m.parameters[name]) for i, m in enumerate(inputs) if name in m.parameters]
     if not given:
-        return inputs, level
+        return tuple(inputs), level
     wanted: Setting = level.get(name, given[0][1])
     for i, setting in given:
         if setting != wanted:
@@ -224,7 +222,8 @@ def _lifted(
                 f"one {name!r} is shared by both models; got {setting.plain()!r} here and {wanted.plain()!r} elsewhere",
             )
     stripped = tuple(
-        replace(m, parameters=Parameters({k: v for k, v in m.parameters.items() if k != name})) for m in inputs
+        m.model_copy(update={"parameters": Parameters({k: v for k, v in m.parameters.items() if k != name})})
+        for m in inputs
     )
     return stripped, Parameters({**level, name: wanted})
 

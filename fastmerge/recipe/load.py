@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from fastmerge.checkpoint.system import read_regular
 from fastmerge.errors import RecipeError
 from fastmerge.methods.base import Method, Param
@@ -14,9 +16,9 @@ from fastmerge.recipe import stray
 from fastmerge.recipe import tree as yamltree
 from fastmerge.recipe.modules import hoist
 from fastmerge.recipe.problems import Problems, hint
-from fastmerge.recipe.schema import Reader, Shape, shown
+from fastmerge.recipe.schema import Shape
 from fastmerge.recipe.settings import Parameters, Rule, Setting, read
-from fastmerge.recipe.tree import Loc, Map, Seq
+from fastmerge.recipe.tree import Loc, Map, Seq, kind
 
 IGNORED = frozenset({"int8_mask"})
 """mergekit's parameters that never change a result: accepted at every level of every method."""
@@ -91,12 +93,26 @@ def build(
     if isinstance(wanted, str) and method is None:
         known = ", ".join(sorted(methods))
         problems.add(("merge_method",), f"unknown method {wanted!r}{hint(wanted, methods)}; known: {known}")
-    reader = Reader(problems, lambda loc, given: _extra(given, loc, method, problems))
-    recipe = reader.mapping(cls, _Levels(tree, method, methods, problems).data(), ())
-    return recipe, problems
+    data = _Levels(tree, method, methods, problems).data()
+    try:
+        return cls.model_validate(data), problems
+    except ValidationError as e:
+        mended = True
+        for error in e.errors(include_url=False):
+            loc = tuple(p for p in error["loc"] if isinstance(p, int | str))
+            if error["type"] == "extra_forbidden":
+                _extra(data, loc, method, problems)
+                mended = mended and _remove(data, loc)
+            else:
+                problems.add(loc, _message(error))
+                mended = False
+    try:
+        return (cls.model_validate(data) if mended else None), problems
+    except ValidationError:
+        return None, problems
 
 
-def _extra(given: Mapping[str, Any], loc: Loc, method: type[Method] | None, problems: Problems) -> None:
+def _extra(data: Any, loc: Loc, method: type[Method] | None, problems: Problems) -> None:
     """Says what a key that the grammar does not have is likely to be."""
     key = str(loc[-1])
     if key in IGNORED:
@@ -106,7 +122,34 @@ def _extra(given: Mapping[str, Any], loc: Loc, method: type[Method] | None, prob
     if container != "tokenizer" and method and key in {p.name for p in method.params}:
         problems.add(loc, f"{key!r} is a parameter of {method.name!r}: put it under 'parameters:'")
         return
-    stray.key(problems, loc, container, given)
+    for part in loc[:-1]:
+        data = data[part]
+    stray.key(problems, loc, container, data)
+
+
+def _message(error: Any) -> str:
+    match error["type"]:
+        case "missing":
+            return "this key is required"
+        case "value_error":
+            return str(error["ctx"]["error"])
+        case "model_type" | "dict_type":
+            return f"expected a mapping; got {_shown(error['input'])}"
+        case "tuple_type":
+            return f"expected a list; got {_shown(error['input'])}"
+        case _:
+            text = str(error["msg"]).replace("Input should be", "expected")
+            return f"{text[0].lower()}{text[1:]}; got {_shown(error['input'])}"
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:60] if isinstance(value, str | int | float) else kind(value)
+
+
+def _remove(data: Any, loc: Loc) -> bool:
+    for part in loc[:-1]:
+        data = data[part]
+    return isinstance(data, dict) and data.pop(str(loc[-1]), None) is not None
 
 
 class _Levels:
@@ -164,7 +207,7 @@ class _Levels:
         if raw is None:
             return Parameters()
         if not isinstance(raw, Map):
-            self._problems.add(loc, f"expected a mapping of parameters; got {shown(raw)}")
+            self._problems.add(loc, f"expected a mapping of parameters; got {_shown(raw)}")
             return Parameters()
         items: dict[str, Setting] = {}
         for name, value in raw.items():

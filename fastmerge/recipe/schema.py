@@ -1,20 +1,18 @@
-"""The shape of a recipe: frozen values, strict about their keys, read so that every problem is found.
-
-Plain dataclasses: importing pydantic for these six values was 29 % of the instructions of a whole ``plan``.
-"""
+"""The shape of a recipe: frozen pydantic values, strict about keys."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, InstanceOf, StrictInt, StrictStr
 
 from fastmerge.dtypes import BY_NAME, FLOATS
-from fastmerge.recipe.problems import Problems, hint
+from fastmerge.recipe.problems import hint
 from fastmerge.recipe.settings import Parameters
-from fastmerge.recipe.tree import Loc, Map, kind
+from fastmerge.recipe.tree import Map, kind
 
 SEED_BOUND = 2**63
 _WRITE_PATHS = "a path with '+' or '@' is written {model: {path: ...}}"
@@ -137,7 +135,7 @@ def dtype_name(raw: Any) -> str:
     names = [d.name for d in FLOATS]
     if not isinstance(raw, str):
         shown = raw if isinstance(raw, int | float) else kind(raw)
-        raise ValueError(f"expected one of {', '.join(names)}; got {shown}")  # noqa: TRY004  these are collected
+        raise ValueError(f"expected one of {', '.join(names)}; got {shown}")  # noqa: TRY004  pydantic collects these
     name = raw.removeprefix("torch.")
     if name in names:
         return name
@@ -147,164 +145,67 @@ def dtype_name(raw: Any) -> str:
     raise ValueError(f"{raw!r} {what}: expected one of {', '.join(names)}{near}")
 
 
-def shown(value: Any) -> str:
-    """A value as errors quote it."""
-    return repr(value)[:60] if isinstance(value, str | int | float) else kind(value)
+def _integer(value: Any) -> Any:
+    """Integers as mergekit takes them: ``12``, ``"12"`` and ``12.0``; anything else goes on as it is."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]{1,20}", value):
+        return int(value)
+    return value
 
 
-def _integer(raw: Any) -> int:
-    """Integers as mergekit takes them: ``12``, ``"12"`` and ``12.0``."""
-    if isinstance(raw, float) and raw.is_integer():
-        return int(raw)
-    if isinstance(raw, str) and re.fullmatch(r"[-+]?[0-9]{1,20}", raw):
-        return int(raw)
-    if isinstance(raw, int) and not isinstance(raw, bool):
-        return raw
-    raise ValueError(f"expected a valid integer; got {shown(raw)}")
+def _layer_range(value: tuple[int, int]) -> tuple[int, int]:
+    first, end = value
+    if not 0 <= first < end:
+        raise ValueError(f"expected [first, end) with 0 <= first < end; got [{first}, {end}]")
+    return value
 
 
-def _seed(raw: Any) -> int:
-    value = _integer(raw)
+def _seed(value: int) -> int:
     if not -SEED_BOUND <= value < SEED_BOUND:
         raise ValueError(f"expected a 64-bit signed integer; got {value}")
     return value
 
 
-def _text(raw: Any) -> str:
-    if not isinstance(raw, str):
-        raise ValueError(f"expected a valid string; got {shown(raw)}")  # noqa: TRY004  these are collected
-    return raw
+def _none_is_empty(value: Any) -> Any:
+    return () if value is None else value
 
 
-def _missing(raw: Any) -> str:
-    if raw not in ("error", "merge"):
-        raise ValueError(f"expected 'error' or 'merge'; got {shown(raw)}")
-    return str(raw)
-
-
-V = TypeVar("V")
-
-
-class Reader:
-    """Reads values from a tree and goes on after a problem, so that all are found.
-
-    Args:
-        problems: takes whatever is wrong.
-        stray: is told the place of each key that its mapping does not have, and that mapping.
-
-    Attributes:
-        failed: whether a value could not be read: what came back is not to be used then.
-    """
-
-    def __init__(self, problems: Problems, stray: Callable[[Loc, Mapping[str, Any]], None]) -> None:
-        self._problems = problems
-        self._stray = stray
-        self.failed = False
-
-    def wrong(self, loc: Loc, message: str) -> None:
-        """One problem; the reading goes on."""
-        self.failed = True
-        self._problems.add(loc, message)
-
-    def value(self, convert: Callable[[Any], V], raw: Any, loc: Loc) -> V | None:
-        """What ``convert`` makes of a value, or None and a problem."""
-        try:
-            return convert(raw)
-        except ValueError as e:
-            self.wrong(loc, str(e))
-            return None
-
-    def mapping(self, cls: type[V], raw: Any, loc: Loc) -> V | None:
-        """One of the values below from its mapping; null stands for the default of a key that has one."""
-        if isinstance(raw, cls):
-            return raw
-        if not isinstance(raw, dict):
-            self.wrong(loc, f"expected a mapping; got {shown(raw)}")
-            return None
-        keys = {f.name: f for f in fields(cls) if f.name in _READ}  # type: ignore[arg-type]
-        found = {}
-        for name, key in keys.items():
-            here = (*loc, name)
-            if name not in raw:
-                if key.default is MISSING:
-                    self.wrong(here, "this key is required")
-            elif raw[name] is not None or key.default is MISSING or _READ[name] is _as_it_is:
-                found[name] = _READ[name](self, raw[name], here)
-        for name in raw:
-            if name not in keys:
-                self._stray((*loc, name), raw)
-        return None if self.failed else cls(**found)
-
-
-Read = Callable[[Reader, Any, Loc], Any]
-
-
-def _of(convert: Callable[[Any], Any]) -> Read:
-    return lambda reader, raw, loc: reader.value(convert, raw, loc)
-
-
-def _as_it_is(reader: Reader, raw: Any, loc: Loc) -> Any:
-    del reader, loc
-    return raw
-
-
-def _all(cls: type[Any]) -> Read:
-    def read(reader: Reader, raw: Any, loc: Loc) -> tuple[Any, ...]:
-        if not isinstance(raw, list):
-            reader.wrong(loc, f"expected a list; got {shown(raw)}")
-            return ()
-        return tuple(reader.mapping(cls, item, (*loc, i)) for i, item in enumerate(raw))
-
-    return read
-
-
-def _layer_range(reader: Reader, raw: Any, loc: Loc) -> tuple[int, int] | None:
-    if not isinstance(raw, list):
-        reader.wrong(loc, f"expected a list; got {shown(raw)}")
-        return None
-    if len(raw) > 2:
-        reader.wrong(loc, f"tuple should have at most 2 items after validation, not {len(raw)}; got {shown(raw)}")
-        return None
-    ends = [reader.value(_integer, item, (*loc, i)) for i, item in enumerate(raw)]
-    for i in range(len(raw), 2):
-        reader.wrong((*loc, i), "this key is required")
-    match ends:
-        case [int(first), int(end)] if not 0 <= first < end:
-            reader.wrong(loc, f"expected [first, end) with 0 <= first < end; got [{first}, {end}]")
-        case [int(first), int(end)]:
-            return first, end
-    return None
-
-
+Integer = Annotated[StrictInt, BeforeValidator(_integer)]
+Ref = Annotated[InstanceOf[ModelRef], BeforeValidator(model_ref)]
+DTypeName = Annotated[str, BeforeValidator(dtype_name)]
+Settings = InstanceOf[Parameters]
 NO_PARAMETERS = Parameters()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Input:
+class Value(BaseModel):
+    """Frozen, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+
+class Input(Value):
     """One model of a merge, with its own parameters."""
 
-    model: ModelRef
-    parameters: Parameters = NO_PARAMETERS
+    model: Ref
+    parameters: Settings = NO_PARAMETERS
 
 
-@dataclass(frozen=True, kw_only=True)
 class Source(Input):
     """One model of a slice: its layers ``[first, end)``."""
 
-    layer_range: tuple[int, int]
+    layer_range: Annotated[tuple[Integer, Integer], AfterValidator(_layer_range)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slice:
+class Slice(Value):
     """Layers of the output, merged from equally many layers of each source."""
 
     sources: tuple[Source, ...]
-    base_model: ModelRef | None = None
-    parameters: Parameters = NO_PARAMETERS
+    base_model: Ref | None = None
+    parameters: Settings = NO_PARAMETERS
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tokenizer:
+class Tokenizer(Value):
     """mergekit's ``tokenizer:`` block; only ``source`` can be carried out so far."""
 
     source: Any = "union"
@@ -312,57 +213,32 @@ class Tokenizer:
     pad_to_multiple_of: Any = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
+class Shape(Value):
     """All keys of a recipe, in the order in which they are written."""
 
-    merge_method: str
-    preset: str | None = None
-    base_model: ModelRef | None = None
-    models: tuple[Input, ...] = ()
-    slices: tuple[Slice, ...] = ()
+    merge_method: StrictStr
+    preset: StrictStr | None = None
+    base_model: Ref | None = None
+    models: Annotated[tuple[Input, ...], BeforeValidator(_none_is_empty)] = ()
+    slices: Annotated[tuple[Slice, ...], BeforeValidator(_none_is_empty)] = ()
     modules: Any = None
-    parameters: Parameters = NO_PARAMETERS
-    dtype: str | None = None
-    out_dtype: str | None = None
-    tokenizer_source: ModelRef | None = None
+    parameters: Settings = NO_PARAMETERS
+    dtype: DTypeName | None = None
+    out_dtype: DTypeName | None = None
+    tokenizer_source: Ref | None = None
     tokenizer: Tokenizer | None = None
-    chat_template: str | None = None
-    seed: int | None = None
+    chat_template: StrictStr | None = None
+    seed: Annotated[Integer, AfterValidator(_seed)] | None = None
     missing: Literal["error", "merge"] | None = None
 
 
-_READ: dict[str, Read] = {
-    "base_model": _of(model_ref),
-    "chat_template": _of(_text),
-    "dtype": _of(dtype_name),
-    "layer_range": _layer_range,
-    "merge_method": _of(_text),
-    "missing": _of(_missing),
-    "model": _of(model_ref),
-    "models": _all(Input),
-    "modules": _as_it_is,
-    "out_dtype": _of(dtype_name),
-    "pad_to_multiple_of": _as_it_is,
-    "parameters": _as_it_is,
-    "preset": _of(_text),
-    "seed": _of(_seed),
-    "slices": _all(Slice),
-    "source": _as_it_is,
-    "sources": _all(Source),
-    "tokenizer": lambda reader, raw, loc: reader.mapping(Tokenizer, raw, loc),
-    "tokenizer_source": _of(model_ref),
-    "tokens": _as_it_is,
-}
-"""How each key is read, wherever it stands."""
-
 KEYS: dict[str, tuple[str, ...]] = {
-    "": tuple(f.name for f in fields(Shape) if f.name != "modules"),
-    "models": tuple(f.name for f in fields(Input)),
-    "slices": tuple(f.name for f in fields(Slice)),
-    "sources": tuple(f.name for f in fields(Source)),
+    "": tuple(name for name in Shape.model_fields if name != "modules"),
+    "models": tuple(Input.model_fields),
+    "slices": tuple(Slice.model_fields),
+    "sources": tuple(Source.model_fields),
     "modules": ("models", "slices", "parameters"),
-    "tokenizer": tuple(f.name for f in fields(Tokenizer)),
+    "tokenizer": tuple(Tokenizer.model_fields),
 }
 """The keys that each kind of mapping has; the recipe itself is ``""``."""
 
