@@ -149,7 +149,10 @@ def _shown(value: Any) -> str:
 def _remove(data: Any, loc: Loc) -> bool:
     for part in loc[:-1]:
         data = data[part]
-    return isinstance(data, dict) and data.pop(str(loc[-1]), None) is not None
+    if not isinstance(data, dict) or loc[-1] not in data:
+        return False
+    del data[loc[-1]]
+    return True
 
 
 class _Levels:

@@ -190,6 +190,11 @@ def test_values_are_typed():
     assert recipe.parameters["rescale"].plain() is True
 
 
+def test_a_stray_key_with_null_is_a_warning_like_any_other():
+    (warning,) = Recipe.load(LINEAR + "name: null\n").warnings
+    assert "name: unknown key, ignored" in warning
+
+
 def test_int8_mask_is_accepted_everywhere():
     assert "int8_mask" in Recipe.load(LINEAR + "parameters: {int8_mask: true}\n").parameters
 
