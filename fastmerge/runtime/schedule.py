@@ -8,6 +8,7 @@ faster in a buffer that stays in the cache, and what arrived is still there for 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -155,27 +156,28 @@ class _Cutter:
         first: _Kind | None = None
         model: list[int] = []
         copies: list[int] = []
-        for position, op in enumerate(self._ops):
-            kind = self.kind(op)
-            if kind.grain == "copy":
-                copies.append(position)
+        stop = 0
+        for spec, run in itertools.groupby([op.spec for op in self._ops]):
+            at, stop = stop, stop + len([*run])
+            kind, n = self.kind(self._ops[at]), spec.numel
+            if kind.grain in ("copy", "model"):
+                (copies if kind.grain == "copy" else model).extend(range(at, stop))
                 continue
-            if kind.grain == "model":
-                model.append(position)
-                continue
-            n = op.spec.numel
-            if first is not None and not self._joins(first, kind, total + n, len(bundle) + 1):
-                yield self._job(bundle, first, total)
-                bundle, total, first = [], 0, None
-            if n <= kind.most:
-                bundle.append((position, 0, n))
-                total += n
-                first = first or kind
-                continue
-            pieces = [(position, e0, min(kind.step, n - e0)) for e0 in range(0, n, kind.step)]
-            units = tuple([Unit(self._jobs, (p,), kind.cost.of(p[2])) for p in pieces])
-            self._jobs += 1
-            yield Job(False, (position,), units)
+            while at < stop:
+                if first is not None and not self._joins(first, kind, n, total, len(bundle)):
+                    yield self._job(bundle, first, total)
+                    bundle, total, first = [], 0, None
+                if n <= kind.most:
+                    first = first or kind
+                    more = min(stop - at, max(1, self._room(first, n, total, len(bundle))))
+                    bundle += [(o, 0, n) for o in range(at, at + more)]
+                    total += n * more
+                    at += more
+                    continue
+                units = tuple([Unit(self._jobs, (p,), kind.cost.of(p[2])) for p in _chunks(at, n, kind.step)])
+                self._jobs += 1
+                yield Job(False, (at,), units)
+                at += 1
         if first is not None:
             yield self._job(bundle, first, total)
         if model:
@@ -186,11 +188,17 @@ class _Cutter:
             yield Job(True, tuple(dict.fromkeys(o for o, _, _ in copied)), (Unit(self._jobs, copied, 0),))
             self._jobs += 1
 
-    def _joins(self, first: _Kind, kind: _Kind, total: int, pieces: int) -> bool:
+    def _joins(self, first: _Kind, kind: _Kind, n: int, total: int, pieces: int) -> bool:
         """Whether one more tensor goes into a bundle."""
-        if (kind is not first and kind.batch != first.batch) or total > self._elements:
-            return False
-        return self._slot is None or first.cost.of(total, pieces) <= self._slot
+        return (kind is first or kind.batch == first.batch) and self._room(first, n, total, pieces) > 0
+
+    def _room(self, first: _Kind, n: int, total: int, pieces: int) -> int:
+        """How many more tensors of ``n`` elements have room in a bundle."""
+        room = (self._elements - total) // n if n else len(self._ops) * (total <= self._elements)
+        each = first.cost.of(n)
+        if self._slot is None or not each:
+            return room
+        return min(room, (self._slot - first.cost.of(total, pieces)) // each)
 
     def _job(self, bundle: Sequence[tuple[int, int, int]], kind: _Kind, total: int) -> Job:
         unit = Unit(self._jobs, tuple(bundle), kind.cost.of(total, len(bundle)))
@@ -205,7 +213,7 @@ class _Cutter:
             kind, n = self.kind(self._ops[o]), self._ops[o].spec.numel
             for e0 in range(0, max(n, 1), kind.step):
                 length = min(kind.step, n - e0)
-                if bundle and not self._joins(first, kind, total + length, len(bundle) + 1):
+                if bundle and not self._joins(first, kind, length, total, len(bundle)):
                     yield Unit(self._jobs, tuple(bundle), first.cost.of(total, len(bundle)))
                     bundle, total = [], 0
                 if not bundle:
@@ -220,6 +228,11 @@ def chunk(slot: int, price: Cost, elements: int) -> int:
     if not price.element:
         return elements
     return max(TILE, min(elements, (slot - price.piece - price.past) // price.element // TILE * TILE))
+
+
+def _chunks(op: int, n: int, step: int) -> list[tuple[int, int, int]]:
+    """Pieces of a tensor that is cut."""
+    return [(op, e0, min(step, n - e0)) for e0 in range(0, n, step)]
 
 
 def sample_units(ops: Sequence[Op], job: Job, pieces: Iterable[tuple[int, int, int]], slot: int) -> Iterator[Unit]:

@@ -210,13 +210,12 @@ class OpStore:
         for (o, e0, length), outs in zip(unit.pieces, addresses, strict=True):
             nbytes = length * size
             for target, address in zip(self._ops[o].targets, outs, strict=True):
-                if type(target) is Memory or not nbytes:
+                if type(target) is not Place or not nbytes:
                     continue
-                place = cast("Place", target)
-                offset = place.offset + e0 * size
-                if offset != stop or address != last or place.shard != shard:
+                offset = target.offset + e0 * size
+                if offset != stop or address != last or target.shard != shard:
                     rows.append((shard, begin, first, stop - begin))
-                    shard, begin, first = place.shard, offset, address
+                    shard, begin, first = target.shard, offset, address
                 stop, last = offset + nbytes, address + nbytes
         rows.append((shard, begin, first, stop - begin))
         if len(rows) > 1:
@@ -350,14 +349,13 @@ def _results(
     shard = end = -1
     for op, e0, length in zip(ops, firsts, lengths, strict=True):
         for target in op.targets:
-            if type(target) is Memory:
-                outs.append(target.address + e0 * size)
+            if type(target) is not Place:
+                outs.append(cast("Memory", target).address + e0 * size)
                 continue
-            place = cast("Place", target)
-            start = place.offset + e0 * size
-            if start != end or shard != place.shard:
+            start = target.offset + e0 * size
+            if start != end or shard != target.shard:
                 cursor += (start - cursor) % BLOCK
-            shard, end = place.shard, start + length * size
+            shard, end = target.shard, start + length * size
             outs.append(cursor)
             cursor += length * size
     count = len(ops[0].targets)
