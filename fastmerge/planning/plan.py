@@ -59,8 +59,11 @@ class Plan:
         for what, every in (("copied", copied), ("merged", merged)):
             for inputs in every:
                 for source in inputs:
-                    for part in (source,) if type(source) is FileRange else inputs_of(source):
-                        if type(part) is FileRange:
+                    if type(source) is FileRange:
+                        used[source.model][source.info.name] = what
+                        continue
+                    for part in inputs_of(source):
+                        if isinstance(part, FileRange):
                             used[part.model][part.info.name] = what
         return Account.of(list(zip(refs, self.checkpoints, strict=True)), used, self.dropped)
 

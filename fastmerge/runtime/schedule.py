@@ -8,6 +8,7 @@ faster in a buffer that stays in the cache, and what arrived is still there for 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -120,6 +121,10 @@ class _Kind(NamedTuple):
     """Elements of the chunks of one that is."""
 
 
+_CUT, _COPIED, _MODEL = -1, -2, -3
+"""In place of a number of tensors that share units: a tensor in several units, bytes, one job for the whole model."""
+
+
 class _Cutter:
     def __init__(self, ops: Sequence[Op], slot: int | None, elements: int, whole: Callable[[Spec], bool]) -> None:
         self._ops = ops
@@ -151,35 +156,20 @@ class _Cutter:
 
     def jobs(self) -> Iterator[Job]:
         """Jobs in file order; consecutive small tensors of one kind share a unit."""
-        bundle: list[tuple[int, int, int]] = []
-        total = 0
-        first: _Kind | None = None
-        model: list[int] = []
-        copies: list[int] = []
-        stop = 0
-        for spec, run in itertools.groupby([op.spec for op in self._ops]):
-            at, stop = stop, stop + len([*run])
-            kind, n = self.kind(self._ops[at]), spec.numel
-            if kind.grain in ("copy", "model"):
-                (copies if kind.grain == "copy" else model).extend(range(at, stop))
+        labels = [*map(self._labels().__getitem__, [op.spec for op in self._ops])]
+        copies = [i for i, label in enumerate(labels) if label == _COPIED]
+        model = [i for i, label in enumerate(labels) if label == _MODEL]
+        rest = [i for i, label in enumerate(labels) if label >= _CUT]
+        for label, run in itertools.groupby(rest, labels.__getitem__):
+            if label != _CUT:
+                yield from self._bundles([*run])
                 continue
-            while at < stop:
-                if first is not None and not self._joins(first, kind, n, total, len(bundle)):
-                    yield self._job(bundle, first, total)
-                    bundle, total, first = [], 0, None
-                if n <= kind.most:
-                    first = first or kind
-                    more = min(stop - at, max(1, self._room(first, n, total, len(bundle))))
-                    bundle += [(o, 0, n) for o in range(at, at + more)]
-                    total += n * more
-                    at += more
-                    continue
-                units = tuple([Unit(self._jobs, (p,), kind.cost.of(p[2])) for p in _chunks(at, n, kind.step)])
+            for position in run:
+                kind, n = self.kind(self._ops[position]), self._ops[position].spec.numel
+                pieces = [(position, e0, min(kind.step, n - e0)) for e0 in range(0, n, kind.step)]
+                units = tuple([Unit(self._jobs, (p,), kind.cost.of(p[2])) for p in pieces])
                 self._jobs += 1
-                yield Job(False, (at,), units)
-                at += 1
-        if first is not None:
-            yield self._job(bundle, first, total)
+                yield Job(False, (position,), units)
         if model:
             units = tuple(self._model_units(model))
             self._jobs += 1
@@ -188,17 +178,40 @@ class _Cutter:
             yield Job(True, tuple(dict.fromkeys(o for o, _, _ in copied)), (Unit(self._jobs, copied, 0),))
             self._jobs += 1
 
-    def _joins(self, first: _Kind, kind: _Kind, n: int, total: int, pieces: int) -> bool:
-        """Whether one more tensor goes into a bundle."""
-        return (kind is first or kind.batch == first.batch) and self._room(first, n, total, pieces) > 0
+    def _labels(self) -> dict[Spec, int]:
+        """For each spec which tensors it shares a unit with, by number, or why it shares none."""
+        numbers: dict[tuple[object, ...], int] = {}
+        labels = {}
+        for spec, op in {op.spec: op for op in self._ops}.items():
+            kind = self.kind(op)
+            if kind.grain in ("copy", "model"):
+                labels[spec] = _COPIED if kind.grain == "copy" else _MODEL
+            else:
+                labels[spec] = numbers.setdefault(kind.batch, len(numbers)) if spec.numel <= kind.most else _CUT
+        return labels
 
-    def _room(self, first: _Kind, n: int, total: int, pieces: int) -> int:
-        """How many more tensors of ``n`` elements have room in a bundle."""
-        room = (self._elements - total) // n if n else len(self._ops) * (total <= self._elements)
-        each = first.cost.of(n)
-        if self._slot is None or not each:
-            return room
-        return min(room, (self._slot - first.cost.of(total, pieces)) // each)
+    def _bundles(self, members: Sequence[int]) -> Iterator[Job]:
+        """As many neighbours at a time as fit."""
+        kind = self.kind(self._ops[members[0]])
+        sizes = [self._ops[o].spec.numel for o in members]
+        totals = [*itertools.accumulate(sizes, initial=0)]
+        element, piece, _ = kind.cost
+        costs = [total * element + count * piece for count, total in enumerate(totals)]
+        start = 0
+        while start < len(members):
+            stop = bisect.bisect_right(totals, totals[start] + self._elements, start) - 1
+            if self._slot is not None:
+                stop = min(stop, bisect.bisect_right(costs, costs[start] + self._slot, start) - 1)
+            stop = max(stop, start + 1)
+            pieces = [(o, 0, n) for o, n in zip(members[start:stop], sizes[start:stop], strict=True)]
+            yield self._job(pieces, kind, totals[stop] - totals[start])
+            start = stop
+
+    def _joins(self, first: _Kind, kind: _Kind, total: int, pieces: int) -> bool:
+        """Whether one more tensor goes into a bundle."""
+        if (kind is not first and kind.batch != first.batch) or total > self._elements:
+            return False
+        return self._slot is None or first.cost.of(total, pieces) <= self._slot
 
     def _job(self, bundle: Sequence[tuple[int, int, int]], kind: _Kind, total: int) -> Job:
         unit = Unit(self._jobs, tuple(bundle), kind.cost.of(total, len(bundle)))
@@ -213,7 +226,7 @@ class _Cutter:
             kind, n = self.kind(self._ops[o]), self._ops[o].spec.numel
             for e0 in range(0, max(n, 1), kind.step):
                 length = min(kind.step, n - e0)
-                if bundle and not self._joins(first, kind, length, total, len(bundle)):
+                if bundle and not self._joins(first, kind, total + length, len(bundle) + 1):
                     yield Unit(self._jobs, tuple(bundle), first.cost.of(total, len(bundle)))
                     bundle, total = [], 0
                 if not bundle:
@@ -228,11 +241,6 @@ def chunk(slot: int, price: Cost, elements: int) -> int:
     if not price.element:
         return elements
     return max(TILE, min(elements, (slot - price.piece - price.past) // price.element // TILE * TILE))
-
-
-def _chunks(op: int, n: int, step: int) -> list[tuple[int, int, int]]:
-    """Pieces of a tensor that is cut."""
-    return [(op, e0, min(step, n - e0)) for e0 in range(0, n, step)]
 
 
 def sample_units(ops: Sequence[Op], job: Job, pieces: Iterable[tuple[int, int, int]], slot: int) -> Iterator[Unit]:
