@@ -282,12 +282,8 @@ def tiny(bench: Bench) -> list[Row]:
     runs = [run(command) for _ in range(bench.runs + 1)][1:]
     if any(r.status for r in runs):
         raise MergeFailed(f"parsing {path}: {runs[-1].output}")
-    return [
-        *rows,
-        _within(
-            bench, f"header of {(path.stat().st_size - 2 * tensors) / 1e6:.0f} MB", runs, HEADER_TARGET, HEADER_MEMORY
-        ),
-    ]
+    label = f"header of {(path.stat().st_size - 2 * tensors) / 1e6:.0f} MB"
+    return [*rows, _within(bench, label, runs, HEADER_TARGET, HEADER_MEMORY)]
 
 
 def _within(bench: Bench, label: str, runs: Sequence[Run], seconds: float, allowed: int) -> Row:

@@ -81,4 +81,4 @@ def segment_table(
     rows = [op.spec.row for op in ops]
     keys = [key - ((key >> 63) << 64) if (key := op.key) else 0 for op in ops]
     columns = [outs[0], lengths, firsts, rows, keys, groups, [0] * len(ops), *inputs, *outs[1:]]
-    return np.ascontiguousarray(np.array(columns, np.int64).T)
+    return np.array(columns, np.int64).T.copy()

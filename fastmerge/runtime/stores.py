@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from fastmerge.checkpoint import Files, Place, Writer
+from fastmerge.checkpoint import Files, Place, Writer, of_fields
 from fastmerge.errors import CheckpointError
 from fastmerge.ops.segments import HEADER, I64, OUT, Segments, segment_table
 from fastmerge.ops.sources import FileRange, Made, Memory
@@ -94,14 +94,11 @@ class OpStore:
         numbers, firsts, lengths = zip(*unit.pieces, strict=True)
         ops = [self._ops[o] for o in numbers]
         spec = ops[0].spec
-        runs, inputs = [], []
-        for m, dtype in enumerate(spec.dtypes):
-            sizes = [n * dtype.size for n in lengths]
-            runs.append(_runs([op.inputs[m] for op in ops], firsts, sizes, dtype.size))
-            inputs.append(sizes)
+        sizes = {size: [n * size for n in lengths] for size in {d.size for d in spec.dtypes}}
+        runs = [_runs([op.inputs[m] for op in ops], firsts, sizes[d.size], d.size) for m, d in enumerate(spec.dtypes)]
         once = job.resident or spec.grain == "element"
         laid = self._inputs(spec, runs, buffer, buffer.nbytes - unit.nbytes, once=once)
-        inputs = [_spread(*column) for column in zip(runs, laid.bases, inputs, strict=True)]
+        inputs = [_spread(runs[m], laid.bases[m], sizes[d.size]) for m, d in enumerate(spec.dtypes)]
         outs, end = _results(ops, firsts, lengths, spec.out_dtype.size, laid.end)
         _check(end, buffer)
         table = segment_table(ops, [group_of[o] for o in numbers], firsts, lengths, outs, inputs)
@@ -319,20 +316,22 @@ def _runs(sources: Sequence[Source], firsts: Sequence[int], sizes: Sequence[int]
                 pieces += 1
                 continue
             if head is not None:
-                runs.append(_Run(head, begin, end - begin, pieces))
+                runs.append(of_fields(_Run, (head, begin, end - begin, pieces)))
             head, begin, end, pieces, model, file = source, start, start + nbytes, 1, of, info.file
             continue
         if head is not None:
-            runs.append(_Run(head, begin, end - begin, pieces))
-        runs.append(_Run(source, e0, nbytes, 1))
+            runs.append(of_fields(_Run, (head, begin, end - begin, pieces)))
+        runs.append(of_fields(_Run, (source, e0, nbytes, 1)))
         head, model = None, -1
     if head is not None:
-        runs.append(_Run(head, begin, end - begin, pieces))
+        runs.append(of_fields(_Run, (head, begin, end - begin, pieces)))
     return runs
 
 
-def _spread(runs: Sequence[_Run], bases: Sequence[int], sizes: Sequence[int]) -> list[int]:
+def _spread(runs: Sequence[_Run], bases: list[int], sizes: Sequence[int]) -> list[int]:
     """Addresses of the pieces of runs, from those of the runs."""
+    if len(runs) == len(sizes):
+        return bases
     out: list[int] = []
     at = 0
     for run, base in zip(runs, bases, strict=True):
