@@ -46,8 +46,7 @@ LISTED = 20
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_NUMBER = "(0|[1-9][0-9]*)"
-_USUAL = re.compile(rf'"([^"\\]+)":{{"dtype":"(\w+)","shape":\[([0-9,]*)\],"data_offsets":\[{_NUMBER},{_NUMBER}\]}}')
+_USUAL = re.compile(r'"([^"\\]+)":{"dtype":"([A-Z0-9_]+)","shape":\[([0-9,]*)\],"data_offsets":\[([0-9]+),([0-9]+)\]}')
 _LIMIT = 1 << 63
 
 of_fields = tuple.__new__
@@ -248,7 +247,7 @@ def _usual(text: str, data_start: int, data_bytes: int, file: int) -> _Found | N
         return None
     dtypes, sizes, lengths = zip(*map(kinds.__getitem__, zip(tags, shapes, strict=True)), strict=True)
     stops = [*itertools.accumulate(lengths)]
-    if begins != ["0", *ends[:-1]] or [*map(int, ends)] != stops or stops[-1] != data_bytes:
+    if begins != ["0", *ends[:-1]] or not all(map(str.__eq__, ends, map(str, stops))) or stops[-1] != data_bytes:
         return None
     offsets = map(data_start.__add__, [0, *stops[:-1]])
     rows = zip(names, dtypes, sizes, itertools.repeat(file), offsets, lengths)
