@@ -68,6 +68,7 @@ SIZES = {
     "8b": Size(32, 4096, 14_336, 128_256, 32, 8, 128),
     "moe18k": Size(48, 512, 160, 32_000, 8, 2, 64, experts=128),
     "dense3g": Size(24, 2048, 8128, 32_000, 32, 8, 64),
+    "tiny50k": Size(64, 8, 1, 16, 2, 1, 4, experts=258),
 }
 """Sizes by name; ``HIDDENxLAYERS`` (``768x12``) is a Llama with 32,000 words."""
 
@@ -251,6 +252,13 @@ def write_model(directory: Path, size: Size, seed: int, model: int, *, limit: in
     return total
 
 
+def write_header(path: Path, tensors: int) -> None:
+    """Writes a file of so many tensors of one element under long names: 500,000 have a header of 90 MB."""
+    middle = "mixture_of_experts." * 4 + "projections."
+    names = [f"model.layers.{i // 5000}.{middle}{i % 5000:06d}.weight" for i in range(tensors)]
+    path.write_bytes(header(dict.fromkeys(names, (1,))) + bytes(2 * tensors))
+
+
 def _label(size: Size, seed: int, model: int, limit: int) -> str:
     return json.dumps({"version": VERSION, "size": repr(size), "seed": seed, "model": model, "shard": limit})
 
@@ -292,7 +300,11 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=3, help="fine-tunes besides the base [3]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-size", type=int, default=SHARD, help="largest file in bytes [5e9]")
+    parser.add_argument("--header", type=int, metavar="N", help="no family: one file DIR of N tensors of one element")
     args = parser.parse_args()
+    if args.header:
+        write_header(args.root, args.header)
+        return
     try:
         made = generate(args.root, args.size, args.models, seed=args.seed, limit=args.shard_size)
     except ValueError as error:

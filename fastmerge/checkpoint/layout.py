@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass, field
 from math import prod
@@ -12,7 +14,7 @@ from fastmerge.checkpoint.header import MAX_HEADER, listing, name_problem, of_fi
 from fastmerge.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from fastmerge.dtypes import DType
 
@@ -119,30 +121,29 @@ def layout(
     """
     if not shard_size >= 1:
         raise OutputError(f"shard size: expected at least 1 byte, got {shard_size}")
-    kinds: dict[tuple[DType, tuple[int, ...]], _Kind] = {}
-    entries: list[tuple[str, _Kind]] = []
-    for name, dtype, shape in tensors:
-        kind = kinds.get((dtype, shape))
-        if kind is None:
-            kind = kinds[dtype, shape] = _kind(dtype, shape)
-        entries.append((name, kind))
-    names = [name for name, _ in entries]
+    rows = [*tensors]
+    names = [name for name, _, _ in rows]
+    pairs = [(dtype, shape) for _, dtype, shape in rows]
+    known = {pair: _kind(*pair) for pair in dict.fromkeys(pairs)}
+    kinds = [*map(known.__getitem__, pairs)]
     simple = printable(names)
-    quoted = '"{}"'.format if simple else _json
     _check_names(names, simple=simple)
     meta = {"format": "pt", **{str(k): str(v) for k, v in metadata.items()}}
     shards: list[Shard] = []
     places: dict[str, Place] = {}
-    groups = _split(entries, int(shard_size))
-    for number, group in enumerate(groups):
-        name = "model.safetensors" if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        group.sort(key=lambda entry: entry[1].rank)
-        header = _header(group, quoted, meta, name)
-        at = len(header)
-        for tensor, kind in group:
-            places[tensor] = of_fields(Place, (number, at, kind.nbytes))
-            at += kind.nbytes
-        shards.append(Shard(name, header, at, tuple([tensor for tensor, _ in group])))
+    cuts = _split([kind.nbytes for kind in kinds], int(shard_size))
+    for number, (a, b) in enumerate(cuts):
+        name = "model.safetensors" if len(cuts) == 1 else f"model-{number + 1:05d}-of-{len(cuts):05d}.safetensors"
+        mine, alike = tuple(names[a:b]), kinds[a:b]
+        if len(set(map(id, alike))) > 1:
+            order = sorted(range(len(mine)), key=[kind.rank for kind in alike].__getitem__)
+            mine, alike = tuple([mine[i] for i in order]), [alike[i] for i in order]
+        stops = [*itertools.accumulate([kind.nbytes for kind in alike], initial=0)]
+        header = _header(mine if simple else [_json(n)[1:-1] for n in mine], alike, stops, meta, name)
+        offsets = map(len(header).__add__, stops[:-1])
+        fields = zip(itertools.repeat(number), offsets, [kind.nbytes for kind in alike])
+        places.update(zip(mine, map(of_fields, itertools.repeat(Place), fields), strict=True))
+        shards.append(Shard(name, header, len(header) + stops[-1], mine))
     index = None
     if len(shards) > 1:
         weight_map = {n: shards[p.shard].name for n, p in sorted(places.items())}
@@ -174,35 +175,30 @@ def _check_names(names: Sequence[str], *, simple: bool) -> None:
         raise OutputError("; ".join(problems[:20]))
 
 
-def _split(entries: Sequence[tuple[str, _Kind]], shard_size: int) -> list[list[tuple[str, _Kind]]]:
-    """Greedy, in order; always at least one shard."""
-    groups: list[list[tuple[str, _Kind]]] = [[]]
-    size = 0
-    for entry in entries:
-        nbytes = entry[1].nbytes
-        if groups[-1] and size + nbytes > shard_size:
-            groups.append([])
-            size = 0
-        groups[-1].append(entry)
-        size += nbytes
-    return groups
+def _split(sizes: Sequence[int], shard_size: int) -> list[tuple[int, int]]:
+    """First and last (exclusive) tensor of every shard: greedy, in order; always at least one shard."""
+    ends = [*itertools.accumulate(sizes)]
+    cuts: list[tuple[int, int]] = []
+    start = before = 0
+    while start < len(ends) or not cuts:
+        stop = max(bisect.bisect_right(ends, before + shard_size, start), min(start + 1, len(ends)))
+        cuts.append((start, stop))
+        start, before = stop, ends[stop - 1] if stop else 0
+    return cuts
 
 
 def _header(
-    group: Sequence[tuple[str, _Kind]], quoted: Callable[[str], str], metadata: Mapping[str, str], shard: str
+    names: Iterable[str], kinds: Iterable[_Kind], stops: Sequence[int], metadata: Mapping[str, str], shard: str
 ) -> bytes:
-    """The shard's first bytes; ``quoted`` writes a name."""
-    parts = [f'"__metadata__":{_json(metadata)}']
-    at = 0
-    for name, kind in group:
-        end = at + kind.nbytes
-        parts.append(f"{quoted(name)}:{kind.text}{at},{end}]}}")
-        at = end
-    text = f"{{{','.join(parts)}}}".encode()
-    length = -(-(8 + len(text)) // ALIGN) * ALIGN - 8
+    """The shard's first bytes; the names as JSON has them between quotes."""
+    rows = zip(names, kinds, stops[:-1], stops[1:], strict=True)
+    entries = [f'"{name}":{kind.text}{start},{stop}]}}' for name, kind, start, stop in rows]
+    text = "{" + ",".join([f'"__metadata__":{_json(metadata)}', *entries]) + "}"
+    raw = text.encode()
+    length = -(-(8 + len(raw)) // ALIGN) * ALIGN - 8
     if length > MAX_HEADER:
         raise OutputError(f"{shard}: header of {length} bytes; expected at most {MAX_HEADER}: lower the shard size")
-    return length.to_bytes(8, "little") + text.ljust(length)
+    return length.to_bytes(8, "little") + raw.ljust(length)
 
 
 _json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode

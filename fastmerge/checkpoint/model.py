@@ -102,7 +102,10 @@ class Checkpoint:
             if not tensors.keys().isdisjoint(mine.keys()):
                 for name in (n for n in mine if n in tensors):
                     twice.setdefault(f"{files[tensors[name].file].path.name} and {file.name}", []).append(name)
-            tensors |= mine
+            if tensors:
+                tensors |= mine
+            else:
+                tensors = mine
             files.append(ShardFile(file, header.size, header.identity, header.digest, header.metadata))
             if len(tensors) > MAX_TENSORS:
                 raise CheckpointError(f"{path}: more than {MAX_TENSORS} tensors")

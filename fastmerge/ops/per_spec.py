@@ -25,10 +25,10 @@ class PerSpec(Generic[T]):
 
     def __init__(self, make: Callable[[Spec], T], ops: Sequence[Op]) -> None:
         """``make(op.spec)``, called once per spec."""
-        known: dict[int, int] = {}  # specs live as long as their ops
-        self.index = np.array([known.setdefault(id(op.spec), len(known)) for op in ops], np.int64)
-        _, first = np.unique(self.index, return_index=True)
-        self.specs = [ops[i].spec for i in first.tolist()]
+        specs = [op.spec for op in ops]
+        self.specs = [*dict.fromkeys(specs)]  # compared by identity
+        number = {spec: i for i, spec in enumerate(self.specs)}
+        self.index = np.array([number[spec] for spec in specs], np.int64)
         self.each = [make(spec) for spec in self.specs]
 
     def __getitem__(self, op: int) -> T:

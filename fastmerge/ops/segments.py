@@ -64,3 +64,29 @@ def segment_row(op: Op, group: int, e0: int, length: int, out: int, inputs: Sequ
     """One row of a segment table; the key is stored as the bits of a signed integer."""
     key = op.key
     return [out, length, e0, op.spec.row, key - ((key >> 63) << 64), group, 0, *inputs]
+
+
+def segment_table(
+    ops: Sequence[Op],
+    groups: Sequence[int],
+    firsts: Sequence[int],
+    lengths: Sequence[int],
+    outs: Sequence[Sequence[int]],
+    inputs: Sequence[Sequence[int]],
+) -> I64:
+    """The table of a piece of each op; column by column, as there may be tens of thousands.
+
+    Args:
+        ops: of the pieces; of the same numbers of inputs and outputs.
+        groups: index of each tensor in its job.
+        firsts: first element of each piece.
+        lengths: elements of each piece.
+        outs: addresses of the results, a sequence per output.
+        inputs: addresses of the inputs, a sequence per input.
+    """
+    import numpy as np
+
+    rows = [op.spec.row for op in ops]
+    keys = [key - ((key >> 63) << 64) if (key := op.key) else 0 for op in ops]
+    columns = [outs[0], lengths, firsts, rows, keys, groups, [0] * len(ops), *inputs, *outs[1:]]
+    return np.array(columns, np.int64).T.copy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import struct
 from collections import Counter
@@ -106,12 +107,11 @@ def plan(
     text = recipe.canonical(identities, seed=seed)
     metadata = {"format": "pt", "fastmerge": ENGINE, "fastmerge_recipe": text}
     where = layout([(o.name, o.spec.out_dtype, o.spec.shape) for o in made], shard_size=shard_size, metadata=metadata)
-    named = {o.name: o for o in made}
     return Plan(
         recipe=recipe,
         seed=seed,
         checkpoints=checkpoints,
-        ops=tuple([of_fields(Op, (*named[name][:4], (place,))) for name, place in where.places.items()]),
+        ops=_placed(made, where),
         layout=where,
         config=config,
         carry=files,
@@ -120,6 +120,16 @@ def plan(
         ties=outputs.inputs.ties,
         dropped=outputs.inputs.dropped,
     )
+
+
+def _placed(made: Sequence[Op], where: Layout) -> tuple[Op, ...]:
+    """The ops in the order of the output's bytes, with their places; column by column."""
+    names, specs, keys, inputs, _ = zip(*made, strict=True)
+    if names != tuple(where.places):
+        named = dict(zip(names, made, strict=True))
+        names, specs, keys, inputs, _ = zip(*map(named.__getitem__, where.places), strict=True)
+    fields = zip(names, specs, keys, inputs, zip(where.places.values(), strict=True), strict=True)
+    return tuple(map(of_fields, itertools.repeat(Op), fields))
 
 
 def _first(recipe: Recipe) -> ModelRef:

@@ -42,9 +42,11 @@ class Account(NamedTuple):
         """
         out: dict[str, Mapping[str, str]] = {}
         for (ref, model), mine in zip(models, used, strict=True):
-            rules = {name: rule for rule, names in dropped.get(ref, {}).items() for name in names}
-            rest = {n: f"dropped: {rules.get(n, NOT_ASKED)}" for n in model.tensors if n not in mine}
-            out[ref] = {**mine, **rest}
+            out[ref] = mine
+            if not mine.keys() >= model.tensors.keys():
+                rules = {name: rule for rule, names in dropped.get(ref, {}).items() for name in names}
+                rest = {n: f"dropped: {rules.get(n, NOT_ASKED)}" for n in model.tensors if n not in mine}
+                out[ref] = {**mine, **rest}
         return cls(out)
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -55,7 +57,8 @@ class Account(NamedTuple):
         """For each model the names of what is dropped, by rule."""
         out: dict[str, dict[str, list[str]]] = {}
         for ref, tensors in self.models.items():
-            for name, what in tensors.items():
-                if what.startswith("dropped"):
+            rules = {what for what in set(tensors.values()) if what.startswith("dropped")}
+            for name, what in tensors.items() if rules else ():
+                if what in rules:
                     out.setdefault(ref, {}).setdefault(what, []).append(name)
         return out

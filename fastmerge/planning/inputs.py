@@ -7,11 +7,10 @@ are looked up and no more; everything else is decided by sets and by kinds.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
-from fastmerge.checkpoint import of_fields
 from fastmerge.planning import tied
 from fastmerge.planning.layers import gaps
 from fastmerge.planning.missing import buffer, decide, lost, optional, value_head
@@ -32,21 +31,21 @@ _MERGE = "'missing: merge' in the recipe takes what there is"
 
 
 class Found(NamedTuple):
-    """A row with its input tensors.
+    """Rows of one part with their input tensors.
 
     Attributes:
-        row: names and place.
+        rows: names and places.
         members: positions in the part's sources of those that go in, base first.
-        infos: their tensors.
+        columns: for each of these the tensors of all rows.
         single: whether a lone tensor passes through, whatever the method is.
-        copies: further names of the output that are written with the same values.
+        copies: further names of the output that are written with the same values, of one row.
     """
 
-    row: Row
+    rows: Sequence[Row]
     members: tuple[int, ...]
-    infos: tuple[TensorInfo, ...]
-    single: bool
-    copies: tuple[str, ...]
+    columns: Sequence[Sequence[TensorInfo]]
+    single: bool = False
+    copies: tuple[str, ...] = ()
 
 
 class Inputs:
@@ -85,7 +84,7 @@ class Inputs:
         return self._tying.ties
 
     def find(self, rows: Sequence[Row]) -> Iterator[Found]:
-        """The rows that become outputs, with their inputs."""
+        """The rows that become outputs, in order, with their inputs; as many at a time as nothing special is about."""
         views = list({id(t): t for s in self.sources for t in s.tensors}.values())
         if self.models.alike:
             del views[1:]
@@ -101,28 +100,45 @@ class Inputs:
         for part, group in itertools.groupby(rows, itemgetter(1)):
             sources = self.sources[part]
             run = list(group)
-            for row, infos in zip(run, sources.columns(run), strict=True):
-                if all(infos) and row.name not in special:
-                    yield of_fields(Found, (row, sources.order, infos, False, ()))
-                    continue
-                found: list[TensorInfo | None] = [None] * len(infos)
-                for i, info in zip(sources.order, infos, strict=True):
-                    found[i] = info
-                members, single = sources.order, False
-                if row.name in left:
-                    self._leave(sources, found, f"a copy of {left[row.name]}")
-                    continue
-                if not all(found):
-                    found, single = self._incomplete(row, sources, found)
-                    members = tuple([i for i in members if found[i] is not None])
-                    if not members:
-                        continue
-                elif row.name in buffers and len(found) > 1:
-                    members, single = self._buffer(row, sources, found)
-                yield Found(
-                    row, members, tuple([i for w in members if (i := found[w])]), single, copies.get(row.name, ())
-                )
+            columns = sources.columns(run)
+            odd = {at for column in columns for at, info in enumerate(column) if info is None}
+            odd.update([at for at, row in enumerate(run) if row.name in special])
+            start = 0
+            for at in [*sorted(odd), len(run)]:
+                if start < at:
+                    regular = cast("list[list[TensorInfo]]", [c[start:at] for c in columns])
+                    yield Found(run[start:at], sources.order, regular)
+                if at < len(run):
+                    yield from self._odd(run[at], sources, [c[at] for c in columns], left, copies, buffers)
+                start = at + 1
         self._finish(rows)
+
+    def _odd(
+        self,
+        row: Row,
+        sources: Sources,
+        infos: Sequence[TensorInfo | None],
+        left: Mapping[str, str],
+        copies: Mapping[str, tuple[str, ...]],
+        buffers: Collection[str],
+    ) -> Iterator[Found]:
+        """A row that some source lacks, or that a rule may leave out; its tensors are given base first."""
+        found: list[TensorInfo | None] = [None] * len(infos)
+        for i, info in zip(sources.order, infos, strict=True):
+            found[i] = info
+        members, single = sources.order, False
+        if row.name in left:
+            self._leave(sources, found, f"a copy of {left[row.name]}")
+            return
+        if not all(found):
+            found, single = self._incomplete(row, sources, found)
+            members = tuple([i for i in members if found[i] is not None])
+        elif row.name in buffers and len(found) > 1:
+            members, single = self._buffer(row, sources, found)
+        if members:
+            yield Found(
+                [row], members, [[info] for i in members if (info := found[i])], single, copies.get(row.name, ())
+            )
 
     def _leave(self, sources: Sources, found: list[TensorInfo | None], rule: str) -> None:
         """Notes that a tensor is left out, for each model that has it."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from operator import itemgetter
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from fastmerge.checkpoint import of_fields
 from fastmerge.dtypes import BY_NAME, DType, promote
@@ -16,7 +18,7 @@ from fastmerge.methods.parameters import Resolver
 from fastmerge.methods.passthrough import COPY, Passthrough
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op, Source, Spec
-from fastmerge.planning.inputs import Inputs
+from fastmerge.planning.inputs import Found, Inputs
 from fastmerge.planning.rows import Models, Row
 from fastmerge.planning.shapes import Shapes
 from fastmerge.recipe import ModelRef, Part, Recipe
@@ -29,6 +31,27 @@ SHOWN = 200
 """Problems listed in one error; more are counted."""
 
 _COPIER = Passthrough(scale=(None,))
+
+_KIND = itemgetter(1, 2)
+"""Type and shape of a tensor."""
+
+
+class _Drawn(NamedTuple):
+    """Of a row that not all models have as it goes in.
+
+    Attributes:
+        types: of the sources.
+        wanted: types that count for the type of the result.
+        made: whether any source is computed.
+    """
+
+    types: tuple[DType, ...]
+    wanted: tuple[DType, ...]
+    made: bool
+
+
+_Key = tuple[tuple[tuple[DType, tuple[int, ...]], ...], _Drawn | None, tuple[object, ...]]
+"""All that a row's spec depends on: types and shapes, how its inputs are made, what its names say of parameters."""
 
 
 @dataclass
@@ -78,7 +101,7 @@ class Outputs:
         wanted = recipe.out_dtype or recipe.dtype
         self.wanted = BY_NAME[wanted] if wanted else None
         self.parts = [_Part(recipe, part, self) for part in recipe.parts]
-        self._specs: dict[tuple[object, ...], Spec | None] = {}
+        self._specs: dict[tuple[object, ...], dict[_Key, Spec | None]] = {}
 
     def build(self, rows: Sequence[Row]) -> tuple[Op, ...]:
         """The outputs of all rows.
@@ -87,13 +110,10 @@ class Outputs:
             RecipeError, CheckpointError, ShapeError: with everything that stands in the way.
         """
         out: list[Op] = []
-        for row, members, infos, single, copies in self.inputs.find(rows):
-            part = self.parts[row.part]
-            made = self._op(row, part, members, infos, single=single or part.alone)
-            if made is not None:
-                out.append(made)
-                if copies:
-                    out += [made._replace(name=name) for name in copies]
+        for found in self.inputs.find(rows):
+            made = self._ops(self.parts[found.rows[0].part], found)
+            out += made
+            out += [op._replace(name=name) for op in made for name in found.copies]
         self.notes.other += self.inputs.problems
         self.notes.warnings |= self.inputs.warnings
         self.notes.untied = self.inputs.ties.untied
@@ -109,37 +129,61 @@ class Outputs:
         self.notes.check()
         return tuple(out)
 
-    def _op(
-        self, row: Row, part: _Part, members: tuple[int, ...], infos: tuple[TensorInfo, ...], *, single: bool
-    ) -> Op | None:
-        """One op from the tensors ``infos`` of the sources ``members`` of its part, base first."""
-        shape = infos[0].shape
-        for other in infos:
-            if other.shape != shape:
-                self._shapes(row, part, members, infos)
-                return None
-        inputs: tuple[Source, ...]
+    def _ops(self, part: _Part, found: Found) -> list[Op]:
+        """The ops of rows; column by column, as there may be tens of thousands."""
+        rows, members, columns, single, _ = found
+        single = single or part.alone
         if part.unchanged:
-            inputs = tuple([of_fields(FileRange, (f, part.positions[i])) for i, f in zip(members, infos, strict=True)])
-            wanted = types = tuple([i.dtype for i in infos])
-            made = False
+            pairs = zip(members, columns, strict=True)
+            inputs: list[tuple[Source, ...]] = [*zip(*[_ranges(c, part.positions[i]) for i, c in pairs], strict=True)]
+            drawn: Iterable[_Drawn | None] = itertools.repeat(None)
         else:
-            copied = len(infos) == 1 and self.wanted is None
+            inputs, drawn = self._drawn(part, members, columns)
+        kinds = zip(*[map(_KIND, column) for column in columns], strict=True)
+        outcomes = itertools.repeat(()) if part.resolver.constant else map(part.outcome, rows)
+        keys = [*zip(kinds, drawn, outcomes)]  # noqa: B905  two may have no end
+        known = self._specs.setdefault((rows[0].part, members, single), {})
+        for row, key in zip(rows, keys, strict=True):
+            if key not in known:
+                known[key] = self._first(row, part, members, key, single=single)
+        specs = [*map(known.__getitem__, keys)]
+        if None in specs:
+            for row, key, spec in zip(rows, keys, specs, strict=True):
+                if spec is None:
+                    self._refuse(row, part, members, key)
+            return []  # nothing comes of any
+        made = cast("list[Spec]", specs)
+        names = [row[0] for row in rows]
+        random = {spec for spec in set(made) if spec.method.random}
+        numbers: Iterable[int] = itertools.repeat(0)
+        if random:
+            numbers = [tensor_key(self.seed, n) if s in random else 0 for n, s in zip(names, made, strict=True)]
+        fields = zip(names, made, numbers, inputs, itertools.repeat(()))
+        return [*map(of_fields, itertools.repeat(Op), fields)]
+
+    def _drawn(
+        self, part: _Part, members: tuple[int, ...], columns: Sequence[Sequence[TensorInfo]]
+    ) -> tuple[list[tuple[Source, ...]], list[_Drawn]]:
+        """Inputs where a model has an adapter, or 8-bit floats."""
+        copied = len(members) == 1 and self.wanted is None
+        inputs, drawn = [], []
+        for infos in zip(*columns, strict=True):
             pairs = [part.sources[i].source(info, copied=copied) for i, info in zip(members, infos, strict=True)]
-            inputs, wanted = tuple([s for s, _ in pairs]), tuple([d for _, d in pairs])
-            types = tuple([s.dtype for s in inputs])
-            made = any(type(s) is not FileRange for s in inputs)
-        key = (row.part, members, single, types, wanted, made, shape, part.outcome(row))
-        spec = self._specs.get(key)
-        if spec is None and key not in self._specs:
-            spec = self._spec(row, part, members, types, wanted, shape, single=single, made=made)
-            self._specs[key] = spec
-        if spec is None:
-            if not all(d.mergeable for d in types):
-                self._refuse(row, part, members, types)
+            sources = tuple([s for s, _ in pairs])
+            made = any(type(s) is not FileRange for s in sources)
+            inputs.append(sources)
+            drawn.append(_Drawn(tuple([s.dtype for s in sources]), tuple([d for _, d in pairs]), made))
+        return inputs, drawn
+
+    def _first(self, row: Row, part: _Part, members: tuple[int, ...], key: _Key, *, single: bool) -> Spec | None:
+        """The spec of a row, and of all that are like it; None where something is wrong."""
+        kinds, drawn, _ = key
+        shape = kinds[0][1]
+        if any(other != shape for _, other in kinds):
             return None
-        number = tensor_key(self.seed, row.name) if spec.method.random else 0
-        return of_fields(Op, (row.name, spec, number, inputs, ()))
+        types = tuple([dtype for dtype, _ in kinds])
+        types, wanted, made = drawn or (types, types, False)
+        return self._spec(row, part, members, types, wanted, shape, single=single, made=made)
 
     def _spec(
         self,
@@ -188,13 +232,23 @@ class Outputs:
             self.notes.warnings |= dict.fromkeys(method.warn(spec))
         return spec
 
-    def _refuse(self, row: Row, part: _Part, members: Sequence[int], types: Sequence[DType]) -> None:
-        """Says why types that nothing is computed on are not copied."""
-        shown = ", ".join(f"{str(part.refs[i])!r} {d.name}" for i, d in zip(members, types, strict=True))
-        self.notes.other.append(f"{row.name}: types that cannot be merged: {shown}")
+    def _refuse(self, row: Row, part: _Part, members: Sequence[int], key: _Key) -> None:
+        """Says why a row has no op: of different shapes, or of types on which nothing is computed, and not copied."""
+        kinds, drawn, _ = key
+        refs = [str(part.refs[i]) for i in members]
+        if any(shape != kinds[0][1] for _, shape in kinds):
+            self.notes.shapes.add(row.name, [(ref, shape) for ref, (_, shape) in zip(refs, kinds, strict=True)])
+            return
+        types = drawn.types if drawn else [dtype for dtype, _ in kinds]
+        if not all(d.mergeable for d in types):
+            shown = ", ".join(f"{ref!r} {d.name}" for ref, d in zip(refs, types, strict=True))
+            self.notes.other.append(f"{row.name}: types that cannot be merged: {shown}")
 
-    def _shapes(self, row: Row, part: _Part, members: Sequence[int], infos: Sequence[TensorInfo]) -> None:
-        self.notes.shapes.add(row.name, [(str(part.refs[i]), f.shape) for i, f in zip(members, infos, strict=True)])
+
+def _ranges(column: Sequence[TensorInfo], model: int) -> Iterator[FileRange]:
+    """The tensors of one model as sources."""
+    fields = zip(column, itertools.repeat(model))
+    return map(of_fields, itertools.repeat(FileRange), fields)
 
 
 class _Part:

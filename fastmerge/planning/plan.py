@@ -53,20 +53,19 @@ class Plan:
         """Every tensor of every model: merged, copied, or dropped by which rule."""
         refs = [str(ref) for ref in self.recipe.refs]
         refs += [c.ref for c in self.checkpoints[len(refs) :]]
-        merged: list[list[str]] = [[] for _ in refs]
-        copied: list[list[str]] = [[] for _ in refs]
-        for op in self.ops:
-            names = copied if op.spec.grain == "copy" else merged
-            for source in op.inputs:
-                if type(source) is FileRange:
-                    names[source.model].append(source.info.name)
-                    continue
-                for part in inputs_of(source):
-                    if isinstance(part, FileRange):
-                        names[part.model].append(part.info.name)
-        pairs = zip(copied, merged, strict=True)
-        found = [dict.fromkeys(c, "copied") | dict.fromkeys(m, "merged") for c, m in pairs]
-        return Account.of(list(zip(refs, self.checkpoints, strict=True)), found, self.dropped)
+        used: list[dict[str, str]] = [{} for _ in refs]
+        copied = [op.inputs for op in self.ops if op.spec.grain == "copy"]
+        merged = [op.inputs for op in self.ops if op.spec.grain != "copy"]
+        for what, every in (("copied", copied), ("merged", merged)):
+            for inputs in every:
+                for source in inputs:
+                    if type(source) is FileRange:
+                        used[source.model][source.info.name] = what
+                        continue
+                    for part in inputs_of(source):
+                        if isinstance(part, FileRange):
+                            used[part.model][part.info.name] = what
+        return Account.of(list(zip(refs, self.checkpoints, strict=True)), used, self.dropped)
 
     def summary(self) -> dict[str, Any]:
         """Counts and bytes, as plain values for people and JSON.

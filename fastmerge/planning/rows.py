@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastmerge.checkpoint import of_fields
 from fastmerge.errors import CheckpointError, RecipeError, ShapeError
 from fastmerge.planning.layers import Layers, incomplete, sizes
 from fastmerge.planning.names import align, kind, unwrapped
@@ -132,12 +134,12 @@ class Sources:
             order.insert(0, order.pop(self.base))
         self.order = tuple(order)
 
-    def columns(self, rows: Sequence[Row]) -> Iterator[tuple[TensorInfo | None, ...]]:
-        """For each row of the part its tensor in each source, base first; None where a source has none."""
+    def columns(self, rows: Sequence[Row]) -> list[list[TensorInfo | None]]:
+        """For each source, base first, its tensors of rows of the part; None where it has none."""
         names: list[Any] = [row.inputs for row in rows]
         one = set(map(type, names)) == {str}
         own = (names if one else [self.name(row, i) for row in rows] for i in self.order)
-        return zip(*[map(self.tensors[i].get, n) for i, n in zip(self.order, own, strict=True)], strict=True)
+        return [[*map(self.tensors[i].get, n)] for i, n in zip(self.order, own, strict=True)]
 
     def name(self, row: Row, i: int) -> str:
         """Its name in one source."""
@@ -170,7 +172,7 @@ def whole(recipe: Recipe, part: Part, models: Models, *, gradient: bool) -> list
         if models.tensors(ref).keys() - names.keys():
             names |= dict.fromkeys(n for n in models.order(ref) if n not in names)
     if not gradient:
-        return [Row(name, 0, name) for name in names]
+        return [*map(of_fields, repeat(Row), zip(names, repeat(0), names, repeat(0.0)))]
     found = models.structure(first)
     if not found.stacks:
         raise RecipeError(f"a gradient needs layers, and the tensor names of {str(first)!r} show none")

@@ -63,7 +63,7 @@ def need(ops: Sequence[Op], *, elements: int = UNIT_ELEMENTS, whole: Callable[[S
         elements: per unit, where memory allows it.
         whole: whether tensors of a spec are never cut.
     """
-    least = best = tables = total = beside = 0
+    least = best = tables = beside = 0
     statistics = False
     bundles = Cost(0, 0)
     made = set()
@@ -83,8 +83,8 @@ def need(ops: Sequence[Op], *, elements: int = UNIT_ELEMENTS, whole: Callable[[S
         bundles = max(bundles, price)
         tables = max(tables, spec.workspace)
         statistics |= spec.grain in ("tensor", "model")
-    for op in ops:
-        total += op.spec.numel
+    total = sum([op.spec.numel for op in ops])
+    for op in ops if made else ():
         if op.spec in made:
             beside = max(beside, *map(workspace, op.inputs))
     best = max(best, bundles.of(min(total, elements), min(len(ops), PIECES)) + bundles.past)

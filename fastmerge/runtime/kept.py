@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op
 from fastmerge.runtime.devices import Buffer
 from fastmerge.runtime.schedule import ALIGN, BLOCK, Job, Unit
 
-Addresses = list[list[int]]
+L = TypeVar("L")
 
 
 class Room(NamedTuple):
@@ -51,7 +51,7 @@ def _nbytes(ops: Sequence[Op], unit: Unit) -> int:
     return sum(inputs) * sum([length for _, _, length in unit.pieces]) + apart
 
 
-class Kept:
+class Kept(Generic[L]):
     """Memory for the inputs of units. What has no room is read twice.
 
     Args:
@@ -63,13 +63,13 @@ class Kept:
         self._lock = threading.Lock()
         self._left = room.number
         self._free: list[Buffer] = []
-        self._held: dict[Unit, tuple[Buffer, Addresses]] = {}
+        self._held: dict[Unit, tuple[Buffer, L]] = {}
 
     def __contains__(self, unit: Unit) -> bool:
         return unit in self._held
 
-    def addresses(self, unit: Unit) -> Addresses | None:
-        """Of every input of every piece, by input; None for a unit that is not kept."""
+    def laid(self, unit: Unit) -> L | None:
+        """Where the unit's inputs are; None for a unit that is not kept."""
         found = self._held.get(unit)
         return found[1] if found is not None else None
 
@@ -83,9 +83,9 @@ class Kept:
             self._left -= 1
         return Buffer.allocate(self._room.nbytes)
 
-    def keep(self, unit: Unit, buffer: Buffer, addresses: Addresses) -> None:
+    def keep(self, unit: Unit, buffer: Buffer, laid: L) -> None:
         """From now on the unit's inputs are there."""
-        self._held[unit] = buffer, addresses
+        self._held[unit] = buffer, laid
 
     def drop(self, unit: Unit) -> None:
         """The unit's inputs are not asked for again; nothing for one that is not kept."""

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from fastmerge.checkpoint import without_gc
-from fastmerge.ops.per_spec import PerSpec
 from fastmerge.ops.program import Bound
-from fastmerge.ops.segments import GROUP, HEADER, KEY, LENGTH, OUT, ROW, Segments
+from fastmerge.ops.segments import HEADER, OUT, Segments, segment_table
 from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op
 from fastmerge.runtime.stream import compute
@@ -118,22 +117,14 @@ def batches(ops: Sequence[Op]) -> list[tuple[list[Op], Segments]]:
 
 
 def _table(ops: Sequence[Op]) -> Segments:
-    """One row per op; column by column, as there may be tens of thousands."""
+    """One row per op."""
     spec = ops[0].spec
-    places = np.array([cast("Memory", s).address for op in ops for s in (*op.targets, *op.inputs)], np.int64)
-    places = places.reshape(len(ops), -1)
-    table = np.zeros((len(ops), HEADER + places.shape[1] - 1), np.int64)
-    table[:, OUT] = places[:, 0]
-    table[:, LENGTH], table[:, ROW] = _lengths(ops)
-    table[:, KEY] = np.array([op.key for op in ops], np.uint64).view(np.int64)
-    table[:, GROUP] = np.arange(len(ops))
-    table[:, HEADER:] = np.roll(places[:, 1:], 1 - len(ops[0].targets), axis=1)  # results after the first come last
+    outs = [
+        [cast("Memory", target).address for target in column]
+        for column in zip(*[op.targets for op in ops], strict=True)
+    ]
+    inputs = [
+        [cast("Memory", source).address for source in column] for column in zip(*[op.inputs for op in ops], strict=True)
+    ]
+    table = segment_table(ops, range(len(ops)), [0] * len(ops), [op.spec.numel for op in ops], outs, inputs)
     return Segments(table, spec.dtypes, spec.out_dtype)
-
-
-def _lengths(ops: Sequence[Op]) -> tuple[Any, Any]:
-    """Elements of each tensor and of its rows."""
-    if len(ops) == 1:
-        return ops[0].spec.numel, ops[0].spec.row
-    specs = PerSpec(lambda spec: spec, ops)
-    return specs.integers(lambda s, _: s.numel), specs.integers(lambda s, _: s.row)

@@ -8,6 +8,8 @@ faster in a buffer that stays in the cache, and what arrived is still there for 
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -119,6 +121,10 @@ class _Kind(NamedTuple):
     """Elements of the chunks of one that is."""
 
 
+_CUT, _COPIED, _MODEL = -1, -2, -3
+"""In place of a number of tensors that share units: a tensor in several units, bytes, one job for the whole model."""
+
+
 class _Cutter:
     def __init__(self, ops: Sequence[Op], slot: int | None, elements: int, whole: Callable[[Spec], bool]) -> None:
         self._ops = ops
@@ -150,34 +156,20 @@ class _Cutter:
 
     def jobs(self) -> Iterator[Job]:
         """Jobs in file order; consecutive small tensors of one kind share a unit."""
-        bundle: list[tuple[int, int, int]] = []
-        total = 0
-        first: _Kind | None = None
-        model: list[int] = []
-        copies: list[int] = []
-        for position, op in enumerate(self._ops):
-            kind = self.kind(op)
-            if kind.grain == "copy":
-                copies.append(position)
+        labels = [*map(self._labels().__getitem__, [op.spec for op in self._ops])]
+        copies = [i for i, label in enumerate(labels) if label == _COPIED]
+        model = [i for i, label in enumerate(labels) if label == _MODEL]
+        rest = [i for i, label in enumerate(labels) if label >= _CUT]
+        for label, run in itertools.groupby(rest, labels.__getitem__):
+            if label != _CUT:
+                yield from self._bundles([*run])
                 continue
-            if kind.grain == "model":
-                model.append(position)
-                continue
-            n = op.spec.numel
-            if first is not None and not self._joins(first, kind, total + n, len(bundle) + 1):
-                yield self._job(bundle, first, total)
-                bundle, total, first = [], 0, None
-            if n <= kind.most:
-                bundle.append((position, 0, n))
-                total += n
-                first = first or kind
-                continue
-            pieces = [(position, e0, min(kind.step, n - e0)) for e0 in range(0, n, kind.step)]
-            units = tuple([Unit(self._jobs, (p,), kind.cost.of(p[2])) for p in pieces])
-            self._jobs += 1
-            yield Job(False, (position,), units)
-        if first is not None:
-            yield self._job(bundle, first, total)
+            for position in run:
+                kind, n = self.kind(self._ops[position]), self._ops[position].spec.numel
+                pieces = [(position, e0, min(kind.step, n - e0)) for e0 in range(0, n, kind.step)]
+                units = tuple([Unit(self._jobs, (p,), kind.cost.of(p[2])) for p in pieces])
+                self._jobs += 1
+                yield Job(False, (position,), units)
         if model:
             units = tuple(self._model_units(model))
             self._jobs += 1
@@ -185,6 +177,35 @@ class _Cutter:
         for copied in _copy_units(self._ops, copies):
             yield Job(True, tuple(dict.fromkeys(o for o, _, _ in copied)), (Unit(self._jobs, copied, 0),))
             self._jobs += 1
+
+    def _labels(self) -> dict[Spec, int]:
+        """For each spec which tensors it shares a unit with, by number, or why it shares none."""
+        numbers: dict[tuple[object, ...], int] = {}
+        labels = {}
+        for spec, op in {op.spec: op for op in self._ops}.items():
+            kind = self.kind(op)
+            if kind.grain in ("copy", "model"):
+                labels[spec] = _COPIED if kind.grain == "copy" else _MODEL
+            else:
+                labels[spec] = numbers.setdefault(kind.batch, len(numbers)) if spec.numel <= kind.most else _CUT
+        return labels
+
+    def _bundles(self, members: Sequence[int]) -> Iterator[Job]:
+        """As many neighbours at a time as fit."""
+        kind = self.kind(self._ops[members[0]])
+        sizes = [self._ops[o].spec.numel for o in members]
+        totals = [*itertools.accumulate(sizes, initial=0)]
+        element, piece, _ = kind.cost
+        costs = [total * element + count * piece for count, total in enumerate(totals)]
+        start = 0
+        while start < len(members):
+            stop = bisect.bisect_right(totals, totals[start] + self._elements, start) - 1
+            if self._slot is not None:
+                stop = min(stop, bisect.bisect_right(costs, costs[start] + self._slot, start) - 1)
+            stop = max(stop, start + 1)
+            pieces = [(o, 0, n) for o, n in zip(members[start:stop], sizes[start:stop], strict=True)]
+            yield self._job(pieces, kind, totals[stop] - totals[start])
+            start = stop
 
     def _joins(self, first: _Kind, kind: _Kind, total: int, pieces: int) -> bool:
         """Whether one more tensor goes into a bundle."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from fastmerge.checkpoint import Files, Place, Writer
+from fastmerge.checkpoint import Files, Place, Writer, of_fields
 from fastmerge.errors import CheckpointError
-from fastmerge.ops.segments import HEADER, I64, OUT, Segments, segment_row
+from fastmerge.ops.segments import HEADER, I64, OUT, Segments, segment_table
 from fastmerge.ops.sources import FileRange, Made, Memory
-from fastmerge.ops.spec import Op, Source
+from fastmerge.ops.spec import Op, Source, Spec
 from fastmerge.runtime.devices import Buffer
 from fastmerge.runtime.finite import NonFinite
 from fastmerge.runtime.kept import NOTHING, Kept, Room
@@ -23,18 +24,34 @@ COMPARE_BYTES = 1 << 20
 """Bytes of integer tensors that are compared at a time."""
 
 
+class _Run(NamedTuple):
+    """Pieces of one input that follow each other where they come from, and so in the slot.
+
+    Attributes:
+        source: of the first.
+        start: its first byte in the file; elsewhere its first element.
+        nbytes: of all.
+        pieces: how many.
+    """
+
+    source: Source
+    start: int
+    nbytes: int
+    pieces: int
+
+
 class _Laid(NamedTuple):
     """Where the inputs of a unit go.
 
     Attributes:
         end: the first free byte behind them.
-        addresses: of every piece, by input.
-        reads: rows (fd, offset, address, nbytes), one per model and contiguous file range.
+        bases: address of every run, by input.
+        reads: rows (fd, offset, address, nbytes), one per run in a file.
         made: (source, first element, elements, address).
     """
 
     end: int
-    addresses: list[list[int]]
+    bases: list[list[int]]
     reads: list[tuple[int, int, int, int]]
     made: list[tuple[Made, int, int, int]]
 
@@ -62,7 +79,7 @@ class OpStore:
         self._files = files
         self._writer = writer
         self._finite = finite
-        self._kept = Kept(room)
+        self._kept: Kept[_Laid] = Kept(room)
         self._members: dict[int, Mapping[int, int]] = {}
 
     @property
@@ -83,44 +100,32 @@ class OpStore:
         is kept until its result is stored, as long as there is room.
         """
         group_of = _positions(job, self._members)
-        ops = [self._ops[o] for o, _, _ in unit.pieces]
+        numbers, firsts, lengths = zip(*unit.pieces, strict=True)
+        ops = [self._ops[o] for o in numbers]
         spec = ops[0].spec
+        sizes = {size: [n * size for n in lengths] for size in {d.size for d in spec.dtypes}}
+        runs = [_runs([op.inputs[m] for op in ops], firsts, sizes[d.size], d.size) for m, d in enumerate(spec.dtypes)]
         once = job.resident or spec.grain == "element"
         keep = again and not self.done(job, unit)
-        cursor, addresses = self._inputs(ops, unit, buffer, once=once, keep=keep)
-        table: list[list[int]] = []
-        size = spec.out_dtype.size
-        shard = end = -1
-        for op, (o, e0, length), inputs in zip(ops, unit.pieces, zip(*addresses, strict=True), strict=True):
-            outs = []
-            for target in op.targets:
-                if isinstance(target, Memory):
-                    outs.append(target.address + e0 * size)
-                    continue
-                place = cast("Place", target)
-                start = place.offset + e0 * size
-                if start != end or shard != place.shard:
-                    cursor += (start - cursor) % BLOCK
-                shard, end = place.shard, start + length * size
-                outs.append(cursor)
-                cursor += length * size
-            table.append([*segment_row(op, group_of[o], e0, length, outs[0], inputs), *outs[1:]])
-        _check(cursor, buffer)
-        counters = np.zeros(len(table), np.int64)
-        return Segments(np.array(table, np.int64), spec.dtypes, spec.out_dtype, counters)
+        laid = self._inputs(spec, runs, unit, buffer, once=once, keep=keep)
+        inputs = [_spread(runs[m], laid.bases[m], sizes[d.size]) for m, d in enumerate(spec.dtypes)]
+        outs, end = _results(ops, firsts, lengths, spec.out_dtype.size, laid.end)
+        _check(end, buffer)
+        table = segment_table(ops, [group_of[o] for o in numbers], firsts, lengths, outs, inputs)
+        return Segments(table, spec.dtypes, spec.out_dtype, np.zeros(len(table), np.int64))
 
     def _inputs(
-        self, ops: Sequence[Op], unit: Unit, buffer: Buffer, *, once: bool, keep: bool
-    ) -> tuple[int, list[list[int]]]:
-        """The first free byte of the buffer, and addresses of every input of every piece, by input.
+        self, spec: Spec, runs: Sequence[Sequence[_Run]], unit: Unit, buffer: Buffer, *, once: bool, keep: bool
+    ) -> _Laid:
+        """Lays out the runs of every input; ``end`` is the first free byte of the buffer.
 
         What files hold is read, and what is made is made. What is read more than once and not kept goes through the
         page cache, which may have it the next time.
         """
-        kept = self._kept.addresses(unit)
+        kept = self._kept.laid(unit)
         if kept is not None:
-            return buffer.address, kept
-        laid = self._lay(ops, unit, buffer.address)
+            return kept._replace(end=buffer.address)
+        laid = self._lay(spec, runs, buffer.address)
         _check(laid.end, buffer)
         home: Buffer | None = None
         if laid.reads:
@@ -130,7 +135,7 @@ class OpStore:
                 home = self._kept.take()
                 cold = cold if home is not None else []
             if any(cold):
-                moved = self._lay(ops, unit, (home or buffer).address, cold)
+                moved = self._lay(spec, runs, (home or buffer).address, cold)
                 if home is not None:
                     _check(moved.end, home)
                 if home is not None or moved.end - laid.end <= buffer.nbytes - unit.nbytes:  # beside the results
@@ -140,57 +145,43 @@ class OpStore:
         for made_source, e0, length, address in laid.made:
             made_source.fill(self.bring, e0, length, address)
         if home is None:
-            return laid.end, laid.addresses
-        self._kept.keep(unit, home, laid.addresses)
-        return buffer.address, laid.addresses
+            return laid
+        self._kept.keep(unit, home, laid)
+        return laid._replace(end=buffer.address)
 
-    def _lay(self, ops: Sequence[Op], unit: Unit, cursor: int, cold: Sequence[bool] = ()) -> _Laid:
-        """Places for the inputs of every piece, from an address on.
+    def _lay(self, spec: Spec, runs: Sequence[Sequence[_Run]], cursor: int, cold: Sequence[bool] = ()) -> _Laid:
+        """Places for the runs of every input, from an address on.
 
         Args:
-            ops: of the pieces.
-            unit: whose pieces.
+            spec: of the pieces.
+            runs: of each input.
             cursor: the first free byte.
             cold: which reads go past the page cache; they get blocks of their own. None of them, where it is empty.
         """
         reads: list[tuple[int, int, int, int]] = []
         made: list[tuple[Made, int, int, int]] = []
-        addresses: list[list[int]] = []
-        for m, dtype in enumerate(ops[0].spec.dtypes):
-            column: list[int] = []
-            fd = begin = end = at = -1
-            file: tuple[int, int] | None = None
-            for op, (_, e0, length) in zip(ops, unit.pieces, strict=True):
-                source = op.inputs[m]
+        bases: list[list[int]] = []
+        for dtype, column in zip(spec.dtypes, runs, strict=True):
+            at: list[int] = []
+            for source, start, nbytes, _ in column:
+                if type(source) is Memory:
+                    at.append(source.address + start * dtype.size)
+                    continue
+                cursor = (cursor + ALIGN - 1) & -ALIGN
+                past = False
                 if type(source) is not FileRange:
-                    if end > begin:
-                        cursor = _close(reads, (fd, begin, at, end - begin), cursor, cold)
-                    begin = end = -1
-                    if type(source) is Memory:
-                        column.append(source.address + e0 * dtype.size)
-                        continue
-                    cursor = (cursor + ALIGN - 1) & -ALIGN
-                    made.append((cast("Made", source), e0, length, cursor))
-                else:
-                    info = source.info
-                    start = info.offset + e0 * dtype.size
-                    if start != end or file != (source.model, info.file):
-                        if end > begin:
-                            cursor = _close(reads, (fd, begin, at, end - begin), cursor, cold)
-                        file = (source.model, info.file)
-                        fd = self._fd(source)
-                        begin = end = start
-                        cursor = (cursor + ALIGN - 1) & -ALIGN
-                        if cold and cold[len(reads)] and not start % dtype.size:
-                            cursor = -(-cursor // BLOCK) * BLOCK + start % BLOCK
-                        at = cursor
-                    end += length * dtype.size
-                column.append(cursor)
-                cursor += length * dtype.size
-            if end > begin:
-                cursor = _close(reads, (fd, begin, at, end - begin), cursor, cold)
-            addresses.append(column)
-        return _Laid(cursor, addresses, reads, made)
+                    made.append((cast("Made", source), start, nbytes // dtype.size, cursor))
+                elif nbytes:
+                    past = bool(cold) and cold[len(reads)]
+                    if past and not start % dtype.size:
+                        cursor = -(-cursor // BLOCK) * BLOCK + start % BLOCK
+                    reads.append((self._fd(source), start, cursor, nbytes))
+                at.append(cursor)
+                cursor += nbytes
+                if past:
+                    cursor = -(-cursor // BLOCK) * BLOCK
+            bases.append(at)
+        return _Laid(cursor, bases, reads, made)
 
     def bring(self, source: Source, runs: I64) -> None:
         """Brings runs (first element, elements, address) of a source to memory."""
@@ -236,21 +227,23 @@ class OpStore:
 
     def _write(self, writer: Writer, unit: Unit, segments: Segments) -> None:
         size = segments.out_dtype.size
-        rows: list[list[int]] = []
-        more = HEADER + len(segments.dtypes)
-        for (o, e0, length), row in zip(unit.pieces, segments.table.tolist(), strict=True):
-            for target, address in zip(self._ops[o].targets, (row[OUT], *row[more:]), strict=True):
-                if isinstance(target, Memory):
+        columns = (OUT, *range(HEADER + len(segments.dtypes), segments.table.shape[1]))
+        addresses = zip(*[segments.table[:, c].tolist() for c in columns], strict=True)
+        rows: list[tuple[int, int, int, int]] = []
+        shard = begin = stop = first = last = -1
+        for (o, e0, length), outs in zip(unit.pieces, addresses, strict=True):
+            nbytes = length * size
+            for target, address in zip(self._ops[o].targets, outs, strict=True):
+                if type(target) is not Place or not nbytes:
                     continue
-                place = cast("Place", target)
-                offset, nbytes = place.offset + e0 * size, length * size
-                last = rows[-1] if rows else None
-                if last and last[0] == place.shard and last[1] + last[3] == offset and last[2] + last[3] == address:
-                    last[3] += nbytes
-                elif nbytes:
-                    rows.append([place.shard, offset, address, nbytes])
-        if rows:
-            writer.write(np.array(rows, np.int64))
+                offset = target.offset + e0 * size
+                if offset != stop or address != last or target.shard != shard:
+                    rows.append((shard, begin, first, stop - begin))
+                    shard, begin, first = target.shard, offset, address
+                stop, last = offset + nbytes, address + nbytes
+        rows.append((shard, begin, first, stop - begin))
+        if len(rows) > 1:
+            writer.write(np.array(rows[1:], np.int64))  # the first ends what was before the first piece
 
     def copy(self, unit: Unit) -> None:
         """Copies byte ranges, neighbours together; compares what must be equal first."""
@@ -335,12 +328,64 @@ class OpStore:
             self._writer.sync()
 
 
-def _close(
-    reads: list[tuple[int, int, int, int]], read: tuple[int, int, int, int], cursor: int, cold: Sequence[bool]
-) -> int:
-    """Ends a run of input bytes; the first byte behind it that is free."""
-    reads.append(read)
-    return -(-cursor // BLOCK) * BLOCK if cold and cold[len(reads) - 1] else cursor
+def _runs(sources: Sequence[Source], firsts: Sequence[int], sizes: Sequence[int], size: int) -> list[_Run]:
+    """The runs of one input: of 50,000 neighbours one."""
+    runs: list[_Run] = []
+    head: Source | None = None
+    begin = end = pieces = 0
+    model = file = -1
+    for source, e0, nbytes in zip(sources, firsts, sizes, strict=True):
+        if type(source) is FileRange:
+            info, of = source
+            start = info.offset + e0 * size
+            if start == end and info.file == file and of == model:
+                end += nbytes
+                pieces += 1
+                continue
+            if head is not None:
+                runs.append(of_fields(_Run, (head, begin, end - begin, pieces)))
+            head, begin, end, pieces, model, file = source, start, start + nbytes, 1, of, info.file
+            continue
+        if head is not None:
+            runs.append(of_fields(_Run, (head, begin, end - begin, pieces)))
+        runs.append(of_fields(_Run, (source, e0, nbytes, 1)))
+        head, model = None, -1
+    if head is not None:
+        runs.append(of_fields(_Run, (head, begin, end - begin, pieces)))
+    return runs
+
+
+def _spread(runs: Sequence[_Run], bases: list[int], sizes: Sequence[int]) -> list[int]:
+    """Addresses of the pieces of runs, from those of the runs."""
+    if len(runs) == len(sizes):
+        return bases
+    out: list[int] = []
+    at = 0
+    for run, base in zip(runs, bases, strict=True):
+        out += itertools.accumulate(sizes[at : at + run.pieces - 1], initial=base)
+        at += run.pieces
+    return out
+
+
+def _results(
+    ops: Sequence[Op], firsts: Sequence[int], lengths: Sequence[int], size: int, cursor: int
+) -> tuple[list[list[int]], int]:
+    """Addresses of the results by output, from a free byte on, and the first free byte behind them."""
+    outs: list[int] = []
+    shard = end = -1
+    for op, e0, length in zip(ops, firsts, lengths, strict=True):
+        for target in op.targets:
+            if type(target) is not Place:
+                outs.append(cast("Memory", target).address + e0 * size)
+                continue
+            start = target.offset + e0 * size
+            if start != end or shard != target.shard:
+                cursor += (start - cursor) % BLOCK
+            shard, end = target.shard, start + length * size
+            outs.append(cursor)
+            cursor += length * size
+    count = len(ops[0].targets)
+    return [outs[i::count] for i in range(count)], cursor
 
 
 def _check(cursor: int, buffer: Buffer) -> None:

@@ -76,6 +76,16 @@ def test_accepts_a_file_without_tensors_trailing_spaces_and_misaligned_data():
     assert accepted(file_bytes(misaligned)) == theirs(file_bytes(misaligned)) == misaligned
 
 
+def test_accepts_entries_in_another_order_than_that_of_their_bytes():
+    text = json.dumps({"b": entry(offsets=(2, 4)), "a": entry(), "c": entry(offsets=(4, 6))}, separators=(",", ":"))
+    content = raw(text.encode(), b"abcdef")
+    assert accepted(content) == theirs(content)
+    assert [t.name for t in ours(content).tensors] == ["a", "b", "c"]
+    for odd in (text.replace("},", "},,", 1), text.replace("},", "}", 1), "{," + text[1:], text[:-1] + ",}"):
+        assert accepted(raw(odd.encode(), b"abcdef")) is None
+        assert theirs(raw(odd.encode(), b"abcdef")) is None
+
+
 BAD = {
     "hole": ({"a": entry(), "b": entry(offsets=(3, 5))}, 5, "hole"),
     "overlap": ({"a": entry(), "b": entry(offsets=(1, 3))}, 3, "overlaps"),

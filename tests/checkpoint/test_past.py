@@ -120,7 +120,7 @@ HOLES = st.lists(st.tuples(st.integers(0, SIZE // BLOCK), st.integers(1, 1500)),
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(RUN, min_size=1, max_size=4), st.sampled_from(["resident", "evicted", "holes"]), HOLES)
-def test_equal_bytes_and_the_cache_as_it_was(shared, runs, state, holes):
+def test_equal_bytes_and_nothing_new_in_the_cache(shared, runs, state, holes):
     for name, io in primitives().items():
         if state == "evicted":
             shared.evict()
@@ -132,7 +132,8 @@ def test_equal_bytes_and_the_cache_as_it_was(shared, runs, state, holes):
         memory, rows = laid(shared, runs)
         assert _io.read_past(io, rows, str) is None
         check(shared, memory, rows)
-        assert shared.resident() == before, name
+        # The kernel may take pages back at any time: what counts is that none came in.
+        assert all(was or not now for was, now in zip(before, shared.resident(), strict=True)), name
 
 
 def test_what_is_resident_is_known(file):

@@ -77,10 +77,10 @@ class Tight(HostStreams):
         del self.locked[buffer.address]
 
 
-def family(root):
-    """A few long rows: the interpreter pays per program. ``wide`` takes two units of a tile, or one large one."""
+def family(root, wide=(7, 20_000)):
+    """A few long rows: the interpreter pays per program. ``wide`` takes three units of a tile, or one large one."""
     rng = torch.Generator().manual_seed(0)
-    shapes = {"norm": (40,), "wide": (5, 14_000), "bias": (333,), "embed": (3, 9_001)}
+    shapes = {"norm": (40,), "wide": wide, "bias": (333,), "embed": (3, 9_001)}
     base = {n: torch.randn(s, generator=rng) * 0.02 for n, s in shapes.items()}
     found = {}
     for name in ("base", "a", "b", "c"):
@@ -92,6 +92,12 @@ def family(root):
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     return family(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """The same of two units of a tile."""
+    return family(tmp_path_factory.mktemp("models"), wide=(5, 14_000))
 
 
 @pytest.fixture
@@ -113,8 +119,8 @@ def pretend(monkeypatch):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_two_logical_gpus_give_the_bytes_of_the_cpu(paths, name, tmp_path, pretend):
-    text = recipe_of(paths, name)
+def test_two_logical_gpus_give_the_bytes_of_the_cpu(short, name, tmp_path, pretend):
+    text = recipe_of(short, name)
     fm.merge(text, tmp_path / "cpu", device="cpu", backend="native")
     streams = pretend(TritonKernels("cpu"), gpus=2, unit=TILE)
     report = fm.merge(text, tmp_path / "gpu", device="cuda:0,cuda:0")
@@ -157,7 +163,7 @@ def test_any_budgets_and_devices_give_the_same_bytes(paths, tmp_path_factory, pr
 def test_too_little_memory_for_slots_means_smaller_ones(paths, tmp_path, pretend):
     text = recipe_of(paths, "ties")
     fm.merge(text, tmp_path / "cpu", device="cpu")
-    for i, limit in enumerate(({"most": 800_000}, {"pins": 800_000})):
+    for i, limit in enumerate(({"most": 1_400_000}, {"pins": 1_400_000})):
         (streams,) = pretend(Native(), **limit)
         fm.merge(text, tmp_path / f"gpu{i}", device="cuda")
         assert weights(tmp_path / f"gpu{i}") == weights(tmp_path / "cpu")
@@ -260,7 +266,7 @@ def test_smaller_slots_go_on_where_the_larger_ones_stopped(paths, tmp_path, pret
     pretend(Hungry(TILE, SHORT[0]), unit=2 * TILE)
     report = fm.merge(text, tmp_path / "gpu", device="cuda")
     assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
-    assert report.bytes_written == 2 * 5 * 14_000, "the small tensors had been written"
+    assert report.bytes_written == 2 * 7 * 20_000, "the small tensors had been written"
     assert any("resumed" in w for w in report.warnings)
 
 
