@@ -59,12 +59,14 @@ class Ranked {
   K at(int64_t rank) {
     K bin = 0;
     for (; rank >= bins_[bin]; ++bin) rank -= bins_[bin];
-    int64_t some = 0;
-    for (int64_t j = 0; j < n_; ++j) {
-      room_[some] = keys_[j];
-      some += keys_[j] >> kShift == bin;
+    if (bin != held_) {
+      held_ = bin, some_ = 0;
+      for (int64_t j = 0; j < n_; ++j) {
+        room_[some_] = keys_[j];
+        some_ += keys_[j] >> kShift == bin;
+      }
     }
-    std::nth_element(room_, room_ + rank, room_ + some);
+    std::nth_element(room_, room_ + rank, room_ + some_);
     return room_[rank];
   }
 
@@ -72,7 +74,9 @@ class Ranked {
   static constexpr int kShift = sizeof(K) * 8 - 12;  // the top bit of a key is clear
   const K* keys_;
   int64_t n_;
-  K* room_;
+  K* room_;  // keys of the bin held_, in any order
+  K held_ = ~K(0);
+  int64_t some_ = 0;
   int32_t bins_[2048] = {};
 };
 
