@@ -190,9 +190,7 @@ FM_STEP void drop_bits(int32_t t, const Segment& s, int32_t model, int64_t at, i
   const auto below_t = static_cast<uint32_t>(t);
   if (e % 8 == 0 && same_high(block) >= kBlock / 8) {
     const Stream stream(key, static_cast<uint32_t>(model), kDrop, static_cast<uint32_t>(block >> 32));
-    for (int64_t j = 0; j < n; j += 8 * kCounters)
-      draw(stream, static_cast<uint32_t>(block) + static_cast<uint32_t>(j / 8),
-           [&](int i, const Drawn& d) { bits[j / 32 + i] = below(d, below_t); });
+    draw(stream, static_cast<uint32_t>(block), n, [&](int i, const Drawn& d) { bits[i] = below(d, below_t); });
     return;
   }
   alignas(64) uint16_t u[kBlock];

@@ -1,4 +1,4 @@
-// The random 16 bits of consecutive elements: of 64 Philox counters at a time, 8 elements each. For kernel sources
+// The random 16 bits of consecutive elements, 8 of each Philox counter. For kernel sources
 // only (host). Everything has internal linkage.
 #pragma once
 
@@ -10,7 +10,7 @@
 namespace fastmerge {
 namespace {
 
-constexpr int kCounters = 64;  // that are computed together
+constexpr int64_t kDrawn = 64;  // elements whose bits are drawn together
 
 // A word of which every lane of a vector has a copy.
 #if defined(__AVX2__)
@@ -70,12 +70,13 @@ FM_LANES Word high_half(Word x) { return _mm256_srli_epi64(x, 32); }
 FM_LANES Word times(Word x, uint32_t m) { return _mm256_mul_epu32(x, _mm256_set1_epi64x(m)); }
 FM_LANES Word xor3(Word a, Word b, Word c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
 
-// Hands take(i, Drawn) those of elements 32 i .. 32 i + 31 from the counter `low` on. A word lives in the low half of a
-// 64-bit lane; the multiplication reads only that half, so the other may hold anything.
+// Hands take(i, Drawn) those of elements 32 i .. 32 i + 31 from the counter `low` on, kDrawn and more until there are
+// n. A word lives in the low half of a 64-bit lane; the multiplication reads only that half, so the other may hold
+// anything.
 template <class Take>
-FM_LANES void draw(const Stream& s, uint32_t low, Take take) {
+FM_LANES void draw(const Stream& s, uint32_t low, int64_t n, Take take) {
   constexpr int kSets = 2;
-  for (int i = 0; i < kCounters / 4; i += kSets) {
+  for (int i = 0; 32 * i < n; i += kSets) {
     Word x0[kSets], x1[kSets], x2[kSets], x3[kSets];
     for (int n = 0; n < kSets; ++n) {
       const Word first = _mm256_set1_epi64x(static_cast<int64_t>(low + 4 * static_cast<uint32_t>(i + n)));
@@ -125,29 +126,34 @@ FM_LANES uint32_t below(const Drawn& d, uint32_t t) {
 }
 
 template <class Take>
-FM_LANES void draw(const Stream& s, uint32_t low, Take take) {
+FM_LANES void draw(const Stream& s, uint32_t low, int64_t n, Take take) {
+  constexpr int kCounters = 64;
   uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
-  for (int i = 0; i < kCounters; ++i) {
-    const uint64_t p = static_cast<uint64_t>(0xD2511F53u) * (low + static_cast<uint32_t>(i));
-    const uint64_t q = static_cast<uint64_t>(0xCD9E8D57u) * (static_cast<uint32_t>(p >> 32) ^ s.high2);
-    uint32_t c[4] = {static_cast<uint32_t>(q >> 32) ^ s.mix0, static_cast<uint32_t>(q),
-                     static_cast<uint32_t>(p) ^ s.mix2, 0};
-    philox_round(c, s.keys[2][0], 0);
-    c0[i] = c[0], c1[i] = c[1], c2[i] = c[2] ^ s.last3, c3[i] = c[3];
-  }
-  for (int r = 3; r < 10; ++r)
-    for (int i = 0; i < kCounters; ++i) {
-      uint32_t c[4] = {c0[i], c1[i], c2[i], c3[i]};
-      philox_round(c, s.keys[r][0], s.keys[r][1]);
-      c0[i] = c[0], c1[i] = c[1], c2[i] = c[2], c3[i] = c[3];
+  for (int64_t from = 0; from < n; from += 8 * kCounters) {
+    const int count = n - from < 8 * kCounters ? static_cast<int>((n - from + 63) / 64 * 8) : kCounters;
+    const uint32_t first = low + static_cast<uint32_t>(from / 8);
+    for (int i = 0; i < count; ++i) {
+      const uint64_t p = static_cast<uint64_t>(0xD2511F53u) * (first + static_cast<uint32_t>(i));
+      const uint64_t q = static_cast<uint64_t>(0xCD9E8D57u) * (static_cast<uint32_t>(p >> 32) ^ s.high2);
+      uint32_t c[4] = {static_cast<uint32_t>(q >> 32) ^ s.mix0, static_cast<uint32_t>(q),
+                       static_cast<uint32_t>(p) ^ s.mix2, 0};
+      philox_round(c, s.keys[2][0], 0);
+      c0[i] = c[0], c1[i] = c[1], c2[i] = c[2] ^ s.last3, c3[i] = c[3];
     }
-  for (int i = 0; i < kCounters / 4; ++i) {
-    Drawn d;
-    for (int j = 0; j < 4; ++j) {
-      uint32_t* w = d.words + 4 * j;
-      w[0] = c0[4 * i + j], w[1] = c1[4 * i + j], w[2] = c2[4 * i + j], w[3] = c3[4 * i + j];
+    for (int r = 3; r < 10; ++r)
+      for (int i = 0; i < count; ++i) {
+        uint32_t c[4] = {c0[i], c1[i], c2[i], c3[i]};
+        philox_round(c, s.keys[r][0], s.keys[r][1]);
+        c0[i] = c[0], c1[i] = c[1], c2[i] = c[2], c3[i] = c[3];
+      }
+    for (int i = 0; i < count; i += 4) {
+      Drawn d;
+      for (int j = 0; j < 4; ++j) {
+        uint32_t* w = d.words + 4 * j;
+        w[0] = c0[i + j], w[1] = c1[i + j], w[2] = c2[i + j], w[3] = c3[i + j];
+      }
+      take(static_cast<int>(from / 32) + i / 4, d);
     }
-    take(i, d);
   }
 }
 
@@ -158,21 +164,20 @@ inline uint64_t same_high(uint64_t block) { return (uint64_t{1} << 32) - (block 
 
 // The 16 random bits of n elements from e0 on.
 inline void random_block(uint64_t key, uint32_t model, uint32_t op, int64_t e0, int64_t n, uint16_t* out) {
-  constexpr int64_t kMost = 8 * kCounters;
   int64_t done = -(e0 & 7);  // elements of the first counter that come before e0 are dropped
   for (uint64_t block = static_cast<uint64_t>(e0) >> 3; done < n;) {
     const Stream stream(key, model, op, static_cast<uint32_t>(block >> 32));
-    const uint64_t asked = static_cast<uint64_t>(n - done + 7) / 8, counters = std::min(asked, same_high(block));
-    for (uint64_t i = 0; i < counters; i += kCounters) {
-      alignas(64) uint16_t u[kMost];
-      const int64_t some = std::min(kMost, 8 * static_cast<int64_t>(counters - i));
-      const int64_t from = std::max<int64_t>(done, 0), to = std::min(done + some, n);
-      uint16_t* words = to - done == kMost && from == done ? out + done : u;
-      draw(stream, static_cast<uint32_t>(block + i), [words](int j, const Drawn& d) { put32(d, words + 32 * j); });
-      if (words == u) memcpy(out + from, u + (from - done), static_cast<size_t>(to - from) * 2);
-      done += some;
+    const int64_t end = std::min(n, done + 8 * static_cast<int64_t>(same_high(block)));
+    for (int64_t some; done < end; done += some, block += static_cast<uint64_t>(some + 7) / 8) {
+      some = done < 0 ? 0 : (end - done) & -kDrawn;
+      uint16_t u[kDrawn], *words = some ? out + done : u;
+      draw(stream, static_cast<uint32_t>(block), some ? some : kDrawn,
+           [words](int i, const Drawn& d) { put32(d, words + 32 * i); });
+      if (some) continue;
+      some = std::min(kDrawn, end - done);
+      const int64_t from = std::max<int64_t>(done, 0);
+      memcpy(out + from, u + (from - done), static_cast<size_t>(done + some - from) * 2);
     }
-    block += counters;
   }
 }
 
