@@ -113,14 +113,15 @@ void noisy_steps(const W* x, const uint16_t* u, W sigma, const NormalLine* lines
 // operations on some processors for what are eight loads of a line.
 FM_LANES Vec normals8(Word ranks, Word signs, const NormalLine* lines) {
   const Vec place = _mm256_castsi256_ps(ranks) - _mm256_set1_ps(8388592.0f);
-  alignas(32) uint32_t slot[8];
-  _mm256_store_si256(reinterpret_cast<Word*>(slot), _mm256_srli_epi32(_mm256_castps_si256(place), 19));
-  asm("" : "+m"(slot));  // through memory: compilers would extract each, in two operations on the busiest units
-  const auto two = [&](int l) {
-    const auto line = [&](int k) { return reinterpret_cast<const double*>(lines + slot[l + k] - 0x830u); };
-    return _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(line(0)), line(1)));
+  const Word slot = _mm256_srli_epi32(_mm256_castps_si256(place), 19);
+  const auto two = [&](int64_t pair) {  // of slots
+    const auto line = [&](uint64_t k) { return reinterpret_cast<const double*>(lines + k - 0x830u); };
+    const auto both = static_cast<uint64_t>(pair);
+    return _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(line(static_cast<uint32_t>(both))), line(both >> 32)));
   };
-  const Vec p = _mm256_set_m128(two(4), two(0)), q = _mm256_set_m128(two(6), two(2));
+  const __m128i low = _mm256_castsi256_si128(slot), high = _mm256_extracti128_si256(slot, 1);
+  const Vec p = _mm256_set_m128(two(_mm_cvtsi128_si64(high)), two(_mm_cvtsi128_si64(low)));
+  const Vec q = _mm256_set_m128(two(_mm_extract_epi64(high, 1)), two(_mm_extract_epi64(low, 1)));
   const Vec n = _mm256_shuffle_ps(p, q, 0x88) + _mm256_shuffle_ps(p, q, 0xdd) * place;
   return _mm256_xor_ps(n, _mm256_castsi256_ps(_mm256_and_si256(signs, _mm256_set1_epi32(~0x7fffffff))));
 }
