@@ -194,9 +194,16 @@ void find_kth(const py::array& table, const py::array& ins, int round_code, bool
   run(kth, a);
 }
 
+// Room for what the drop keeps of a table's blocks; None: there is none.
+uint32_t* bits_data(const py::object& bits, const Table& t, bool write) {
+  if (bits.is_none()) return nullptr;
+  if (!py::isinstance<py::array>(bits)) fail("bits: expected an array");
+  return data<uint32_t>(py::array(bits), "bits", {blocks_of(t), t.inputs - 1, kWords}, write);
+}
+
 void l1(const py::array& table, const py::array& ins, int round_code, bool drop, bool trim,
         const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut,
-        const py::array& sums) {
+        const py::array& sums, const py::object& bits) {
   const Keep keep{{round_code, drop, model_index, bern}, trim, thr, cut};
   Needs needs;
   needs.parameters = keep.parameters(), needs.tiles = true, needs.base = 1;
@@ -204,6 +211,7 @@ void l1(const py::array& table, const py::array& ins, int round_code, bool drop,
   L1Args a;
   a.table = check_table(table, ins, needs);
   a.keep = keep.checked(a.table.inputs - 1);
+  a.keep.bits = bits_data(bits, a.table, true);
   a.sums = data<double>(sums, "sums", {-1, a.table.inputs - 1, 2}, true);
   run(kernels().l1, a);
 }
@@ -229,22 +237,21 @@ void votes(const py::array& table, const py::array& ins, int round_code, bool dr
 void consensus(const py::array& table, const py::array& ins, int out_code, int round_code, bool drop, bool trim,
                const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut,
                int elect, bool split, int zero, int merge, const py::array& f, const py::array& scale,
-               const py::array& nonfinite) {
+               const py::array& nonfinite, const py::object& bits) {
   const Keep keep{{round_code, drop, model_index, bern}, trim, thr, cut};
   check_code(out_code, "out_code");
   check_word(elect, 2, "elect");
   check_word(zero, 2, "zero");
   check_word(merge, 2, "merge");
   Needs needs;
-  needs.parameters = keep.parameters(), needs.tiles = trim, needs.base = 1, needs.out_code = out_code;
+  needs.parameters = keep.parameters(), needs.tiles = trim || !bits.is_none(), needs.base = 1,
+  needs.out_code = out_code;
   ConsensusArgs a;
   a.table = check_table(table, ins, needs);
   a.out_code = out_code;
   a.keep = keep.checked(a.table.inputs - 1);
-  a.elect = elect;
-  a.split = split;
-  a.zero = zero;
-  a.merge = merge;
+  a.keep.bits = bits_data(bits, a.table, false);
+  a.elect = elect, a.split = split, a.zero = zero, a.merge = merge;
   a.f = data<double>(f, "f", {needs.parameters, a.table.inputs - 1, 3});
   a.scale = data<double>(scale, "scale", {needs.parameters, 3});
   a.nonfinite = data<int64_t>(nonfinite, "nonfinite", {a.table.segments}, true);
@@ -374,12 +381,12 @@ PYBIND11_MODULE(_native, m) {
   m.def("kth", find_kth, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("model_index"), arg("bern"),
         arg("ranks"), arg("thr"), arg("found"));
   m.def("l1", l1, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("trim"), arg("model_index"),
-        arg("bern"), arg("thr"), arg("cut"), arg("sums"));
+        arg("bern"), arg("thr"), arg("cut"), arg("sums"), arg("bits") = py::none());
   m.def("votes", votes, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("trim"), arg("model_index"),
         arg("bern"), arg("thr"), arg("cut"), arg("elect"), arg("split"), arg("f"), arg("counts"));
   m.def("consensus", consensus, arg("table"), arg("ins"), arg("out_code"), arg("round_code"), arg("drop"), arg("trim"),
         arg("model_index"), arg("bern"), arg("thr"), arg("cut"), arg("elect"), arg("split"), arg("zero"), arg("merge"),
-        arg("f"), arg("scale"), arg("nonfinite"));
+        arg("f"), arg("scale"), arg("nonfinite"), arg("bits") = py::none());
   m.def("replicate", replicate, arg("table"), arg("ins"), arg("out_code"), arg("sigma"), arg("numbers"), arg("lines"),
         arg("nonfinite"));
 #if defined(FASTMERGE_HAS_CUDA)

@@ -82,6 +82,13 @@ inline void check(const Table& t, const Needs& needs) {
   }
 }
 
+// Blocks of a table whose pieces start where a tile does.
+inline int64_t blocks_of(const Table& t) {
+  int64_t blocks = 0;
+  for (int64_t i = 0; i < t.segments; ++i) blocks += blocks_of(t[i].length);
+  return blocks;
+}
+
 // The most elements of a segment, all of which must be whole tensors.
 inline int64_t longest_whole(const Table& t) {
   int64_t longest = 0;

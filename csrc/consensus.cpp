@@ -4,10 +4,11 @@
 // A block goes through passes in the first-level cache: base, then for each model delta, drop and trim, then one loop
 // over the models per vector of elements whose sums stay in registers, and the store. Up to kGroup models at a time;
 // with more, the sums wait in memory for the next group.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "keep.h"
+#include "fused.h"
 
 namespace fastmerge {
 namespace FM_ISA {
@@ -179,11 +180,13 @@ struct Work {
   const double* f;
   Mix<W> mix;
   int64_t models;
-  int64_t* rank;  // running rank of ties, one per model
+  int64_t* rank;      // running rank of ties, one per model
+  int64_t block = 0;  // number of the table's next one
   alignas(64) W base[kBlock];
   alignas(64) W out[kBlock];
   alignas(64) W d[kGroup][kBlock + 64 / sizeof(W)];  // padded: 4 KiB apart, streams would share cache sets
   Sums<W> sums;
+  alignas(64) uint32_t drawn[kMostFused][kWords];
 
   Work(const Table& t, const KeepArgs& k, const double* factors, Mix<W> m, int64_t* ranks)
       : table(t), keep(k), f(factors), mix(m), models(t.inputs - 1), rank(ranks) {}
@@ -193,7 +196,7 @@ struct Work {
   }
 
   // What is mixed of elements [at, at + n) of a segment, in `out`.
-  void block(const Segment& s, const Rule<W>& rule, int64_t at, int64_t n) {
+  void mixed(const Segment& s, const Rule<W>& rule, int64_t at, int64_t n) {
     base_block(table, s, at, n, base);
     int64_t i = 0;
     do {
@@ -203,8 +206,9 @@ struct Work {
         W* to = d[m.n];
         const double* factor = f + 3 * (s.group * models + i);
         delta_block(table, s, static_cast<int32_t>(i), at, n, keep.round_code, base, to);
+        const uint32_t* bits = left_bits(keep, models, static_cast<int32_t>(i), block);
         // No NaN is kept where the bound is the NaN's key; then not one of any payload.
-        const Int<W> t = keep_block(keep, s, models, static_cast<int32_t>(i), at, n, rank[i], to);
+        const Int<W> t = keep_block(keep, s, models, static_cast<int32_t>(i), at, n, bits, rank[i], to);
         m.t[m.n] = I{} + (t >= Pack<W>::kNan ? Pack<W>::kMost : t);
         m.d[m.n] = to;
         m.c[m.n] = V{} + static_cast<W>(factor[0]);
@@ -214,12 +218,57 @@ struct Work {
       mix(m, rule, n, first, i == models, sums, out);
     } while (i < models);
   }
+
+  // What the fused loop takes of a block; false where it depends on single elements what is kept: ties that are
+  // thinned, or cut here.
+  bool fused(const Segment& s, int64_t at, int64_t n, FusedMerge& m) {
+    int64_t ranks[kMostFused];
+    for (int32_t i = 0; i < models; ++i) {
+      const int64_t p = s.group * models + i;
+      auto& own = m.model[i];
+      own.c = static_cast<float>(f[3 * p]), own.g = static_cast<float>(f[3 * p + 1]);
+      own.bound = -1, ranks[i] = rank[i];
+      if (keep.drop) {
+        own.bits = left_bits(keep, models, i, block);
+        if (own.bits) continue;
+        drop_bits(keep.bern[p], s, keep.model_index[i], at, n, drawn[i]);
+        own.bits = drawn[i];
+      } else if (keep.trim && !trim_bound<float>(keep, p, s.e0 + at, rank[i], own.bound)) {
+        if (keep.cut[3 * p + 2] >= 0) return false;
+        base_block(table, s, at, n, base);
+        delta_block(table, s, i, at, n, -1, base, d[0]);
+        ranks[i] += ties_in(d[0], n, key_bound<W>(keep.thr[p]));
+        if (ranks[i] > keep.cut[3 * p + 1]) return false;
+        --own.bound;
+      }
+      if (own.bound >= Pack<float>::kNan) own.bound = Pack<float>::kMost;
+    }
+    std::copy_n(ranks, models, rank);
+    return true;
+  }
 };
+
+// The fused loop of a call; none where there is none.
+MergeBlock fused_for(const ConsensusArgs& a) {
+#if FM_FUSED
+  const bool added = a.elect == kElectNone, mean = a.merge == kMergeMean;
+  const bool by_mass = a.elect == kElectMass && !a.split && a.merge != kMergeMax && a.zero != kZeroBase;
+  const bool plain = a.keep.round_code == -1 && !(a.keep.drop && a.keep.trim);
+  const int32_t code = plain && (added || by_mass) ? one_type(a.table, a.out_code) : -1;
+  const int64_t models = a.table.inputs - 1;
+  const Joined mix = added ? kAdded : mean ? kMean : kSum;
+  if (code == kBF16) return merge_for<Bf16>(models, mix, a.keep.drop);
+  if (code == kF16) return merge_for<Fp16>(models, mix, a.keep.drop);
+  if (code == kF32) return merge_for<float>(models, mix, a.keep.drop);
+#endif
+  return nullptr;
+}
 
 template <class W>
 void consensus_all(const ConsensusArgs& a) {
   auto* rank = static_cast<int64_t*>(__builtin_alloca(static_cast<size_t>(a.table.inputs) * sizeof(int64_t)));
   Work<W> work(a.table, a.keep, a.f, mix_for<W>(a.elect, a.split, a.merge), rank);
+  const MergeBlock fused = fused_for(a);
   for (int64_t r = 0; r < a.table.segments; ++r) {
     const Segment& s = a.table[r];
     if (s.length == 0) continue;
@@ -230,11 +279,16 @@ void consensus_all(const ConsensusArgs& a) {
     const int64_t models = a.table.inputs - 1;
     const Rule<W> rule{factor, elects ? W(1) : static_cast<W>(scale[1]), plus, elects && a.zero == kZeroBase,
                        mean && overflows(a.f + 3 * s.group * models, models, factor)};
+    FusedMerge merge{static_cast<float>(factor), static_cast<float>(rule.div), plus, {}};
     int64_t bad = 0;
     work.start();
-    for (int64_t at = 0, n; at < s.length; at += n) {
+    for (int64_t at = 0, n; at < s.length; at += n, ++work.block) {
       n = block_length(s.e0 + at, s.length - at);
-      work.block(s, rule, at, n);
+      if (fused && !rule.huge && work.fused(s, at, n, merge)) {
+        bad += fused(s, at, merge, n);
+        continue;
+      }
+      work.mixed(s, rule, at, n);
       apply_block(rule, mean, n, work.sums, work.base, work.out);
       bad += store_any(a.out_code, s.out, at, n, work.out);
     }
@@ -257,7 +311,7 @@ void votes_all(const VotesArgs& a) {
       counts[0] = counts[1] = 0;
       for (int64_t n; at < end; at += n) {
         n = block_length(s.e0 + at, end - at);
-        work.block(s, rule, at, n);
+        work.mixed(s, rule, at, n);
         int32_t up = 0, down = 0;
         for (int64_t j = 0; j < n; ++j) up += work.out[j] > W(0), down += work.out[j] < W(0);
         counts[0] += up;

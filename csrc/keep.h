@@ -149,17 +149,76 @@ FM_STEP void delta_block(const Table& t, const Segment& s, int32_t i, int64_t at
   if (round_code == kF32 && sizeof(W) == 8) round_block<float>(n, d);
 }
 
-// Bernoulli drop: keeps the elements whose 16 random bits are below t.
+// What a mask of bits leaves of a vector: `Places` says which bit belongs to a lane.
+template <class W, class Places>
+struct Bits {
+  using V = typename Pack<W>::V;
+  using I = typename Pack<W>::I;
+  I bits;
+
+  explicit Bits(uint32_t word) : bits(I{} + static_cast<Int<W>>(word)) {}
+  V keep(int part, V v) const {
+    I where;
+#if defined(__AVX2__)
+    if constexpr (sizeof(W) == 4) {  // a shift brings the bits to the top, where blendv looks
+      for (int l = 0; l < kWidth<W>; ++l) where[l] = 31 - Places::of(part, l);
+      const auto top = _mm256_sllv_epi32(reinterpret_cast<__m256i>(bits), reinterpret_cast<__m256i>(where));
+      return reinterpret_cast<V>(_mm256_blendv_ps(__m256{}, reinterpret_cast<__m256>(v), _mm256_castsi256_ps(top)));
+    }
+#endif
+    for (int l = 0; l < kWidth<W>; ++l) where[l] = Int<W>(1) << Places::of(part, l);
+    return masked((bits & where) == where, v);
+  }
+};
 template <class W>
-FM_STEP void drop_block(int32_t t, const Segment& s, int32_t model, int64_t at, int64_t n, W* d) {
-  if (t >= 65536) return;
-  if (t <= 0) {
-    for (int64_t j = 0; j < n; ++j) d[j] = W(0);
+struct InOrder {
+  static constexpr int of(int part, int lane) { return static_cast<int>(kWidth<W>) * part + lane; }
+};
+template <class T>
+struct AsStored {
+  static constexpr int of(int part, int lane) { return place_of(static_cast<const T*>(nullptr), part, lane); }
+};
+
+// Bernoulli drop: which elements have 16 random bits below t, bit j of word j / 32.
+FM_STEP void drop_bits(int32_t t, const Segment& s, int32_t model, int64_t at, int64_t n, uint32_t* bits) {
+  if (t <= 0 || t >= 65536) {
+    memset(bits, t <= 0 ? 0 : 0xff, kWords * sizeof *bits);
+    return;
+  }
+  const int64_t e = s.e0 + at;
+  const auto key = static_cast<uint64_t>(s.key), block = static_cast<uint64_t>(e) >> 3;
+  const auto below_t = static_cast<uint32_t>(t);
+  if (e % 8 == 0 && same_high(block) >= kBlock / 8) {
+    const Stream stream(key, static_cast<uint32_t>(model), kDrop, static_cast<uint32_t>(block >> 32));
+    draw(stream, static_cast<uint32_t>(block), n, [&](int i, const Drawn& d) { bits[i] = below(d, below_t); });
     return;
   }
   alignas(64) uint16_t u[kBlock];
-  random_block(static_cast<uint64_t>(s.key), static_cast<uint32_t>(model), kDrop, s.e0 + at, n, u);
-  FM_LOOP for (int64_t j = 0; j < n; ++j) d[j] = static_cast<int32_t>(u[j]) < t ? d[j] : W(0);
+  random_block(key, static_cast<uint32_t>(model), kDrop, e, n, u);
+  memset(bits, 0, kWords * sizeof *bits);
+  for (int64_t j = 0; j < n; ++j) bits[j / 32] |= (u[j] < below_t ? 1u : 0u) << (j % 32);
+}
+
+template <class W>
+FM_STEP void drop_block(const uint32_t* bits, int64_t n, W* d) {
+  for (int64_t j = 0; j < n; j += 32) {
+    const Bits<W, InOrder<W>> mask(bits[j / 32]);
+    for (int p = 0; p < static_cast<int>(32 / kWidth<W>); ++p, d += kWidth<W>) put(d, mask.keep(p, get(d)));
+  }
+}
+
+template <class W>
+inline void drop_delta(const DeltaArgs& a, const Segment& s, int64_t models, int32_t i, int64_t at, int64_t n, W* d) {
+  const int32_t t = a.bern[s.group * models + i];
+  if (t >= 65536) return;
+  alignas(64) uint32_t bits[kWords];
+  drop_bits(t, s, a.model_index[i], at, n, bits);
+  drop_block(bits, n, d);
+}
+
+// Where the bits of a block are that l1 left; null where it left none.
+inline uint32_t* left_bits(const KeepArgs& k, int64_t models, int32_t i, int64_t block) {
+  return k.bits ? k.bits + (block * models + i) * kWords : nullptr;
 }
 
 template <class W>
@@ -172,6 +231,15 @@ inline int64_t ties_in(const W* d, int64_t n, Int<W> thr) {
   return ties;
 }
 
+// The bound of a block's magnitude trim, where no element has to be looked at for it: kept are keys above.
+template <class W>
+inline bool trim_bound(const KeepArgs& k, int64_t p, int64_t e, int64_t rank, Int<W>& bound) {
+  const Int<W> thr = key_bound<W>(k.thr[p]);
+  const int64_t cut_tile = k.cut[3 * p], cut_rank = k.cut[3 * p + 1], tie_t = k.cut[3 * p + 2], tile = e / kTile;
+  bound = (tie_t >= 0 ? tie_t >= 65536 : tile < cut_tile) ? thr - 1 : thr;
+  return tie_t >= 0 ? tie_t == 0 || tie_t >= 65536 : tile != cut_tile || rank >= cut_rank;
+}
+
 // Magnitude trim of one model's block. Returns t: what is kept are the elements with key > t, which the caller's
 // next pass applies; only where that does not say it all (ties thinned, or cut within this block) are elements
 // zeroed here. `rank` runs over the ties of the cut tile, from 0.
@@ -179,11 +247,12 @@ template <class W>
 FM_STEP Int<W> trim_block(const KeepArgs& k, const Segment& s, int64_t models, int32_t i, int64_t at, int64_t n,
                           int64_t& rank, W* d) {
   const int64_t p = s.group * models + i, e = s.e0 + at;
+  Int<W> bound;
+  if (trim_bound<W>(k, p, e, rank, bound)) return bound;
   const Int<W> thr = key_bound<W>(k.thr[p]);
-  const int64_t cut_tile = k.cut[3 * p], cut_rank = k.cut[3 * p + 1], tie_t = k.cut[3 * p + 2];
+  const int64_t cut_rank = k.cut[3 * p + 1], tie_t = k.cut[3 * p + 2], ties = ties_in(d, n, thr);
   if (tie_t >= 0) {
-    if (tie_t >= 65536) return thr - 1;
-    if (tie_t == 0 || ties_in(d, n, thr) == 0) return thr;
+    if (ties == 0) return thr;
     alignas(64) uint16_t u[kBlock];
     random_block(static_cast<uint64_t>(s.key), static_cast<uint32_t>(k.model_index[i]), kSpread, e, n, u);
     const auto t = static_cast<int32_t>(tie_t);
@@ -191,11 +260,8 @@ FM_STEP Int<W> trim_block(const KeepArgs& k, const Segment& s, int64_t models, i
         (rank_key(d[j]) == thr) & (static_cast<int32_t>(u[j]) >= t) ? W(0) : d[j];
     return thr - 1;
   }
-  const int64_t tile = e / kTile;
-  if (tile != cut_tile) return tile < cut_tile ? thr - 1 : thr;
-  if (rank >= cut_rank) return thr;
   const int64_t before = rank;
-  rank += ties_in(d, n, thr);
+  rank += ties;
   if (rank > cut_rank) {
     int64_t left = cut_rank - before;
     for (int64_t j = 0; j < n; ++j)
@@ -204,11 +270,11 @@ FM_STEP Int<W> trim_block(const KeepArgs& k, const Segment& s, int64_t models, i
   return thr - 1;
 }
 
-// Drop and trim of one model's block, whose delta is in d; the result as trim_block's.
+// Drop and trim of one model's block, whose delta is in d; the result as trim_block's. `bits`: of the drop, or null.
 template <class W>
 FM_STEP Int<W> keep_block(const KeepArgs& k, const Segment& s, int64_t models, int32_t i, int64_t at, int64_t n,
-                          int64_t& rank, W* d) {
-  if (k.drop) drop_block(k.bern[s.group * models + i], s, k.model_index[i], at, n, d);
+                          const uint32_t* bits, int64_t& rank, W* d) {
+  if (k.drop) bits ? drop_block(bits, n, d) : drop_delta(k, s, models, i, at, n, d);
   return k.trim ? trim_block(k, s, models, i, at, n, rank, d) : Int<W>(-1);
 }
 

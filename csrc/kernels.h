@@ -12,7 +12,10 @@ namespace fastmerge {
 
 constexpr int64_t kTile = 65536;  // elements per tile of every ordered sum
 constexpr int64_t kLanes = 2048;  // running sums inside a tile
-constexpr int64_t kHeader = 7;    // columns of a segment row before its input addresses
+constexpr int64_t kBlock = 1024;  // elements that a pass works on at a time: 4 KiB of fp32
+constexpr int64_t kWords = kBlock / 32;
+constexpr int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
+constexpr int64_t kHeader = 7;  // columns of a segment row before its input addresses
 
 // One row of a segment table.
 struct Segment {
@@ -91,6 +94,9 @@ struct KeepArgs : DeltaArgs {
   bool trim;            // magnitude trim by thr and cut
   const uint64_t* thr;  // [P, N]
   const int64_t* cut;   // [P, N, 3] cut_tile, cut_rank, tie_T or -1
+  // [blocks, N, kWords] what the drop keeps of the table's blocks in turn, one bit per element; l1 leaves it there for
+  // consensus, which else draws again. Null: neither.
+  uint32_t* bits = nullptr;
 };
 
 struct DeltaKeysArgs {

@@ -333,5 +333,14 @@ FM_LANES void stored(const Bf16*, Lanes& a) {
 }
 #endif
 
+// Which of the sixteen a lane holds.
+template <class T>
+constexpr int place_of(const T*, int part, int lane) {
+  return kPart * part + lane;
+}
+#if defined(__AVX2__)
+constexpr int place_of(const Bf16*, int part, int lane) { return 2 * lane + part; }
+#endif
+
 }  // namespace
 }  // namespace fastmerge

@@ -4,8 +4,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "lanes.h"
-#include "tile.h"
+#include "fused.h"
 
 namespace fastmerge {
 namespace FM_ISA {
@@ -108,9 +107,83 @@ void noisy_steps(const W* x, const uint16_t* u, W sigma, const NormalLine* lines
   }
 }
 
+#if defined(__AVX2__)
+
+// Eight normal numbers, from the bits of t + 16 as fp32 and their signs; see normal_on. A gather would take 39
+// operations on some processors for what are eight loads of a line.
+FM_LANES Vec normals8(Word ranks, Word signs, const NormalLine* lines) {
+  const Vec place = _mm256_castsi256_ps(ranks) - _mm256_set1_ps(8388592.0f);
+  const Word slot = _mm256_srli_epi32(_mm256_castps_si256(place), 19);
+  const auto two = [&](int64_t pair) {  // of slots
+    const auto line = [&](uint64_t k) { return reinterpret_cast<const double*>(lines + k - 0x830u); };
+    const auto both = static_cast<uint64_t>(pair);
+    return _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(line(static_cast<uint32_t>(both))), line(both >> 32)));
+  };
+  const __m128i low = _mm256_castsi256_si128(slot), high = _mm256_extracti128_si256(slot, 1);
+  const Vec p = _mm256_set_m128(two(_mm_cvtsi128_si64(high)), two(_mm_cvtsi128_si64(low)));
+  const Vec q = _mm256_set_m128(two(_mm_extract_epi64(high, 1)), two(_mm_extract_epi64(low, 1)));
+  const Vec n = _mm256_shuffle_ps(p, q, 0x88) + _mm256_shuffle_ps(p, q, 0xdd) * place;
+  return _mm256_xor_ps(n, _mm256_castsi256_ps(_mm256_and_si256(signs, _mm256_set1_epi32(~0x7fffffff))));
+}
+
+// Sixteen from their random bits, in the order of a storage type.
+template <class T>
+FM_LANES Lanes normals16(const uint16_t* u, const NormalLine* lines, const T*) {
+  Lanes r;
+  for (int p = 0; p < kParts; ++p) {
+    const Word w = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(u + p * kPart)));
+    const Word rank = _mm256_and_si256(w, _mm256_set1_epi32(0x7fff));
+    r.v[p] = normals8(_mm256_or_si256(rank, _mm256_set1_epi32(0x4b000000)), _mm256_slli_epi32(w, 16), lines);
+  }
+  return r;
+}
+FM_LANES Lanes normals16(const uint16_t* u, const NormalLine* lines, const Bf16*) {
+  const Word w = _mm256_loadu_si256(reinterpret_cast<const Word*>(u)), top = _mm256_set1_epi32(0x4b000000);
+  const Word ranks = _mm256_and_si256(w, _mm256_set1_epi16(0x7fff));
+  return {normals8(_mm256_blend_epi16(ranks, top, 0xaa), _mm256_slli_epi32(w, 16), lines),
+          normals8(_mm256_or_si256(_mm256_srli_epi32(ranks, 16), top), w, lines)};
+}
+
+// y = x + sigma * normal(u) for whole steps of n elements of one storage type; x is widened, in its order.
+template <class T>
+int64_t noisy_fused(const float* x, const uint16_t* u, float sigma, const NormalLine* lines, int64_t n, T* y) {
+  Peak peak;
+  clear(peak);
+  for (int64_t j = 0; j < n; j += kStep) {
+    Lanes r;
+    load16(x + j, r);
+    store16(r + sigma * normals16(u + j, lines, y), y + j, peak);
+  }
+  return finish_stored(peak, n, y);
+}
+
+// n elements from `at` on, whole steps, for all outputs that have noise.
+template <class T>
+int64_t block_fused(const ReplicateArgs& a, const Segment& s, int64_t at, int64_t n) {
+  alignas(64) float x[kBlock];
+  alignas(64) uint16_t u[kBlock];
+  widen_stored(reinterpret_cast<const T*>(s.in[0]) + at, n, x);
+  int64_t bad = 0;
+  for (int32_t e = 0; e < a.table.outputs; ++e) {
+    const auto sigma = static_cast<float>(a.sigma[s.group * a.table.outputs + e]);
+    if (sigma == 0.0f) continue;
+    random_block(static_cast<uint64_t>(s.key), static_cast<uint32_t>(a.numbers[e]), kNoise, s.e0 + at, n, u);
+    bad += noisy_fused(x, u, sigma, a.lines, n, reinterpret_cast<T*>(a.table.output(s, e)) + at);
+  }
+  return bad;
+}
+
+#endif
+
 // n <= kBlock elements from `at` on, for all outputs that are not mere copies.
 template <class W, bool kCount>
 int64_t block(const ReplicateArgs& a, const Segment& s, int64_t at, int64_t n) {
+#if defined(__AVX2__)
+  const int32_t code = n % kStep ? -1 : one_type(a.table, a.out_code);
+  if (code == kBF16) return block_fused<Bf16>(a, s, at, n);
+  if (code == kF16) return block_fused<Fp16>(a, s, at, n);
+  if (code == kF32) return block_fused<float>(a, s, at, n);
+#endif
   alignas(64) W x[kBlock], y[kBlock];
   alignas(64) uint16_t u[kBlock];
   load_any(a.table.codes[0], s.in[0], at, n, x);

@@ -1,8 +1,9 @@
 // What exact selection needs: the keys of a sample, counts around a bracket of keys, and L1 norms of what is kept.
 //
-// count reads a block of the base once and each model once: four compares per key, sums in vectors. Keys strictly
-// inside the bracket, about one in a hundred, are found by a mask over 32 keys and appended at the end of the block.
-#include "keep.h"
+// count reads a block of the base once and each model once: four compares per key, sums in vectors; two where the
+// bracket is one key, as those of bf16 checkpoints often are. Keys strictly inside the bracket, about one in a hundred,
+// are found by a mask over 32 keys and appended at the end of the block.
+#include "fused.h"
 
 namespace fastmerge {
 namespace FM_ISA {
@@ -20,7 +21,7 @@ void keys_all(const DeltaKeysArgs& a) {
       base_block(a.table, s, at, n, base);
       for (int32_t i = 0; i < models; ++i) {
         delta_block(a.table, s, i, at, n, a.deltas.round_code, base, d);
-        if (a.deltas.drop) drop_block(a.deltas.bern[s.group * models + i], s, a.deltas.model_index[i], at, n, d);
+        if (a.deltas.drop) drop_delta(a.deltas, s, models, i, at, n, d);
         for (int64_t j = 0; j < n; ++j) out[j * models + i] = static_cast<Key<W>>(rank_key(d[j]));
       }
     }
@@ -34,13 +35,16 @@ struct Found {
   int64_t* where;
   int64_t cap, used, group;
 
-  void add(W d, int64_t e) {
-    if (used < cap) {
-      keys[used] = static_cast<Key<W>>(rank_key(d));
-      where[2 * used] = group;
-      where[2 * used + 1] = e;
+  // The deltas of n places, counted from logical index e.
+  template <class Deltas>
+  void add(const Deltas& deltas, const uint16_t* places, int64_t n, int64_t e) {
+    const int64_t room = cap > used ? cap - used : 0;
+    for (int64_t l = 0; l < (n < room ? n : room); ++l) {
+      keys[used + l] = static_cast<Key<W>>(rank_key(deltas.one(places[l])));
+      where[2 * (used + l)] = group;
+      where[2 * (used + l) + 1] = e + places[l];
     }
-    ++used;
+    used += n;
   }
 };
 
@@ -49,23 +53,39 @@ struct Bracket {
   Int<W> lo, hi;
 };
 
-// One bit per lane of a mask.
+// One bit per lane of four masks.
 #if defined(__AVX2__)
-inline uint32_t lane_bits(Pack<float>::I m) {
-  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(m)));
+template <class T>
+inline uint32_t mask_bits(const Pack<float>::I* m, const T*) {
+  const auto* v = reinterpret_cast<const __m256i*>(m);
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+  // Packing works on halves of a vector: each now holds four bytes of every mask.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permutevar8x32_epi32(bytes, order)));
 }
-inline uint32_t lane_bits(Pack<double>::I m) {
-  return static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(m)));
+inline uint32_t mask_bits(const Pack<float>::I* m, const Bf16*) {  // even and odd elements, and again
+  const auto* v = reinterpret_cast<const __m256i*>(m);
+  const __m256i bytes = _mm256_packs_epi16(_mm256_blend_epi16(v[0], v[1], 0xaa), _mm256_blend_epi16(v[2], v[3], 0xaa));
+  return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xd8)));
+}
+inline uint32_t mask_bits(const Pack<double>::I* m, const double*) {
+  uint32_t bits = 0;
+  for (int g = 0; g < 4; ++g)
+    bits |= static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(m[g]))) << (4 * g);
+  return bits;
 }
 #else
-template <class I>
-inline uint32_t lane_bits(I m) {
+template <class I, class T>
+inline uint32_t mask_bits(const I* m, const T*) {
   uint64_t half[2];
-  static_assert(sizeof m == sizeof half, "vectors of 16 bytes");
-  memcpy(half, &m, sizeof m);
+  static_assert(sizeof *m == sizeof half, "vectors of 16 bytes");
+  const I any = m[0] | m[1] | m[2] | m[3];
+  memcpy(&half, &any, sizeof any);
   if (!(half[0] | half[1])) return 0;
+  constexpr uint32_t kLanesOf = sizeof *m / sizeof m[0][0];
   uint32_t bits = 0;
-  for (uint32_t l = 0; l < sizeof m / sizeof m[0]; ++l) bits |= (m[l] ? 1u : 0u) << l;
+  for (uint32_t g = 0; g < 4; ++g)
+    for (uint32_t l = 0; l < kLanesOf; ++l) bits |= (m[g][l] ? 1u : 0u) << (g * kLanesOf + l);
   return bits;
 }
 #endif
@@ -79,51 +99,146 @@ inline int64_t first_bit(uint32_t bits) {
 #endif
 }
 
-// Adds the four counts of a block to c and its candidates to found; e is the logical index of d[0].
+// Deltas of a block: vectors of four at a time, and single ones.
 template <class W>
-void count_block(const W* d, int64_t n, int64_t e, Bracket<W> b, int64_t* c, Found<W>& found) {
+struct InBlock {
+  using Type = W;
+  const W* d;
+  void four(int64_t j, typename Pack<W>::V* v) const {
+    for (int g = 0; g < 4; ++g) v[g] = get(d + j + g * kWidth<W>);
+  }
+  W one(int64_t j) const { return d[j]; }
+};
+
+// What a block adds to the counts: keys above hi, from hi and from lo on, and strictly between. kOne: lo is hi. kNans:
+// hi is not below the key of the NaNs, whose payloads then matter.
+template <bool kOne, bool kNans, class W, class Deltas>
+void count_block(const Deltas& deltas, int64_t n, Bracket<W> b, int64_t* c, uint16_t* inside) {
+  using V = typename Pack<W>::V;
   using I = typename Pack<W>::I;
-  constexpr int64_t kStep = kWidth<W>, kGroup = 4;
-  // Where the bracket is one key, no key is below it: a key equal to both counts once, as equal to hi.
-  const Int<W> lo_equal = b.lo == b.hi ? Int<W>(-1) : b.lo;
-  I above{}, at_hi{}, at_lo{};
-  uint16_t inside[kBlock + 2];
-  int64_t j = 0, found_here = 0;
-  for (; j + kGroup * kStep <= n; j += kGroup * kStep) {
-    uint32_t bits = 0;
-    for (int64_t g = 0; g < kGroup; ++g) {
-      const I k = keys_of<W>(get(d + j + g * kStep));
+  constexpr int64_t kFour = 4 * kWidth<W>;
+  I above{}, from_hi{}, from_lo{};
+  int64_t j = 0, found = 0, sums[3] = {};
+  for (; j + kFour <= n; j += kFour) {
+    V d[4];
+    I between[4];
+    deltas.four(j, d);
+    for (int g = 0; g < 4; ++g) {
+      const I k = kNans ? keys_of<W>(d[g]) : reinterpret_cast<I>(d[g]) & Pack<W>::kMost;
+      const I at_hi = kOne ? k == b.hi : k > b.hi - 1;
       above -= k > b.hi;
-      at_hi -= k == b.hi;
-      at_lo -= k == lo_equal;
-      bits |= lane_bits((k > b.lo) & (k < b.hi)) << (g * kStep);
+      from_hi -= at_hi;
+      if (kOne) continue;
+      from_lo -= k > b.lo - 1;
+      between[g] = (k > b.lo) & ~at_hi;
     }
+    if (kOne) continue;
+    uint32_t bits = mask_bits(between, static_cast<const typename Deltas::Type*>(nullptr));
     // Places of two candidates are written whether there are any or not: few groups have more, and a branch on
     // one candidate in a hundred keys would be mispredicted.
-    uint16_t* place = inside + found_here;
-    found_here += __builtin_popcount(bits);
+    uint16_t* place = inside + found;
+    found += __builtin_popcount(bits);
     place[0] = static_cast<uint16_t>(j + first_bit(bits));
     bits &= bits - 1;
     place[1] = static_cast<uint16_t>(j + first_bit(bits));
     for (bits &= bits - 1, place += 2; __builtin_expect(bits != 0, 0); bits &= bits - 1)
       *place++ = static_cast<uint16_t>(j + first_bit(bits));
   }
-  for (int64_t l = 0; l < kStep; ++l) c[0] += above[l], c[1] += at_hi[l], c[2] += at_lo[l];
+  for (int64_t l = 0; l < kWidth<W>; ++l) sums[0] += above[l], sums[1] += from_hi[l], sums[2] += from_lo[l];
   for (; j < n; ++j) {
-    const Int<W> k = rank_key(d[j]);
-    c[0] += k > b.hi;
-    c[1] += k == b.hi;
-    c[2] += k == lo_equal;
-    if (k > b.lo && k < b.hi) inside[found_here++] = static_cast<uint16_t>(j);
+    const Int<W> k = rank_key(deltas.one(j));
+    sums[0] += k > b.hi;
+    sums[1] += kOne ? k == b.hi : k >= b.hi;
+    sums[2] += k >= b.lo;
+    if (k > b.lo && k < b.hi) inside[found++] = static_cast<uint16_t>(j);
   }
-  for (int64_t l = 0; l < found_here; ++l) found.add(d[inside[l]], e + inside[l]);
-  c[3] += found_here;
+  c[0] += sums[0];
+  c[1] += kOne ? sums[1] : sums[1] - sums[0];
+  if (!kOne) c[2] += sums[2] - sums[1] - found;
+  c[3] += found;
+}
+
+// Adds the four counts of a block to c and its candidates to found; e is the logical index of its first element.
+template <class W, class Deltas>
+void count_block(const Deltas& deltas, int64_t n, int64_t e, Bracket<W> b, int64_t* c, Found<W>& found) {
+  uint16_t inside[kBlock + 2];
+  const int64_t before = c[3];
+  if (b.hi >= Pack<W>::kNan)
+    b.lo == b.hi ? count_block<true, true>(deltas, n, b, c, inside) : count_block<false, true>(deltas, n, b, c, inside);
+  else
+    b.lo == b.hi ? count_block<true, false>(deltas, n, b, c, inside)
+                 : count_block<false, false>(deltas, n, b, c, inside);
+  found.add(deltas, inside, c[3] - before, e);
+}
+
+template <class W, class Deltas>
+void count_model(const CountArgs& a, const Segment& s, int32_t i, const Deltas& deltas, int64_t at, int64_t n,
+                 int64_t* counts) {
+  const int64_t p = s.group * (a.table.inputs - 1) + i;
+  Found<W> found{static_cast<Key<W>*>(a.keys) + i * a.cap, a.where + 2 * i * a.cap, a.cap, a.used[i], s.group};
+  count_block(deltas, n, s.e0 + at, Bracket<W>{key_bound<W>(a.lo[p]), key_bound<W>(a.hi[p])}, counts + 4 * i, found);
+  a.used[i] = found.used;
+}
+
+#if FM_FUSED
+// Deltas of one storage type: formed where they are looked at, against a base that was widened once for all models.
+template <class T>
+struct InStorage {
+  using Type = T;
+  const T *x, *base;
+  const float* wide;  // of the base, in the order of its storage type
+  void four(int64_t j, Floats* v) const {
+    for (int64_t g = 0; g < 4; g += kParts) {
+      const int64_t at = j + g * kWidth<float>;
+      const Sixteen a = sixteen(x + at);
+      for (int p = 0; p < kParts; ++p) v[g + p] = a.v[p] - get(wide + at + p * kPart);
+    }
+  }
+  float one(int64_t j) const { return load<float>(x[j]) - load<float>(base[j]); }
+};
+
+template <class T>
+void count_fused(const CountArgs& a, const Segment& s, int64_t at, int64_t n, int64_t* counts) {
+  const int64_t models = a.table.inputs - 1;
+  const auto* base = reinterpret_cast<const T*>(s.in[0]) + at;
+  alignas(64) float wide[kBlock];
+  widen_stored(base, n, wide);
+  for (int32_t i = 0; i < models; ++i) {
+    const InStorage<T> deltas{reinterpret_cast<const T*>(s.in[1 + i]) + at, base, wide};
+    count_model<float>(a, s, i, deltas, at, n, counts);
+  }
+}
+#endif
+
+template <class W>
+void count_wide(const CountArgs& a, const Segment& s, int64_t at, int64_t n, int64_t* counts) {
+  const int64_t models = a.table.inputs - 1;
+  alignas(64) W base[kBlock], d[kBlock];
+  base_block(a.table, s, at, n, base);
+  for (int32_t i = 0; i < models; ++i) {
+    delta_block(a.table, s, i, at, n, a.deltas.round_code, base, d);
+    if (a.deltas.drop) drop_delta(a.deltas, s, models, i, at, n, d);
+    count_model<W>(a, s, i, InBlock<W>{d}, at, n, counts);
+  }
+}
+
+using CountBlock = void (*)(const CountArgs&, const Segment&, int64_t, int64_t, int64_t*);
+
+template <class W>
+CountBlock count_for(const CountArgs& a) {
+#if FM_FUSED
+  const int32_t code = a.deltas.drop || a.deltas.round_code != -1 ? -1 : one_type(a.table, a.table.codes[0]);
+  if (code == kBF16) return count_fused<Bf16>;
+  if (code == kF16) return count_fused<Fp16>;
+  if (code == kF32) return count_fused<float>;
+#endif
+  return count_wide<W>;
 }
 
 template <class W>
 void count_all(const CountArgs& a) {
   const int64_t models = a.table.inputs - 1;
-  alignas(64) W base[kBlock], d[kBlock];
+  const CountBlock block = count_for<W>(a);
   for (int64_t r = 0; r < a.table.segments; ++r) {
     const Segment& s = a.table[r];
     int64_t* counts = a.counts + s.stats * models * 4;
@@ -132,15 +247,7 @@ void count_all(const CountArgs& a) {
       for (int64_t c = 0; c < models * 4; ++c) counts[c] = 0;
       for (int64_t n; at < end; at += n) {
         n = block_length(s.e0 + at, end - at);
-        base_block(a.table, s, at, n, base);
-        for (int32_t i = 0; i < models; ++i) {
-          const int64_t p = s.group * models + i;
-          delta_block(a.table, s, i, at, n, a.deltas.round_code, base, d);
-          if (a.deltas.drop) drop_block(a.deltas.bern[p], s, a.deltas.model_index[i], at, n, d);
-          Found<W> found{static_cast<Key<W>*>(a.keys) + i * a.cap, a.where + 2 * i * a.cap, a.cap, a.used[i], s.group};
-          count_block(d, n, s.e0 + at, Bracket<W>{key_bound<W>(a.lo[p]), key_bound<W>(a.hi[p])}, counts + 4 * i, found);
-          a.used[i] = found.used;
-        }
+        block(a, s, at, n, counts);
       }
     }
   }
@@ -155,7 +262,7 @@ inline W fold_lanes(W* lane) {
 
 // One tile of one model: the base is read again for each, so that two sets of lanes are all that is live.
 template <class W>
-void l1_tile(const L1Args& a, const Segment& s, int32_t i, int64_t at, int64_t end, double* sums) {
+void l1_tile(const L1Args& a, const Segment& s, int32_t i, int64_t at, int64_t end, int64_t block, double* sums) {
   const int64_t models = a.table.inputs - 1;
   alignas(64) W whole[kLanes] = {}, kept[kLanes] = {}, base[kBlock], d[kBlock];
   int64_t rank = 0;
@@ -166,22 +273,62 @@ void l1_tile(const L1Args& a, const Segment& s, int32_t i, int64_t at, int64_t e
     base_block(a.table, s, at, n, base);
     delta_block(a.table, s, i, at, n, a.keep.round_code, base, d);
     FM_LOOP for (int64_t j = 0; j < n; ++j) w[j] = w[j] + (d[j] < 0 ? -d[j] : d[j]);
-    const Int<W> t = keep_block(a.keep, s, models, i, at, n, rank, d);
+    uint32_t* bits = left_bits(a.keep, models, i, block++);
+    if (bits) drop_bits(a.keep.bern[s.group * models + i], s, a.keep.model_index[i], at, n, bits);
+    const Int<W> t = keep_block(a.keep, s, models, i, at, n, bits, rank, d);
     FM_LOOP for (int64_t j = 0; j < n; ++j) k[j] = k[j] + (rank_key(d[j]) > t ? (d[j] < 0 ? -d[j] : d[j]) : W(0));
   }
   sums[0] = store<double>(fold_lanes(whole));  // one NaN: x86 makes negative ones, arm64 positive ones
   sums[1] = store<double>(fold_lanes(kept));
 }
 
+#if FM_FUSED
+// The same for tensors of one storage type and no trim.
+template <class T>
+void l1_fused(const L1Args& a, const Segment& s, int32_t i, int64_t at, int64_t end, int64_t block, double* sums) {
+  const int64_t models = a.table.inputs - 1;
+  const auto *base = reinterpret_cast<const T*>(s.in[0]), *x = reinterpret_cast<const T*>(s.in[1 + i]);
+  const int32_t t = a.keep.drop ? a.keep.bern[s.group * models + i] : 65536;
+  alignas(64) float whole[kLanes] = {}, kept[kLanes] = {};
+  alignas(64) uint32_t drawn[kWords];
+  for (int64_t n; at < end; at += n) {
+    const int64_t lane = (s.e0 + at) & (kLanes - 1);
+    n = block_length(s.e0 + at, end - at);
+    uint32_t *left = left_bits(a.keep, models, i, block++), *bits = left ? left : drawn;
+    drop_bits(t, s, a.keep.model_index[i], at, n, bits);
+    add_magnitudes(x + at, base + at, bits, n, whole + lane, kept + lane);
+  }
+  in_order<T>(whole), in_order<T>(kept);
+  sums[0] = static_cast<double>(fold_lanes(whole));
+  sums[1] = static_cast<double>(fold_lanes(kept));
+}
+#endif
+
+using L1Tile = void (*)(const L1Args&, const Segment&, int32_t, int64_t, int64_t, int64_t, double*);
+
+template <class W>
+L1Tile l1_for(const L1Args& a) {
+#if FM_FUSED
+  const int32_t code = a.keep.trim || a.keep.round_code != -1 ? -1 : one_type(a.table, a.table.codes[0]);
+  if (code == kBF16) return l1_fused<Bf16>;
+  if (code == kF16) return l1_fused<Fp16>;
+  if (code == kF32) return l1_fused<float>;
+#endif
+  return l1_tile<W>;
+}
+
 template <class W>
 void l1_all(const L1Args& a) {
   const int64_t models = a.table.inputs - 1;
+  const L1Tile tile = l1_for<W>(a);
+  int64_t block = 0;
   for (int64_t r = 0; r < a.table.segments; ++r) {
     const Segment& s = a.table[r];
     double* sums = a.sums + s.stats * models * 2;
     for (int64_t at = 0, end; at < s.length; at = end, sums += models * 2) {
       end = at + tile_length(s.e0 + at, s.length - at);
-      for (int32_t i = 0; i < models; ++i) l1_tile<W>(a, s, i, at, end, sums + 2 * i);
+      for (int32_t i = 0; i < models; ++i) tile(a, s, i, at, end, block, sums + 2 * i);
+      block += blocks_of(end - at);
     }
   }
 }

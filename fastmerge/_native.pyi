@@ -98,8 +98,12 @@ def l1(
     thr: _U64,
     cut: _I64,
     sums: _F64,
+    bits: _U32 | None = None,
 ) -> None:
-    """Tile sums of |d| and of |d| where kept, sums [R, N, 2]."""
+    """Tile sums of |d| and of |d| where kept, sums [R, N, 2].
+
+    bits [blocks, N, 32], of the 1024 elements of each block of the table in turn, receive what the drop keeps.
+    """
 
 def votes(
     table: _I64,
@@ -136,11 +140,13 @@ def consensus(
     f: _F64,
     scale: _F64,
     nonfinite: _I64,
+    bits: _U32 | None = None,
 ) -> None:
     """``b + lambda mix`` of the kept, weighted, elected deltas.
 
     elect 0 none, 1 mass, 2 count; zero 0 plus, 1 majority, 2 base; merge 0 mean, 1 sum, 2 max; f [P, N, 3]
-    (coefficient, gate, vote weight), scale [P, 3] (lambda, div, majority sign), nonfinite [S], added to.
+    (coefficient, gate, vote weight), scale [P, 3] (lambda, div, majority sign), nonfinite [S], added to; bits as l1
+    left them for the same table.
     """
 
 def replicate(table: _I64, ins: _I32, out_code: int, sigma: _F64, numbers: _I64, lines: _F32, nonfinite: _I64) -> None:

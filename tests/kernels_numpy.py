@@ -127,11 +127,13 @@ def pieces(segments):
 
 
 def flat(keep):
-    (round_code, drop, index, bern), trim, thr, cut = keep
+    (round_code, drop, index, bern), trim, thr, cut, *_ = keep
     return round_code, drop, trim, index, bern, thr, cut
 
 
 class NumpyKernels:
+    launcher = None
+
     def supports(self, spec):
         return None
 

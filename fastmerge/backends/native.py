@@ -88,7 +88,7 @@ class NativeKernels:
 
     def l1(self, segments: Segments, keep: Keep, sums: F64) -> None:
         """Magnitudes of every tile before and after ``keep``."""
-        self._native.l1(segments.table, codes(segments), *_flat(keep), sums)
+        self._native.l1(segments.table, codes(segments), *_flat(keep), sums, keep.bits)
 
     def votes(self, segments: Segments, keep: Keep, votes: Votes, counts: I64) -> None:
         """Positive and negative votes of every tile."""
@@ -109,6 +109,7 @@ class NativeKernels:
             votes.factors,
             scale,
             nonfinite(s),
+            keep.bits,
         )
 
     def replicate(self, segments: Segments, sigma: F64, numbers: I64) -> None:
@@ -120,6 +121,6 @@ class NativeKernels:
 
 
 def _flat(keep: Keep) -> tuple[Any, ...]:
-    """The seven arguments that ``keep`` is in C++."""
-    deltas, trim, thr, cut = keep
+    """The seven arguments that ``keep`` is in C++, beside the bits."""
+    deltas, trim, thr, cut, _ = keep
     return deltas.round_code, deltas.drop, trim, deltas.models, deltas.bernoulli, thr, cut

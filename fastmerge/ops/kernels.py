@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from fastmerge.ops.spec import Spec
 
 I32: TypeAlias = "npt.NDArray[np.int32]"
+U32: TypeAlias = "npt.NDArray[np.uint32]"
 U64: TypeAlias = "npt.NDArray[np.uint64]"
+
+BLOCK = 1024
+"""Elements of a block of :class:`Keep`'s bits."""
 
 ELECT = {"none": 0, "mass": 1, "count": 2}
 ZERO = {"plus": 0, "majority": 1, "base": 2}
@@ -49,12 +53,15 @@ class Keep(NamedTuple):
         thr: ``[P, N]`` key of the smallest magnitude that stays.
         cut: ``[P, N, 3]`` which elements at the threshold stay: before element ``rank`` of those in tile ``tile``,
             or, where the third number is not negative, those whose random number is below it.
+        bits: ``[blocks, N, 32]`` room for what the drop keeps, one bit per element of a table's blocks of 1024; ``l1``
+            may leave it there for ``consensus`` of the same table. None: each draws.
     """
 
     deltas: Deltas
     trim: bool
     thr: U64
     cut: I64
+    bits: U32 | None = None
 
 
 class Votes(NamedTuple):

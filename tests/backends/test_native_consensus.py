@@ -240,6 +240,35 @@ def test_votes(keep, elect, split, codes):
         assert counts.tolist() == want
 
 
+@pytest.mark.parametrize("keep", ["drop", "drop+index"])
+@pytest.mark.parametrize(("codes", "out"), [((3, 3, 3, 3), 3), ((2, 2, 2), 2), ((3, 0, 2), 1), ((1,) * 7, 1)], ids=str)
+@pytest.mark.parametrize("elect", [0, 1])
+def test_bits_that_l1_left(keep, codes, out, elect):
+    case = Case(81, codes, out, keep, (elect, False, 0, 0))
+    parts = case.parts([oracle.TILE])
+    outs = [np.full(len(t[0]), 0x7F81, oracle.STORAGE[out]) for t in case.groups]
+    parts = [{**p, "out": outs[p["group"]], "stats": i} for i, p in enumerate(parts)]
+    rows, ins = oracle.table(parts, len(codes)), np.array(codes, np.int32)
+    other = rows.copy()
+    other[:, 4] += 1  # under this key, the drop would keep other elements
+    models, blocks = len(codes) - 1, sum(-(-(p["stop"] - p["start"]) // 1024) for p in parts)
+    for isa in ISAS:
+        _native.set_isa(isa)
+        bits, sums = np.full((blocks, models, 32), 7, np.uint32), np.zeros((len(rows), models, 2))
+        _native.l1(rows, ins, *case.keep_args(), sums, bits)
+        drawn = sums.copy()
+        _native.l1(rows, ins, *case.keep_args(), drawn)
+        assert np.array_equal(sums, drawn, equal_nan=True)
+        args = (out, *case.keep_args(), elect, False, 0, 0, case.f, case.scale, np.zeros(len(rows), np.int64))
+        _native.consensus(other, ins, *args, bits)
+        assert differences(outs, case.expected()) == []
+    with pytest.raises(ValueError, match="bits"):
+        _native.consensus(other, ins, *args, bits[1:])
+    other[0, 2] += 8
+    with pytest.raises(ValueError, match="tile"):
+        _native.consensus(other, ins, *args, bits)
+
+
 def test_inputs_stay_and_empty_pieces_do_nothing():
     case = Case(61, (3, 3, 3), 3, "drop+index", (1, False, 0, 0), sizes=[4097])
     before = [[x.copy() for x in t] for t in case.groups]

@@ -9,14 +9,17 @@ import numpy as np
 
 from fastmerge.errors import RecipeError
 from fastmerge.ops.consensus.rules import Consensus, kept, l1_factor
-from fastmerge.ops.kernels import ELECT, MERGE, ZERO, Deltas, Keep, Kernels, Rules, Votes
+from fastmerge.ops.kernels import BLOCK, ELECT, MERGE, U32, ZERO, Deltas, Keep, Kernels, Rules, Votes
 from fastmerge.ops.per_spec import PerSpec
 from fastmerge.ops.program import Bound, Launches, Program
-from fastmerge.ops.segments import F64, I64, TILE, Segments
+from fastmerge.ops.segments import E0, F64, GROUP, I64, LENGTH, TILE, Segments
 from fastmerge.ops.selection.select import ALL_TILES, Select
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.ops.split import by_kind
 from fastmerge.ops.tiles import Partial, gather, number
+
+MOST_DRAWN = 1 << 24
+"""Bytes of bits that a program keeps from the sums of magnitudes, so that a merge draws its random numbers once."""
 
 
 def program(ops: Sequence[Op], rules: PerSpec[Consensus], kernels: Kernels) -> Program:
@@ -72,6 +75,9 @@ class ConsensusProgram(Program):
             self._select = Select(
                 ops, self._ranks(), first.ties, whole_model=first.whole_model, thr=self._thr, cut=self._cut
             )
+        self._drawn: dict[bytes, U32] | None = None
+        if first.drop and self._numel.sum() * models // 8 <= MOST_DRAWN:
+            self._drawn = {}
         self._due: list[Literal["select", "l1", "votes"]] = []
         if self._select is not None and not self._select.done:
             self._due.append("select")
@@ -85,8 +91,8 @@ class ConsensusProgram(Program):
         code = segments.dtypes[0].code if self._words.round_base else -1
         return Deltas(code, self._words.drop, self._models, self._bernoulli)
 
-    def _keep(self, segments: Segments, *, trim: bool = True) -> Keep:
-        return Keep(self._deltas(segments), self._words.trim and trim, self._thr, self._cut)
+    def _keep(self, segments: Segments, *, trim: bool = True, bits: U32 | None = None) -> Keep:
+        return Keep(self._deltas(segments), self._words.trim and trim, self._thr, self._cut, bits)
 
     def _ranks(self) -> I64:
         """How many elements each (group, model) keeps; with one threshold for all, of the model's total."""
@@ -166,9 +172,13 @@ class ConsensusProgram(Program):
             return self._select.statistics(segments, self._kernels, self._deltas(segments))
         numbered, spans, tiles = number(segments)
         if due == "l1":
-            sums = np.empty((tiles, len(self._words.weight), 2))
-            self._kernels.l1(numbered, self._keep(segments, trim=self._words.l1 == "trim"), sums)
-            return Partial(spans, sums)
+            models = len(self._words.weight)
+            sums, bits = np.empty((tiles, models, 2)), None
+            if self._drawn is not None and self._kernels.launcher is None:
+                blocks = -(-segments.table[:, LENGTH] // BLOCK)
+                bits = np.empty((int(blocks.sum()), models, BLOCK // 32), np.uint32)
+            self._kernels.l1(numbered, self._keep(segments, trim=self._words.l1 == "trim", bits=bits), sums)
+            return Partial(spans, sums, (_pieces(segments), bits))
         counts = np.empty((tiles, 2), np.int64)
         self._kernels.votes(numbered, self._keep(segments), self._votes(), counts)
         return Partial(spans, counts)
@@ -181,6 +191,8 @@ class ConsensusProgram(Program):
             if not self._select.done:
                 return
         elif due == "l1":
+            if self._drawn is not None:
+                self._drawn.update(p.extra for p in partials if p.extra[1] is not None)
             self._end_l1(gather(partials, self._tiles))
         else:
             self._end_votes(gather(partials, self._tiles))
@@ -211,4 +223,10 @@ class ConsensusProgram(Program):
         """The merge itself."""
         if self._tables is None:
             raise AssertionError("apply before the statistics are complete")
-        self._kernels.consensus(segments, self._keep(segments), self._tables)
+        bits = self._drawn.pop(_pieces(segments), None) if self._drawn else None
+        self._kernels.consensus(segments, self._keep(segments, bits=bits), self._tables)
+
+
+def _pieces(segments: Segments) -> bytes:
+    """Which elements the segments are, in their order."""
+    return segments.table[:, [GROUP, E0, LENGTH]].tobytes()

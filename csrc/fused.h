@@ -1,0 +1,239 @@
+// Passes over tensors of one storage type, sixteen elements at a time: what lies in memory is widened, taken apart and
+// summed in registers, where other types go block by block through the first-level cache (keep.h). For three bf16
+// models that halves the instructions of a merge. For kernel sources only.
+#pragma once
+
+#include "keep.h"
+
+#if defined(__SSE2__) || defined(__ARM_NEON)  // a register of lanes.h is a vector of keep.h
+#define FM_FUSED 1
+#else
+#define FM_FUSED 0
+#endif
+
+namespace fastmerge {
+namespace {
+
+using Floats = Pack<float>::V;
+using Keys = Pack<float>::I;
+
+// The type of a base, its models and whatever else is named, where they have one; -1 where not.
+inline int32_t one_type(const Table& t, int32_t code) {
+  for (int32_t i = 0; i < t.inputs; ++i)
+    if (t.codes[i] != code) return -1;
+  return FM_FUSED && code != kF64 ? code : -1;
+}
+
+// How the values of the models become one: all of them added, or those of the elected sign, or the mean of those.
+enum Joined { kAdded, kSum, kMean };
+
+constexpr int kMostFused = 4;  // models; with more, sums would not stay in registers
+
+// What a merge does to a block, and to each of its models.
+struct FusedMerge {
+  float factor, div;  // factor: lambda, or its half where a sign is elected
+  bool zero_plus;
+  struct {
+    float c, g;
+    int32_t bound;         // kept are keys above, where there are no bits
+    const uint32_t* bits;  // of the block
+  } model[kMostFused];
+};
+
+using MergeBlock = int64_t (*)(const Segment&, int64_t, const FusedMerge&, int64_t);
+
+#if FM_FUSED
+
+struct Sixteen {
+  Floats v[kParts];
+};
+
+template <class T>
+FM_LANES Sixteen sixteen(const T* p) {
+  Lanes a;
+  load16(p, a);
+  Sixteen r;
+  for (int i = 0; i < kParts; ++i) r.v[i] = reinterpret_cast<Floats>(a.v[i]);
+  return r;
+}
+
+// Widens whole steps of n elements, in the order of their storage type.
+template <class T>
+inline void widen_stored(const T* p, int64_t n, float* to) {
+  for (int64_t j = 0; j + kStep <= n; j += kStep) {
+    Lanes a;
+    load16(p + j, a);
+    put16(a, to + j);
+  }
+}
+
+// What is left to do where 16 values at a time were stored: NaNs, whose bits are those of an input's until then, and
+// the count of what is not finite.
+template <class T>
+inline int64_t finish_stored(const Peak& peak, int64_t n, T* out) {
+  if (all_finite(peak, out)) return 0;
+  for (int64_t j = 0; j < n; ++j) out[j] = store<T>(load<float>(out[j]));
+  return nonfinite_block(out, n);
+}
+
+template <class T>
+FM_LANES Sixteen difference(const T* x, const T* base) {
+  Sixteen a = sixteen(x), b = sixteen(base);
+  for (int i = 0; i < kParts; ++i) a.v[i] = a.v[i] - b.v[i];
+  return a;
+}
+
+// n bits from bit j of an array on, n a multiple of 16 and j one of n.
+FM_LANES uint32_t bits_at(const uint32_t* bits, int64_t j) {
+  uint16_t some;
+  memcpy(&some, reinterpret_cast<const char*>(bits) + j / 8, sizeof some);
+  return some;
+}
+
+// The last n < kStep elements, zeros behind them.
+template <class T>
+struct Padded {
+  T v[kStep] = {};
+  Padded(const T* p, int64_t n) { memcpy(v, p, static_cast<size_t>(n) * sizeof(T)); }
+};
+
+// Adds the magnitudes of n differences to `whole`, and those that have a bit to `kept`; both in the order of the
+// storage type.
+template <class T>
+void add_magnitudes(const T* x, const T* base, const uint32_t* bits, int64_t n, float* whole, float* kept) {
+  for (int64_t j = 0; j + kStep <= n; j += kStep) {
+    const Sixteen d = difference(x + j, base + j);
+    const Bits<float, AsStored<T>> mask(bits_at(bits, j));
+    for (int i = 0; i < kParts; ++i) {
+      float *w = whole + j + i * kPart, *k = kept + j + i * kPart;
+      const Floats size = masked(Keys{} + Pack<float>::kMost, d.v[i]);
+      put(w, get(w) + size);
+      put(k, get(k) + mask.keep(i, size));
+    }
+  }
+  if (const int64_t left = n % kStep) {
+    const int64_t j = n - left;
+    const uint32_t some = bits_at(bits, j);
+    add_magnitudes(Padded<T>(x + j, left).v, Padded<T>(base + j, left).v, &some, kStep, whole + j, kept + j);
+  }
+}
+
+// Sums from the order of a storage type to the logical one.
+template <class T>
+void in_order(float* lanes) {
+  for (int64_t j = 0; j < kLanes; j += kStep) {
+    Lanes a;
+    load16(lanes + j, a);
+    logical(static_cast<const T*>(nullptr), a);
+    put16(a, lanes + j);
+  }
+}
+
+// out = base + factor * mix of elements [from, to), whole steps; returns how many results are not finite. See mix_block
+// and apply_block (consensus.cpp), whose results these are.
+template <class T, int N, Joined kMix, bool kDrop>
+__attribute__((noinline)) int64_t merge_steps(const T* const* in, const FusedMerge& m, int64_t from, int64_t to,
+                                              T* out) {
+  const T* x[N + 1];
+  Floats c[N], g[N];
+  Keys bound[N];
+  const uint32_t* bits[N];
+  for (int i = 0; i <= N; ++i) x[i] = in[i];
+  for (int i = 0; i < N; ++i) {
+    c[i] = Floats{} + m.model[i].c, g[i] = Floats{} + m.model[i].g;
+    bound[i] = Keys{} + m.model[i].bound, bits[i] = m.model[i].bits;
+  }
+  const Floats zero{}, one = zero + 1.0f, factor = zero + m.factor, div = zero + m.div;
+  const bool zero_plus = m.zero_plus, divides = m.div != 1.0f;
+  const Keys sign = Keys{} + ~Pack<float>::kMost;
+  Peak peak;
+  clear(peak);
+  for (int64_t j = from; j < to; j += kStep) {
+    const Sixteen base = sixteen(x[0] + j);
+    Sixteen v[N];
+    for (int i = 0; i < N; ++i) {
+      v[i] = sixteen(x[i + 1] + j);
+      const Bits<float, AsStored<T>> mask(kDrop ? bits_at(bits[i], j) : 0);
+      for (int p = 0; p < kParts; ++p) {
+        const Floats d = v[i].v[p] - base.v[p];
+        v[i].v[p] =
+            c[i] * (kDrop ? mask.keep(p, d) : masked((reinterpret_cast<Keys>(d) & Pack<float>::kMost) > bound[i], d));
+      }
+    }
+    Lanes r;
+    for (int p = 0; p < kParts; ++p) {
+      Floats a = v[0].v[p];
+      for (int i = 1; i < N; ++i) a = a + v[i].v[p];
+      if (kMix == kAdded) {
+        if (divides) a = a / div;
+        a = factor * a;
+      } else {
+        Floats b = masked(~sign, v[0].v[p]), sum = zero;
+        for (int i = 1; i < N; ++i) b = b + masked(~sign, v[i].v[p]);
+        const Keys minus = (zero_plus ? a < zero : a <= zero) & sign;
+        for (int i = 0; i < (kMix == kMean ? N : 0); ++i) {
+          const Floats turned = reinterpret_cast<Floats>(reinterpret_cast<Keys>(v[i].v[p]) ^ minus);
+          sum = sum + masked(turned > zero, g[i]);
+        }
+        a = a + reinterpret_cast<Floats>(reinterpret_cast<Keys>(b) ^ minus);
+        a = kMix == kMean ? a * (factor / select(sum == zero, one, sum)) : factor * a;
+      }
+      a = base.v[p] + a;
+      r.v[p] = reinterpret_cast<Vec>(a);
+    }
+    store16(r, out + j, peak);
+  }
+  return finish_stored(peak, to - from, out + from);
+}
+
+template <class T, int N, Joined kMix, bool kDrop>
+int64_t merge_block(const Segment& s, int64_t at, const FusedMerge& m, int64_t n) {
+  const T* in[N + 1];
+  for (int i = 0; i <= N; ++i) in[i] = reinterpret_cast<const T*>(s.in[i]) + at;
+  T* out = reinterpret_cast<T*>(s.out) + at;
+  const int64_t left = n % kStep, whole = n - left;
+  int64_t bad = whole ? merge_steps<T, N, kMix, kDrop>(in, m, 0, whole, out) : 0;
+  if (left) {
+    T stage[N + 1][kStep] = {}, result[kStep];
+    for (int i = 0; i <= N; ++i) {
+      memcpy(stage[i], in[i] + whole, static_cast<size_t>(left) * sizeof(T));
+      in[i] = stage[i] - whole;
+    }
+    merge_steps<T, N, kMix, kDrop>(in, m, whole, n, result - whole);
+    memcpy(out + whole, result, static_cast<size_t>(left) * sizeof(T));
+    bad += nonfinite_block(result, left);
+  }
+  return bad;
+}
+
+template <class T, Joined kMix, bool kDrop>
+MergeBlock merge_for(int64_t models) {
+  switch (models) {
+    case 1:
+      return merge_block<T, 1, kMix, kDrop>;
+    case 2:
+      return merge_block<T, 2, kMix, kDrop>;
+    case 3:
+      return merge_block<T, 3, kMix, kDrop>;
+    case 4:
+      return merge_block<T, 4, kMix, kDrop>;
+    default:
+      return nullptr;
+  }
+}
+
+template <class T, Joined kMix>
+MergeBlock merge_for(int64_t models, bool drop) {
+  return drop ? merge_for<T, kMix, true>(models) : merge_for<T, kMix, false>(models);
+}
+
+template <class T>
+MergeBlock merge_for(int64_t models, Joined mix, bool drop) {
+  if (mix == kMean) return merge_for<T, kMean>(models, drop);
+  return mix == kSum ? merge_for<T, kSum>(models, drop) : merge_for<T, kAdded>(models, drop);
+}
+
+#endif  // FM_FUSED
+
+}  // namespace
+}  // namespace fastmerge
