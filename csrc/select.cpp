@@ -299,8 +299,8 @@ void l1_fused(const L1Args& a, const Segment& s, int32_t i, int64_t at, int64_t 
     add_magnitudes(x + at, base + at, bits, n, whole + lane, kept + lane);
   }
   in_order<T>(whole), in_order<T>(kept);
-  sums[0] = static_cast<double>(fold_lanes(whole));
-  sums[1] = static_cast<double>(fold_lanes(kept));
+  sums[0] = store<double>(fold_lanes(whole));
+  sums[1] = store<double>(fold_lanes(kept));
 }
 #endif
 
