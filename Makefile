@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test check fix bench beside gpu test-big build clean
+.PHONY: demo test check fix bench beside gpu test-big test-arm64 build clean
 
 $(STAMP): $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,7 +18,7 @@ demo: $(STAMP)  ## train a base and three specialists, merge them, show who know
 	$(BIN)/python demo/run.py
 
 test: $(STAMP)  ## the whole suite: no GPU, no network
-	$(BIN)/python -m pytest -m 'not gpu and not big' --numprocesses auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest -m 'not gpu and not big and not arm64' --numprocesses auto --maxprocesses 8 --dist worksteal
 
 check: $(STAMP)  ## formatting, lint, types
 	$(BIN)/ruff format --check .
@@ -40,6 +40,9 @@ beside: $(STAMP)  ## this build beside that of another work tree, TREE, in one r
 
 test-big: $(STAMP)  ## tensors of more than 2^31 elements, on sparse files: 20 GB of disk, 3 minutes
 	$(BIN)/python -m pytest -m big
+
+test-arm64: $(STAMP)  ## the kernels of arm64 in qemu: a minute
+	$(BIN)/python -m pytest -m arm64
 
 # Without the virtual environment and without a network: the machine's own Python, torch and triton.
 BUDGET ?= 540

@@ -261,8 +261,10 @@ def _kind(tag: str, sizes: str) -> tuple[DType, tuple[int, ...], int]:
         KeyError, ValueError: there is no such type, or no tensor of such a shape.
     """
     shape = tuple(parse_json(f"[{sizes}]"))
+    if len(shape) > MAX_RANK or _prod_nonzero(shape) >= _LIMIT:
+        raise ValueError(f"{tag} {sizes[:80]}")
     nbytes = BY_TAG[tag].nbytes(prod(shape))
-    if len(shape) > MAX_RANK or _prod_nonzero(shape) >= _LIMIT or nbytes < 0:
+    if nbytes < 0:
         raise ValueError(f"{tag} {sizes}")
     return BY_TAG[tag], shape, nbytes
 

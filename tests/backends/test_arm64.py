@@ -18,7 +18,10 @@ from fastmerge.backends.native import NativeKernels
 from tests.backends import arm64, test_native, test_native_consensus, test_native_select, test_native_values
 from tests.ops import test_replicate
 
-pytestmark = pytest.mark.skipif(bool(arm64.MISSING), reason=f"needs {' and '.join(arm64.MISSING)}")
+pytestmark = [
+    pytest.mark.arm64,
+    pytest.mark.skipif(bool(arm64.MISSING), reason=f"needs {' and '.join(arm64.MISSING)}"),
+]
 
 
 @pytest.fixture(scope="module")
