@@ -33,6 +33,11 @@ CASES = [
     ("task_arithmetic", {"weight": [0.5, -0.5], "normalize": True}),
     ("slerp", {"t": 0.3}),
     ("slerp", {"t": 1.4}),
+    ("nuslerp", {"weight": [0.7, 0.4]}),
+    ("nuslerp", {"weight": [0.7, 0.4], "base": True}),
+    ("nuslerp", {"weight": [1.3, -0.4], "nuslerp_flatten": False, "base": True}),
+    ("nuslerp", {"weight": [0.7, 0.4], "nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    ("nuslerp", {"weight": [0.5, -0.5], "nuslerp_row_wise": True, "base": True}),
     ("model_stock", {"models": 2}),
     ("model_stock", {"models": 4}),
     ("model_stock", {"models": 3, "filter_wise": True}),
@@ -53,7 +58,7 @@ def theirs(name, op, inputs, case, monkeypatch, dtype=None):
     """mergekit's result; its random masks are replaced by ours."""
     parameters = {}
     for key, value in case.items():
-        if key != "models":
+        if key not in ("models", "base"):
             # per-model values may not name the base where the method has one
             each = dict(enumerate(value, start=op.spec.has_base)) if isinstance(value, list) else value
             parameters[key] = each

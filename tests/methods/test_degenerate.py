@@ -1,0 +1,47 @@
+"""What each method makes of input without an answer: weights that cancel, vectors of length zero or opposite ones."""
+
+import pytest
+import torch
+
+import fastmerge as fm
+from fastmerge.methods import get
+from tests import oracle
+
+G = torch.Generator().manual_seed(3)
+BASE, X, Y = (torch.randn(6, 40, generator=G) for _ in range(3))
+ZERO = torch.zeros_like(X)
+
+
+def merge(name, *inputs, base=None, backend=None, **parameters):
+    found = [fm.merge_tensors(list(inputs), name, parameters=parameters, base_index=base, backend=b)
+             for b in {backend, "reference"}]  # fmt: skip
+    assert all(torch.equal(x, found[0]) for x in found), "the backends differ"
+    return found[0]
+
+
+def said(name, case):
+    spec = oracle.op_of(get(name), case, (6, 40), "fp32").spec
+    return spec.method.warn(spec)
+
+
+# ---- nuslerp ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+def test_nuslerp(flatten):
+    def nuslerp(*inputs, weight=(1.0, 1.0), base=None):
+        return merge("nuslerp", *inputs, base=base, weight=list(weight), nuslerp_flatten=flatten)
+
+    assert torch.equal(nuslerp(X, -X), ZERO)  # opposite: linear
+    assert torch.allclose(nuslerp(X, 3 * X, weight=(0.75, 0.25)), 1.5 * X)  # parallel: linear
+    assert torch.allclose(nuslerp(ZERO, X), 0.5**0.5 * X)  # nothing is orthogonal to everything
+    assert torch.equal(nuslerp(ZERO, ZERO), ZERO)
+    assert torch.equal(nuslerp(BASE, BASE, BASE, base=0), BASE)
+    for cancel in ((0.0, 0.0), (1.0, -1.0)):
+        assert torch.equal(nuslerp(X, Y, weight=cancel), nuslerp(X, Y))
+
+
+def test_nuslerp_says_so():
+    assert said("nuslerp", {"weight": [1.0, -1.0]}) == ["nuslerp: weights 1 and -1 sum to zero and count as equal"]
+    assert said("nuslerp", {"weight": [1.5, -0.5]}) == ["nuslerp: t = -0.5 is outside 0 .. 1 and extrapolates"]
+    assert said("nuslerp", {"weight": [1.5, 0.5]}) == []
