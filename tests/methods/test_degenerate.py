@@ -45,3 +45,36 @@ def test_nuslerp_says_so():
     assert said("nuslerp", {"weight": [1.0, -1.0]}) == ["nuslerp: weights 1 and -1 sum to zero and count as equal"]
     assert said("nuslerp", {"weight": [1.5, -0.5]}) == ["nuslerp: t = -0.5 is outside 0 .. 1 and extrapolates"]
     assert said("nuslerp", {"weight": [1.5, 0.5]}) == []
+
+
+# ---- sce -------------------------------------------------------------------------------------------------
+
+
+def test_sce():
+    a, b = BASE + 0.1 * X, BASE + 0.1 * Y
+    for topk in (0.0, 0.5, 1.0):
+        assert torch.equal(merge("sce", BASE, BASE, BASE, base=0, select_topk=topk), BASE)
+    assert torch.equal(merge("sce", BASE, a, a, base=0, select_topk=0.99), BASE)  # equal models vary nowhere
+    assert torch.equal(merge("sce", BASE, a, a, a, base=0, select_topk=0.99), BASE)
+    assert torch.equal(merge("sce", BASE, a, base=0, select_topk=0.99), BASE)
+    assert torch.equal(merge("sce", BASE, a, b, base=0, select_topk=1e-6), BASE)  # less than one element
+    assert torch.allclose(merge("sce", BASE, a, a, base=0), a)
+    assert torch.allclose(merge("sce", BASE, a, BASE, base=0), a)  # of size 0, and so of weight 0
+    assert torch.equal(merge("sce", ZERO, X, -X, base=0), X.abs())  # a tied vote is positive
+
+
+def test_sce_says_so():
+    assert said("sce", {"models": 1, "select_topk": 0.5}) == [
+        "sce: one model varies nowhere, so select_topk below 1 selects nothing: the result is the base"
+    ]
+    assert said("sce", {"select_topk": 0.0}) == ["sce: select_topk: 0 selects nothing: the result is the base"]
+    assert said("sce", {"models": 1}) == said("sce", {"select_topk": 0.5}) == []
+    with pytest.raises(fm.OutputError, match="the weights of its models are unknown: an input holds NaN or Inf"):
+        merge("sce", BASE, X.where(X < 1, torch.inf), Y, base=0)
+
+
+def test_sce_of_tiny_task_vectors_weighs_them_alike():
+    """As in mergekit: mean squares that add up to less than 1e-6."""
+    a, b = BASE + 1e-4 * X.abs(), BASE + 5e-4 * Y.abs()
+    got = merge("sce", BASE, a, b, base=0)
+    assert torch.allclose(got, (a + b) / 2)
