@@ -146,7 +146,7 @@ class Election(TaskVectors):
         w = self.weights
         found = []
         if any(x < 0 for x in w) and normalize and self.merge == "mean":
-            found.append("negative weights flip the vote and make the divisor signed, so an elected sign can turn over")
+            found.append(NEGATIVE)
         if any(x <= 0 for x in w) and (not self.elect_weighted or self.merge == "mean_count"):
             found.append("agreement is that of weighted deltas: weight 0 is never counted, a negative weight turns")
         if len(w) > 1 and normalize and self.merge == "mean_count" and all(x is None for x in self.weight):
@@ -159,6 +159,8 @@ def drop_table(density: Sequence[float]) -> tuple[tuple[int, ...], tuple[float, 
     bernoulli = tuple(threshold(d) for d in density)
     return bernoulli, tuple(rescale(t) for t in bernoulli)
 
+
+NEGATIVE = "negative weights flip the vote and make the divisor signed, so an elected sign can turn over"
 
 PAPER: Mapping[str, Any] = {
     "trim_scope": "model",

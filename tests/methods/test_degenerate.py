@@ -1,5 +1,6 @@
 """What each method makes of input without an answer: weights that cancel, vectors of length zero or opposite ones."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,3 +79,65 @@ def test_sce_of_tiny_task_vectors_weighs_them_alike():
     a, b = BASE + 1e-4 * X.abs(), BASE + 5e-4 * Y.abs()
     got = merge("sce", BASE, a, b, base=0)
     assert torch.allclose(got, (a + b) / 2)
+
+
+# ---- della, breadcrumbs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(50, 400), (8, 50, 40), (400,)])
+def test_della_keeps_by_rank(shape):
+    """Probabilities linear in the rank along the second dimension, and as many elements kept as they say."""
+    op = oracle.op_of(get("della_linear"), {"weight": [1.0], "density": 0.4, "epsilon": 0.3}, shape, "fp32")
+    d = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    method, rows = op.spec.method, d if len(shape) > 1 else d[None]
+    rank = rows.abs().argsort(dim=1).argsort(dim=1)
+    want = 0.1 + 0.6 * rank / (rows.shape[1] - 1)
+    got = torch.from_numpy(method.thresholds(d.reshape(-1), op.spec, 0)).reshape(want.shape) / 65536
+    assert (got - want).abs().max() <= 2**-16
+    kept = torch.from_numpy(method.keep(d.reshape(-1), op, 0)).reshape(want.shape)
+    for part in (rank < rows.shape[1] // 2, rank >= rows.shape[1] // 2):
+        p, n = want[part].mean().item(), int(part.sum())
+        assert abs(kept[part].double().mean().item() - p) < 4 * (p * (1 - p) / n) ** 0.5
+
+
+def test_della():
+    def della(x, **more):
+        return merge("della", BASE, x, base=0, weight=1.0, **more)
+
+    assert torch.equal(della(BASE, density=0.5), BASE)
+    assert torch.equal(della(X, density=0.0), BASE)
+    assert torch.allclose(della(X, density=1.0, epsilon=0.9), X)
+    one = [
+        merge("della", torch.zeros(1), torch.ones(1), base=0, weight=1.0, density=p, epsilon=0.1) for p in (0.2, 0.8)
+    ]
+    assert {x.item() for x in one} <= {0.0, 1.0}  # a row of one element: kept with the probability density, not 0 / 0
+    for p, e in ((0.9, 0.1), (0.95, 0.1), (0.1, 0.1), (0.5, 0.6)):
+        with pytest.raises(fm.RecipeError, match=f"density {p} and epsilon {e} make probabilities"):
+            della(X, density=p, epsilon=e)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("density", "gamma"), [(0.5, 0.1), (0.9, 0.2), (1.0, 0.1), (0.5, 0.5), (0.05, 0.0), (0.0, 0.1)]
+)
+def test_breadcrumbs_against_numpy(density, gamma, tied):
+    d = np.round(X.numpy() * 3) if tied else X.numpy()
+    n = d.size
+    stay, gone = int(density * n), int(gamma * n)
+    order = np.argsort(-np.abs(d).reshape(-1), kind="stable")
+    gone = min(gone, n - stay)
+    keep = np.zeros(n, bool)
+    keep[order[gone : gone + stay]] = True
+    got = merge("breadcrumbs", ZERO, torch.from_numpy(d), base=0, weight=1.0, density=density, gamma=gamma)
+    assert np.array_equal(got.numpy(), d if density == 1 else np.where(keep.reshape(d.shape), d, 0))
+
+
+def test_breadcrumbs():
+    few = merge("breadcrumbs", torch.zeros(8), torch.ones(8), base=0, weight=1.0, density=0.1)
+    assert torch.equal(few, torch.zeros(8))  # less than one element: none, where ties keeps one
+    assert torch.equal(merge("breadcrumbs", BASE, BASE, base=0, weight=1.0, density=0.5, rescale=True), BASE)
+    assert said("breadcrumbs", {"weight": [1.0], "density": 0.9, "gamma": 0.2}) == [
+        "breadcrumbs: density 0.9 leaves room to take out 0.1 of the elements, not gamma 0.2"
+    ]
+    assert said("breadcrumbs", {"weight": [1.0], "density": 0.9}) == []
+    assert said("breadcrumbs_ties", {"weight": [-1.0], "normalize": True})

@@ -51,6 +51,15 @@ CASES = [
     ("sce", {"models": 2, "select_topk": 0.05}),
     ("dare_linear", {"weight": [1.0, 0.5, 0.8], "density": [0.2, 0.5, 0.8]}),
     ("dare_linear", {"weight": [1.0, 0.5], "density": [1.0, 0.7], "rescale": False, "normalize": True}),
+    ("della_linear", {"weight": [1.0, 0.5, 0.8], "density": [0.2, 0.0, 1.0], "epsilon": 0.1}),
+    ("della_linear", {"weight": [1.0, 0.5], "density": 0.5, "rescale": False, "normalize": True, "lambda": 0.7}),
+    ("della", {"weight": [1.0, 0.5, 0.8], "density": [0.2, 0.5, 0.8], "epsilon": [0.1, 0.4, 0.0]}),
+    ("della", {"weight": [1.0, 0.5], "density": 0.7, "normalize": False, "int8_mask": True}),
+    ("breadcrumbs", {"weight": [1.0, 0.5, 0.8], "density": [0.2, 0.5, 1.0]}),
+    ("breadcrumbs", {"weight": [1.0, 0.5], "density": [0.9, 0.0], "gamma": [0.2, 0.1], "rescale": True}),
+    ("breadcrumbs", {"weight": [1.0, 0.5], "density": 0.3, "gamma": 0.05, "normalize": True, "lambda": 1.3}),
+    ("breadcrumbs_ties", {"weight": [1.0, 0.5, 0.8], "density": [0.2, 0.5, 0.8], "gamma": [0.01, 0.1, 0.3]}),
+    ("breadcrumbs_ties", {"weight": [1.0, -0.5], "density": 0.6, "normalize": True, "int8_mask": True}),
     ("dare_ties", {"weight": [1.0, 0.5, 0.8], "density": [0.2, 0.5, 0.8]}),
     ("dare_ties", {"weight": [1.0, 0.5], "density": 0.66, "normalize": True, "lambda": 1.2}),
 ]
@@ -67,13 +76,17 @@ def theirs(name, op, inputs, case, monkeypatch, dtype=None):
             each = dict(enumerate(value, start=op.spec.has_base)) if isinstance(value, list) else value
             parameters[key] = each
     density = getattr(op.spec.method, "density", (1.0,) * len(op.spec.models))
-    masks = [
-        torch.from_numpy(u16(op.key, i, DROP, 0, op.spec.numel).astype("int64") < t).reshape(op.spec.shape)
-        for i, t, d in zip(op.spec.models, dropped(op), density, strict=True)
-        if d < 1
-    ]
-    supply = iter(masks)
-    monkeypatch.setattr(sparsify.torch, "bernoulli", lambda p: next(supply).to(p.dtype))
+    least = 0.0 if name.startswith("della") else -1.0  # mergekit asks for no mask where nothing stays
+    asked = [i for i, d in zip(op.spec.models, density, strict=True) if least < d < 1]
+    noise = [u16(op.key, i, DROP, 0, op.spec.numel) for i in asked]
+    limits = iter([t for t, d in zip(dropped(op), density, strict=True) if d < 1])
+    supply = iter(noise)
+
+    def bernoulli(p):
+        below = (p.double() * 65536 + 0.5).floor() if name.startswith("della") else next(limits)
+        return (torch.from_numpy(next(supply).astype("int64")).reshape(p.shape) < below).to(p.dtype)
+
+    monkeypatch.setattr(sparsify.torch, "bernoulli", bernoulli)
     return merge_tensors(inputs, name, parameters=parameters, base_index=0 if op.spec.has_base else None, dtype=dtype)
 
 
@@ -89,7 +102,8 @@ def ours(op, inputs):
 @pytest.mark.parametrize("types", TOLERANCE)
 @every_case
 def test_against_mergekit(name, case, types, monkeypatch):
-    for i, shape in enumerate(SHAPES):
+    ones = ((), (1,)) if name.startswith("della") else ()  # there mergekit's probabilities are 0 / 0
+    for i, shape in enumerate(s for s in SHAPES if s not in ones):
         op = oracle.op_of(get(name), case, shape, types)
         inputs = oracle.inputs_of(op, seed=i, tie_free=True)
         want = theirs(name, op, inputs, case, monkeypatch)
@@ -97,7 +111,7 @@ def test_against_mergekit(name, case, types, monkeypatch):
         assert got.shape == want.shape
         assert got.dtype == want.dtype
         # mergekit computes random masks, and with them the delta, in fp32 even for fp64 tensors on the CPU
-        tolerance = 1e-6 if name.startswith("dare") and types == "fp64" else TOLERANCE[types]
+        tolerance = 1e-6 if name.startswith(("dare", "della")) and types == "fp64" else TOLERANCE[types]
         assert (got - want).abs().max() <= tolerance * want.abs().max(), shape
 
 
