@@ -13,8 +13,8 @@ BASE, X, Y = (torch.randn(6, 40, generator=G) for _ in range(3))
 ZERO = torch.zeros_like(X)
 
 
-def merge(name, *inputs, base=None, backend=None, **parameters):
-    found = [fm.merge_tensors(list(inputs), name, parameters=parameters, base_index=base, backend=b)
+def merge(method, *inputs, base=None, backend=None, name="", **parameters):
+    found = [fm.merge_tensors(list(inputs), method, parameters=parameters, base_index=base, backend=b, name=name)
              for b in {backend, "reference"}]  # fmt: skip
     assert all(torch.equal(x, found[0]) for x in found), "the backends differ"
     return found[0]
@@ -46,6 +46,74 @@ def test_nuslerp_says_so():
     assert said("nuslerp", {"weight": [1.0, -1.0]}) == ["nuslerp: weights 1 and -1 sum to zero and count as equal"]
     assert said("nuslerp", {"weight": [1.5, -0.5]}) == ["nuslerp: t = -0.5 is outside 0 .. 1 and extrapolates"]
     assert said("nuslerp", {"weight": [1.5, 0.5]}) == []
+
+
+# ---- multislerp, karcher, slerp_tree ---------------------------------------------------------------------
+
+
+def test_multislerp():
+    def multislerp(*inputs, weight=1.0, **more):
+        return merge("multislerp", *inputs, weight=weight, **more)
+
+    assert torch.equal(multislerp(X, weight=0.3), X)  # one model is itself
+    assert torch.equal(multislerp(X, -X), ZERO)  # cancelling: linear
+    assert torch.allclose(multislerp(X, -X, weight=[3.0, 1.0]), 1.0 * X)  # not cancelling
+    assert torch.equal(multislerp(BASE, BASE, BASE, base=0), BASE)
+    assert torch.equal(multislerp(BASE, BASE, BASE, BASE, base=0), BASE)  # mergekit refuses to merge such a tensor
+    assert torch.allclose(multislerp(ZERO, X), 0.5 * X)
+    with pytest.raises(fm.OutputError, match="w: the weighted directions of its inputs cancel"):
+        merge("multislerp", X, -X, ZERO, weight=1.0, name="w")
+    for cancel in ([0.0, 0.0], [1.0, -1.0], [0.1, 0.2, -0.3]):
+        with pytest.raises(fm.RecipeError, match="sum to zero with normalize_weights: true"):
+            multislerp(*[X, Y, BASE][: len(cancel)], weight=cancel)
+    assert torch.isfinite(multislerp(X, Y, weight=[1.0, -1.0], normalize_weights=False)).all()
+
+
+def test_karcher():
+    assert torch.equal(merge("karcher", X), X)
+    assert torch.allclose(merge("karcher", X, -3 * X), 2 * X)  # opposite: the first one's direction
+    assert torch.allclose(merge("karcher", ZERO, X), 0.5 * X)  # without a direction, but with a length
+    assert torch.equal(merge("karcher", ZERO, ZERO), ZERO)
+    assert torch.equal(merge("karcher", 1e-8 * X, 1e-8 * Y), ZERO)
+    assert torch.allclose(merge("karcher", X, X, X), X)
+    assert torch.allclose(merge("karcher", X, Y, max_iter=20000, tol=0.0), merge("karcher", X, Y, max_iter=60))
+
+
+def test_karcher_of_nearly_equal_models_stops():
+    """Rounding in the sums must not keep the iteration from ending, nor turn the mean."""
+    near = [BASE + 1e-4 * torch.randn(BASE.shape, generator=G) for _ in range(8)]
+    got = merge("karcher", *near, max_iter=20000, tol=1e-9)
+    assert torch.allclose(got, sum(near) / 8, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("order", ["left", "balanced"])
+def test_slerp_tree_is_slerp_of_slerps(order):
+    def slerp(a, b, t):
+        return merge("slerp", a, b, base=0, t=t)
+
+    w = [0.5, 0.3, 0.2, 0.4]
+    doubles = [torch.randn(9, 30, generator=G, dtype=torch.float64) for _ in w]
+    if order == "left":
+        want = doubles[0]
+        for k in (1, 2, 3):
+            want = slerp(want, doubles[k], w[k] / sum(w[: k + 1]))
+    else:
+        want = slerp(slerp(*doubles[:2], 3 / 8), slerp(*doubles[2:], 2 / 3), 0.6 / 1.4)
+    assert torch.allclose(merge("slerp_tree", *doubles, weight=w, order=order), want, atol=1e-14)
+
+
+def test_slerp_tree():
+    def tree(*inputs, **more):
+        return merge("slerp_tree", *inputs, **more)
+
+    assert torch.equal(tree(X, Y, weight=[1.0, 0.0]), X)
+    assert torch.equal(tree(X, -X), ZERO)
+    assert torch.allclose(tree(X, X, X, X, order="balanced"), X)
+    assert torch.allclose(tree(ZERO, X), 0.5**0.5 * X)
+    assert torch.allclose(tree(X, Y, threshold=1.0), merge("nuslerp", X, Y, weight=1.0))
+    assert torch.equal(tree(BASE, BASE, BASE, BASE, base=0), BASE)
+    with pytest.raises(fm.RecipeError, match="all weights are 0"):
+        tree(X, Y, weight=0.0)
 
 
 # ---- sce -------------------------------------------------------------------------------------------------
