@@ -5,19 +5,21 @@ import pytest
 import torch
 
 import fastmerge as fm
-from fastmerge.methods import get
+from fastmerge.methods import arcee_fusion, get
 from tests import oracle
+from tests.compare import differences
 
 G = torch.Generator().manual_seed(3)
 BASE, X, Y = (torch.randn(6, 40, generator=G) for _ in range(3))
-ZERO = torch.zeros_like(X)
+ZERO, ONE = torch.zeros_like(X), torch.ones(1)
 
 
-def merge(method, *inputs, base=None, backend=None, name="", **parameters):
-    found = [fm.merge_tensors(list(inputs), method, parameters=parameters, base_index=base, backend=b, name=name)
-             for b in {backend, "reference"}]  # fmt: skip
-    assert all(torch.equal(x, found[0]) for x in found), "the backends differ"
-    return found[0]
+def merge(method, *inputs, base=None, name="", **parameters):
+    """By the default backend and by the definition, which must agree."""
+    call = dict(parameters=parameters, base_index=base, name=name)
+    got, want = (fm.merge_tensors(list(inputs), method, backend=b, **call) for b in (None, "reference"))
+    assert differences([got], [want]) == []
+    return got
 
 
 def said(name, case):
@@ -175,19 +177,18 @@ def test_della():
     assert torch.equal(della(BASE, density=0.5), BASE)
     assert torch.equal(della(X, density=0.0), BASE)
     assert torch.allclose(della(X, density=1.0, epsilon=0.9), X)
-    one = [
-        merge("della", torch.zeros(1), torch.ones(1), base=0, weight=1.0, density=p, epsilon=0.1) for p in (0.2, 0.8)
-    ]
-    assert {x.item() for x in one} <= {0.0, 1.0}  # a row of one element: kept with the probability density, not 0 / 0
+    for p in (0.2, 0.8):  # a row of one element has the probability density, not 0 / 0
+        assert merge("della", 0 * ONE, ONE, base=0, weight=1.0, density=p, epsilon=0.1).item() in (0.0, 1.0)
     for p, e in ((0.9, 0.1), (0.95, 0.1), (0.1, 0.1), (0.5, 0.6)):
         with pytest.raises(fm.RecipeError, match=f"density {p} and epsilon {e} make probabilities"):
             della(X, density=p, epsilon=e)
 
 
+BANDS = [(0.5, 0.1), (0.9, 0.2), (1.0, 0.1), (0.5, 0.5), (0.05, 0.0), (0.0, 0.1)]
+
+
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(
-    ("density", "gamma"), [(0.5, 0.1), (0.9, 0.2), (1.0, 0.1), (0.5, 0.5), (0.05, 0.0), (0.0, 0.1)]
-)
+@pytest.mark.parametrize(("density", "gamma"), BANDS)
 def test_breadcrumbs_against_numpy(density, gamma, tied):
     d = np.round(X.numpy() * 3) if tied else X.numpy()
     n = d.size
@@ -209,3 +210,44 @@ def test_breadcrumbs():
     ]
     assert said("breadcrumbs", {"weight": [1.0], "density": 0.9}) == []
     assert said("breadcrumbs_ties", {"weight": [-1.0], "normalize": True})
+
+
+# ---- nearswap, ram, arcee_fusion -------------------------------------------------------------------------
+
+
+def test_nearswap():
+    assert torch.equal(merge("nearswap", X, X, base=0, t=0.1), X)
+    assert torch.equal(merge("nearswap", X, Y, base=0, t=0.0), X)
+    assert torch.equal(merge("nearswap", X, Y, base=0, t=100.0), Y)
+    got = merge("nearswap", X, Y, base=0, t=0.1)
+    assert (got - X).abs().max() <= 0.1 + 1e-6
+    assert said("nearswap", {"t": 0.0}) == ["nearswap: t = 0 moves nothing: the result is the base"]
+    with pytest.raises(fm.RecipeError, match="expected a number in 0 .. inf; got -1"):
+        merge("nearswap", X, Y, base=0, t=-1)
+
+
+@pytest.mark.parametrize("name", ["ram", "ramplus_tl"])
+def test_ram(name):
+    assert torch.equal(merge(name, BASE, BASE, BASE, base=0, epsilon=0.0), BASE)
+    assert torch.equal(merge(name, BASE, BASE + 1e-6, base=0), BASE)  # less than epsilon
+    assert torch.allclose(merge(name, ZERO, X, ZERO, base=0), X)  # nothing shared
+    assert torch.allclose(merge(name, ZERO, X, X, base=0), X)  # everything shared: 0 / 0 of nobody's elements
+    odd = X.clone()
+    odd[0, 0] = torch.nan
+    assert torch.isnan(merge(name, ZERO, odd, Y, base=0)[0, 0])  # a NaN is never dropped
+
+
+def test_arcee_fusion():
+    assert torch.equal(merge("arcee_fusion", BASE, BASE, base=0), BASE)
+    assert torch.equal(merge("arcee_fusion", ONE, 3 * ONE, base=0), 3 * ONE)
+    assert torch.equal(merge("arcee_fusion", X[:0], Y[:0], base=0), X[:0])
+    large = torch.zeros(5, 40)
+    large[2, 7] = 30.0  # a probability of 1 beside 0: none is divided by
+    got = merge("arcee_fusion", large, large.roll(1, 1), base=0)
+    assert torch.isfinite(got).all()
+
+
+def test_arcee_fusion_in_blocks_of_rows(monkeypatch):
+    want = merge("arcee_fusion", X, Y, base=0)
+    monkeypatch.setattr(arcee_fusion, "ROWS", 80)
+    assert torch.equal(merge("arcee_fusion", X, Y, base=0), want)
