@@ -120,10 +120,10 @@ class Sce(Method):
 
     Shapes: ``b, x_i: [*S]`` -> ``[*S]``; one weight per model and tensor, of what was selected.
     Numerics: squares in the ordered sum, weights in fp64, the rest as ties. ``select_topk`` is a share of the elements
-    whose variance is not zero; the variance is taken around the first model, so that equal models have none. Where
-    elements tie, the first ones stay. Mean squares that add up to less than 1e-6 make equal weights, as in mergekit;
-    agreeing weights that add up to less than 1e-6 are divided by all the same (mergekit divides by 1e-6). Task
-    vectors that are not finite, or whose squares overflow, are an error.
+    whose variance is not zero; variances are compared as sums of squared differences of pairs, so that equal ones are
+    found equal, and equal models have none. Where elements tie, the first ones stay. Mean squares that add up to less
+    than 1e-6 make equal weights, as in mergekit; agreeing weights that add up to less than 1e-6 are divided by all the
+    same (mergekit divides by 1e-6). Task vectors that are not finite, or whose squares overflow, are an error.
     Paper: Wan et al. 2024, "FuseChat: Knowledge Fusion of Chat Models", arXiv 2408.07990.
     """
 
@@ -153,20 +153,22 @@ class Sce(Method):
         base, *others = blocks.work(inputs, op.spec)
         d = [x - base for x in others]
         if self.select_topk < 1:
-            keep = torch.from_numpy(self.selected(d))
+            keep = torch.from_numpy(self.selected(others))
             d = [torch.where(keep, x, torch.zeros_like(x)) for x in d]
         squares = np.stack([blocks.ordered_sum(x * x).reshape(1).numpy() for x in d], axis=1)
         check_sums([op], squares, [1], UNKNOWN)
         made = rules(shares(squares[0], op.spec.numel), op.spec)
         return blocks.finish(definition.mix(base, d, made.rescale, made, lambda _: 1.0), op.spec)
 
-    def selected(self, d: Sequence[torch.Tensor]) -> blocks.Mask:
-        """Where the variance is largest."""
-        apart = [x - d[0] for x in d]
-        count = blocks.number(len(d), d[0])
-        mean = blocks.weighted_sum(apart, [1.0] * len(d)) / count
-        squares = [(x - mean) * (x - mean) for x in apart]
-        keys = blocks.keys(blocks.weighted_sum(squares, [1.0] * len(d)) / count)
+    def selected(self, xs: Sequence[torch.Tensor]) -> blocks.Mask:
+        """Where the variance is largest: the sum of the squared differences of all pairs, but for a factor."""
+        import torch
+
+        pairs = [x - y for i, x in enumerate(xs) for y in xs[i + 1 :]]
+        total = torch.zeros_like(xs[0])
+        for x in pairs:
+            total = total + x * x
+        keys = blocks.keys(total)
         return blocks.top(keys, int(int((keys != 0).sum()) * self.select_topk), "index", None)
 
     @classmethod
