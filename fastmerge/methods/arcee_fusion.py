@@ -15,9 +15,9 @@ from fastmerge.ops import blocks
 if TYPE_CHECKING:
     import torch
 
-    from fastmerge.ops.spec import Op
+    from fastmerge.ops.spec import Op, Spec
 
-ROWS = 1 << 20
+ROWS = 1 << 18
 """Elements whose probabilities are held at a time; a row is the least."""
 
 ABSENT = 1e-8
@@ -58,22 +58,31 @@ class ArceeFusion(Method):
         """Importances, their threshold, then what reaches it."""
         import torch
 
-        base, x = blocks.work(inputs, op.spec)
-        if not op.spec.numel:
-            return blocks.finish(base, op.spec)
-        d = x - base
-        rows = [v.reshape(op.spec.rows, -1) for v in (x, base)]
-        step = max(1, ROWS // max(op.spec.row, 1))
-        parts = []
-        for start in range(0, op.spec.rows, step):
-            p, q = (probabilities(v[start : start + step]) for v in rows)
-            parts.append(blocks.ordered_sum(p * torch.from_numpy(log((p / q).numpy()))))
-        divergence = torch.cat(parts).to(base.dtype)
-        importance = d.abs().reshape(op.spec.rows, -1) * divergence.unsqueeze(1)
-        n = op.spec.numel
+        spec = op.spec
+        if not spec.numel:
+            return blocks.finish(inputs[0].reshape(-1), spec)
+        importance = self.importance(inputs, spec)
+        n = spec.numel
         ranks = [(n - 1) // 4, (n - 1) // 2, 3 * (n - 1) // 4]
-        quarter, half, three = np.partition(importance.reshape(-1).numpy(), ranks)[ranks].tolist()
-        threshold = blocks.number(three, d) - blocks.number(quarter, d)
-        threshold = blocks.number(half, d) + blocks.number(1.5, d) * threshold
-        mask = (importance.reshape(-1) >= threshold).to(d.dtype)
-        return blocks.finish(base + d * mask, op.spec)
+        quarter, half, three = torch.from_numpy(np.partition(importance.numpy(), ranks)[ranks])
+        threshold = half + 1.5 * (three - quarter)
+
+        def fused(where: slice, some: list[torch.Tensor]) -> torch.Tensor:
+            base, x = some
+            return base + (x - base) * (importance[where] >= threshold)
+
+        return blocks.in_pieces(inputs, spec, fused)
+
+    def importance(self, inputs: Sequence[torch.Tensor], spec: Spec) -> torch.Tensor:
+        """Of every element, flat."""
+        import torch
+
+        found = torch.empty(spec.numel, dtype=torch.float64 if spec.double else torch.float32)
+        step = max(1, ROWS // spec.row) * spec.row
+        flat = [x.detach().reshape(-1) for x in inputs]
+        for first in range(0, spec.numel, step):
+            base, x = (v.reshape(-1, spec.row) for v in blocks.work([v[first : first + step] for v in flat], spec))
+            p, q = probabilities(x), probabilities(base)
+            divergence = blocks.ordered_sum(p * torch.from_numpy(log((p / q).numpy()))).to(x.dtype)
+            found[first : first + step] = ((x - base).abs() * divergence.unsqueeze(1)).reshape(-1)
+        return found

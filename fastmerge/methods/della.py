@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from fastmerge.methods.base import Contract, per_model, shared
 from fastmerge.methods.sparse import Sparse
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
     from fastmerge.ops.spec import Op, Spec
+
+ROWS = 1 << 18
+"""Elements that are ranked at a time; what is ranked together is the least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,23 +56,30 @@ class DellaLinear(Sparse):
         """Where anything is dropped."""
         return any(0 < x < 1 for x in self.density)
 
-    def thresholds(self, d: torch.Tensor, spec: Spec, model: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Which 16-bit random numbers keep an element: those below this."""
-        shape = spec.shape if len(spec.shape) > 1 else (1, spec.numel)
-        order = np.argsort(blocks.keys(d).reshape(shape), axis=1, kind="stable")
-        rank = np.empty(shape, np.int64)
-        np.put_along_axis(rank, order, np.arange(shape[1]).reshape(1, -1, *[1] * (len(shape) - 2)), axis=1)
-        share = rank / (shape[1] - 1) if shape[1] > 1 else np.full(shape, 0.5)
+    def thresholds(self, d: torch.Tensor, model: int) -> npt.NDArray[np.int64]:
+        """Which 16-bit random numbers keep an element of ``[K, n, ...]``, ranked along n: those below this."""
+        order = np.argsort(blocks.keys(d), axis=1, kind="stable")
+        n = order.shape[1]
+        share = np.arange(n) / (n - 1) if n > 1 else np.array([0.5])
         density, epsilon = self.density[model], self.epsilon[model]
-        below = np.floor((density - epsilon + 2 * epsilon * share) * 65536 + 0.5)
-        return np.maximum(below.astype(np.int64), 1).reshape(-1)
+        of_rank = np.maximum(np.floor((density - epsilon + 2 * epsilon * share) * 65536 + 0.5), 1).astype(np.int64)
+        out = np.empty(order.shape, np.int64)
+        np.put_along_axis(out, order, of_rank.reshape(1, -1, *[1] * (order.ndim - 2)), axis=1)
+        return out
 
     def keep(self, d: torch.Tensor, op: Op, model: int) -> blocks.Mask:
         """At random, large ones rather than small ones."""
-        if self.density[model] <= 0:
-            return np.zeros(op.spec.numel, np.bool_)
-        noise = u16(op.key, op.spec.models[model], DROP, 0, op.spec.numel)
-        return np.asarray(noise < self.thresholds(d, op.spec, model))
+        shape = op.spec.shape if len(op.spec.shape) > 1 else (1, op.spec.numel)
+        out = np.zeros(op.spec.numel, np.bool_)
+        if self.density[model] <= 0 or not len(out):
+            return out
+        each = len(out) // shape[0]
+        step = max(1, ROWS // each) * each
+        for first in range(0, len(out), step):
+            some = d[first : first + step].reshape(-1, *shape[1:])
+            noise = u16(op.key, op.spec.models[model], DROP, first, some.numel())
+            out[first : first + step] = noise < self.thresholds(some, model).reshape(-1)
+        return out
 
     def check(self, spec: Spec) -> list[str]:
         """Refuses probabilities that are none, as mergekit does."""

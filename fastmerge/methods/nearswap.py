@@ -40,9 +40,13 @@ class Nearswap(Method):
 
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """Element by element."""
-        a, b = blocks.work(inputs, op.spec)
-        w = (blocks.number(self.t, a) / (a - b).abs().clamp(min=NEAREST)).clamp(max=1.0)
-        return blocks.finish(w * b + (1 - w) * a, op.spec)
+
+        def moved(_: slice, some: list[torch.Tensor]) -> torch.Tensor:
+            a, b = some
+            w = (blocks.number(self.t, a) / (a - b).abs().clamp(min=NEAREST)).clamp(max=1.0)
+            return w * b + (1 - w) * a
+
+        return blocks.in_pieces(inputs, op.spec, moved)
 
     def warn(self, spec: Spec) -> list[str]:
         """Names a t that does nothing."""

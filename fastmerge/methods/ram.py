@@ -12,7 +12,7 @@ from fastmerge.ops import blocks
 if TYPE_CHECKING:
     import torch
 
-    from fastmerge.ops.spec import Op
+    from fastmerge.ops.spec import Op, Spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,22 +39,32 @@ class Ram(Method):
         """Count, weigh what is unique, add up, divide by the count."""
         import torch
 
-        base, *others = blocks.work(inputs, op.spec)
-        d = [x - base for x in others]
-        moved = [~(x.abs() <= blocks.number(self.epsilon, base)) for x in d]  # so that a NaN counts
-        count = moved[0].to(base.dtype)
-        for m in moved[1:]:
-            count = count + m
-        alone = count == 1
-        factors = self.factors(moved, alone)
-        mix = torch.zeros_like(base)
-        for x, m, f in zip(d, moved, factors, strict=True):
-            mix = mix + torch.where(m, torch.where(alone, blocks.number(f, x) * x, x), torch.zeros_like(x))
-        return blocks.finish(base + mix / count.clamp(min=1.0), op.spec)
+        factors = self.factors(inputs, op.spec)
 
-    def factors(self, moved: Sequence[torch.Tensor], alone: torch.Tensor) -> list[float]:
+        def merged(_: slice, some: list[torch.Tensor]) -> torch.Tensor:
+            base, d, changed, count = self.changes(some)
+            mix = torch.zeros_like(base)
+            for x, c, f in zip(d, changed, factors, strict=True):
+                mix = mix + torch.where(c, torch.where(count == 1, blocks.number(f, x) * x, x), torch.zeros_like(x))
+            return base + mix / count.clamp(min=1.0)
+
+        return blocks.in_pieces(inputs, op.spec, merged)
+
+    def changes(
+        self, some: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+        """The base, the task vectors, where each changes an element, and how many do."""
+        base, *others = some
+        d = [x - base for x in others]
+        changed = [~(x.abs() <= blocks.number(self.epsilon, base)) for x in d]  # so that a NaN counts
+        count = changed[0].to(base.dtype)
+        for c in changed[1:]:
+            count = count + c
+        return base, d, changed, count
+
+    def factors(self, inputs: Sequence[torch.Tensor], spec: Spec) -> list[float]:
         """What the elements count that a model alone has changed."""
-        return [1.0] * len(moved)
+        return [1.0] * (len(inputs) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +89,17 @@ class RamPlusTensorLocal(Ram):
     r: float = shared("how much sharing enlarges", 0.1)
     alpha: float = shared("largest ratio of shared to unshared changes", 0.2, low=0.0)
 
-    def factors(self, moved: Sequence[torch.Tensor], alone: torch.Tensor) -> list[float]:
+    def factors(self, inputs: Sequence[torch.Tensor], spec: Spec) -> list[float]:
         """By the numbers of shared and of unshared changes."""
+        own, common = [0] * len(spec.models), [0] * len(spec.models)
+        for _, some in blocks.pieces(inputs, spec):
+            _, _, changed, count = self.changes(some)
+            for i, c in enumerate(changed):
+                own[i] += int((c & (count == 1)).sum())
+                common[i] += int((c & (count > 1)).sum())
         out = []
-        for m in moved:
-            own = int((m & alone).sum())
-            common = int(m.sum()) - own
-            least = max(float(own), self.epsilon)
-            ratio = common / least if least else self.alpha
+        for alone, together in zip(own, common, strict=True):
+            least = max(float(alone), self.epsilon)
+            ratio = together / least if least else self.alpha
             out.append(1.0 + self.r * min(ratio, self.alpha))
         return out

@@ -150,26 +150,36 @@ class Sce(Method):
         """Select, weigh, elect and merge."""
         import torch
 
-        base, *others = blocks.work(inputs, op.spec)
-        d = [x - base for x in others]
-        if self.select_topk < 1:
-            keep = torch.from_numpy(self.selected(others))
-            d = [torch.where(keep, x, torch.zeros_like(x)) for x in d]
-        squares = np.stack([blocks.ordered_sum(x * x).reshape(1).numpy() for x in d], axis=1)
-        check_sums([op], squares, [1], UNKNOWN)
-        made = rules(shares(squares[0], op.spec.numel), op.spec)
-        return blocks.finish(definition.mix(base, d, made.rescale, made, lambda _: 1.0), op.spec)
+        spec, keep = op.spec, self.selected(inputs, op.spec)
 
-    def selected(self, xs: Sequence[torch.Tensor]) -> blocks.Mask:
+        def deltas(where: slice, some: list[torch.Tensor]) -> list[torch.Tensor]:
+            d = [x - some[0] for x in some[1:]]
+            return d if keep is None else [torch.where(keep[where], x, torch.zeros_like(x)) for x in d]
+
+        squares = np.zeros((1, len(inputs) - 1))
+        for where, some in blocks.pieces(inputs, spec):
+            squares += [float(blocks.ordered_sum(x * x)) for x in deltas(where, some)]
+        check_sums([op], squares, [1], UNKNOWN)
+        made = rules(shares(squares[0], spec.numel), spec)
+
+        def merged(where: slice, some: list[torch.Tensor]) -> torch.Tensor:
+            return definition.mix(some[0], deltas(where, some), made.rescale, made, lambda _: 1.0)
+
+        return blocks.in_pieces(inputs, spec, merged)
+
+    def selected(self, inputs: Sequence[torch.Tensor], spec: Spec) -> torch.Tensor | None:
         """Where the variance is largest: the sum of the squared differences of all pairs, but for a factor."""
         import torch
 
-        pairs = [x - y for i, x in enumerate(xs) for y in xs[i + 1 :]]
-        total = torch.zeros_like(xs[0])
-        for x in pairs:
-            total = total + x * x
-        keys = blocks.keys(total)
-        return blocks.top(keys, int(int((keys != 0).sum()) * self.select_topk), "index", None)
+        if self.select_topk >= 1:
+            return None
+        keys: blocks.Keys = np.zeros(spec.numel, np.uint64 if spec.double else np.uint32)
+        for where, (_, *xs) in blocks.pieces(inputs, spec):
+            total = torch.zeros_like(xs[0])
+            for d in [x - y for i, x in enumerate(xs) for y in xs[i + 1 :]]:
+                total = total + d * d
+            keys[where] = blocks.keys(total)
+        return torch.from_numpy(blocks.top(keys, int(np.count_nonzero(keys) * self.select_topk), "index", None))
 
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:

@@ -11,11 +11,28 @@ from fastmerge.methods.deltas import NEGATIVE, TaskVectors, rules_of
 from fastmerge.ops import blocks
 from fastmerge.ops.consensus import reference as definition
 from fastmerge.ops.consensus.rules import Consensus, l1_factor
+from fastmerge.ops.segments import TILE
 
 if TYPE_CHECKING:
     import torch
 
     from fastmerge.ops.spec import Grain, Op, Spec
+
+
+def thinned(d: torch.Tensor, stays: torch.Tensor | None) -> torch.Tensor:
+    """A task vector where it stays, 0 elsewhere; all of it without a mask."""
+    import torch
+
+    return d if stays is None else torch.where(stays, d, torch.zeros_like(d))
+
+
+def total(d: torch.Tensor, stays: torch.Tensor | None) -> float:
+    """Sum of the magnitudes that stay, tile by tile in the written order."""
+    out = 0.0
+    for first in range(0, len(d), TILE):
+        where = slice(first, first + TILE)
+        out += float(blocks.ordered_sum(thinned(d[where], stays if stays is None else stays[where]).abs()))
+    return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,20 +78,28 @@ class Sparse(TaskVectors):
         return False
 
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
-        """Thin, restore sizes, then the family's definition."""
+        """Thin each task vector, restore its size, then the family's definition; one task vector is held at a time."""
         import torch
 
         rules = rules_of(op.spec)
-        base, found = definition.deltas(inputs, op, rules)
-        factors = [1.0] * len(found)
-        for i, d in enumerate(found):
+        kept: list[torch.Tensor | None] = []
+        factors = []
+        for i, x in enumerate(inputs[1:]):
+            stays, factor = None, 1.0
             if self.density[i] < 1:
-                kept = torch.where(torch.from_numpy(self.keep(d, op, i)), d, torch.zeros_like(d))
+                _, (d,) = definition.deltas([inputs[0], x], op, rules)
+                stays = torch.from_numpy(self.keep(d, op, i))
                 if self.rescale:
-                    before, after = (float(blocks.ordered_sum(x.abs())) for x in (d, kept))
-                    factors[i] = l1_factor(before, after, op.name)
-                found[i] = kept
-        return blocks.finish(definition.mix(base, found, factors, rules, lambda _: 1.0), op.spec)
+                    factor = l1_factor(total(d, None), total(d, stays), op.name)
+            kept.append(stays)
+            factors.append(factor)
+
+        def merged(where: slice, some: list[torch.Tensor]) -> torch.Tensor:
+            base, found = definition.deltas(some, op, rules)
+            thin = [thinned(d, m if m is None else m[where]) for d, m in zip(found, kept, strict=True)]
+            return definition.mix(base, thin, factors, rules, lambda _: 1.0)
+
+        return blocks.in_pieces(inputs, op.spec, merged)
 
     def warn(self, spec: Spec) -> list[str]:
         """Names weights that do not do what one may expect."""
