@@ -53,6 +53,11 @@ class TaskVectors(Method):
             total += w
         return total if normalize and abs(total) >= 1e-8 else 1.0
 
+    def cancelled(self, *, normalize: bool) -> list[str]:
+        """Names weights that cancel where they were to be divided by."""
+        lost = normalize and abs(sum(self.weights)) < 1e-8
+        return [f"{self.name}: weights sum to zero, so normalize is left out"] if lost else []
+
     def rules(self, spec: Spec) -> Consensus:
         """The parameters as the kernels take them.
 

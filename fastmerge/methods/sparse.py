@@ -103,6 +103,6 @@ class Sparse(TaskVectors):
 
     def warn(self, spec: Spec) -> list[str]:
         """Names weights that do not do what one may expect."""
-        if self.elects and self.normalize and any(w < 0 for w in self.weights):
-            return [f"{self.name}: {NEGATIVE}"]
-        return []
+        if not self.elects:
+            return self.cancelled(normalize=self.normalize)
+        return [f"{self.name}: {NEGATIVE}"] if self.normalize and any(w < 0 for w in self.weights) else []

@@ -401,6 +401,10 @@ def warned(name, case):
 def test_warnings():
     assert warned("ties", {"weight": [1.0, -1.0]})
     assert warned("ties", {"preset": "task_vectors"})
+    for name in ("task_arithmetic", "dare_linear", "della_linear", "breadcrumbs"):
+        cancel = [f"{name}: weights sum to zero, so normalize is left out"]
+        assert warned(name, {"weight": [1.0, -1.0], "normalize": True}) == cancel
+        assert warned(name, {"weight": [1.0, -1.0]}) == []
     assert not warned("ties", {"weight": 1.0, "density": 0.2})
     assert warned("slerp", {"t": 2.0})
     assert warned("linear", {"weight": [1.0, -0.999]})
