@@ -79,15 +79,8 @@ class Nuslerp(Span):
     def vectors(self, x: torch.Tensor, spec: Spec) -> torch.Tensor:
         """Rows, or vectors along the first dimension."""
         if self.columns and len(spec.shape) > 1:
-            return x.reshape(spec.shape).transpose(0, -1).reshape(-1, spec.shape[0])
+            return x.reshape(spec.shape[0], -1).T
         return super().vectors(x, spec)
-
-    def flat(self, x: torch.Tensor, spec: Spec) -> torch.Tensor:
-        """The way back."""
-        if self.columns and len(spec.shape) > 1:
-            last, *middle, first = spec.shape
-            x = x.reshape(first, *middle, last).transpose(0, -1)
-        return x.reshape(-1)
 
     def coefficients(self, stats: F64, count: int, *, double: bool) -> F64:
         """On the arc by the share of the second model."""

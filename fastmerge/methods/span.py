@@ -17,7 +17,7 @@ from fastmerge.methods.base import Method
 from fastmerge.ops import blocks
 from fastmerge.ops.gram import GramProgram, check_sums, place
 from fastmerge.ops.per_spec import PerSpec
-from fastmerge.ops.segments import F64
+from fastmerge.ops.segments import F64, TILE
 from fastmerge.ops.split import by_kind
 
 if TYPE_CHECKING:
@@ -99,28 +99,36 @@ class Span(Method):
         return coef, np.ones((len(stats), 2))
 
     def vectors(self, x: torch.Tensor, spec: Spec) -> torch.Tensor:
-        """A flat tensor as vectors ``[P, n]``."""
+        """A tensor as vectors ``[P, n]``; of one that is contiguous, a view."""
         return x.reshape(spec.rows if self.per_row else 1, -1)
 
-    def flat(self, x: torch.Tensor, spec: Spec) -> torch.Tensor:
-        """The way back."""
-        return x.reshape(-1)
-
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
-        """Inner products, coefficients, the weighted sum."""
-        spec = op.spec
+        """Inner products, coefficients, the weighted sum; a tile of vectors, or one, at a time."""
+        import torch
+
+        spec, based = op.spec, int(op.spec.has_base)
+        out = torch.empty(spec.shape, dtype=blocks.torch_dtype(spec.out_dtype))
         if not spec.numel:
-            return blocks.finish(inputs[0].reshape(-1), spec)
-        xs = [self.vectors(x, spec) for x in blocks.work(inputs, spec)]
-        base = xs.pop(0) if spec.has_base else None
-        if base is not None:
-            xs = [x - base for x in xs]
-        coef, _ = self.solve([op], blocks.gram(xs, diff=self.difference), [len(xs[0])])
-        columns = [blocks.column(c, xs[0]) for c in coef.T[spec.has_base :]]
-        out = columns[0] * xs[0]
-        for c, x in zip(columns[1:], xs[1:], strict=True):
-            out = out + c * x
-        return blocks.finish(self.flat(out if base is None else base + out, spec), spec)
+            return out
+        into, views = self.vectors(out, spec), [self.vectors(x.detach(), spec) for x in inputs]
+        count, length = into.shape
+        step = max(1, TILE // length)
+        parts = [slice(first, first + step) for first in range(0, count, step)]
+
+        def some(part: slice) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+            flat = blocks.work([v[part] for v in views], spec)
+            xs = [x.reshape(-1, length) for x in flat]
+            return (xs[0], [x - xs[0] for x in xs[1:]]) if based else (None, xs)
+
+        stats = np.concatenate([blocks.gram(some(part)[1], diff=self.difference) for part in parts])
+        coef, _ = self.solve([op], stats, [count])
+        for part in parts:
+            base, xs = some(part)
+            total = blocks.column(coef[part, based], xs[0]) * xs[0]
+            for i, x in enumerate(xs[1:], based + 1):
+                total = total + blocks.column(coef[part, i], x) * x
+            into[part] = blocks.round_to(total if base is None else base + total, out.dtype)
+        return out
 
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
