@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from fastmerge.methods.base import Contract, per_model
 from fastmerge.methods.sparse import Sparse
 from fastmerge.ops import blocks
@@ -24,8 +26,8 @@ class Breadcrumbs(Sparse):
     Shapes: ``b, x_i: [*S]`` -> ``[*S]``; ranks per tensor.
     Numerics: of n elements ``int(density n)`` stay, below the ``int(gamma n)`` largest, or fewer of those where they
     would not be enough; a density of 1 keeps everything, outliers too, and one that makes no element keeps none (all
-    as in mergekit). Exact ranks, of equal magnitudes the first counts as the larger, as in ties; everything else as
-    task_arithmetic.
+    as in mergekit). Exact ranks, of equal magnitudes the first counts as the larger, as in ties; a NaN is no outlier to
+    be rid of, it stays. Everything else as task_arithmetic.
     Paper: Davari and Belilovsky 2023, "Model Breadcrumbs", arXiv 2312.06795.
     """
 
@@ -48,7 +50,8 @@ class Breadcrumbs(Sparse):
         upto = n - max(0, n - stay - gone)
         magnitudes = blocks.keys(d)
         outliers = blocks.top(magnitudes, upto - stay, "index", None)
-        return blocks.top(magnitudes, upto, "index", None) & ~outliers
+        band = blocks.top(magnitudes, upto, "index", None) & ~outliers
+        return np.asarray(band | d.isnan().numpy())
 
     def warn(self, spec: Spec) -> list[str]:
         """Names shares that exclude each other."""

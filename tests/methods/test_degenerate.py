@@ -205,6 +205,9 @@ def test_breadcrumbs():
     few = merge("breadcrumbs", torch.zeros(8), torch.ones(8), base=0, weight=1.0, density=0.1)
     assert torch.equal(few, torch.zeros(8))  # less than one element: none, where ties keeps one
     assert torch.equal(merge("breadcrumbs", BASE, BASE, base=0, weight=1.0, density=0.5, rescale=True), BASE)
+    odd = X.index_fill(1, torch.tensor([3]), torch.nan)
+    found = merge("breadcrumbs", BASE, odd, base=0, weight=1.0, density=0.5, gamma=0.2)
+    assert torch.equal(found.isnan(), odd.isnan())
     assert said("breadcrumbs", {"weight": [1.0], "density": 0.9, "gamma": 0.2}) == [
         "breadcrumbs: density 0.9 leaves room to take out 0.1 of the elements, not gamma 0.2"
     ]
