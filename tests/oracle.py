@@ -7,6 +7,7 @@ import random
 import numpy as np
 import torch
 
+from fastmerge.backends.reference import ReferenceProgram
 from fastmerge.dtypes import BF16, F16, F32, F64
 from fastmerge.keys import tensor_key
 from fastmerge.methods.parameters import called
@@ -26,6 +27,9 @@ TYPES = {
     "mixed": lambda n: [(BF16, F32, F16)[i % 3] for i in range(n)],
     "mixed64": lambda n: [(BF16, F32, F64)[i % 3] for i in range(n)],
 }
+
+PASS_BY_PASS = ("karcher", "multislerp", "nuslerp", "sce", "slerp_tree")
+"""Methods with programs whose solve no device has: their calls on resident tensors are no single sequence."""
 
 SHAPES = ((), (0,), (3, 0), (1,), (7,), (33, 65), (3, 5, 7), (1, 2049))
 
@@ -48,23 +52,23 @@ FAST = KERNELS.get("native", KERNELS["numpy"])
 
 def case_parts(method, case):
     """(parameters, preset, number of inputs, whether the first is the base) of one of a method's cases."""
-    parameters = {k: v for k, v in case.items() if k not in {"preset", "models"}}
+    parameters = {k: v for k, v in case.items() if k not in {"preset", "models", "base"}}
     models = case.get("models", method.contract.most or 3)
     lists = [len(v) for v in parameters.values() if isinstance(v, list)]
     models = lists[0] if lists else models
-    has_base = method.contract.base == "required"
+    has_base = case.get("base", method.contract.base == "required")
     return parameters, case.get("preset"), models + has_base, has_base
 
 
 def op_of(method, case, shape, types, name="model.layers.0.w", out=None, seed=0):
     """The op of one tensor of a case."""
-    parameters, preset, count, _ = case_parts(method, case)
-    return make_op(method, name, shape, TYPES[types](count), parameters, preset=preset, out=out, seed=seed)
+    parameters, preset, count, based = case_parts(method, case)
+    return make_op(method, name, shape, TYPES[types](count), parameters, preset=preset, out=out, seed=seed, based=based)
 
 
-def make_op(method, name, shape, dtypes, parameters=None, *, preset=None, out=None, seed=0):
-    """The op of one tensor, without sources and targets."""
-    has_base = method.contract.base == "required"
+def make_op(method, name, shape, dtypes, parameters=None, *, preset=None, out=None, seed=0, based=None):
+    """The op of one tensor, without sources and targets; ``based`` None has a base where the method needs one."""
+    has_base = method.contract.base == "required" if based is None else based
     models = tuple(range(len(dtypes) - has_base))
     planner = TensorPlanner(called(method, parameters, models, preset), has_base=has_base, seed=seed)
     spec = planner.spec(name, tuple(shape), tuple(dtypes), models, out)
@@ -135,10 +139,12 @@ def cut(ops, step):
 def drive(ops, inputs, backend, *, program=None, step=None, shuffle=None, most=200, bound=False):
     """Runs a program as the stream would: poisoned outputs between guards, pieces in any order, one call each.
 
-    ``program`` is the one that the method makes of the kernels of ``backend``, unless another one is given. ``bound``:
+    ``program`` is the one that the method makes of the kernels of ``backend``, or else its definition, unless another
+    one is given. ``bound``:
     all tensors at once, as in a device's memory.
     """
-    program = program or type(ops[0].spec.method).program(ops, backend)
+    method = ops[0].spec.method
+    program = program or (type(method).program(ops, backend) if method.gap() is None else ReferenceProgram(ops))
     rng = random.Random(shuffle)
     guard = 64
     specs = [op.spec for op in ops]

@@ -101,6 +101,8 @@ def test_the_method_table_is_complete():
     rows = {name: row for row in table.splitlines() for name in re.findall(r"[|,] `(\w+)`", row.rsplit("|", 2)[0])}
     assert set(rows) == set(METHODS)
     for name, method in METHODS.items():
+        if not set(method.presets) - {"mergekit"}:
+            continue
         command = [sys.executable, "-m", "fastmerge", "methods", name]
         shown = subprocess.run(command, capture_output=True, text=True, check=True, env=env()).stdout
         listed = shown if f"see `fastmerge methods {name}`" in rows[name] else rows[name]

@@ -28,7 +28,6 @@ from fastmerge.backends.probe import (
     visible,
 )
 from fastmerge.errors import BackendUnavailable
-from fastmerge.methods.base import Method
 from fastmerge.ops.kernels import Kernels
 from fastmerge.ops.program import Program
 from fastmerge.ops.spec import Op, Spec
@@ -61,9 +60,7 @@ class Backend:
         """Why there is no kernel for a spec, so that the method's definition runs in its place; None where there is."""
         if self.kernels is None:
             return "the reference backend was chosen"
-        if spec.method.program.__func__ is Method.program.__func__:  # type: ignore[attr-defined]
-            return f"{spec.method.name} has no kernels yet"
-        return self.kernels.supports(spec)
+        return spec.method.gap() or self.kernels.supports(spec)
 
     def whole(self, spec: Spec) -> bool:
         """Whether tensors of a spec are never cut: definitions work on whole ones."""

@@ -37,9 +37,10 @@ def describe(name: str) -> str:
 
 def _backends(method: type[Method]) -> str:
     """Which backends have kernels for it; the others run its definition."""
-    if method.program.__func__ is Method.program.__func__:  # type: ignore[attr-defined]
+    if not method.programmed():
         return "its definition (plain torch, whole tensors) on every device; it has no kernels yet"
-    return "native, triton; its definition (plain torch) by name"
+    also = f" and with {method.only_defined}" if method.only_defined else ""
+    return f"native, triton; its definition (plain torch) by name{also}"
 
 
 def _word(value: object) -> str:

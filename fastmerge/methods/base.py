@@ -157,9 +157,12 @@ class Method(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     needs: ClassVar[tuple[str, ...]] = ()
     """Kernels of its program that not every backend has."""
+    only_defined: ClassVar[str] = ""
+    """Parameters of a method with a program that it does not take (see :meth:`gap`), as ``fastmerge methods`` says."""
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
-    """Parameter sets that tests and benches iterate: plain parameters (a sequence gives one value per model),
-    and optionally ``preset`` and ``models`` (how many non-base models; the contract decides otherwise)."""
+    """Parameter sets that tests and benches iterate: plain parameters (a sequence gives one value per model), and
+    optionally ``preset``, ``models`` (how many non-base models; the contract decides otherwise) and ``base`` (true
+    for a base where the contract leaves it open)."""
 
     @abstractmethod
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
@@ -178,6 +181,15 @@ class Method(ABC):
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program | None:  # noqa: ARG003  for subclasses
         """The same mathematics as passes over pieces of many tensors, on one kernel backend; None without one."""
         return None
+
+    @classmethod
+    def programmed(cls) -> bool:
+        """Whether it has a program at all."""
+        return cls.program.__func__ is not Method.program.__func__  # type: ignore[attr-defined]
+
+    def gap(self) -> str | None:
+        """Why the definition stands in for a program with these parameters; None where it does not."""
+        return None if self.programmed() else f"{self.name} has no kernels yet"
 
     @classmethod
     def defaults(cls, preset: str | None = None) -> dict[str, Any]:
@@ -206,7 +218,7 @@ class Method(ABC):
 
     def grain(self, spec: Spec) -> Grain:
         """What one result depends on (see :data:`fastmerge.ops.spec.Grain`); without a program, the whole tensor."""
-        return "element" if type(self).program.__func__ is not Method.program.__func__ else "matrix"  # type: ignore[attr-defined]
+        return "element" if self.gap() is None else "matrix"
 
     def workspace(self, spec: Spec) -> int:
         """Bytes that are kept of a whole tensor between passes, beside the slots."""

@@ -69,6 +69,10 @@ class DareLinear(TaskVectors):
             )
         )
 
+    def warn(self, spec: Spec) -> list[str]:
+        """Names weights that cancel."""
+        return self.cancelled(normalize=self.normalize)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DareTies(Election, DareLinear):

@@ -50,6 +50,11 @@ class TaskVectors(Method):
             total += w
         return total if normalize and abs(total) >= 1e-8 else 1.0
 
+    def cancelled(self, *, normalize: bool) -> list[str]:
+        """Names weights that cancel where they were to be divided by."""
+        lost = normalize and abs(sum(self.weights)) < 1e-8
+        return [f"{self.name}: weights sum to zero, so normalize is left out"] if lost else []
+
     def rules(self, spec: Spec) -> Consensus:
         """The parameters as the kernels take them.
 
@@ -151,7 +156,7 @@ class Election(TaskVectors):
         w = self.weights
         found = []
         if any(x < 0 for x in w) and normalize and self.merge == "mean":
-            found.append("negative weights flip the vote and make the divisor signed, so an elected sign can turn over")
+            found.append(NEGATIVE)
         if any(x <= 0 for x in w) and (not self.elect_weighted or self.merge == "mean_count"):
             found.append("agreement is that of weighted deltas: weight 0 is never counted, a negative weight turns")
         if len(w) > 1 and normalize and self.merge == "mean_count" and all(x is None for x in self.weight):
@@ -164,6 +169,8 @@ def drop_table(density: Sequence[float]) -> tuple[tuple[int, ...], tuple[float, 
     bernoulli = tuple(threshold(d) for d in density)
     return bernoulli, tuple(rescale(t) for t in bernoulli)
 
+
+NEGATIVE = "negative weights flip the vote and make the divisor signed, so an elected sign can turn over"
 
 PAPER: Mapping[str, Any] = {
     "trim_scope": "model",

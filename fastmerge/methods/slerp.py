@@ -10,6 +10,8 @@ from fastmerge.methods.base import Contract, Method, shared
 from fastmerge.ops.segments import F64
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
     from fastmerge.ops.kernels import Kernels
@@ -18,6 +20,42 @@ if TYPE_CHECKING:
 
 EPSILON = 1e-8
 """Vectors no longer than this count as unit vectors (mergekit's constant)."""
+
+
+def angle(stats: F64, norm_a: F64, norm_b: F64, exact: npt.NDArray[np.bool_]) -> tuple[F64, F64]:
+    """Cosine and angle of pairs of vectors.
+
+    Args:
+        stats: ``[P, 4]``: <a,a>, <a,b>, <b,b>, |a-b|^2.
+        norm_a: ``[P]`` what the length of the first counts as.
+        norm_b: of the second.
+        exact: ``[P]`` whether that is what they are.
+    """
+    import numpy as np
+
+    from fastmerge.methods import angles
+
+    dot = np.minimum(np.maximum(stats[:, 1] / (norm_a * norm_b), -1.0), 1.0)
+    apart = norm_a - norm_b
+    chord2 = np.maximum(0.0, (stats[:, 3] - apart * apart) / (norm_a * norm_b))
+    # Where the vectors are close, their difference knows the angle better than their product does.
+    close = (dot > 0.5) & exact
+    some = bool(close.any())
+    theta = angles.chord_angle(chord2) if some else angles.acos(dot)
+    if some and not close.all():
+        theta = np.where(close, theta, angles.acos(dot))
+    return np.where(close, 1.0 - chord2 / 2, dot), theta
+
+
+def arc(t: F64, theta: F64, parallel: npt.NDArray[np.bool_]) -> F64:
+    """Coefficients ``[P, 2]`` of two vectors on the arc between them, or where they are parallel on the line."""
+    import numpy as np
+
+    from fastmerge.methods import angles
+
+    share = np.stack([1 - t, t])
+    sines = angles.sin(np.concatenate([theta[None], share * theta]))
+    return np.ascontiguousarray(np.where(parallel, share, sines[1:] / sines[0]).T)
 
 
 def coefficients(stats: F64, t: F64, threshold: F64, every: F64) -> F64:
@@ -35,31 +73,18 @@ def coefficients(stats: F64, t: F64, threshold: F64, every: F64) -> F64:
     """
     import numpy as np
 
-    from fastmerge.methods import angles
-
     norm_a, norm_b = np.sqrt(stats[:, 0]), np.sqrt(stats[:, 2])
     zero = (norm_a <= EPSILON) | (norm_b <= EPSILON)
     norm_a, norm_b = np.where(norm_a <= EPSILON, 1.0, norm_a), np.where(norm_b <= EPSILON, 1.0, norm_b)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        dot = np.minimum(np.maximum(stats[:, 1] / (norm_a * norm_b), -1.0), 1.0)
-        apart = norm_a - norm_b
-        chord2 = np.maximum(0.0, (stats[:, 3] - apart * apart) / (norm_a * norm_b))
-        # Where the vectors are close, their difference knows the angle better than their product does.
-        close = (dot > 0.5) & ~zero
-        cosine = np.where(close, 1.0 - chord2 / 2, dot)
-        some = bool(close.any())
-        theta = angles.chord_angle(chord2) if some else angles.acos(dot)
-        if some and not close.all():
-            theta = np.where(close, theta, angles.acos(dot))
+        cosine, theta = angle(stats, norm_a, norm_b, ~zero)
         parallel = (np.abs(cosine) > threshold) | (theta == 0)  # without an arc, whatever the threshold
         grouped = ~np.isnan(every)
         for g in set(every[grouped].tolist()):
             rows = every == g
             # Exactly parallel rows have no arc; they are blended linearly in any case.
             parallel[rows] = parallel[rows].all() | (np.abs(cosine[rows]) >= 1.0)
-        share = np.stack([1 - t, t])
-        sines = angles.sin(np.concatenate([theta[None], share * theta]))
-        return np.ascontiguousarray(np.where(parallel, share, sines[1:] / sines[0]).T)
+        return arc(t, theta, parallel)
 
 
 @dataclass(frozen=True, kw_only=True)

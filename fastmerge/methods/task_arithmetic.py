@@ -88,9 +88,7 @@ class TaskArithmetic(TaskVectors):
 
     def warn(self, spec: Spec) -> list[str]:
         """Names parameters that have no effect, and weights that cancel."""
-        found = []
+        found = self.cancelled(normalize=self.normalize)
         if any(d < 1 for d in self.density):
             found.append("task_arithmetic: density has no effect; use ties or dare_linear")
-        if self.normalize and abs(sum(self.weights)) < 1e-8:
-            found.append("task_arithmetic: weights sum to zero, so normalize is left out")
         return found

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 Mask = npt.NDArray[np.bool_]
+Keys = npt.NDArray[np.unsignedinteger[Any]]
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
@@ -69,6 +70,26 @@ def round_to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def finish(x: torch.Tensor, spec: Spec) -> torch.Tensor:
     """The result in its type and shape."""
     return round_to(x, torch_dtype(spec.out_dtype)).reshape(spec.shape)
+
+
+def pieces(inputs: Sequence[torch.Tensor], spec: Spec) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    """Tiles of :func:`work`, each with where it lies in the flat tensor: what stays in a core's cache."""
+    flat = [x.detach().reshape(-1) for x in inputs]
+    for first in range(0, spec.numel, TILE):
+        where = slice(first, first + TILE)
+        yield where, work([x[where] for x in flat], spec)
+
+
+def in_pieces(
+    inputs: Sequence[torch.Tensor], spec: Spec, make: Callable[[slice, list[torch.Tensor]], torch.Tensor]
+) -> torch.Tensor:
+    """A result that ``make`` computes from :func:`pieces` alone; it never takes much memory beside itself."""
+    import torch
+
+    out = torch.empty(spec.numel, dtype=torch_dtype(spec.out_dtype))
+    for where, some in pieces(inputs, spec):
+        out[where] = round_to(make(where, some), out.dtype)
+    return out.reshape(spec.shape)
 
 
 def weighted_sum(values: Sequence[torch.Tensor], coefficients: Sequence[float]) -> torch.Tensor:
@@ -138,7 +159,7 @@ def gram(values: Sequence[torch.Tensor], *, diff: bool = False) -> npt.NDArray[n
     return np.stack([c.reshape(-1).numpy() for c in columns], axis=1)
 
 
-def keys(d: torch.Tensor) -> npt.NDArray[np.uint64]:
+def keys(d: torch.Tensor) -> Keys:
     """Magnitudes as integers of the same order; every NaN is the same one, above infinity.
 
     The payload of a NaN that arithmetic made differs between processors, so it must not decide ties.
@@ -147,11 +168,12 @@ def keys(d: torch.Tensor) -> npt.NDArray[np.uint64]:
 
     bits = torch.int64 if d.dtype == torch.float64 else torch.int32
     canonical = torch.where(d.isnan(), torch.full_like(d, float("nan")), d.abs())
-    found: npt.NDArray[np.uint64] = canonical.view(bits).numpy().astype(np.uint64)
+    unsigned = np.uint64 if d.dtype == torch.float64 else np.uint32
+    found: Keys = canonical.view(bits).numpy().view(unsigned)
     return found
 
 
-def top(magnitudes: npt.NDArray[np.uint64], k: int, ties: str, noise: npt.NDArray[np.uint16] | None) -> Mask:
+def top(magnitudes: Keys, k: int, ties: str, noise: npt.NDArray[np.uint16] | None) -> Mask:
     """Which elements the k largest magnitudes are.
 
     Args:
@@ -170,7 +192,7 @@ def top(magnitudes: npt.NDArray[np.uint64], k: int, ties: str, noise: npt.NDArra
     above, equal = magnitudes > cut, magnitudes == cut
     missing = k - int(above.sum())
     if ties == "index":
-        equal &= np.cumsum(equal) <= missing
+        equal[np.flatnonzero(equal)[missing:]] = False
     elif ties == "spread" and noise is not None:
         equal &= noise.astype(np.int64) < threshold(missing / int(equal.sum()))
     return np.asarray(above | equal)

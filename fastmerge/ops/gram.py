@@ -21,31 +21,39 @@ Solve = Callable[[Sequence[Op], F64, Sequence[int]], tuple[F64, F64]]
 Steps = Callable[[Any, Any, Sequence[Op]], tuple[Any, Any]]
 """The same on a device: from a sequence, its vectors and the ops to tables there."""
 
+ANGLE = "the angle between its inputs is unknown"
 
-def check_sums(ops: Sequence[Op], stats: F64, rows: Sequence[int]) -> None:
-    """Refuses inner products that are not finite: no angle follows from them.
+
+def check_sums(ops: Sequence[Op], stats: F64, rows: Sequence[int], what: str = ANGLE) -> None:
+    """Refuses inner products that are not finite: nothing follows from them.
 
     Args:
         ops: of the tensors.
         stats: ``[P, C]``, of all vectors in order.
         rows: vectors per op.
+        what: the method wanted to know from them.
 
     Raises:
         OutputError: with the tensor, and the row where its vectors are rows.
     """
     finite = np.isfinite(stats).all(axis=1)
     if not finite.all():
-        refuse(ops, int(np.argmin(finite)), rows)
+        refuse(ops, int(np.argmin(finite)), rows, what)
 
 
-def refuse(ops: Sequence[Op], bad: int, rows: Sequence[int]) -> None:
-    """Raises the error of :func:`check_sums` for vector ``bad``."""
+def place(ops: Sequence[Op], vector: int, rows: Sequence[int]) -> tuple[Op, str]:
+    """The op of a vector, and how errors call the vector."""
     ends = np.cumsum(rows)
-    i = int(np.searchsorted(ends, bad, side="right"))
-    row = f" (row {bad - int(ends[i]) + rows[i]})" if rows[i] > 1 else ""
-    kind = "float64" if ops[i].spec.double else "float32"
+    i = int(np.searchsorted(ends, vector, side="right"))
+    return ops[i], ops[i].name + (f" (row {vector - int(ends[i]) + rows[i]})" if rows[i] > 1 else "")
+
+
+def refuse(ops: Sequence[Op], bad: int, rows: Sequence[int], what: str = ANGLE) -> None:
+    """Raises the error of :func:`check_sums` for vector ``bad``."""
+    op, name = place(ops, bad, rows)
+    kind = "float64" if op.spec.double else "float32"
     raise OutputError(
-        f"{ops[i].name}{row}: the angle between its inputs is unknown: an input holds NaN or Inf, "
+        f"{name}: {what}: an input holds NaN or Inf, "
         f"or values whose squares add up to more than {kind} holds; expected finite sums of squares"
     )
 

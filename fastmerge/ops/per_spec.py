@@ -31,6 +31,14 @@ class PerSpec(Generic[T]):
         self.index = np.array([number[spec] for spec in specs], np.int64)
         self.each = [make(spec) for spec in self.specs]
 
+    @classmethod
+    def of_each(cls, ops: Sequence[Op], values: Sequence[T]) -> PerSpec[T]:
+        """A value of each op, where specs do not decide it."""
+        out: PerSpec[T] = cls.__new__(cls)
+        out.index = np.arange(len(ops))
+        out.specs, out.each = [op.spec for op in ops], list(values)
+        return out
+
     def __getitem__(self, op: int) -> T:
         """Of an op."""
         return self.each[int(self.index[op])]

@@ -54,7 +54,8 @@ class Spec:
         row: length of the last dimension; a tensor of fewer than two dimensions is one row.
         double: whether the arithmetic is fp64: exactly when an input is.
         grain: how far the work may be cut.
-        batch: equal for tensors of one kernel call: method, types, inputs, and every parameter that is no number.
+        batch: equal for tensors of one kernel call: method, types, inputs, every parameter that is no number, and
+            whether the definition stands in for kernels.
     """
 
     __slots__ = (
@@ -84,7 +85,8 @@ class Spec:
         self.double = any(d.code == 0 for d in dtypes)
         self.grain: Grain = method.grain(self)
         self.workspace: int = method.workspace(self)
-        self.batch: tuple[object, ...] = (type(method), dtypes, out_dtype, has_base, self.models, method.words)
+        what = type(method), method.gap(), method.words
+        self.batch: tuple[object, ...] = (*what, dtypes, out_dtype, has_base, self.models)
 
     @property
     def rows(self) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fastmerge
-from fastmerge.methods import angles
+from fastmerge.methods import angles, exponentials
 
 UNIT = np.concatenate([np.linspace(-1, 1, 4001), [0.9995, -0.9995, 1 - 1e-12, -1 + 1e-12, 1e-300, 0.5, -0.5]])
 
@@ -58,3 +58,15 @@ def test_equal_tensors_have_no_arc_whatever_the_threshold(backend, scope):
         given = {"t": 0.25, "threshold": 1.0, "scope": scope, "fallback": fallback}
         got = fastmerge.merge_tensors([x, x.clone()], "slerp", base_index=0, parameters=given, backend=backend)
         assert torch.allclose(got, x, rtol=1e-6)
+
+
+def test_exponential_and_logarithm():
+    x = np.concatenate([np.linspace(-700, 700, 9001), np.logspace(-300, 0, 300), [0.0]])
+    assert np.abs(exponentials.exp(x) / [math.exp(v) for v in x] - 1).max() < 1e-15
+    y = np.concatenate([np.logspace(-300, 300, 9001), 1 + np.linspace(-0.3, 0.3, 999), [1.0]])
+    assert np.abs(exponentials.log(y) - [math.log(v) for v in y]).max() < 2e-13
+    near = 1 + np.linspace(-0.3, 0.3, 999)
+    assert np.abs(exponentials.log(near) - [math.log(v) for v in near]).max() < 2e-16
+    assert exponentials.exp(np.array([-math.inf, -800.0])).max() < 1e-300
+    assert np.isnan(exponentials.exp(np.array([math.nan]))).all()
+    assert np.isnan(exponentials.log(np.array([math.nan]))).all()

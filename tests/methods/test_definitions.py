@@ -1,5 +1,6 @@
 """A method that is nothing but its definition merges at once: on disk, in memory, whatever the units are."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -202,6 +203,28 @@ def test_it_is_a_matter_of_each_spec():
     assert mine.grain == "matrix"
     assert native.reason(mine) == "halfway has no kernels yet"
     assert native.reason(theirs) is None
+
+
+PARTLY = {
+    "breadcrumbs": {"weight": 0.7, "density": [{"filter": "mlp", "value": 0.5}, {"value": 1.0}]},
+    "sce": {"select_topk": [{"filter": "norm", "value": 1.0}, {"value": 0.5}]},
+    "nuslerp": {"weight": 0.5, "nuslerp_flatten": False, "nuslerp_row_wise": [{"filter": "q_proj", "value": True}]},
+}
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_some_parameters_of_a_method_have_no_kernels(family, name, tmp_path):
+    """Tensors of either kind in one merge: each goes its way, on disk and in memory."""
+    paths, states = family
+    text = tiny.recipe(paths, name, names=("a", "b"), extra=f"parameters: {json.dumps(PARTLY[name])}")
+    planned = fm.plan(text)
+    chosen = cpu_backend("native")
+    assert {chosen.whole(op.spec) for op in planned.ops if op.spec.grain != "copy"} == {True, False}
+    fm.merge(text, tmp_path / "out", device="cpu")
+    want = fm.merge_state_dicts(states, name, parameters=PARTLY[name], base="base", backend="reference")
+    assert differences(load(tmp_path / "out"), want) == []
+    assert differences(fm.merge_state_dicts(states, name, parameters=PARTLY[name], base="base"), want) == []
+    assert f"and with {METHODS[name].only_defined}" in CliRunner().invoke(main, ["methods", name]).output
 
 
 def test_it_describes_itself():

@@ -2,8 +2,6 @@
 
 import pytest
 
-import fastmerge.recipe as package
-from fastmerge.methods.base import Contract, Method
 from fastmerge.recipe import Recipe
 from tests.recipe.fakes import problems
 
@@ -159,9 +157,7 @@ def test_shapes_of_mergekits_examples(name):
     assert ours == theirs
 
 
-def test_shape_of_the_arcee_fusion_example(monkeypatch):
-    fusion = type("Fusion", (Method,), {"name": "arcee_fusion", "contract": Contract("required", 1, 1), "params": ()})
-    monkeypatch.setattr(package, "METHODS", {"arcee_fusion": fusion})
+def test_shape_of_the_arcee_fusion_example():
     text = "models: [{model: model_a}, {model: model_b}]\nmerge_method: arcee_fusion\nbase_model: model_a\n"
     (part,) = Recipe.load(text + "dtype: bfloat16\n").parts
     assert str(part.base) == "model_a"

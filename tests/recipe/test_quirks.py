@@ -4,10 +4,7 @@ import json
 
 import pytest
 
-import fastmerge.recipe as package
 from fastmerge.errors import RecipeError
-from fastmerge.methods import METHODS
-from fastmerge.methods.base import Contract, Method
 from fastmerge.planning import plan
 from fastmerge.recipe import Recipe
 from tests.recipe.fakes import llama, problems
@@ -173,9 +170,7 @@ def test_warnings_are_capped(tmp_path):
     assert found[-1] == "recipe: ... and 50 more warnings"
 
 
-def test_parameters_that_do_not_apply_to_a_method(monkeypatch):
-    sce = type("Sce", (Method,), {"name": "sce", "contract": Contract("required"), "params": ()})
-    monkeypatch.setattr(package, "METHODS", {**METHODS, "sce": sce})
+def test_parameters_that_do_not_apply_to_a_method():
     text = "merge_method: sce\nbase_model: a\nmodels: [{model: b, parameters: {weight: 1, density: 0.9}}]\n"
     text += "parameters: {normalize: true, int8_mask: true, rescale: true, filter_wise: no, smooth: no, lambda: 1.0, "
     recipe = Recipe.load(text + "allow_negative_weights: false}\n")

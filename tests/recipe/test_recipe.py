@@ -87,7 +87,7 @@ def test_unknown_keys_do_not_hide_what_needs_the_whole_recipe():
     ("text", "said"),
     [
         ("models: [{model: a}]\n", "merge_method: this key is required"),
-        ("merge_method: linar\nmodels: [{model: a}]\n", "unknown method 'linar' (did you mean 'linear'?); known: dare"),
+        ("merge_method: linar\nmodels: [{model: a}]\n", "unknown method 'linar' (did you mean 'linear'?); known: arc"),
         ("merge_method: 3\nmodels: [{model: a}]\n", "merge_method: expected a valid string; got 3"),
         ("merge_method: linear\n", "exactly one of 'models' and 'slices'"),
         ("merge_method: linear\nmodels: []\n", "exactly one of 'models' and 'slices'"),

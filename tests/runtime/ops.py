@@ -15,6 +15,9 @@ class Toy:
     def __init__(self, grain, workspace=0):
         self._grain, self._workspace = grain, workspace
 
+    def gap(self):
+        return None
+
     def grain(self, spec):
         return self._grain
 
