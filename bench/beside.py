@@ -37,7 +37,7 @@ SLOWER = 1.03
 MERGES = {"768x12": (3, recipes.METHODS), "1.5b": (3, ("linear", "slerp", "ties")), "moe18k": (2, ("linear", "ties"))}
 """Family to its fine-tunes and methods."""
 
-COLD = {"linear": 3, "slerp": 1, "ties": 3}
+COLD = {"linear": 3, "slerp": 2, "ties": 3}
 """Methods of the cold section and how many fine-tunes their family has."""
 
 TIES_COLD, FLOOR_COLD = 1.4, 0.95
