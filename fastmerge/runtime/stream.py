@@ -8,8 +8,9 @@ worker that brings the last partial result solves, and puts the units of the nex
 from __future__ import annotations
 
 import functools
+import heapq
+import itertools
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -117,7 +118,8 @@ class Queue:
         self._store = store
         self._sample = functools.partial(sample_units, ops, slot=slot)
         self._fresh = self._first(jobs)
-        self._ready: deque[Task] = deque()
+        self._ready: list[tuple[int, int, Task]] = []  # a heap: the earliest job first, whose inputs take memory
+        self._number = itertools.count()
         self._waiting = 0
         self._condition = threading.Condition()
         self.error: BaseException | None = None
@@ -156,7 +158,7 @@ class Queue:
         with self._condition:
             while self.error is None:
                 if self._ready:
-                    return self._ready.popleft()
+                    return heapq.heappop(self._ready)[2]
                 task = next(self._fresh, None)
                 if task is not None:
                     return task
@@ -179,7 +181,8 @@ class Queue:
         running.program.advance(partials)
         with self._condition:
             self._waiting -= 1
-            self._ready.extend(self._pass(running))
+            for due in self._pass(running):
+                heapq.heappush(self._ready, (due.unit.job, next(self._number), due))
             self._condition.notify_all()
 
     def stop(self, error: BaseException) -> None:

@@ -21,6 +21,7 @@ from fastmerge.runtime import workers as workers_module
 from fastmerge.runtime.devices import CpuDevice
 from fastmerge.runtime.schedule import schedule
 from fastmerge.runtime.stores import OpStore
+from fastmerge.runtime.stream import Queue
 from fastmerge.runtime.workers import Runner
 from tests.compare import differences
 from tests.runtime import ops as toys
@@ -137,6 +138,18 @@ def test_any_devices_chunks_and_timings_give_the_same_result(spec, workers, elem
     assert differences(results, expected) == []
     for row, old in zip(inputs, before, strict=True):
         assert differences(row, old) == [], "an input was written to"
+
+
+def test_the_earliest_job_goes_first_as_what_it_read_takes_memory():
+    ops, *_ = problem([(3 * TILE, "tensor", 2), (3 * TILE, "tensor", 2)])
+    jobs = schedule(ops, elements=TILE)
+    queue = Queue(ops, jobs, 0, lambda job: Sums([ops[o] for o in job.ops], 2), OpStore(ops))
+    samples = [queue.take(), queue.take()]
+    for task in reversed(samples):  # the second job is ahead
+        queue.deposit(task, [(0, 0.0, 3)])
+    taken = [(task.unit.job, task.phase) for task in [queue.take() for _ in range(3)]]
+    assert [task.unit.job for task in samples] == [0, 1]
+    assert taken == [(0, "statistics")] * 3
 
 
 def test_a_whole_model_job_passes_one_barrier():
