@@ -6,6 +6,7 @@ method iterates, it never looks at the weights again.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -75,9 +76,9 @@ class Span(Method):
         """Whether a vector is a row of the last dimension and not the whole tensor."""
         return False
 
+    @abstractmethod
     def coefficients(self, stats: F64, count: int, *, double: bool) -> F64:
         """Coefficients ``[P, N]`` from inner products ``[P, C]``; NaN where there are none."""
-        raise NotImplementedError
 
     @classmethod
     def solve(cls, ops: Sequence[Op], stats: F64, rows: Sequence[int]) -> tuple[F64, F64]:

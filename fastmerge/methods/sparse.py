@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -50,9 +51,9 @@ class Sparse(TaskVectors):
     normalize: bool = shared("divide by the weights (where signs are elected: of what agrees)", default=False)
     rescale: bool = shared("restore the sum of magnitudes that thinning took", default=False)
 
+    @abstractmethod
     def keep(self, d: torch.Tensor, op: Op, model: int) -> blocks.Mask:
         """Which elements of a model's flat task vector stay, where its density is below 1."""
-        raise NotImplementedError
 
     def rules(self, spec: Spec) -> Consensus:
         """The parameters as the kernels take them, of task vectors that are thinned already."""

@@ -12,9 +12,11 @@ import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 
 from fastmerge.checkpoint import Layout, Writer, layout
 from fastmerge.checkpoint.io import I64, Io, native
+from fastmerge.checkpoint.past import open_past
 from fastmerge.dtypes import BF16, BY_TAG, F32
 
 if TYPE_CHECKING:
@@ -198,3 +200,17 @@ def expected(plan: Layout, data: Mapping[str, bytes], extras: Mapping[str, bytes
     if plan.index is not None:
         files["model.safetensors.index.json"] = plan.index
     return dict(sorted((files | dict(extras)).items()))
+
+
+def evict(paths):
+    """Takes files out of the page cache; skips the test where they are not read past it."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            os.close(open_past(fd))
+        except OSError as error:
+            pytest.skip(f"files here are not read past the page cache: {error}")
+        finally:
+            os.close(fd)

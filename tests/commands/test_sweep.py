@@ -16,12 +16,12 @@ import xxhash
 import fastmerge
 from fastmerge.checkpoint import Checkpoint
 from fastmerge.checkpoint import io as _io
-from fastmerge.checkpoint.past import LEAST, SWITCH, open_past
+from fastmerge.checkpoint.past import LEAST, SWITCH
 from fastmerge.commands import sweep as sweeping
 from fastmerge.commands.sweep import Range, sweep
 from fastmerge.commands.verify import verify
 from fastmerge.errors import CheckpointError
-from tests.checkpoint.shim import FaultyIo, file_bytes, raw, save, tensor
+from tests.checkpoint.shim import FaultyIo, evict, file_bytes, raw, save, tensor
 
 NAME = "model.safetensors"
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
@@ -169,19 +169,6 @@ def out(tmp_path, monkeypatch):
 
 def shards(out):
     return sorted(out.glob("*.safetensors"))
-
-
-def evict(paths):
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        try:
-            os.close(open_past(fd))
-        except OSError as error:
-            pytest.skip(f"files here are not read past the page cache: {error}")
-        finally:
-            os.close(fd)
 
 
 def once(io, out, found):

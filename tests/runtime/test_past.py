@@ -10,10 +10,10 @@ import pytest
 
 import fastmerge as fm
 from fastmerge.checkpoint import io as _io
-from fastmerge.checkpoint.past import LEAST, SWITCH, open_past
+from fastmerge.checkpoint.past import LEAST, SWITCH
 from fastmerge.commands.estimate import estimate
 from fastmerge.errors import BudgetError
-from tests.checkpoint.shim import raw, save
+from tests.checkpoint.shim import evict, raw, save
 
 
 def numbers(seed, *shape):
@@ -59,23 +59,10 @@ def models(tmp_path):
         size = int.from_bytes(data[:8], "little")
         odd = (i == 2) + size % 2
         path.write_bytes(raw(data[8 : 8 + size] + b" " * (1000 * i + odd), data[8 + size :]))
+    evict(paths)
     for path in paths:
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        try:
-            os.close(open_past(fd))
-        except OSError as error:
-            pytest.skip(f"files here are not read past the page cache: {error}")
-        finally:
-            os.close(fd)
+        path.read_bytes()
     return paths
-
-
-def evict(paths):
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
 
 
 PARAMETERS = {
