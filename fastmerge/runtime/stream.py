@@ -2,7 +2,8 @@
 
 Each worker takes the next unit in file order, reads its inputs into its own slot, lets the device compute,
 and hands the result to the store. Jobs whose data does not fit one unit pass a barrier between passes: the
-worker that brings the last partial result solves, and puts the units of the next pass in front.
+worker that brings the last partial result solves. Units of a due pass go before anything new, the earliest job first:
+what was kept for its result takes memory.
 """
 
 from __future__ import annotations
