@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "checks.h"
+#include "header.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -335,7 +336,7 @@ int64_t count_nonfinite(int64_t address, int64_t n, int code) {
   return kernels().count_nonfinite(reinterpret_cast<const void*>(address), n, code);
 }
 
-// ---- transfers ----------------------------------------------------------------------------------------------
+// ---- transfers, headers and the rest --------------------------------------------------------------------------
 
 using Transfer = int (*)(const int64_t*, int64_t, int64_t&, int64_t&);
 
@@ -362,12 +363,21 @@ py::array_t<int64_t> resident(const py::array& table) {
   return flags;
 }
 
+py::object read_rows(const py::bytes& raw, int64_t start, int file, const py::type& row, const py::function& kind) {
+  if (PyObject* made = header_rows(raw.ptr(), start, file, row.ptr(), kind.ptr()))
+    return py::reinterpret_steal<py::object>(made);
+  throw py::error_already_set();
+}
+
+void set_isa(const std::string& name) {
+  if (!use_isa(name.c_str())) fail("isa " + name + ": not built, or this machine cannot run it");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels and file transfers of fastmerge; see fastmerge/_native.pyi.";
-  const char* wanted = std::getenv("FASTMERGE_ISA");
-  if (wanted && !use_isa(wanted))
+  if (const char* wanted = std::getenv("FASTMERGE_ISA"); wanted && !use_isa(wanted))
     throw py::import_error(std::string("FASTMERGE_ISA=") + wanted + ": not built, or this machine cannot run it");
   using py::arg;
   m.def("combine", combine, arg("table"), arg("ins"), arg("out_code"), arg("coef"), arg("scale"), arg("delta"),
@@ -402,18 +412,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("copy_some", transfer<copy_some, 5>, arg("table"), arg("row"), arg("done"));
   m.def("resident", resident, arg("table"));
   m.def("read_past", transfer<read_past, 5>, arg("table"), arg("row"), arg("done"));
+  m.def("header_rows", read_rows, arg("raw"), arg("data_start"), arg("file"), arg("row"), arg("kind"));
   m.def("isa", [] { return std::string(kernels().name); });
-  m.def(
-      "set_isa",
-      [](const std::string& name) {
-        if (!use_isa(name.c_str())) fail("isa " + name + ": not built, or this machine cannot run it");
-      },
-      arg("name"));
-  m.def("has_cuda", [] {
-#if defined(FASTMERGE_HAS_CUDA)
-    return true;
-#else
-    return false;
-#endif
-  });
+  m.def("set_isa", set_isa, arg("name"));
+  m.def("has_cuda", [m] { return py::hasattr(m, "cuda_replicate"); });
 }

@@ -7,11 +7,13 @@ releases the GIL and runs on the calling thread. ``table`` is int64 ``[S, 7 + M]
 of parameters, N = M - 1 models, R rows of partials, one per tile.
 """
 
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+_Row = TypeVar("_Row", bound=tuple[Any, ...])
 _I32: TypeAlias = npt.NDArray[np.int32]
 _I64: TypeAlias = npt.NDArray[np.int64]
 _U16: TypeAlias = npt.NDArray[np.uint16]
@@ -205,6 +207,26 @@ def copy_some(table: _I64, row: int, done: int) -> tuple[int, int, int]:
 
 def resident(table: _I64) -> _I64:
     """For each row (fd, offset, address, nbytes) 1 where all of it is in the page cache or nobody can tell, else 0."""
+
+def header_rows(
+    raw: bytes, data_start: int, file: int, row: type[_Row], kind: Callable[[str, str, int], tuple[Any, Any, int]]
+) -> tuple[int, list[_Row], int] | None:
+    """The header of a safetensors file that is written as programs write it; None for any other.
+
+    Such a one is compact JSON, maybe with ``__metadata__`` first, then the tensors in the order of their bytes, without
+    holes, their names of 1 to 512 printable ASCII characters without escapes.
+
+    Args:
+        raw: the header.
+        data_start: where the data starts in the file.
+        file: number of the file.
+        row: a class of tuples with the fields name, dtype, shape, file, offset, nbytes.
+        kind: called once for each tag, sizes as they are written, and bytes; gives type, shape and bytes.
+
+    Returns:
+        Where the first tensor starts in ``raw``, the rows, and the end of the data. What comes before the first tensor
+        and names that are there twice are still to be checked.
+    """
 
 def read_past(table: _I64, row: int, done: int) -> tuple[int, int, int]:
     """Reads rows (fd, offset, direct fd, address, nbytes) past the page cache, except for what is resident there.
