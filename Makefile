@@ -42,7 +42,7 @@ test-big: $(STAMP)  ## tensors of more than 2^31 elements, on sparse files: 20 G
 	$(BIN)/python -m pytest -m big
 
 test-arm64: $(STAMP)  ## the kernels of arm64 in qemu: a minute
-	$(BIN)/python -m pytest -m arm64
+	$(BIN)/python -m pytest -m arm64 --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # Without the virtual environment and without a network: the machine's own Python, torch and triton.
 BUDGET ?= 540
