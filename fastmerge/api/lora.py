@@ -29,7 +29,8 @@ from fastmerge.api.mixed import MIXED, mixed
 from fastmerge.checkpoint.adapter import CONFIG, WEIGHTS, Adapter, Update
 from fastmerge.checkpoint.header import listing
 from fastmerge.dtypes import F32
-from fastmerge.errors import CheckpointError, RecipeError, hint
+from fastmerge.errors import BudgetError, CheckpointError, RecipeError, hint
+from fastmerge.sizes import default_memory, parse_bytes, show_bytes
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Files, TensorInfo, Writer
@@ -77,6 +78,7 @@ def merge_adapters(
     rank: int | None = None,
     density: float | None = None,
     seed: int = 0,
+    memory: str | float | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Merges LoRA adapters of one base into a new adapter directory, one layer at a time.
@@ -92,6 +94,7 @@ def merge_adapters(
         rank: of the result, for ``svd`` and ``..._svd``; the largest of the adapters where absent.
         density: share that stays, for the kinds that thin.
         seed: of random masks.
+        memory: budget in bytes (``"8GB"``) for the largest layer; ``..._svd`` takes whole matrices.
         overwrite: replace an existing output.
 
     Returns:
@@ -101,6 +104,7 @@ def merge_adapters(
         RecipeError: the kind, a weight or a parameter is wrong.
         CheckpointError: an adapter holds what a sum of updates does not express, or they do not fit each other.
         OutputError: the output exists.
+        BudgetError: a layer takes more than the budget.
     """
     from fastmerge.checkpoint import Files, Writer, layout
 
@@ -109,6 +113,11 @@ def merge_adapters(
     opened = [Adapter.open(os.fspath(a)) for a in adapters]
     modules, carried = _modules(opened, kind)
     width = _rank(modules, kind, rank)
+    need, name = max((_need(m, kind, width), m.name) for m in modules)
+    if need > (budget := parse_bytes(memory) if memory is not None else default_memory()):
+        raise BudgetError(
+            f"{name}: {kind} takes {show_bytes(need)}, and the budget is {show_bytes(budget)}: see --memory"
+        )
     rows = []
     for module in modules:
         for name, shape in zip(module.names(), _shapes(module, width), strict=True):
@@ -227,6 +236,15 @@ def _rank(modules: Sequence[_Module], kind: str, rank: int | None) -> int:
         return rank
     ranks = [[u.a.shape[0] for u in m.updates.values()] for m in modules]
     return max(map(sum if kind == "cat" else max, ranks))
+
+
+def _need(module: _Module, kind: str, rank: int) -> int:
+    """Bytes that a layer takes at most: estimates, a tenth (ties_svd) to twice (cat) above what was measured."""
+    (_, columns), (rows, _) = _shapes(module, rank)
+    factors = sum(u.a.shape[0] for u in module.updates.values()) + rank
+    if kind.endswith("_svd"):
+        return 4 * rows * columns * (len(module.updates) + 9)
+    return (8 * 4 if kind == "svd" else 4 * 4) * (rows + columns) * factors
 
 
 def _shapes(module: _Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

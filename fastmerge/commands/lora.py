@@ -27,10 +27,12 @@ def lora() -> None:
 @click.argument("out", type=click.Path())
 @click.option("--method", "kind", type=click.Choice(api.KINDS), default="cat", show_default=True,
               help="cat: the exact sum. svd: its best approximation of a rank. ..._svd: the method on the updates, "
-                   "approximated. Others: the method on A and on B each, as in peft.")  # fmt: skip
+                   "approximated (whole matrices: minutes for one of 4096 x 4096). Others: the method on A and on "
+                   "B each, as in peft.")  # fmt: skip
 @click.option("--rank", type=int, help="Of the result of svd and ..._svd.  [default: the largest of the adapters]")
 @click.option("--density", type=float, help="Share that stays, for ties, dare and magnitude_prune.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of random masks.")
+@click.option("--memory", help="Budget for a layer, e.g. 8GB.  [default: 8GB or half of what is free]")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 def merge(adapters: tuple[str, ...], out: str, quiet: bool, **how: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastmerge.api.lora import KINDS, merge_adapters
-from fastmerge.errors import CheckpointError, OutputError, RecipeError
+from fastmerge.errors import BudgetError, CheckpointError, OutputError, RecipeError
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -244,6 +244,14 @@ def test_arguments_that_mean_nothing(trained, tmp_path, how, said):
     with pytest.raises(RecipeError) as e:
         merge_adapters([trained["plain"], trained["same"]], tmp_path / "out", **how)
     assert said in str(e.value)
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "ties_svd"])
+def test_a_layer_beyond_the_budget_is_refused(trained, tmp_path, kind):
+    density = 0.5 if kind == "ties_svd" else None
+    with pytest.raises(BudgetError, match=rf"embed: {kind} takes .*, and the budget is 1 kB: see --memory"):
+        merge_adapters([trained["plain"], trained["same"]], tmp_path / "out", kind=kind, density=density, memory=1000)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_is_there_once(trained, tmp_path):
