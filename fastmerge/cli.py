@@ -292,5 +292,14 @@ def doctor(as_json: bool, directory: str) -> None:
         click.echo(f"{key:<22} {value}")
 
 
+@main.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def lora(words: tuple[str, ...]) -> None:
+    """Merge LoRA adapters with each other, or bake them into their base."""
+    from fastmerge.commands.lora import lora as group
+
+    group.main(list(words), prog_name="fastmerge lora", standalone_mode=False, obj=_progress)
+
+
 if __name__ == "__main__":
     main()

@@ -30,6 +30,8 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     for name, source in (("base", "base"), ("math", "a"), ("code", "b")):
         shutil.copytree(paths[source], tmp_path / "models" / name)
+    for seed, name in enumerate(("chat", "maths")):
+        tiny.adapter(tmp_path / "adapters" / name, "model.layers.0.self_attn.q_proj", 64, 64, seed=seed)
     (tmp_path / "recipe.yml").write_text(blocks("yaml")[0])
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -59,6 +59,18 @@ def write(directory, tensors, *, shards=1, layers=2, config=None):
     return directory
 
 
+def adapter(directory, module, rows, columns, *, rank=2, seed=0):
+    """Writes a LoRA adapter of one layer."""
+    directory.mkdir(parents=True)
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"A": (rank, columns), "B": (rows, rank)}
+    factors = {f"base_model.model.{module}.lora_{n}.weight": torch.randn(s, generator=g) for n, s in shapes.items()}
+    save_file(factors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    facts = {"peft_type": "LORA", "r": rank, "lora_alpha": 3, "target_modules": [module.rpartition(".")[2]]}
+    (directory / "adapter_config.json").write_text(json.dumps(facts))
+    return directory
+
+
 def family(root, *, models=3, shards=(1, 2, 1, 3), **shape):
     """A base and fine-tunes of it: directories by name (base, a, b, c)."""
     base = state(0, **shape)

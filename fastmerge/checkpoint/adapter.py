@@ -23,15 +23,23 @@ PICKLED = "adapter_model.bin"
 _LARGEST = 1e30
 
 _PREFIX = "base_model.model."
-_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
+_LORA = re.compile(
+    r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB]|magnitude_vector)(\.default)?(\.weight|(?P<bias>\.bias))?"
+)
+_BIAS, _MAGNITUDE = "B.bias", "magnitude_vector"
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """``init_lora_weights`` that leave the base as it is; others (pissa, olora, ...) change it when training starts."""
 
-_OTHER = (
-    *("use_dora", "lora_bias", "use_qalora", "kasa_config", "use_bdlora", "monteclora_config", "arrow_config"),
-    *("alora_invocation_tokens", "trainable_token_indices", "layer_replication", "target_parameters"),
-)
-"""Settings that say something else than ``W + s B A``."""
+_MERGED = "merge the adapter into its base with peft first"
+_OTHER = {
+    **dict.fromkeys(("use_qalora", "kasa_config", "use_bdlora", "monteclora_config"), _MERGED),
+    **dict.fromkeys(("trainable_token_indices", "target_parameters"), _MERGED),
+    "layer_replication": "repeat the base's layers by a passthrough recipe of slices, take the setting out of the "
+    "adapter's config, and apply it to that model",
+    "alora_invocation_tokens": "such an adapter acts behind its tokens only, which no merged weight does",
+    "arrow_config": "it chooses among adapters for each token, which no merged weight does",
+}
+"""Settings that say something else than ``W + s B A``, and the way around."""
 
 _PLAIN = frozenset({
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -39,7 +47,7 @@ _PLAIN = frozenset({
     *("bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern"),
     *("rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config"),
-    *("ensure_weight_tying", "enable_lora", "merge_weights"),
+    *("ensure_weight_tying", "enable_lora", "merge_weights", "use_dora", "lora_bias"),
 })  # fmt: skip
 """Settings that are read here, or change nothing in what the file's tensors mean."""
 
@@ -52,16 +60,18 @@ class Update(NamedTuple):
     """One low-rank update: ``scale (B A)`` is added to a weight.
 
     Attributes:
-        a: ``[R, I]``.
-        b: ``[O, R]``.
+        a: ``[R, I]``; of a bias, what is added to it, ``[1, O]``.
+        b: ``[O, R]``; None for a bias.
         scale: alpha / r, or alpha / sqrt(r).
         embedding: the weight is ``[I, O]``.
+        magnitude: ``[O]``, lengths that the rows of the sum are given (DoRA); None where they stay.
     """
 
     a: TensorInfo
-    b: TensorInfo
+    b: TensorInfo | None
     scale: float
     embedding: bool = False
+    magnitude: TensorInfo | None = None
 
     def transposes(self, name: str, shape: tuple[int, ...], model_type: object, *, flag: bool) -> bool | None:
         """Whether a weight is stored ``[in, out]``; None where the update does not fit it.
@@ -75,6 +85,8 @@ class Update(NamedTuple):
             model_type: of the base.
             flag: ``fan_in_fan_out`` of the adapter.
         """
+        if self.b is None:
+            return False if shape == self.a.shape[1:] else None
         plain = (self.b.shape[0], self.a.shape[1])
         if self.embedding:
             return True if shape == plain[::-1] else None
@@ -141,8 +153,8 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     if str(kind).upper() != "LORA":
         return [f"peft_type {kind!r:.80} is not supported; expected LORA"]
     found = [
-        f"{key} is not supported: merge the adapter into its base with peft first"
-        for key in _OTHER
+        f"{key} is not supported: {around}"
+        for key, around in _OTHER.items()
         if config.get(key) not in (None, False, [], {})
     ]
     if (init.lower() if isinstance(init, str) else init) not in _INITS:
@@ -150,8 +162,8 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
             f"init_lora_weights {init!r:.80} changed the base when training started: save the adapter again with "
             "peft's path_initial_model_for_weight_conversion, or merge it into its base with peft first"
         )
-    flags, maps = ("use_rslora", "fan_in_fan_out"), ("rank_pattern", "alpha_pattern")
-    odd = [(k, "true or false") for k in flags if config.get(k) not in (None, False, True)]
+    flags, maps = ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"), ("rank_pattern", "alpha_pattern")
+    odd = [(k, "true or false") for k in flags if config.get(k) not in (None, False, True, [])]
     odd += [(k, "a map from patterns to numbers") for k in maps if not isinstance(config.get(k) or {}, Mapping)]
     return found + [f"{key} {config[key]!r:.80}; expected {what}" for key, what in odd]
 
@@ -174,7 +186,7 @@ class _Found:
                 bare.append(name)
                 continue
             if match:
-                key = match["side"]
+                key = match["side"] + (match["bias"] or "")
                 where = self.sides.setdefault((match["module"], match["kind"] is not None), {})
             elif any(word in inner for word in ("lora_", "token_adapter.", "original_module.")):
                 odd.append(name)
@@ -185,6 +197,9 @@ class _Found:
             if key in where:
                 twice.append(name)
             where[key] = info
+        for module in [m for m, embedding in self.sides if embedding]:
+            if set(self.sides.get((module, False), ())) == {_MAGNITUDE}:  # its name does not say which kind it is
+                self.sides[module, True] |= self.sides.pop((module, False))
         twice += [
             f"{_PREFIX}{module}" for module, embedding in self.sides if embedding and (module, False) in self.sides
         ]
@@ -210,18 +225,20 @@ class _Found:
             self.problems.append(f"patterns in {CONFIG}: {error}")
             return {}
         for (module, embedding), pair in self.sides.items():
-            if set(pair) != {"A", "B"}:
+            if not {"A", "B"} <= set(pair):
                 said.setdefault("lora_A without lora_B, or the other way round", []).append(module)
                 continue
-            a, b = pair["A"], pair["B"]
+            a, b, bias, magnitude = pair["A"], pair["B"], pair.get(_BIAS), pair.get(_MAGNITUDE)
             rank = ranks.find(module, config.get("r", 8))
             alpha = alphas.find(module, config.get("lora_alpha", 8))
-            wrong = _pair(a, b) or _numbers(rank, alpha, a.shape[0])
+            wrong = _pair(a, b) or _numbers(rank, alpha, a.shape[0]) or _vectors(config, pair, embedding=embedding)
             if wrong:
                 said.setdefault(wrong, []).append(module)
                 continue
             scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-            out[f"{module}.weight"] = Update(a, b, scale, embedding)
+            out[f"{module}.weight"] = Update(a, b, scale, embedding, magnitude)
+            if bias is not None:
+                out[f"{module}.bias"] = Update(bias._replace(shape=(1, *bias.shape)), None, scale)
         self.problems += [f"{what}: {listing(names)}" for what, names in said.items()]
         return out
 
@@ -232,6 +249,19 @@ def _pair(a: TensorInfo, b: TensorInfo) -> str | None:
         return f"lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit each other; expected [r, in] and [out, r]"
     if not (a.dtype.mergeable and b.dtype.mergeable):
         return f"lora_A {a.dtype.name} and lora_B {b.dtype.name}; expected floating-point types"
+    return None
+
+
+def _vectors(config: Mapping[str, Any], pair: Mapping[str, TensorInfo], *, embedding: bool) -> str | None:
+    """What is wrong with the vectors beside an update, or their absence; None for nothing."""
+    for setting, key in (("use_dora", _MAGNITUDE), ("lora_bias", _BIAS)):
+        info, wanted = pair.get(key), bool(config.get(setting)) and not (embedding and key == _BIAS)
+        if wanted != (info is not None):
+            return f"{'no ' if wanted else ''}lora_{key}, and {setting} is {config.get(setting)!r} in {CONFIG}"
+        if info is not None and (info.shape != pair["B"].shape[:1] or not info.dtype.mergeable):
+            return f"lora_{key} {info.dtype.name} {list(info.shape)} does not fit lora_B {list(pair['B'].shape)}"
+    if embedding and config.get("use_dora"):
+        return f"DoRA of an embedding is not supported: {_MERGED}"
     return None
 
 

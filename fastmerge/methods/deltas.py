@@ -190,3 +190,6 @@ SNIPPET: Mapping[str, Any] = {
     "merge": "mean_count",
 }
 """The rules of the widespread 40-line version: weights 1/N and a division by the count (N times too small)."""
+
+PEFT: Mapping[str, Any] = {"keep_count": "floor", "elect_weighted": False, "merge": "mean_count"}
+"""The rules of peft's ``merge_utils``."""

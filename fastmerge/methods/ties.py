@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fastmerge.methods.base import REQUIRED, Contract, per_model, shared
-from fastmerge.methods.deltas import PAPER, SNIPPET, Election
+from fastmerge.methods.deltas import PAPER, PEFT, SNIPPET, Election
 from fastmerge.ops.consensus.rules import Consensus
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Ties(Election):
         "mergekit": {},
         "paper": {**PAPER, "weight": 1.0, "density": 0.2},
         "fusionbench": {**PAPER, "weight": 1.0, "density": 0.2, "merge": "sum", "lambda": 0.3},
-        "peft": {"density": REQUIRED, "keep_count": "floor", "elect_weighted": False, "merge": "mean_count"},
+        "peft": {"density": REQUIRED, **PEFT},
         "task_vectors": {**SNIPPET, "density": 0.2},
         "sdmecha": {**SNIPPET, "weight": 1.0, "density": 0.2, "elect": "count"},
     }

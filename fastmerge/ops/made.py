@@ -7,6 +7,8 @@
 ``Constant``  one value
 ``Noise``     normal random numbers
 ============  ====================================================
+
+:mod:`fastmerge.ops.row_lengths` has one more, that of DoRA.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ PANEL = 1 << 16
 _NUMPY: dict[DType, type[np.floating[Any]]] = {F64: np.float64, F32: np.float32, F16: np.float16}
 
 
-def _array(address: int, n: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+def array(address: int, n: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Memory as an array."""
     numbers = np.dtype(dtype)
     if not n:
@@ -195,7 +197,7 @@ class LowRank:
         width = self.shape[-1]
         first, last = e0 // width, (e0 + n - 1) // width
         left, right = (x.astype(work, copy=False) for x in self._factors(bring, first, last - first + 1))
-        out = _array(address, n, work)
+        out = array(address, n, work)
         space = np.empty((2, min(n, PANEL)), work)
         at = e0
         while at < e0 + n:
@@ -251,7 +253,7 @@ class Wide:
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """One look-up per element, a panel at a time."""
-        table, out = _bfloat16(self.source.dtype.name), _array(address, n, np.uint16)
+        table, out = _bfloat16(self.source.dtype.name), array(address, n, np.uint16)
         space = np.empty(min(n, PANEL), np.uint8)
         for at in range(0, n, PANEL):
             raw = space[: n - at]
@@ -290,7 +292,7 @@ class Constant:
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """Repeats the value, rounded once."""
         one = _rounded(self.value, self.dtype)
-        _array(address, n, one.dtype)[:] = one
+        array(address, n, one.dtype)[:] = one
 
 
 @dataclass(frozen=True)
@@ -319,7 +321,7 @@ class Noise:
         from fastmerge.philox import NOISE, normal
 
         work = _NUMPY[self.dtype]
-        out = _array(address, n, work)
+        out = array(address, n, work)
         for at in range(0, n, PANEL):
             part = out[at : at + PANEL]
             np.multiply(normal(self.key, self.index, NOISE, e0 + at, part.size), work(self.sigma), part, dtype=work)

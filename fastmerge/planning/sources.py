@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint import Checkpoint, TensorInfo
 from fastmerge.checkpoint.header import listing
-from fastmerge.dtypes import BF16, DType
+from fastmerge.dtypes import BF16, F32, DType
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Source
 from fastmerge.planning import tied
@@ -148,8 +148,11 @@ class ModelSources:
                 continue
             transposed = update.transposes(name, info.shape, model_type, flag=adapter.flag)
             if transposed is None or not _computed(info):
-                given = f"lora_B {list(update.b.shape)} x lora_A {list(update.a.shape)}"
+                b = "lora_B.bias" if update.b is None else f"lora_B {list(update.b.shape)} x lora_A"
+                given = f"{b} {list(update.a.shape[update.b is None :])}"
                 said.setdefault(f"{given} does not fit {_shown(info)}", []).append(name)
+            elif transposed and update.magnitude is not None:
+                said.setdefault(f"DoRA of a layer that is stored [in, out] is not supported: {_PEFT}", []).append(name)
             self._transposed[name] = bool(transposed)
         self.problems += [f"{ref}: {what} of {base!r}: {listing(names)}" for what, names in said.items()]
 
@@ -160,7 +163,8 @@ class ModelSources:
             info: one of :attr:`tensors`.
             copied: nothing is computed from it, so its bytes are wanted as they are.
         """
-        from fastmerge.ops.made import LowRank, Wide
+        from fastmerge.ops.made import Constant, LowRank, Wide
+        from fastmerge.ops.row_lengths import RowLengths
 
         name, own, update = info.name, self._replaced.get(info.name), self._updates.get(info.name)
         found = FileRange(self._files[self._stored.get(name, name)], self._model) if own is None else self._own(own)
@@ -168,7 +172,10 @@ class ModelSources:
         dtype = BF16 if info.dtype.name in FLOAT8 and not copied else info.dtype
         source: Source = Wide(found) if found.dtype.name in FLOAT8 and not copied else found
         if update is not None:
-            source = LowRank(source, self._own(update.b), self._own(update.a), update.scale, self._transposed[name])
+            b = Constant(1.0, F32, (1, 1)) if update.b is None else self._own(update.b)
+            source = LowRank(source, b, self._own(update.a), update.scale, self._transposed[name])
+            if update.magnitude is not None:
+                source = RowLengths(source, self._own(update.magnitude))
         return source, dtype
 
     def _own(self, info: TensorInfo) -> FileRange:

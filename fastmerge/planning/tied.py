@@ -115,12 +115,13 @@ def original(family: Family, name: str, tensors: Mapping[str, TensorInfo], confi
     return there[0] if there else None
 
 
-def same(model: Checkpoint, a: TensorInfo, b: TensorInfo) -> bool:
-    """Whether two tensors of a model hold the same bytes; False where that cannot be read."""
+def same(model: Checkpoint, a: TensorInfo, b: TensorInfo, other: Checkpoint | None = None) -> bool:
+    """Whether two tensors of a model, or one of another, hold the same bytes; False where that cannot be read."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     try:
-        fds = [os.open(model.files[i.file].path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK) for i in (a, b)]
+        paths = [m.files[i.file].path for m, i in ((model, a), (other or model, b))]
+        fds = [os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK) for path in paths]
     except OSError:
         return False
     try:

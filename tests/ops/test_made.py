@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmerge.dtypes import BF16, BY_NAME, F16, F32, F64
-from fastmerge.ops import made
+from fastmerge.ops import made, row_lengths
 from fastmerge.ops.made import Constant, LowRank, Noise, Rows, Wide, load
+from fastmerge.ops.row_lengths import RowLengths
 from fastmerge.ops.sources import Made, Memory, inputs_of, workspace
 from fastmerge.philox import NOISE, normal
 from tests.compare import bits, differences
@@ -259,3 +260,26 @@ def test_loading_is_exact():
         x = random((40,), dtype)
         got = load(bring, memory(x), 3, 20)
         assert differences([got], [x[3:23].to(torch.float64 if dtype is F64 else torch.float32).numpy()]) == []
+
+
+@pytest.mark.parametrize("width", [1, 5, 2048, 5000])
+def test_rows_of_given_lengths(monkeypatch, width):
+    monkeypatch.setattr(row_lengths, "PANEL", 6000)
+    v, m = random((7, width), F32), random((7,), BF16, 1)
+    factor = (m.double() / v.double().square().sum(1).sqrt()).float()
+    assert unlike(RowLengths(memory(v), memory(m)), v * factor[:, None]) == []
+
+
+def test_rows_of_given_lengths_in_fp64():
+    v, m = random((7, 5000), F64), random((7,), F32, 1)
+    source = RowLengths(memory(v), memory(m))
+    got = torch.from_numpy(run(source, 0, 35_000).view(np.float64)).reshape(7, 5000)
+    assert torch.allclose(got.norm(dim=1), m.double().abs(), rtol=1e-14)
+    assert unlike(source, got) == []
+
+
+def test_a_row_without_a_direction_is_nan():
+    v = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    got = run(RowLengths(memory(v), memory(torch.tensor([10.0, 1.0]))), 0, 4).view(np.float32)
+    assert got.tolist()[:2] == [6.0, 8.0]
+    assert np.isnan(got[2:]).all()
