@@ -312,8 +312,11 @@ def test_a_stopped_merge_says_how_to_go_on_and_does(paths, recipe, tmp_path, num
         "from tests.runtime.fake_device import FakeDevice\n"
         "placement.UNIT_ELEMENTS = 1 << 16\n"
         "placement.workers = lambda chosen: 1\n"
-        "placement.CpuDevice = lambda: FakeDevice(latency=0.4)\n"
-        "print('ready', flush=True)\n"
+        "class Slow(FakeDevice):\n"
+        "    def upload(self, host):\n"
+        "        print('working', flush=True)\n"
+        "        return super().upload(host)\n"
+        "placement.CpuDevice = lambda: Slow(latency=0.4)\n"
         "from fastmerge.cli import main\nmain(sys.argv[1:])\n"
     )
     out = tmp_path / "out"
@@ -324,8 +327,8 @@ def test_a_stopped_merge_says_how_to_go_on_and_does(paths, recipe, tmp_path, num
         stderr=subprocess.PIPE,
         text=True,
     )
-    child.stdout.readline()
-    time.sleep(1.5)
+    for _ in range(3):
+        assert child.stdout.readline() == "working\n", child.stderr.read()
     os.kill(child.pid, number)
     started = time.monotonic()
     _, err = child.communicate(timeout=20)
