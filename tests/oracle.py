@@ -99,6 +99,8 @@ def inputs_of(op, seed=0, *, special=False, tie_free=False):
             odd = odd[:5] if special == "finite" else odd
             where = torch.randint(0, n, (1 + n // 40,), generator=g)
             x[where] = odd[torch.randint(0, len(odd), where.shape, generator=g)].double()
+        if spec.method.contract.pairs and i % 2:
+            x = x.abs()
         out.append(x.to(torch_dtype(d)).reshape(spec.shape))
     return out
 

@@ -88,11 +88,13 @@ class Contract(NamedTuple):
     Attributes:
         base: ``required``, ``optional``, or ``ignored`` (a base is then an ordinary input, as in mergekit).
         least, most: how many non-base models (for ``ignored``: how many inputs); ``most`` None is any number.
+        pairs: they come in twos: a model, then something about it that is not negative.
     """
 
     base: Literal["required", "optional", "ignored"]
     least: int = 1
     most: int | None = None
+    pairs: bool = False
 
     def problem(self, method: str, count: int, *, has_base: bool) -> str | None:
         """What is wrong with ``count`` models besides the base, or None."""
@@ -102,6 +104,8 @@ class Contract(NamedTuple):
             most = " or more" if self.most is None else "" if self.most == self.least else f" to {self.most}"
             what = "inputs" if self.base == "ignored" else "models besides the base"
             return f"{method}: expected {self.least}{most} {what}, got {count}"
+        if self.pairs and count % 2:
+            return f"{method}: expected pairs of inputs, got {count}"
         return None
 
 
