@@ -33,7 +33,7 @@ def recipe(method: str, family: Sequence[Path]) -> dict[str, Any]:
         "ties": {"models": models(weight=share, density=0.2), "base_model": base},
         "model_stock": {"models": models(), "base_model": base},
         "passthrough": {"models": models()[:1]},
-        "checkpoint_average": {"models": [{"model": str(path)} for path in family], "parameters": {"schedule": "cosine"}},
+        "checkpoint_average": {"models": [{"model": str(p)} for p in family], "parameters": {"schedule": "cosine"}},
     }
     return {"merge_method": method, **bodies[method], "dtype": "bfloat16"}
 

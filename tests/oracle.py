@@ -134,6 +134,8 @@ def cut(ops, step):
         n, s = op.spec.numel, max(TILE, step // TILE * TILE)
         if op.spec.grain == "row" and n:
             s = max(1, step // op.spec.row) * op.spec.row
+        if op.spec.grain == "matrix":
+            s = max(n, 1)
         out += [(g, e0, min(s, n - e0)) for e0 in range(0, max(n, 1), s)]
     return np.array(out, np.int64).reshape(-1, 3)
 

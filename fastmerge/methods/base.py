@@ -225,8 +225,14 @@ class Method(ABC):
         return "element" if self.gap() is None else "matrix"
 
     def workspace(self, spec: Spec) -> int:
-        """Bytes that are kept of a whole tensor between passes, beside the slots."""
-        return ROW_BYTES * spec.rows if self.grain(spec) == "row" else 0
+        """Bytes beside the slots: what is kept of a tensor between passes; of one that is never cut, all that it takes.
+
+        Of a definition in plain torch these are the result and one byte per element, unless a method says more.
+        """
+        grain = self.grain(spec)
+        if grain == "matrix":
+            return (spec.out_dtype.size + 1) * spec.numel
+        return ROW_BYTES * spec.rows if grain == "row" else 0
 
     def check(self, spec: Spec) -> list[str]:
         """Problems of resolved parameters that bounds alone do not catch; empty where there are none."""

@@ -84,7 +84,9 @@ class ElementwiseProgram(Program):
                 with np.errstate(all="ignore"):
                     made = np.ascontiguousarray(self._merge(op, xs, self._counts[row[GROUP]]))
                 wide = F64 if made.dtype == np.float64 else F32
-                bad = self._convert(wide, segments.out_dtype, [made.ctypes.data], [int(row[OUT]) + at * size], n)
+                bad = convert(
+                    self._kernels, wide, segments.out_dtype, [made.ctypes.data], [int(row[OUT]) + at * size], n
+                )
                 if len(segments.nonfinite):
                     segments.nonfinite[i] += bad
 
@@ -99,15 +101,16 @@ class ElementwiseProgram(Program):
             for dtype in dict.fromkeys(dtypes):
                 which = [i for i, d in enumerate(dtypes) if d is dtype]
                 places = [addresses[i] + at * dtype.size for i in which]
-                self._convert(dtype, wide, places, [room[i].ctypes.data for i in which], n)
+                convert(self._kernels, dtype, wide, places, [room[i].ctypes.data for i in which], n)
             yield at, n, [x[:n] for x in room]
 
-    def _convert(self, source: DType, to: DType, places: Sequence[int], outs: Sequence[int], n: int) -> int:
-        """Elements of one type in another: a weighted sum of one. Gives how many are not finite."""
-        rows = [[out, n, 0, n, 0, 0, 0, place] for place, out in zip(places, outs, strict=True)]
-        segments = Segments(np.array(rows, np.int64), (source,), to, np.zeros(len(rows), np.int64))
-        self._kernels.combine(segments, np.ones((1, 1)), np.ones((1, 2)), delta=False, per_row=False)
-        return int(segments.nonfinite.sum())
+
+def convert(kernels: Kernels, source: DType, to: DType, places: Sequence[int], outs: Sequence[int], n: int) -> int:
+    """Runs of n elements of one type in another: weighted sums of one. Gives how many results are not finite."""
+    rows = [[out, n, 0, n, 0, 0, 0, place] for place, out in zip(places, outs, strict=True)]
+    segments = Segments(np.array(rows, np.int64), (source,), to, np.zeros(len(rows), np.int64))
+    kernels.combine(segments, np.ones((1, 1)), np.ones((1, 2)), delta=False, per_row=False)
+    return int(segments.nonfinite.sum())
 
 
 def reference(op: Op, inputs: Sequence[torch.Tensor], merge: Merge, count: Count | None = None) -> torch.Tensor:

@@ -1,13 +1,18 @@
 """Methods that mergekit does not have, against numpy in fp64 written from the papers."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
 import fastmerge as fm
-from tests import tiny
+from fastmerge.dtypes import BF16
+from fastmerge.methods import get
+from fastmerge.ops.matrix import polar
+from fastmerge.ops.spec import Op, Spec
+from tests import oracle, tiny
 from tests.compare import differences
 
 G = torch.Generator().manual_seed(11)
@@ -204,3 +209,96 @@ def test_mean_direction_without_one():
     assert close(merge("mean_direction", [BASE, BASE, BASE + x]), (BASE + x / 2).double().numpy(), 1e-5)
     with pytest.raises(fm.OutputError, match="w: the directions of its task vectors cancel"):
         fm.merge_tensors([torch.zeros(SHAPE), x, -x], "mean_direction", base_index=0, name="w")
+
+
+# ---- matrices --------------------------------------------------------------------------------------------
+
+
+def iso(b, xs, lam):
+    u, s, vt = np.linalg.svd(sum(x - b for x in xs), full_matrices=False)
+    return b + lam * s.mean() * u @ vt
+
+
+def tsv(b, xs, lam):
+    parts, k = [np.linalg.svd(x - b, full_matrices=False) for x in xs], min(b.shape) // len(xs)
+    us, vs = np.hstack([u[:, :k] for u, _, _ in parts]), np.hstack([vt[:k].T for _, _, vt in parts])
+
+    def turned(w):
+        u, _, vt = np.linalg.svd(w, full_matrices=False)
+        return u @ vt
+
+    return b + lam * turned(us) @ np.diag(np.concatenate([s[:k] for _, s, _ in parts])) @ turned(vs).T
+
+
+@pytest.mark.parametrize(("method", "want"), [("iso_c", iso), ("tsv_m", tsv)])
+@pytest.mark.parametrize("shape", [(40, 40), (64, 17), (9, 120)])
+def test_matrices(method, want, shape):
+    g = torch.Generator().manual_seed(2)
+    base, *tuned = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(4))
+    got = merge(method, [base, *tuned], **{"lambda": 0.7})
+    assert close(got, want(*((x := wide([base, *tuned]))[0], x[1:]), 0.7), 1e-11)
+    low = [x.bfloat16() for x in (base, *tuned)]
+    assert (
+        differences([merge(method, low)], [torch.from_numpy(want(*((x := wide(low))[0], x[1:]), 1.0)).bfloat16()]) == []
+    )
+
+
+@pytest.mark.parametrize("method", ["iso_c", "tsv_m"])
+def test_what_is_no_matrix_is_averaged(method):
+    for x, more in (
+        (TUNED, {"average": True}),
+        ([t[0] for t in TUNED], {}),
+        ([t.reshape(1, *SHAPE) for t in TUNED], {}),
+    ):
+        base = BASE.reshape(1, *SHAPE)[0, 0] if x[0].dim() == 1 else BASE.reshape(x[0].shape)
+        want = base.double() + 0.5 * sum(t.double() - base.double() for t in x) / 4
+        assert close(merge(method, [base, *x], **{"lambda": 0.5}, **more), want.numpy(), 3e-7)
+
+
+@pytest.mark.parametrize("method", ["iso_c", "tsv_m"])
+def test_matrices_without_an_answer(method):
+    assert torch.equal(merge(method, [BASE, BASE, BASE]), BASE)
+    for bad in (float("nan"), float("inf")):
+        broken = TUNED[0].clone()
+        broken[1, 1] = bad
+        with pytest.raises(fm.OutputError, match="w: a task vector is not finite"):
+            fm.merge_tensors([BASE, TUNED[1], broken], method, base_index=0, name="w")
+    huge = merge(method, [torch.zeros(8, 8), 1e30 * torch.eye(8), 2e30 * torch.eye(8)])
+    assert torch.isfinite(huge).all()
+
+
+def test_directions_of_rank_one_stay_where_they_are():
+    """Nothing is made up for what the task vectors do not move; the mean is over all directions, as in the paper."""
+    u, v = torch.randn(30, 1, generator=G), torch.randn(1, 20, generator=G)
+    got = merge("iso_c", [torch.zeros(30, 20), u @ v])
+    assert close(got, (u @ v / 20).double().numpy())
+    got = merge("tsv_m", [torch.zeros(30, 20), u @ v, u @ v])
+    assert close(got, (u @ v).double().numpy(), 1e-5), "twice the same task is one of them"
+
+
+@pytest.mark.parametrize("spread", [0, 3, 5])
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90), (1, 7)])
+def test_polar_factors_are_orthonormal(shape, spread):
+    """To 1e-12, over singular values from 1 to 10^-spread; and they are those of the SVD."""
+    rng = np.random.default_rng(1)
+    u, _, vt = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
+    got = polar(u @ np.diag(np.logspace(0, -spread, min(shape))) @ vt)
+    short = got @ got.T if shape[0] < shape[1] else got.T @ got
+    assert np.abs(short - np.eye(min(shape))).max() < 1e-12
+    assert np.abs(got - u @ vt).max() < 1e-14 * 10 ** (2 * spread) + 1e-12
+
+
+@pytest.mark.parametrize("method", ["iso_c", "tsv_m"])
+@pytest.mark.parametrize("shape", [(400, 300), (200, 900), (300, 300), (50_000,)])
+def test_they_take_what_they_say(method, shape):
+    dtypes = (BF16,) * 4
+    spec = Spec(get(method)(lam=1.0, average=False), shape, dtypes, BF16, has_base=True)
+    inputs = [torch.randn(shape).bfloat16() for _ in dtypes]
+    out = torch.empty(shape, dtype=torch.bfloat16)
+    (s,) = oracle.segments([Op("w", spec)], [inputs], [out], np.array([[0, 0, spec.numel]]))
+    program = get(method).program([Op("w", spec)], oracle.FAST)
+    tracemalloc.start()
+    program.apply(s)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 0.4 * spec.workspace <= peak <= spec.workspace + 50_000  # what LAPACK takes is not traced
