@@ -191,6 +191,10 @@ class Method(ABC):
         """Whether it has a program at all."""
         return cls.program.__func__ is not Method.program.__func__  # type: ignore[attr-defined]
 
+    def wants(self) -> tuple[str, ...]:
+        """Kernels that not every backend has, with these parameters."""
+        return self.needs
+
     def gap(self) -> str | None:
         """Why the definition stands in for a program with these parameters; None where it does not."""
         return None if self.programmed() else f"{self.name} has no kernels yet"
