@@ -5,10 +5,10 @@
     python bench/merges.py --sections peer --methods ties slerp
     python bench/merges.py --sections peer --methods ties --peer-size 1.5b --peer-runs 1
 
-Sections: peer (mergekit on a 768x12 family), floor (1.5b against cat and dd), memory (peak resident bytes with
---memory 1GB), moe (18,867 small tensors against a dense model of equal bytes), tiny (50,115 tensors, nearly all of
-8 elements, and a header of 90 MB), start (--help and plan). What is measured is a whole process from start to exit,
-with its inputs in the page cache. See README.md in this directory.
+Sections: peer (mergekit on a 768x12 family), floor (1.5b against cat and dd), checkpoints (16 of 250 MB against cat
+and dd), memory (peak resident bytes with --memory 1GB), moe (18,867 small tensors against a dense model of equal
+bytes), tiny (50,115 tensors, nearly all of 8 elements, and a header of 90 MB), start (--help and plan). What is
+measured is a whole process from start to exit, with its inputs in the page cache. See README.md in this directory.
 """
 
 from __future__ import annotations
@@ -165,9 +165,17 @@ def peer(bench: Bench) -> list[Row]:
 
 def against_floor(bench: Bench) -> list[Row]:
     """The 1.5b family against ``cat`` and ``dd`` of the same bytes, alternated."""
-    family = bench.family("1.5b", 3)
+    return _against_floor(bench, bench.family("1.5b", 3), bench.chosen(FLOOR_METHODS))
+
+
+def checkpoints(bench: Bench) -> list[Row]:
+    """Sixteen checkpoints of 250 MB averaged, against the floor of their bytes."""
+    return _against_floor(bench, bench.family("768x12", 15), ["checkpoint_average"])
+
+
+def _against_floor(bench: Bench, family: Sequence[Path], methods: Sequence[str]) -> list[Row]:
     rows: list[Row] = []
-    for method in bench.chosen(FLOOR_METHODS):
+    for method in methods:
         path, files = bench.recipe(method, family)
         merged: list[Run] = []
 
@@ -328,7 +336,7 @@ def start(bench: Bench) -> list[Row]:
 
 SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     "start": start, "peer": peer, "floor": against_floor, "memory": memory, "moe": moe,
-    "tiny": tiny,
+    "tiny": tiny, "checkpoints": checkpoints,
 }  # fmt: skip
 
 

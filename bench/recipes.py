@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 METHODS = ("linear", "slerp", "dare_linear", "dare_ties", "ties", "model_stock", "passthrough")
+"""Those that mergekit has as well."""
 
 
 def recipe(method: str, family: Sequence[Path]) -> dict[str, Any]:
     """A recipe over a base and its fine-tunes.
 
     Args:
-        method: one of :data:`METHODS`.
-        family: base, then at least two fine-tunes; slerp takes the first two fine-tunes, passthrough one, and
-            all other methods every fine-tune.
+        method: one of :data:`METHODS`, or ``checkpoint_average``.
+        family: base, then at least two fine-tunes; slerp takes the first two fine-tunes, passthrough one,
+            checkpoint_average all with the base, and all other methods every fine-tune.
     """
     base, *tuned = (str(path) for path in family)
     share = 1.0 / len(tuned)
@@ -32,6 +33,7 @@ def recipe(method: str, family: Sequence[Path]) -> dict[str, Any]:
         "ties": {"models": models(weight=share, density=0.2), "base_model": base},
         "model_stock": {"models": models(), "base_model": base},
         "passthrough": {"models": models()[:1]},
+        "checkpoint_average": {"models": [{"model": str(p)} for p in family], "parameters": {"schedule": "cosine"}},
     }
     return {"merge_method": method, **bodies[method], "dtype": "bfloat16"}
 

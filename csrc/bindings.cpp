@@ -204,7 +204,7 @@ uint32_t* bits_data(const py::object& bits, const Table& t, bool write) {
 
 void l1(const py::array& table, const py::array& ins, int round_code, bool drop, bool trim,
         const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut,
-        const py::array& sums, const py::object& bits) {
+        const py::array& sums, const py::object& bits, bool given) {
   const Keep keep{{round_code, drop, model_index, bern}, trim, thr, cut};
   Needs needs;
   needs.parameters = keep.parameters(), needs.tiles = true, needs.base = 1;
@@ -212,7 +212,8 @@ void l1(const py::array& table, const py::array& ins, int round_code, bool drop,
   L1Args a;
   a.table = check_table(table, ins, needs);
   a.keep = keep.checked(a.table.inputs - 1);
-  a.keep.bits = bits_data(bits, a.table, true);
+  a.keep.bits = bits_data(bits, a.table, !given);
+  a.keep.given = given;
   a.sums = data<double>(sums, "sums", {-1, a.table.inputs - 1, 2}, true);
   run(kernels().l1, a);
 }
@@ -391,7 +392,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("kth", find_kth, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("model_index"), arg("bern"),
         arg("ranks"), arg("thr"), arg("found"));
   m.def("l1", l1, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("trim"), arg("model_index"),
-        arg("bern"), arg("thr"), arg("cut"), arg("sums"), arg("bits") = py::none());
+        arg("bern"), arg("thr"), arg("cut"), arg("sums"), arg("bits") = py::none(), arg("given") = false);
   m.def("votes", votes, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("trim"), arg("model_index"),
         arg("bern"), arg("thr"), arg("cut"), arg("elect"), arg("split"), arg("f"), arg("counts"));
   m.def("consensus", consensus, arg("table"), arg("ins"), arg("out_code"), arg("round_code"), arg("drop"), arg("trim"),

@@ -95,8 +95,9 @@ struct KeepArgs : DeltaArgs {
   const uint64_t* thr;  // [P, N]
   const int64_t* cut;   // [P, N, 3] cut_tile, cut_rank, tie_T or -1
   // [blocks, N, kWords] what the drop keeps of the table's blocks in turn, one bit per element; l1 leaves it there for
-  // consensus, which else draws again. Null: neither.
+  // consensus, which else draws again. Null: neither. Where they are given, l1 reads them too, whatever bern says.
   uint32_t* bits = nullptr;
+  bool given = false;
 };
 
 struct DeltaKeysArgs {

@@ -274,7 +274,7 @@ void l1_tile(const L1Args& a, const Segment& s, int32_t i, int64_t at, int64_t e
     delta_block(a.table, s, i, at, n, a.keep.round_code, base, d);
     FM_LOOP for (int64_t j = 0; j < n; ++j) w[j] = w[j] + (d[j] < 0 ? -d[j] : d[j]);
     uint32_t* bits = left_bits(a.keep, models, i, block++);
-    if (bits) drop_bits(a.keep.bern[s.group * models + i], s, a.keep.model_index[i], at, n, bits);
+    if (bits && !a.keep.given) drop_bits(a.keep.bern[s.group * models + i], s, a.keep.model_index[i], at, n, bits);
     const Int<W> t = keep_block(a.keep, s, models, i, at, n, bits, rank, d);
     FM_LOOP for (int64_t j = 0; j < n; ++j) k[j] = k[j] + (rank_key(d[j]) > t ? (d[j] < 0 ? -d[j] : d[j]) : W(0));
   }
@@ -295,7 +295,7 @@ void l1_fused(const L1Args& a, const Segment& s, int32_t i, int64_t at, int64_t 
     const int64_t lane = (s.e0 + at) & (kLanes - 1);
     n = block_length(s.e0 + at, end - at);
     uint32_t *left = left_bits(a.keep, models, i, block++), *bits = left ? left : drawn;
-    drop_bits(t, s, a.keep.model_index[i], at, n, bits);
+    if (!left || !a.keep.given) drop_bits(t, s, a.keep.model_index[i], at, n, bits);
     add_magnitudes(x + at, base + at, bits, n, whole + lane, kept + lane);
   }
   in_order<T>(whole), in_order<T>(kept);

@@ -101,10 +101,12 @@ def l1(
     cut: _I64,
     sums: _F64,
     bits: _U32 | None = None,
+    given: bool = False,
 ) -> None:
     """Tile sums of |d| and of |d| where kept, sums [R, N, 2].
 
-    bits [blocks, N, 32], of the 1024 elements of each block of the table in turn, receive what the drop keeps.
+    bits [blocks, N, 32], of the 1024 elements of each block of the table in turn, receive what the drop keeps, or
+    say it where they are given.
     """
 
 def votes(

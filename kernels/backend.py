@@ -49,7 +49,7 @@ class TritonKernels:
 
     def supports(self, spec: Any) -> str | None:
         """Why a spec's program would miss a kernel here; None where it has all."""
-        lacking = [name for name in spec.method.needs if not hasattr(self, name)]
+        lacking = [name for name in spec.method.wants() if not hasattr(self, name)]
         return f"the Triton backend has no kernel {lacking[0]!r}" if lacking else None
 
     @property

@@ -103,8 +103,11 @@ class Piece:
             out[i] = np.where(keep, out[i], self.work(0))
         return out
 
-    def kept(self, round_code, drop, trim, index, bern, thr, cut):
-        out = self.dropped(round_code, drop, index, bern)
+    def kept(self, round_code, drop, trim, index, bern, thr, cut, bits=None):
+        out = self.dropped(round_code, drop and bits is None, index, bern)
+        for i in range(len(out) if bits is not None else 0):  # of a table of one piece
+            stays = np.unpackbits(bits[:, i].copy().view(np.uint8), bitorder="little")[: self.n]
+            out[i] = np.where(stays, out[i], self.work(0))
         for i in range(len(out) if trim else 0):
             k = key(out[i]).astype(np.uint64)
             t, (cut_tile, cut_rank, tie) = thr[self.group, i], (int(c) for c in cut[self.group, i])
@@ -127,8 +130,8 @@ def pieces(segments):
 
 
 def flat(keep):
-    (round_code, drop, index, bern), trim, thr, cut, *_ = keep
-    return round_code, drop, trim, index, bern, thr, cut
+    (round_code, drop, index, bern), trim, thr, cut, bits, given = keep
+    return round_code, drop, trim, index, bern, thr, cut, bits if given else None
 
 
 class NumpyKernels:

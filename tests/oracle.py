@@ -99,6 +99,8 @@ def inputs_of(op, seed=0, *, special=False, tie_free=False):
             odd = odd[:5] if special == "finite" else odd
             where = torch.randint(0, n, (1 + n // 40,), generator=g)
             x[where] = odd[torch.randint(0, len(odd), where.shape, generator=g)].double()
+        if spec.method.contract.pairs and i % 2:
+            x = x.abs()
         out.append(x.to(torch_dtype(d)).reshape(spec.shape))
     return out
 
@@ -132,6 +134,8 @@ def cut(ops, step):
         n, s = op.spec.numel, max(TILE, step // TILE * TILE)
         if op.spec.grain == "row" and n:
             s = max(1, step // op.spec.row) * op.spec.row
+        if op.spec.grain == "matrix":
+            s = max(n, 1)
         out += [(g, e0, min(s, n - e0)) for e0 in range(0, max(n, 1), s)]
     return np.array(out, np.int64).reshape(-1, 3)
 

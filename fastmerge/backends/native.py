@@ -88,7 +88,12 @@ class NativeKernels:
 
     def l1(self, segments: Segments, keep: Keep, sums: F64) -> None:
         """Magnitudes of every tile before and after ``keep``."""
-        self._native.l1(segments.table, codes(segments), *_flat(keep), sums, keep.bits)
+        self._native.l1(segments.table, codes(segments), *_flat(keep), sums, keep.bits, keep.given)
+
+    def lanes(self, key: int, model: int, op: int, e0: int, n: int) -> npt.NDArray[np.uint16]:
+        """As :func:`fastmerge.philox.u16`."""
+        out: npt.NDArray[np.uint16] = self._native.philox_u16(key, model, op, e0, n)
+        return out
 
     def votes(self, segments: Segments, keep: Keep, votes: Votes, counts: I64) -> None:
         """Positive and negative votes of every tile."""
@@ -122,5 +127,5 @@ class NativeKernels:
 
 def _flat(keep: Keep) -> tuple[Any, ...]:
     """The seven arguments that ``keep`` is in C++, beside the bits."""
-    deltas, trim, thr, cut, _ = keep
+    deltas, trim, thr, cut, *_ = keep
     return deltas.round_code, deltas.drop, trim, deltas.models, deltas.bernoulli, thr, cut

@@ -106,7 +106,7 @@ def _median(work: Callable[[], None], runs: int) -> float:
 
 def _op(method: type[Method]) -> Op:
     """Three models, or as many as the method takes, with its default parameters."""
-    n = min(3, method.contract.most or 3)
+    n = min(3, method.contract.most or 3) - method.contract.pairs
     based = method.contract.base == "required"
     given = {p.name: {"weight": 1.0 / n}.get(p.name, 0.5) for p in method.params if p.default is REQUIRED}
     if "density" in {p.name for p in method.params}:
@@ -122,7 +122,8 @@ def _segments(op: Op) -> tuple[Segments, Sequence[Any]]:
     arrays = []
     for i in range(len(op.spec.dtypes)):
         delta = rng.standard_normal(ELEMENTS, np.float32) * np.float32(2e-4 if i else 0)
-        bits = (base + delta).view(np.uint32)
+        made = base + delta
+        bits = (np.abs(made) if i % 2 and op.spec.method.contract.pairs else made).view(np.uint32)
         arrays.append(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16))
     out = np.zeros(ELEMENTS, np.uint16)
     row = segment_row(op, 0, 0, ELEMENTS, out.ctypes.data, [a.ctypes.data for a in arrays])

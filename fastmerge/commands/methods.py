@@ -39,6 +39,8 @@ def _backends(method: type[Method]) -> str:
     """Which backends have kernels for it; the others run its definition."""
     if not method.programmed():
         return "its definition (plain torch, whole tensors) on every device; it has no kernels yet"
+    if method.needs:
+        return "native (on host memory); its definition on other devices"
     also = f" and with {method.only_defined}" if method.only_defined else ""
     return f"native, triton; its definition (plain torch) by name{also}"
 

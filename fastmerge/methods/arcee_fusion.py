@@ -73,6 +73,11 @@ class ArceeFusion(Method):
 
         return blocks.in_pieces(inputs, spec, fused)
 
+    def workspace(self, spec: Spec) -> int:
+        """The importances, a copy of them in another order, the result, and a row in fp64 a dozen times."""
+        size = 8 if spec.double else 4
+        return (2 * size + 1 + spec.out_dtype.size) * spec.numel + 100 * min(spec.numel, max(ROWS, spec.row))
+
     def importance(self, inputs: Sequence[torch.Tensor], spec: Spec) -> torch.Tensor:
         """Of every element, flat."""
         import torch

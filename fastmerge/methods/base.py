@@ -88,11 +88,13 @@ class Contract(NamedTuple):
     Attributes:
         base: ``required``, ``optional``, or ``ignored`` (a base is then an ordinary input, as in mergekit).
         least, most: how many non-base models (for ``ignored``: how many inputs); ``most`` None is any number.
+        pairs: they come in twos: a model, then something about it that is not negative.
     """
 
     base: Literal["required", "optional", "ignored"]
     least: int = 1
     most: int | None = None
+    pairs: bool = False
 
     def problem(self, method: str, count: int, *, has_base: bool) -> str | None:
         """What is wrong with ``count`` models besides the base, or None."""
@@ -102,6 +104,8 @@ class Contract(NamedTuple):
             most = " or more" if self.most is None else "" if self.most == self.least else f" to {self.most}"
             what = "inputs" if self.base == "ignored" else "models besides the base"
             return f"{method}: expected {self.least}{most} {what}, got {count}"
+        if self.pairs and count % 2:
+            return f"{method}: expected pairs of inputs, got {count}"
         return None
 
 
@@ -187,6 +191,10 @@ class Method(ABC):
         """Whether it has a program at all."""
         return cls.program.__func__ is not Method.program.__func__  # type: ignore[attr-defined]
 
+    def wants(self) -> tuple[str, ...]:
+        """Kernels that not every backend has, with these parameters."""
+        return self.needs
+
     def gap(self) -> str | None:
         """Why the definition stands in for a program with these parameters; None where it does not."""
         return None if self.programmed() else f"{self.name} has no kernels yet"
@@ -221,8 +229,14 @@ class Method(ABC):
         return "element" if self.gap() is None else "matrix"
 
     def workspace(self, spec: Spec) -> int:
-        """Bytes that are kept of a whole tensor between passes, beside the slots."""
-        return ROW_BYTES * spec.rows if self.grain(spec) == "row" else 0
+        """Bytes beside the slots: what is kept of a tensor between passes; of one that is never cut, all that it takes.
+
+        Of a definition in plain torch these are the result and one byte per element, unless a method says more.
+        """
+        grain = self.grain(spec)
+        if grain == "matrix":
+            return (spec.out_dtype.size + 1) * spec.numel
+        return ROW_BYTES * spec.rows if grain == "row" else 0
 
     def check(self, spec: Spec) -> list[str]:
         """Problems of resolved parameters that bounds alone do not catch; empty where there are none."""

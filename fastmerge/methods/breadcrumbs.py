@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from fastmerge.methods.base import Contract, per_model
 from fastmerge.methods.sparse import Sparse
 from fastmerge.ops import blocks
+from fastmerge.ops.consensus.masked import Draw
 
 if TYPE_CHECKING:
-    import torch
-
     from fastmerge.ops.spec import Op, Spec
 
 
@@ -43,15 +40,15 @@ class Breadcrumbs(Sparse):
 
     gamma: tuple[float, ...] = per_model("share of the largest elements that goes first", 0.01, low=0.0, high=1.0)
 
-    def keep(self, d: torch.Tensor, op: Op, model: int) -> blocks.Mask:
+    def keep(self, keys: blocks.Keys, op: Op, model: int, draw: Draw) -> blocks.Mask:
         """A band of ranks."""
         n = op.spec.numel
         stay, gone = int(self.density[model] * n), int(self.gamma[model] * n)
         upto = n - max(0, n - stay - gone)
-        magnitudes = blocks.keys(d)
-        outliers = blocks.top(magnitudes, upto - stay, "index", None)
-        band = blocks.top(magnitudes, upto, "index", None) & ~outliers
-        return np.asarray(band | d.isnan().numpy())
+        band = blocks.top(keys, upto, "index", None)
+        band &= ~blocks.top(keys, upto - stay, "index", None)
+        band |= keys == blocks.NAN[keys.dtype.itemsize]
+        return band
 
     def warn(self, spec: Spec) -> list[str]:
         """Names shares that exclude each other."""

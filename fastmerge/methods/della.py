@@ -11,15 +11,31 @@ import numpy.typing as npt
 from fastmerge.methods.base import Contract, per_model, shared
 from fastmerge.methods.sparse import Sparse
 from fastmerge.ops import blocks
-from fastmerge.philox import DROP, u16
+from fastmerge.ops.consensus.masked import Draw
+from fastmerge.philox import DROP
 
 if TYPE_CHECKING:
-    import torch
-
     from fastmerge.ops.spec import Op, Spec
 
-ROWS = 1 << 18
+ROWS = 1 << 16
 """Elements that are ranked at a time; what is ranked together is the least."""
+
+
+def ranked(keys: blocks.Keys) -> npt.NDArray[np.intp]:
+    """Places of ``[K, n, ...]`` along n in the order of their keys, the first of equal ones first.
+
+    Keys of 32 bits are sorted with their places as one number: several times faster than a stable sort.
+    """
+    n = keys.shape[1]
+    if keys.dtype.itemsize == 8 or n >= 1 << 32:
+        return np.argsort(keys, axis=1, kind="stable")
+    places = np.arange(n, dtype=np.uint64).reshape(1, n, *[1] * (keys.ndim - 2))
+    both = keys.astype(np.uint64)
+    both <<= np.uint64(32)
+    both |= places
+    both.sort(axis=1)
+    both &= np.uint64(0xFFFFFFFF)
+    return both.view(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +72,17 @@ class DellaLinear(Sparse):
         """Where anything is dropped."""
         return any(0 < x < 1 for x in self.density)
 
-    def thresholds(self, d: torch.Tensor, model: int) -> npt.NDArray[np.int64]:
+    def thresholds(self, keys: blocks.Keys, model: int) -> npt.NDArray[np.int32]:
         """Which 16-bit random numbers keep an element of ``[K, n, ...]``, ranked along n: those below this."""
-        order = np.argsort(blocks.keys(d), axis=1, kind="stable")
-        n = order.shape[1]
+        order, n = ranked(keys), keys.shape[1]
         share = np.arange(n) / (n - 1) if n > 1 else np.array([0.5])
         density, epsilon = self.density[model], self.epsilon[model]
-        of_rank = np.maximum(np.floor((density - epsilon + 2 * epsilon * share) * 65536 + 0.5), 1).astype(np.int64)
-        out = np.empty(order.shape, np.int64)
+        of_rank = np.floor((density - epsilon + 2 * epsilon * share) * 65536 + 0.5).clip(min=1).astype(np.int32)
+        out = np.empty(order.shape, np.int32)
         np.put_along_axis(out, order, of_rank.reshape(1, -1, *[1] * (order.ndim - 2)), axis=1)
         return out
 
-    def keep(self, d: torch.Tensor, op: Op, model: int) -> blocks.Mask:
+    def keep(self, keys: blocks.Keys, op: Op, model: int, draw: Draw) -> blocks.Mask:
         """At random, large ones rather than small ones."""
         shape = op.spec.shape if len(op.spec.shape) > 1 else (1, op.spec.numel)
         out = np.zeros(op.spec.numel, np.bool_)
@@ -76,10 +91,15 @@ class DellaLinear(Sparse):
         each = len(out) // shape[0]
         step = max(1, ROWS // each) * each
         for first in range(0, len(out), step):
-            some = d[first : first + step].reshape(-1, *shape[1:])
-            noise = u16(op.key, op.spec.models[model], DROP, first, some.numel())
+            some = keys[first : first + step].reshape(-1, *shape[1:])
+            noise = draw(op.key, op.spec.models[model], DROP, first, some.size)
             out[first : first + step] = noise < self.thresholds(some, model).reshape(-1)
         return out
+
+    def workspace(self, spec: Spec) -> int:
+        """And what ranks are found in: 32 bytes for each element that is ranked at a time."""
+        each = spec.numel // spec.shape[0] if len(spec.shape) > 1 and spec.numel else spec.numel
+        return super().workspace(spec) + 32 * min(spec.numel, max(ROWS, each)) if self.thins else 0
 
     def check(self, spec: Spec) -> list[str]:
         """Refuses probabilities that are none, as mergekit does."""

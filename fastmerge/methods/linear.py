@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -25,13 +26,36 @@ def _sum(weights: Sequence[float]) -> float:
 
 
 def _tables(spec: Spec) -> tuple[tuple[float, ...], float]:
-    """Coefficients and divisor."""
-    method = cast("Linear", spec.method)
-    return weights_in_range(method.weight, method.divisor, double=spec.double)
+    """Coefficients and divisor, as the work type holds them."""
+    return weights_in_range(*cast("Average", spec.method).table(spec), double=spec.double)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(Method):
+class Average(Method):
+    """Methods that say which coefficients and divisor a weighted sum of the inputs has; the rest follows."""
+
+    @abstractmethod
+    def table(self, spec: Spec) -> tuple[Sequence[float], float]:
+        """One coefficient per input, and what their sum is divided by."""
+
+    def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
+        """``(sum c_i x_i) / div``."""
+        from fastmerge.ops import blocks
+
+        return blocks.combined(inputs, op.spec, *_tables(op.spec))
+
+    @classmethod
+    def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
+        """One pass of the combine kernel."""
+        from fastmerge.ops.per_spec import PerSpec
+
+        tables = PerSpec(_tables, ops)
+        coef, scale = tables.rows(lambda t: t[0]), tables.rows(lambda t: (1.0, t[1]))
+        return CombineProgram(kernels, coef, scale, delta=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Average):
     r"""Weighted average of any number of models; the base, where one is listed, is an ordinary input.
 
     .. math:: \frac{\sum_i w_i x_i}{\sum_i w_i} \quad\text{(without normalize: } \textstyle\sum_i w_i x_i)
@@ -64,20 +88,9 @@ class Linear(Method):
         """Sum of the weights where they are normalised, else 1."""
         return _sum(self.weight) if self.normalize else 1.0
 
-    def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
-        """``(sum c_i x_i) / div``."""
-        from fastmerge.ops import blocks
-
-        return blocks.combined(inputs, op.spec, *_tables(op.spec))
-
-    @classmethod
-    def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
-        """One pass of the combine kernel."""
-        from fastmerge.ops.per_spec import PerSpec
-
-        tables = PerSpec(_tables, ops)
-        coef, scale = tables.rows(lambda t: t[0]), tables.rows(lambda t: (1.0, t[1]))
-        return CombineProgram(kernels, coef, scale, delta=False)
+    def table(self, spec: Spec) -> tuple[Sequence[float], float]:
+        """The weights and their sum."""
+        return self.weight, self.divisor
 
     def check(self, spec: Spec) -> list[str]:
         """Refuses weights that cancel where they are divided by."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastmerge.methods.base import Contract, Method, shared
-from fastmerge.ops import blocks
+import numpy as np
+
+from fastmerge.methods.base import Contract, shared
+from fastmerge.methods.elementwise import Elementwise, number
+from fastmerge.ops.elementwise import Array
+from fastmerge.ops.segments import I64
 
 if TYPE_CHECKING:
-    import torch
-
     from fastmerge.ops.spec import Op, Spec
 
 NEAREST = 1e-6
@@ -19,7 +20,7 @@ NEAREST = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nearswap(Method):
+class Nearswap(Elementwise):
     r"""Move each element of the base ``a`` by at most ``t`` towards the other model ``b``.
 
     .. math:: w b + (1 - w) a, \quad w = \min\Bigl(1, \frac{t}{|a - b|}\Bigr)
@@ -38,15 +39,12 @@ class Nearswap(Method):
 
     t: float = shared("how far an element moves at most", low=0.0)
 
-    def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
+    def merged(self, op: Op, xs: list[Array], counts: I64) -> Array:
         """Element by element."""
-
-        def moved(_: slice, some: list[torch.Tensor]) -> torch.Tensor:
-            a, b = some
-            w = (blocks.number(self.t, a) / (a - b).abs().clamp(min=NEAREST)).clamp(max=1.0)
-            return w * b + (1 - w) * a
-
-        return blocks.in_pieces(inputs, op.spec, moved)
+        a, b = xs
+        one = number(1.0, a)
+        w = np.minimum(number(self.t, a) / np.maximum(np.abs(a - b), number(NEAREST, a)), one)
+        return w * b + (one - w) * a
 
     def warn(self, spec: Spec) -> list[str]:
         """Names a t that does nothing."""

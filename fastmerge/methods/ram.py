@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from fastmerge.methods.base import Contract, Method, shared
-from fastmerge.ops import blocks
+import numpy as np
+import numpy.typing as npt
+
+from fastmerge.methods.base import Contract, shared
+from fastmerge.methods.elementwise import Elementwise, deltas, number
+from fastmerge.ops.elementwise import Array
+from fastmerge.ops.segments import I64
 
 if TYPE_CHECKING:
-    import torch
-
-    from fastmerge.ops.spec import Op, Spec
+    from fastmerge.ops.spec import Op
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ram(Method):
+class Ram(Elementwise):
     r"""Add each task vector where no other model moves the element, and the mean where several do.
 
     .. math:: b + \sum_{i \in C} f_i d_i, \quad C = \{i : |d_i| > \epsilon\}, \quad f_i = \frac{1}{|C|}
@@ -35,36 +37,26 @@ class Ram(Method):
 
     epsilon: float = shared("largest change that counts as none", 1e-5, low=0.0)
 
-    def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
+    def merged(self, op: Op, xs: list[Array], counts: I64) -> Array:
         """Count, weigh what is unique, add up, divide by the count."""
-        import torch
+        base, d, changed, several = self.changes(xs)
+        mix = np.zeros_like(base)
+        for x, c, f in zip(d, changed, self.factors(counts, len(d)), strict=True):
+            mix = mix + np.where(c, np.where(several == 1, number(f, x) * x, x), number(0.0, x))
+        return base + mix / np.maximum(several, number(1.0, base))
 
-        factors = self.factors(inputs, op.spec)
-
-        def merged(_: slice, some: list[torch.Tensor]) -> torch.Tensor:
-            base, d, changed, count = self.changes(some)
-            mix = torch.zeros_like(base)
-            for x, c, f in zip(d, changed, factors, strict=True):
-                mix = mix + torch.where(c, torch.where(count == 1, blocks.number(f, x) * x, x), torch.zeros_like(x))
-            return base + mix / count.clamp(min=1.0)
-
-        return blocks.in_pieces(inputs, op.spec, merged)
-
-    def changes(
-        self, some: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    def changes(self, xs: list[Array]) -> tuple[Array, list[Array], list[npt.NDArray[np.bool_]], Array]:
         """The base, the task vectors, where each changes an element, and how many do."""
-        base, *others = some
-        d = [x - base for x in others]
-        changed = [~(x.abs() <= blocks.number(self.epsilon, base)) for x in d]  # so that a NaN counts
-        count = changed[0].to(base.dtype)
+        base, d = deltas(xs)
+        changed = [~(np.abs(x) <= number(self.epsilon, base)) for x in d]  # so that a NaN counts
+        several: Any = changed[0].astype(base.dtype)
         for c in changed[1:]:
-            count = count + c
-        return base, d, changed, count
+            several = several + c.astype(base.dtype)
+        return base, d, changed, several
 
-    def factors(self, inputs: Sequence[torch.Tensor], spec: Spec) -> list[float]:
+    def factors(self, counts: I64, models: int) -> list[float]:
         """What the elements count that a model alone has changed."""
-        return [1.0] * (len(inputs) - 1)
+        return [1.0] * models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,19 +78,23 @@ class RamPlusTensorLocal(Ram):
     contract = Contract("required")
     cases = ({}, {"r": 0.5, "alpha": 3.0, "epsilon": 2e-3, "models": 4})
 
+    counts: ClassVar[bool] = True
+
     r: float = shared("how much sharing enlarges", 0.1)
     alpha: float = shared("largest ratio of shared to unshared changes", 0.2, low=0.0)
 
-    def factors(self, inputs: Sequence[torch.Tensor], spec: Spec) -> list[float]:
+    def counted(self, op: Op, xs: list[Array]) -> I64:
+        """For each model the changes that it makes alone, then those that others make too."""
+        _, _, changed, several = self.changes(xs)
+        alone = [np.count_nonzero(c & (several == 1)) for c in changed]
+        return np.array([alone, [np.count_nonzero(c & (several > 1)) for c in changed]], np.int64)
+
+    def factors(self, counts: I64, models: int) -> list[float]:
         """By the numbers of shared and of unshared changes."""
-        own, common = [0] * len(spec.models), [0] * len(spec.models)
-        for _, some in blocks.pieces(inputs, spec):
-            _, _, changed, count = self.changes(some)
-            for i, c in enumerate(changed):
-                own[i] += int((c & (count == 1)).sum())
-                common[i] += int((c & (count > 1)).sum())
+        if not counts.size:
+            return [1.0] * models  # of a tensor without elements
         out = []
-        for alone, together in zip(own, common, strict=True):
+        for alone, together in counts.T.tolist():
             least = max(float(alone), self.epsilon)
             ratio = together / least if least else self.alpha
             out.append(1.0 + self.r * min(ratio, self.alpha))

@@ -190,6 +190,11 @@ class Sce(Method):
         """Weights are a tensor's."""
         return "matrix" if self.gap() else "tensor"
 
+    def workspace(self, spec: Spec) -> int:
+        """Of a selection the keys, a copy of them in another order, masks, and the result."""
+        size = 8 if spec.double else 4
+        return (2 * size + 4 + spec.out_dtype.size) * spec.numel if self.gap() else super().workspace(spec)
+
     def warn(self, spec: Spec) -> list[str]:
         """Says where nothing is selected, whatever the weights are."""
         if self.select_topk == 0:

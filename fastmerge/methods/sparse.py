@@ -5,18 +5,24 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from fastmerge.methods.base import per_model, shared
 from fastmerge.methods.deltas import NEGATIVE, TaskVectors, rules_of
 from fastmerge.ops import blocks
+from fastmerge.ops.consensus import masked
 from fastmerge.ops.consensus import reference as definition
+from fastmerge.ops.consensus.masked import Draw
 from fastmerge.ops.consensus.rules import Consensus, l1_factor
+from fastmerge.ops.per_spec import PerSpec
 from fastmerge.ops.segments import TILE
+from fastmerge.philox import u16
 
 if TYPE_CHECKING:
     import torch
 
+    from fastmerge.ops.kernels import Kernels
+    from fastmerge.ops.program import Program
     from fastmerge.ops.spec import Grain, Op, Spec
 
 
@@ -36,14 +42,20 @@ def total(d: torch.Tensor, stays: torch.Tensor | None) -> float:
     return out
 
 
+def kept(op: Op, model: int, keys: blocks.Keys, draw: Draw) -> blocks.Mask:
+    """Which elements an op's method leaves."""
+    return cast("Sparse", op.spec.method).keep(keys, op, model, draw)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sparse(TaskVectors):
     """Each says which elements of a task vector stay, and whether signs are elected among what stays.
 
-    Where every density is 1, everything stays, and the kernels of the family apply.
+    What stays is decided in numpy and goes to the family's kernels as a mask; on a GPU the definition stands in, unless
+    every density is 1, so that everything stays.
     """
 
-    only_defined = "a density below 1"
+    only_defined = "a density below 1 on a GPU"
     elects: ClassVar[bool] = False
     """Whether the models of an element vote on its sign, as in ties."""
 
@@ -52,8 +64,8 @@ class Sparse(TaskVectors):
     rescale: bool = shared("restore the sum of magnitudes that thinning took", default=False)
 
     @abstractmethod
-    def keep(self, d: torch.Tensor, op: Op, model: int) -> blocks.Mask:
-        """Which elements of a model's flat task vector stay, where its density is below 1."""
+    def keep(self, keys: blocks.Keys, op: Op, model: int, draw: Draw) -> blocks.Mask:
+        """Which elements of a model's task vector stay, where its density is below 1; ``keys`` are its magnitudes."""
 
     def rules(self, spec: Spec) -> Consensus:
         """The parameters as the kernels take them, of task vectors that are thinned already."""
@@ -64,14 +76,35 @@ class Sparse(TaskVectors):
             count_weight=self.weights, elect="mass", zero="plus", merge="mean" if self.normalize else "sum"
         )
 
-    def gap(self) -> str | None:
-        """No kernel thins by these rules."""
-        thins = any(x < 1 for x in self.density)
-        return f"{self.name} with {self.only_defined} has no kernels yet" if thins else None
+    @property
+    def thins(self) -> bool:
+        """Whether anything is to go."""
+        return any(x < 1 for x in self.density)
+
+    def wants(self) -> tuple[str, ...]:
+        """Masks, where anything is to go."""
+        return ("masks",) if self.thins else ()
 
     def grain(self, spec: Spec) -> Grain:
         """Thinning looks at the whole tensor."""
-        return "matrix" if self.gap() else "element"
+        return "matrix" if self.thins else "element"
+
+    def workspace(self, spec: Spec) -> int:
+        """Keys and masks."""
+        return masked.workspace(spec.numel, len(spec.models), double=spec.double) if self.thins else 0
+
+    @classmethod
+    def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
+        """Masks of whole tensors, then consensus; where everything stays, that alone."""
+        if not any(cast("Sparse", spec.method).thins for spec in dict.fromkeys([op.spec for op in ops])):
+            return super().program(ops, kernels)
+
+        def rules(spec: Spec) -> Consensus:
+            method = cast("Sparse", spec.method)
+            l1: Literal["drop", "none"] = "drop" if method.rescale else "none"
+            return rules_of(spec)._replace(drop=True, l1=l1, density=method.density)
+
+        return masked.MaskedProgram(ops, PerSpec(rules, ops), kernels, kept)
 
     @property
     def random(self) -> bool:
@@ -89,7 +122,7 @@ class Sparse(TaskVectors):
             stays, factor = None, 1.0
             if self.density[i] < 1:
                 _, (d,) = definition.deltas([inputs[0], x], op, rules)
-                stays = torch.from_numpy(self.keep(d, op, i))
+                stays = torch.from_numpy(self.keep(blocks.keys(d), op, i, u16))
                 if self.rescale:
                     factor = l1_factor(total(d, None), total(d, stays), op.name)
             kept.append(stays)

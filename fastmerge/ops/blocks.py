@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Mask = npt.NDArray[np.bool_]
 Keys = npt.NDArray[np.unsignedinteger[Any]]
 
+NAN = {4: 0x7FC00000, 8: 0x7FF8000000000000}
+"""The key of a NaN, by the bytes of a key."""
+
 
 def torch_dtype(dtype: DType) -> torch.dtype:
     """The torch type of the same name."""

@@ -55,6 +55,7 @@ class Keep(NamedTuple):
             or, where the third number is not negative, those whose random number is below it.
         bits: ``[blocks, N, 32]`` room for what the drop keeps, one bit per element of a table's blocks of 1024; ``l1``
             may leave it there for ``consensus`` of the same table. None: each draws.
+        given: the bits are there before ``l1``, from a rule that is not the drop's.
     """
 
     deltas: Deltas
@@ -62,6 +63,7 @@ class Keep(NamedTuple):
     thr: U64
     cut: I64
     bits: U32 | None = None
+    given: bool = False
 
 
 class Votes(NamedTuple):

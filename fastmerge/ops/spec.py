@@ -85,7 +85,7 @@ class Spec:
         self.double = any(d.code == 0 for d in dtypes)
         self.grain: Grain = method.grain(self)
         self.workspace: int = method.workspace(self)
-        what = type(method), method.gap(), method.words
+        what = type(method), method.gap(), method.wants(), method.words
         self.batch: tuple[object, ...] = (*what, dtypes, out_dtype, has_base, self.models)
 
     @property

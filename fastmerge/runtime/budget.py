@@ -28,7 +28,7 @@ class Need(NamedTuple):
         best: bytes of a slot that holds a unit of the preferred size.
         tables: bytes that the largest op keeps beside the slots, between its passes.
         statistics: whether any op has statistics of a tensor or of the model.
-        beside: bytes that a unit takes beside its slot while its inputs are made.
+        beside: bytes that a unit takes beside its slot: while its inputs are made, or for whole tensors.
     """
 
     least: int
@@ -71,9 +71,10 @@ def need(ops: Sequence[Op], *, elements: int = UNIT_ELEMENTS, whole: Callable[[S
         if any(map(workspace, op.inputs)):
             made.add(op.spec)
         spec, price = op.spec, cost(op)
-        n = spec.numel
-        if spec.grain == "matrix" or whole(spec):
+        n, uncut = spec.numel, spec.grain == "matrix" or whole(spec)
+        if uncut:
             piece = keep = n
+            beside = max(beside, spec.workspace)
         elif spec.grain == "row":
             piece, keep = max(spec.row, TILE), max(spec.row, elements)
         else:
@@ -81,7 +82,8 @@ def need(ops: Sequence[Op], *, elements: int = UNIT_ELEMENTS, whole: Callable[[S
         least = max(least, price.of(min(n, piece)))
         best = max(best, price.of(min(n, keep)) + price.past)
         bundles = max(bundles, price)
-        tables = max(tables, spec.workspace)
+        if not uncut:
+            tables = max(tables, spec.workspace)
         statistics |= spec.grain in ("tensor", "model")
     total = sum([op.spec.numel for op in ops])
     for op in ops if made else ():

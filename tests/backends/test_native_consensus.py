@@ -259,6 +259,8 @@ def test_bits_that_l1_left(keep, codes, out, elect):
         drawn = sums.copy()
         _native.l1(rows, ins, *case.keep_args(), drawn)
         assert np.array_equal(sums, drawn, equal_nan=True)
+        _native.l1(other, ins, *case.keep_args(), drawn, bits, given=True)
+        assert np.array_equal(sums, drawn, equal_nan=True), "given, they are taken as they are"
         args = (out, *case.keep_args(), elect, False, 0, 0, case.f, case.scale, np.zeros(len(rows), np.int64))
         _native.consensus(other, ins, *args, bits)
         assert differences(outs, case.expected()) == []

@@ -6,6 +6,8 @@ import torch
 
 import fastmerge as fm
 from fastmerge.methods import arcee_fusion, get
+from fastmerge.ops import blocks
+from fastmerge.philox import u16
 from tests import oracle
 from tests.compare import differences
 
@@ -162,9 +164,9 @@ def test_della_keeps_by_rank(shape):
     method, rows = op.spec.method, d if len(shape) > 1 else d[None]
     rank = rows.abs().argsort(dim=1).argsort(dim=1)
     want = 0.1 + 0.6 * rank / (rows.shape[1] - 1)
-    got = torch.from_numpy(method.thresholds(rows, 0)).reshape(want.shape) / 65536
+    got = torch.from_numpy(method.thresholds(blocks.keys(rows), 0)).reshape(want.shape) / 65536
     assert (got - want).abs().max() <= 2**-16
-    kept = torch.from_numpy(method.keep(d.reshape(-1), op, 0)).reshape(want.shape)
+    kept = torch.from_numpy(method.keep(blocks.keys(d.reshape(-1)), op, 0, u16)).reshape(want.shape)
     for part in (rank < rows.shape[1] // 2, rank >= rows.shape[1] // 2):
         p, n = want[part].mean().item(), int(part.sum())
         assert abs(kept[part].double().mean().item() - p) < 4 * (p * (1 - p) / n) ** 0.5

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import tracemalloc
 
 import pytest
 import torch
@@ -118,6 +119,22 @@ def test_inputs_may_be_strided_in_the_reference(method):
     strided = [x.T.contiguous().T for x in inputs]
     assert not strided[0].is_contiguous()
     assert differences(reference([op], [strided]), reference([op], [inputs])) == []
+
+
+@pytest.mark.parametrize("types", ["bf16", "fp16", "fp32", "fp64"])
+@pytest.mark.parametrize("name", ["breadcrumbs", "breadcrumbs_ties", "della", "della_linear"])
+def test_masks_take_what_they_say(name, types):
+    """Keys, copies and masks beside the slot: what the budget is charged with for a tensor that is never cut."""
+    op = oracle.op_of(get(name), get(name).cases[0], (600, 700), types)
+    inputs = [oracle.inputs_of(op)]
+    out = torch.empty(op.spec.shape, dtype=inputs[0][0].dtype)
+    (s,) = oracle.segments([op], inputs, [out], oracle.cut([op], 1 << 62))
+    program = get(name).program([op], oracle.FAST)
+    tracemalloc.start()
+    program.apply(s)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 0.4 * op.spec.workspace <= peak <= op.spec.workspace + 100_000
 
 
 def mixtures():

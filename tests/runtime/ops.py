@@ -21,6 +21,9 @@ class Toy:
     def grain(self, spec):
         return self._grain
 
+    def wants(self):
+        return ()
+
     def workspace(self, spec):
         return 300 * spec.rows if self._grain == "row" else self._workspace
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -203,11 +204,16 @@ class ConsensusProgram(Program):
         if not self._due:
             self._tables = self._make_tables()
 
-    def _end_l1(self, sums: F64) -> None:
+    def _fold(self, sums: F64) -> list[list[list[float]]]:
+        """Magnitudes of each tensor and model, before and after, from those of tiles."""
         models = len(self._words.weight)
         first = np.concatenate([[0], np.cumsum(self._tiles)])
         totals = self._kernels.fold(np.ascontiguousarray(sums.reshape(len(sums), 2 * models)), first)
-        for g, row in enumerate(totals.reshape(-1, models, 2).tolist()):
+        found: list[list[list[float]]] = totals.reshape(-1, models, 2).tolist()
+        return found
+
+    def _end_l1(self, sums: F64) -> None:
+        for g, row in enumerate(self._fold(sums)):
             for i, (before, after) in enumerate(row):
                 self._factor[g, i] = l1_factor(before, after, self._ops[g].name)
 
@@ -218,6 +224,24 @@ class ConsensusProgram(Program):
         if self._words.whole_model:
             more[:] = more.sum()
         self._majority = np.where(more > 0, 1.0, -1.0)
+
+    def masked(self, segments: Segments, bits: U32, thinned: Sequence[int]) -> None:
+        """Sums of magnitudes and the merge of whole tensors, where bits say what is kept of each model.
+
+        Args:
+            segments: every group whole.
+            bits: as :class:`fastmerge.ops.kernels.Keep` has them.
+            thinned: the models that have lost anything; the others keep their size.
+        """
+        keep = self._keep(segments, bits=bits)._replace(given=True)
+        if self._words.l1 != "none":
+            numbered, spans, tiles = number(segments)
+            sums = np.empty((tiles, len(self._words.weight), 2))
+            self._kernels.l1(numbered, keep, sums)
+            totals = self._fold(gather([Partial(spans, sums)], self._tiles))
+            for g, i in itertools.product(range(len(self._ops)), thinned):
+                self._factor[g, i] = l1_factor(totals[g][i][0], totals[g][i][1], self._ops[g].name)
+        self._kernels.consensus(segments, keep, self._make_tables())
 
     def apply(self, segments: Segments) -> None:
         """The merge itself."""
