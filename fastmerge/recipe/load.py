@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fastmerge.checkpoint.system import read_regular
 from fastmerge.errors import RecipeError
-from fastmerge.methods.base import Method, Param
+from fastmerge.methods.base import REQUIRED, Method, Param
 from fastmerge.recipe import stray
 from fastmerge.recipe import tree as yamltree
 from fastmerge.recipe.modules import hoist
@@ -119,12 +119,9 @@ def _extra(data: Any, loc: Loc, method: type[Method] | None, problems: Problems)
         problems.warn(loc, "ignored: it never changes a result (its place is under 'parameters:')")
         return
     container = next((p for p in reversed(loc[:-1]) if isinstance(p, str)), "")
-    if container != "tokenizer" and method and key in {p.name for p in method.params}:
-        problems.add(loc, f"{key!r} is a parameter of {method.name!r}: put it under 'parameters:'")
-        return
     for part in loc[:-1]:
         data = data[part]
-    stray.key(problems, loc, container, data)
+    stray.key(problems, loc, container, data, method)
 
 
 def _message(error: Any) -> str:
@@ -229,13 +226,16 @@ class _Levels:
         return Parameters(items)
 
     def _shared(self, setting: Setting | None, param: Param, here: Loc, common: Sequence[Parameters]) -> None:
-        """Judges a shared parameter of one model: mergekit ignores it, which is right where it changes nothing."""
+        """Says what becomes of a shared parameter of one model, which mergekit ignores: nothing."""
         default = Setting((Rule(self._defaults[param.name]),))
         effect: Setting = next((level[param.name] for level in common if param.name in level), default)
         if setting == effect:
             self._problems.warn(here, "shared by all models, ignored for one; it is what the others have too")
         elif setting is not None:
-            self._problems.add(here, "shared by all models: put it under the 'parameters:' of the recipe or the slice")
+            what = f"ignored for one model: all models share {param.name!r}"
+            now = f" ({effect.plain()!r} is in effect)" if effect != Setting((Rule(REQUIRED),)) else ""
+            place = "its place is under the 'parameters:' of the recipe or the slice"
+            self._problems.warn(here, f"{what}{now}; {place}")
 
 
 def _each(owner: dict[str, Any], key: str, loc: Loc) -> Iterator[tuple[Any, Loc]]:

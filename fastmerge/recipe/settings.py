@@ -7,7 +7,7 @@ from typing import Any
 
 from fastmerge.methods.base import Param
 from fastmerge.methods.parameters import Parameters, Rule, Scalar, Setting, Value, convert
-from fastmerge.recipe.problems import Problems, hint
+from fastmerge.recipe.problems import Problems, misspelt
 from fastmerge.recipe.tree import Loc, Map, Seq, kind
 
 
@@ -44,7 +44,9 @@ def read(raw: Any, param: Param | None, loc: Loc, problems: Problems) -> Setting
 def _rule(raw: Map, param: Param | None, loc: Loc, problems: Problems) -> Rule | None:
     for key in raw:
         if key not in ("filter", "value"):
-            problems.add((*loc, key), f"unknown key; an entry has 'filter' and 'value'{hint(key, ('filter', 'value'))}")
+            meant = misspelt(key, ("filter", "value"), raw)
+            said = f"unknown key{f' (did you mean {meant!r}?)' if meant else ', ignored'}; an entry has 'filter' and 'value'"
+            (problems.add if meant else problems.warn)((*loc, key), said)
     pattern = raw.get("filter")
     if pattern is not None and not isinstance(pattern, str):
         problems.add((*loc, "filter"), f"a filter is part of a tensor name; got {pattern!r} (quote it if it is a name)")
