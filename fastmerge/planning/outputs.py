@@ -265,7 +265,7 @@ class _Part:
         self.resolver = Resolver(
             method,
             [s.parameters for s in part.sources],
-            (part.parameters, recipe.parameters),
+            part.levels,
             preset=recipe.preset,
             place=f"{dotted(part.loc)}: ",
             models=[str(ref) for ref in self.refs],

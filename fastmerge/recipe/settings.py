@@ -45,8 +45,9 @@ def _rule(raw: Map, param: Param | None, loc: Loc, problems: Problems) -> Rule |
     for key in raw:
         if key not in ("filter", "value"):
             meant = misspelt(key, ("filter", "value"), raw)
-            said = f"unknown key{f' (did you mean {meant!r}?)' if meant else ', ignored'}; an entry has 'filter' and 'value'"
-            (problems.add if meant else problems.warn)((*loc, key), said)
+            said = f" (did you mean {meant!r}?)" if meant else ", ignored"
+            tell = problems.add if meant else problems.warn
+            tell((*loc, key), f"unknown key{said}; an entry has 'filter' and 'value'")
     pattern = raw.get("filter")
     if pattern is not None and not isinstance(pattern, str):
         problems.add((*loc, "filter"), f"a filter is part of a tensor name; got {pattern!r} (quote it if it is a name)")

@@ -22,7 +22,7 @@ _INSIDE = {
     "filter": "an entry {filter, value} of a parameter",
     "value": "an entry {filter, value} of a parameter",
 }
-"""Keys below those of :data:`KEYS`: where they are ignored, another model or other tensors are merged than asked for."""
+"""Keys below those of :data:`KEYS`: ignored, another model or other tensors would be merged than asked for."""
 
 _OWN = ("x-", "_", ".")
 """Beginnings of keys that hold what anchors are put at; no misspellings."""
