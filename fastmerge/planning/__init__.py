@@ -16,6 +16,7 @@ from fastmerge.errors import CheckpointError, RecipeError
 from fastmerge.ops.spec import Op
 from fastmerge.planning import carry as carrying
 from fastmerge.planning import config_json as configuring
+from fastmerge.planning import idle
 from fastmerge.planning.modules import Modules
 from fastmerge.planning.outputs import Outputs
 from fastmerge.planning.plan import Plan
@@ -81,6 +82,8 @@ def plan(
             stacks.append(sliced(recipe, part.module, opened, modules))
             rows += stacks[-1].rows
     made = outputs.build(rows)
+    if any(part.resolver.gradient for part in outputs.parts):
+        warnings |= dict.fromkeys(idle.gradients(recipe, modules))
     if not made:
         raise CheckpointError("nothing to merge: the models have no tensors")
     if recipe.donor_only_base:

@@ -18,6 +18,7 @@ from fastmerge.methods.parameters import Resolver
 from fastmerge.methods.passthrough import COPY, Passthrough
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op, Source, Spec
+from fastmerge.planning import idle
 from fastmerge.planning.inputs import Found, Inputs
 from fastmerge.planning.rows import Models, Row
 from fastmerge.planning.shapes import Shapes
@@ -117,15 +118,8 @@ class Outputs:
         self.notes.other += self.inputs.problems
         self.notes.warnings |= self.inputs.warnings
         self.notes.untied = self.inputs.ties.untied
-        lost = [dict.fromkeys(part.resolver.unmatched()) for part in self.parts]
-        used = {
-            f for part, names in zip(self.parts, lost, strict=True) for f in part.resolver.filters if f not in names
-        }
-        idle = list(dict.fromkeys(f for names in lost for f in names if f not in used))
-        for pattern in idle[:SHOWN]:
-            self.notes.warnings[f"the filter {pattern!r} matches no tensor name"] = None
-        if len(idle) > SHOWN:
-            self.notes.warnings[f"{len(idle) - SHOWN:,} more filters match no tensor name"] = None
+        names = self.models.order(self.inputs.sources[0].refs[0])
+        self.notes.warnings |= dict.fromkeys(idle.filters(self.recipe, [p.resolver for p in self.parts], names))
         self.notes.check()
         return tuple(out)
 

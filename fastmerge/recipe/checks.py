@@ -234,6 +234,19 @@ def places(recipe: Shape) -> Iterator[tuple[Loc, ModelRef]]:
                 yield (*module.loc, "slices", i, "sources", k, "model"), source.model
 
 
+def levels(recipe: Shape) -> Iterator[tuple[Loc, Parameters]]:
+    """Every ``parameters`` of a recipe, with its place."""
+    yield ("parameters",), recipe.parameters
+    for module in recipe.every_module:
+        yield (*module.loc, "parameters"), module.parameters
+        for i, m in enumerate(module.models):
+            yield (*module.loc, "models", i, "parameters"), m.parameters
+        for i, s in enumerate(module.slices):
+            yield (*module.loc, "slices", i, "parameters"), s.parameters
+            for k, source in enumerate(s.sources):
+                yield (*module.loc, "slices", i, "sources", k, "parameters"), source.parameters
+
+
 def _lift(recipe: Recipe, method: type[Method], problems: Problems) -> Recipe:
     """Moves a shared parameter that every model states alike to the level that shared parameters are read from."""
     names = [p.name for p in method.params if (method.name, p.name) in LIFTED]
@@ -334,4 +347,4 @@ def _given(levels: Iterable[Parameters], param: Param) -> bool:
     return any(level.get(param.name) not in (None, Setting(())) for level in levels)
 
 
-__all__ = ["REST", "UNNAMED", "Part", "Slice", "check", "donor_only_base", "parts", "refs", "tokenizer_ref"]
+__all__ = ["REST", "UNNAMED", "Part", "Slice", "check", "donor_only_base", "levels", "parts", "refs", "tokenizer_ref"]

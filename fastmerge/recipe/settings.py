@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from fastmerge.methods.base import Param
@@ -34,11 +35,23 @@ def read(raw: Any, param: Param | None, loc: Loc, problems: Problems) -> Setting
             else:
                 problems.add((*loc, i), "a list holds either values or {filter, value} entries, not both")
         good = tuple(r for r in rules if r is not None)
-        return Setting(good) if len(good) == len(raw) else None
+        if len(good) < len(raw):
+            return None
+        for i, rule in enumerate(good):
+            _reached(rule, good[:i], (*loc, i), problems)
+        return Setting(good)
     if isinstance(raw, Seq) and not raw:
         return Setting(())
     value = _value(raw, param, loc, problems)
     return None if value is None else Setting((Rule(value),))
+
+
+def _reached(rule: Rule, before: Sequence[Rule], loc: Loc, problems: Problems) -> None:
+    """Warns of an entry that comes too late: the first entry that a name matches counts."""
+    first = next((r for r in before if not r.filter or (rule.filter and r.filter in rule.filter)), None)
+    if first is not None:
+        what = f"names with {first.filter!r}" if first.filter else "all tensors"
+        problems.warn(loc, f"never reached: an entry for {what} stands before it, and the first one counts")
 
 
 def _rule(raw: Map, param: Param | None, loc: Loc, problems: Problems) -> Rule | None:

@@ -129,7 +129,7 @@ def test_the_smaller_of_two_modules_has_what_is_in_both():
         (
             {"multi_modal_projector": ranges(("ab", 0, 1))},
             vlm(),
-            "'slices' of 'multi_modal_projector' need layers in that module; found model.language_model.layers (4), model",
+            "'slices' of 'multi_modal_projector' need layers in that module; found model.language_model.layers (4), ",
         ),
         (
             {"vision_tower": ranges(("ab", 2, 4))},
