@@ -304,7 +304,7 @@ def _contract(recipe: Shape, part: Part, method: type[Method], problems: Problem
         what = "input" if contract.base == "ignored" else "model"
         beside = "" if part.base is None else f" beside the base {str(part.base)!r}"
         joined = ""
-        if contract.base == "ignored" and recipe.base_model == part.sources[-1].model and not part.ranges:
+        if contract.base == "ignored" and part.loc[-1] == "models" and recipe.base_model == part.sources[-1].model:
             joined = " (the base_model joins as an input: this method has no base)"
         expected = _count(contract.least, contract.most, what)
         problems.add(part.loc, f"{method.name!r} takes {expected}{beside}; got {count}{joined}")
