@@ -42,6 +42,7 @@ def plan(
     seed: int | None = None,
     shard_size: float = SHARD_SIZE,
     models: Mapping[str, Checkpoint] | None = None,
+    strict: bool = False,
 ) -> Plan:
     """Decides everything about a merge before any weight is read.
 
@@ -50,6 +51,7 @@ def plan(
         seed: of the random numbers; the recipe's own, or 0, where None.
         shard_size: most bytes of an output shard.
         models: models that are open already, by reference as the recipe writes it; others are opened.
+        strict: whether settings that come to nothing in these models are errors.
 
     Returns:
         The plan. Its warnings are for people; nothing in it is undecided.
@@ -82,8 +84,10 @@ def plan(
             stacks.append(sliced(recipe, part.module, opened, modules))
             rows += stacks[-1].rows
     made = outputs.build(rows)
-    if any(part.resolver.gradient for part in outputs.parts):
-        warnings |= dict.fromkeys(idle.gradients(recipe, modules))
+    settings = idle.settings(recipe, [part.resolver for part in outputs.parts], opened, modules)
+    if strict and settings:
+        raise RecipeError(settings)
+    warnings |= dict.fromkeys(settings)
     if not made:
         raise CheckpointError("nothing to merge: the models have no tensors")
     if recipe.donor_only_base:

@@ -11,6 +11,7 @@ from fastmerge.recipe.checks import levels
 if TYPE_CHECKING:
     from fastmerge.methods.parameters import Resolver
     from fastmerge.planning.modules import Modules
+    from fastmerge.planning.rows import Models
     from fastmerge.recipe import Part, Recipe
     from fastmerge.recipe.tree import Loc
 
@@ -18,19 +19,27 @@ SHOWN = 200
 """Filters that are listed; more are counted."""
 
 
-def filters(recipe: Recipe, resolvers: Sequence[Resolver], names: Sequence[str]) -> list[str]:
-    """Warnings of filters that match no tensor in any part, with the nearest word of the tensors' names.
+def settings(recipe: Recipe, resolvers: Sequence[Resolver], models: Models, modules: Modules) -> list[str]:
+    """A warning for each of them.
 
     Args:
         recipe: whose they are.
         resolvers: of its parts, once all rows are planned.
-        names: of tensors.
+        models: opened.
+        modules: of the recipe.
     """
+    lengths = _gradients(recipe, modules) if any(r.gradient for r in resolvers) else []
+    return _filters(recipe, resolvers, models) + lengths
+
+
+def _filters(recipe: Recipe, resolvers: Sequence[Resolver], models: Models) -> list[str]:
+    """Filters that match no tensor in any part, with the nearest word of the tensors' names."""
     lost = [dict.fromkeys(r.unmatched()) for r in resolvers]
     used = {f for r, missed in zip(resolvers, lost, strict=True) for f in r.filters if f not in missed}
     idle = list(dict.fromkeys(f for missed in lost for f in missed if f not in used))
     if not idle:
         return []
+    names = models.order(recipe.parts[0].sources[0].model)
     words = {w for n in names for w in n.split(".") if not w.isdigit()}
     where: dict[str, Loc] = {}
     for loc, level in levels(recipe):
@@ -45,8 +54,8 @@ def filters(recipe: Recipe, resolvers: Sequence[Resolver], names: Sequence[str])
     return out + [f"{len(idle) - SHOWN:,} more filters match no tensor name"] * (len(idle) > SHOWN)
 
 
-def gradients(recipe: Recipe, modules: Modules) -> list[str]:
-    """Warnings of gradients with more values than there are layers, of which some are passed over."""
+def _gradients(recipe: Recipe, modules: Modules) -> list[str]:
+    """Gradients with more values than there are layers, of which some are passed over."""
     parts = [part for part in recipe.parts if part.levels]
     counts = [part.ranges[0][1] - part.ranges[0][0] if part.ranges else 0 for part in parts]
     out = []

@@ -18,7 +18,6 @@ from fastmerge.methods.parameters import Resolver
 from fastmerge.methods.passthrough import COPY, Passthrough
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op, Source, Spec
-from fastmerge.planning import idle
 from fastmerge.planning.inputs import Found, Inputs
 from fastmerge.planning.rows import Models, Row
 from fastmerge.planning.shapes import Shapes
@@ -118,8 +117,6 @@ class Outputs:
         self.notes.other += self.inputs.problems
         self.notes.warnings |= self.inputs.warnings
         self.notes.untied = self.inputs.ties.untied
-        names = self.models.order(self.inputs.sources[0].refs[0])
-        self.notes.warnings |= dict.fromkeys(idle.filters(self.recipe, [p.resolver for p in self.parts], names))
         self.notes.check()
         return tuple(out)
 
