@@ -59,7 +59,7 @@ def plan(
     loaded = Recipe.load(recipe, strict=strict)
     if allow_missing:
         loaded = loaded.model_copy(update={"missing": "merge"})
-    return planning.plan(loaded, seed=seed, shard_size=parse_bytes(shard_size))
+    return planning.plan(loaded, seed=seed, shard_size=parse_bytes(shard_size), strict=strict)
 
 
 def merge(

@@ -16,15 +16,18 @@ from fastmerge.errors import CheckpointError, RecipeError
 from fastmerge.ops.spec import Op
 from fastmerge.planning import carry as carrying
 from fastmerge.planning import config_json as configuring
+from fastmerge.planning import idle
+from fastmerge.planning.modules import Modules
 from fastmerge.planning.outputs import Outputs
 from fastmerge.planning.plan import Plan
-from fastmerge.planning.rows import Models, sliced, whole
-from fastmerge.recipe import ModelRef, Recipe
+from fastmerge.planning.rows import Models, Row, Stacked, sliced, whole
+from fastmerge.recipe import UNNAMED, ModelRef, Recipe
 from fastmerge.version import __version__
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint.adapter import Adapter
     from fastmerge.planning.restack import SourceLayer
+    from fastmerge.planning.structure import Stack
 
 ENGINE = "1"
 """Version of the frozen arithmetic and of the plan: another one may give other bytes."""
@@ -39,6 +42,7 @@ def plan(
     seed: int | None = None,
     shard_size: float = SHARD_SIZE,
     models: Mapping[str, Checkpoint] | None = None,
+    strict: bool = False,
 ) -> Plan:
     """Decides everything about a merge before any weight is read.
 
@@ -47,6 +51,7 @@ def plan(
         seed: of the random numbers; the recipe's own, or 0, where None.
         shard_size: most bytes of an output shard.
         models: models that are open already, by reference as the recipe writes it; others are opened.
+        strict: whether settings that come to nothing in these models are errors.
 
     Returns:
         The plan. Its warnings are for people; nothing in it is undecided.
@@ -65,17 +70,24 @@ def plan(
     warnings |= dict.fromkeys(text for ref in recipe.refs for text in opened.sources[ref].warnings)
     warnings |= dict.fromkeys(opened.align(recipe))
     outputs = Outputs(recipe, opened, seed)
-    layers: list[SourceLayer] | None = None
-    if recipe.slices:
-        stacked = sliced(recipe, recipe.parts, opened)
-        rows = stacked.rows
-        from fastmerge.planning.restack import SourceLayer
-
-        layers = [SourceLayer(str(ref), opened.checkpoints[ref].config, i) for ref, i in stacked.layers]
-    else:
-        _same_depth(recipe, opened)
-        rows = whole(recipe, recipe.parts[0], opened, gradient=outputs.parts[0].resolver.gradient)
+    modules = Modules(recipe, opened)
+    _same_depth(recipe, opened, modules)
+    rows: list[Row] = []
+    stacks: list[Stacked] = []
+    for i, part in enumerate(recipe.parts):
+        if not part.ranges:
+            found = whole(recipe, i, opened, modules, gradient=outputs.parts[i].resolver.gradient)
+            if part.loc == UNNAMED:
+                warnings |= dict.fromkeys(modules.note(found, part.sources[0].model))
+            rows += found
+        elif part.module not in {p.module for p in recipe.parts[:i]}:
+            stacks.append(sliced(recipe, part.module, opened, modules))
+            rows += stacks[-1].rows
     made = outputs.build(rows)
+    settings = idle.settings(recipe, [part.resolver for part in outputs.parts], opened, modules)
+    if strict and settings:
+        raise RecipeError(settings)
+    warnings |= dict.fromkeys(settings)
     if not made:
         raise CheckpointError("nothing to merge: the models have no tensors")
     if recipe.donor_only_base:
@@ -94,11 +106,11 @@ def plan(
             donor.config,
             dtype=_main_type(made),
             untied=outputs.notes.untied,
-            layers=layers,
-            structure=None if layers is None else opened.structure(donor_ref),
+            stacks=_origins(stacks, opened),
+            structure=opened.structure(donor_ref) if stacks else None,
         )
         warnings |= dict.fromkeys(notes)
-    files, notes = carrying.carry(recipe, donor, tokenizer, checkpoints, _by_row(recipe, opened), config)
+    files, notes = carrying.carry(recipe, donor, tokenizer, checkpoints, _by_row(recipe, opened, modules), config)
     warnings |= dict.fromkeys(notes)
     warnings |= outputs.notes.warnings
     adapters = tuple([a.checkpoint for a in opened.adapters.values()])
@@ -130,6 +142,18 @@ def _placed(made: Sequence[Op], where: Layout) -> tuple[Op, ...]:
         names, specs, keys, inputs, _ = zip(*map(named.__getitem__, where.places), strict=True)
     fields = zip(names, specs, keys, inputs, zip(where.places.values(), strict=True), strict=True)
     return tuple(map(of_fields, itertools.repeat(Op), fields))
+
+
+def _origins(stacks: Sequence[Stacked], models: Models) -> list[tuple[Stack, list[SourceLayer]]]:
+    """For each stack that slices made, the model and layer that each of its layers comes from."""
+    if not stacks:
+        return []
+    from fastmerge.planning.restack import SourceLayer
+
+    return [
+        (found.stack, [SourceLayer(str(ref), models.checkpoints[ref].config, i) for ref, i in found.layers])
+        for found in stacks
+    ]
 
 
 def _first(recipe: Recipe) -> ModelRef:
@@ -170,37 +194,39 @@ def _compare(recipe: Recipe, models: Models, donor: ModelRef) -> list[str]:
         return []
     from fastmerge.planning import compare as comparing
 
-    alone = {part.sources[0].model for part in recipe.parts if recipe.slices and len(part.sources) == 1}
+    alone = {part.sources[0].model for part in recipe.parts if part.ranges and len(part.sources) == 1}
     problems = comparing.strangers(str(donor), mine, [(str(r), c) for r, c in configs.items() if r in alone])
     if problems:
         raise RecipeError(problems)
     return comparing.disagreements(str(donor), mine, [(str(r), c) for r, c in configs.items()])
 
 
-def _by_row(recipe: Recipe, models: Models) -> list[Checkpoint]:
+def _by_row(recipe: Recipe, models: Models, modules: Modules) -> list[Checkpoint]:
     """Models that give rows to the embeddings or the head of the output."""
-    parts = recipe.parts
+    parts = modules.embedding(recipe.parts)
     refs = dict.fromkeys(s.model for part in (parts[0], parts[-1]) for s in part.sources)
     return [models.checkpoints[ref] for ref in refs]
 
 
-def _same_depth(recipe: Recipe, models: Models) -> None:
+def _same_depth(recipe: Recipe, models: Models, modules: Modules) -> None:
     """Models with different layer counts share most names; merging those would be wrong.
 
     Looks only where the names differ: equal names are equal layers.
     """
     if models.alike:
         return
-    refs = [s.model for s in recipe.parts[0].sources]
-    depths: dict[str, dict[str, int]] = {}
-    for ref in refs:
-        for stack in models.structure(ref).stacks:
-            depths.setdefault(stack.prefix, {})[str(ref)] = stack.count
     problems = []
-    for prefix, counts in depths.items():
-        if len(set(counts.values())) > 1:
-            shown = ", ".join(f"{ref!r} {n}" for ref, n in counts.items())
-            problems.append(f"{prefix}: the models have different numbers of layers: {shown}; 'slices' can pick layers")
+    for part in recipe.parts:
+        depths: dict[str, dict[str, int]] = {}
+        for ref in () if part.ranges else [s.model for s in part.sources]:
+            for stack in modules.stacks(ref, part.module, every=True):
+                depths.setdefault(stack.prefix, {})[str(ref)] = stack.count
+        for prefix, counts in depths.items():
+            if len(set(counts.values())) > 1:
+                shown = ", ".join(f"{ref!r} {n}" for ref, n in counts.items())
+                problems.append(
+                    f"{prefix}: the models have different numbers of layers: {shown}; 'slices' can pick layers"
+                )
     if problems:
         raise CheckpointError(problems)
 

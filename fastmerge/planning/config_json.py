@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.dtypes import DType
-from fastmerge.planning.structure import TEXT_CONFIGS, Structure
+from fastmerge.planning.structure import TEXT_CONFIGS, Stack, Structure, counting
 
 if TYPE_CHECKING:
     from fastmerge.planning.restack import SourceLayer
@@ -25,7 +25,7 @@ def rewrite(
     *,
     dtype: DType | None,
     untied: bool,
-    layers: Sequence[SourceLayer] | None,
+    stacks: Sequence[tuple[Stack, Sequence[SourceLayer]]],
     structure: Structure | None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The configuration of the output.
@@ -34,8 +34,8 @@ def rewrite(
         config: the donor's.
         dtype: type of most bytes of the output; None leaves the type alone.
         untied: whether the output has a head of its own that some model tied to its embedding.
-        layers: where each output layer comes from; None without slices.
-        structure: of the donor; used with ``layers`` only.
+        stacks: stacks of layers that slices made, with the origin of each layer of the output.
+        structure: of the donor; used with ``stacks`` only.
 
     Returns:
         The configuration and warnings.
@@ -57,16 +57,22 @@ def rewrite(
         # Models whose tensors are quantised are refused: what is left of such a section describes none of them.
         for key in _QUANTISED:
             block.pop(key, None)
-    if layers is not None:
-        main = structure.main if structure is not None else None
-        keys = structure.keys if structure is not None else ()
-        if main is not None:
-            from fastmerge.planning.restack import count_keys, restack
+    for stack, layers in stacks:
+        from fastmerge.planning.restack import count_keys, restack
 
-            keys = keys or tuple(count_keys(config, main.count))
-            warnings += restack(out, keys, main.count, layers)
+        found = structure.stacks if structure is not None else ()
+        main = structure.main if structure is not None else None
+        own = next((s for s in found if s.prefix == stack.prefix), main)
+        keys: Sequence[tuple[str, ...]] = ()
+        if own is not None and own == main and structure is not None:
+            keys = structure.keys or tuple(count_keys(config, own.count))
+        elif own is not None:
+            keys = counting(config, own)
+        if own is not None:
+            warnings += restack(out, keys, own.count, layers)
         if not keys:
-            warnings.append(f"config.json has no layer count to rewrite; the output has {len(layers)} layers")
+            of = "" if own is None or own == main else f" of {own.prefix!r}"
+            warnings.append(f"config.json has no layer count{of} to rewrite; the output has {len(layers)} layers")
     return out, warnings
 
 

@@ -117,15 +117,6 @@ class Outputs:
         self.notes.other += self.inputs.problems
         self.notes.warnings |= self.inputs.warnings
         self.notes.untied = self.inputs.ties.untied
-        lost = [dict.fromkeys(part.resolver.unmatched()) for part in self.parts]
-        used = {
-            f for part, names in zip(self.parts, lost, strict=True) for f in part.resolver.filters if f not in names
-        }
-        idle = list(dict.fromkeys(f for names in lost for f in names if f not in used))
-        for pattern in idle[:SHOWN]:
-            self.notes.warnings[f"the filter {pattern!r} matches no tensor name"] = None
-        if len(idle) > SHOWN:
-            self.notes.warnings[f"{len(idle) - SHOWN:,} more filters match no tensor name"] = None
         self.notes.check()
         return tuple(out)
 
@@ -265,7 +256,7 @@ class _Part:
         self.resolver = Resolver(
             method,
             [s.parameters for s in part.sources],
-            (part.parameters, recipe.parameters),
+            part.levels,
             preset=recipe.preset,
             place=f"{dotted(part.loc)}: ",
             models=[str(ref) for ref in self.refs],

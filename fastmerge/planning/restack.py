@@ -28,7 +28,7 @@ _PER_LAYER = frozenset({
 })  # fmt: skip
 """Lists with one entry per layer, whatever their length."""
 
-_ABOUT_LAYERS = re.compile(r"layer|block|attn|attention|mlp|idxs|indices")
+_ABOUT_LAYERS = re.compile(r"layer|block|attn|attention|mlp|idxs|indices|indexes")
 _OF_SOMETHING_ELSE = re.compile(
     r"token|_ids?$|architectures|label|image|vision|video|audio|grid|stage|kernel|stride|task|languages?$|auto_map"
 )

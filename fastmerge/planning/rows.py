@@ -17,6 +17,7 @@ from fastmerge.recipe import ModelRef, Part, Recipe
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint, TensorInfo
     from fastmerge.checkpoint.adapter import Adapter
+    from fastmerge.planning.modules import Modules
 
 
 class Row(NamedTuple):
@@ -128,6 +129,7 @@ class Sources:
         self.refs = [s.model for s in part.sources]
         self.base = self.refs.index(part.base) if part.base is not None else None
         self.first = self.refs.index(reference(recipe, part))
+        self.module = part.module
         self.tensors = [models.tensors(ref) for ref in self.refs]
         order = list(range(len(self.refs)))
         if self.base is not None:
@@ -159,24 +161,34 @@ def reference(recipe: Recipe, part: Part) -> ModelRef:
     return wanted if wanted in sources else sources[0]
 
 
-def whole(recipe: Recipe, part: Part, models: Models, *, gradient: bool) -> list[Row]:
-    """Rows of a merge of whole models: every tensor name of any source.
+def whole(recipe: Recipe, at: int, models: Models, modules: Modules, *, gradient: bool) -> list[Row]:
+    """Rows of a part that merges whole models: every tensor name of any source that is in its module.
+
+    Args:
+        recipe: checked.
+        at: position of the part.
+        models: opened, and aligned.
+        modules: of the recipe.
+        gradient: whether the place of layers matters.
 
     Raises:
         RecipeError: where a gradient needs layers and the reference has none.
     """
+    part = recipe.parts[at]
     first = reference(recipe, part)
     names = dict.fromkeys(models.order(first))
     others = [s.model for s in part.sources if s.model != first]
     for ref in others if not models.alike else ():
         if models.tensors(ref).keys() - names.keys():
             names |= dict.fromkeys(n for n in models.order(ref) if n not in names)
+    if recipe.modules:
+        names = {n: None for n in names if modules.of(n) == part.module}
     if not gradient:
-        return [*map(of_fields, repeat(Row), zip(names, repeat(0), names, repeat(0.0)))]
+        return [*map(of_fields, repeat(Row), zip(names, repeat(at), names, repeat(0.0)))]
     found = models.structure(first)
     if not found.stacks:
         raise RecipeError(f"a gradient needs layers, and the tensor names of {str(first)!r} show none")
-    return [Row(name, 0, name, found.gradient(name)) for name in names]
+    return [Row(name, at, name, found.gradient(name)) for name in names]
 
 
 class Stacked(NamedTuple):
@@ -185,14 +197,16 @@ class Stacked(NamedTuple):
     Attributes:
         rows: in the order of the output.
         layers: for each output layer the reference model of its slice and the layer there.
+        stack: of the first slice's reference model.
     """
 
     rows: list[Row]
     layers: list[tuple[ModelRef, int]]
+    stack: Stack
 
 
-def sliced(recipe: Recipe, parts: Sequence[Part], models: Models) -> Stacked:
-    """Rows of a merge by slices.
+def sliced(recipe: Recipe, module: str, models: Models, modules: Modules) -> Stacked:
+    """Rows of a module (:data:`fastmerge.recipe.REST`: all that is in no other one) that is merged by slices.
 
     Layers are renumbered from 0 in the order of the slices. Tensors before the layers come from the first
     slice's sources, those after from the last slice's (:func:`fastmerge.planning.structure.is_pre`).
@@ -200,18 +214,21 @@ def sliced(recipe: Recipe, parts: Sequence[Part], models: Models) -> Stacked:
     Raises:
         RecipeError: with every range that does not fit, and models whose layers are not found or named alike.
     """
-    return _Slicer(recipe, parts, models).stacked()
+    return _Slicer(recipe, module, models, modules).stacked()
 
 
 class _Slicer:
     """The work of :func:`sliced`."""
 
-    def __init__(self, recipe: Recipe, parts: Sequence[Part], models: Models) -> None:
-        self.parts = parts
+    def __init__(self, recipe: Recipe, module: str, models: Models, modules: Modules) -> None:
+        self.at = [i for i, part in enumerate(recipe.parts) if part.module == module and part.ranges]
+        self.parts = [recipe.parts[i] for i in self.at]
         self.models = models
+        self.modules = modules if recipe.modules else None
+        self.module = module
         self.strict = getattr(recipe, "missing", None) != "merge"
-        self.sources = [_reference_first(recipe, part) for part in parts]
-        self.stacks = _stacks(recipe, parts, models)
+        self.sources = [_reference_first(recipe, part) for part in self.parts]
+        self.stacks = _stacks(recipe, self.parts, models, modules)
         self.made: list[set[str]] = []
         self.before: dict[str, bool] = {}
         for refs in (self.sources[0], self.sources[-1]):
@@ -219,7 +236,7 @@ class _Slicer:
                 self.before |= {n: pre for n, pre in self.outside(ref) if n not in self.before}
 
     def stacked(self) -> Stacked:
-        rows = [Row(n, 0, n) for n in self.names(0) if self.before.get(n) is True]
+        rows = [Row(n, self.at[0], n) for n in self.names(0) if self.before.get(n) is True]
         layers: list[tuple[ModelRef, int]] = []
         for i, part in enumerate(self.parts):
             rows += self.slice(i, len(layers))
@@ -234,8 +251,9 @@ class _Slicer:
                 split = main.split(n)
                 # layers beyond the stack (multi-token prediction) keep their distance from its end
                 out = n if split is None else f"{main.prefix}.{split[0] - main.count + len(layers)}.{split[1]}"
-                rows.append(Row(out, last, n))
-        return Stacked(self.as_in_file(rows) if len(self.parts) == 1 else rows, layers)
+                rows.append(Row(out, self.at[last], n))
+        stack = self.stacks[self.sources[0][0]]
+        return Stacked(self.as_in_file(rows) if len(self.parts) == 1 else rows, layers, stack)
 
     def check(self, layers: Sequence[tuple[ModelRef, int]]) -> None:
         """Refuses layers that fit no one model.
@@ -256,15 +274,19 @@ class _Slicer:
 
     def names(self, i: int) -> Iterable[str]:
         """All names of the sources of a part, the reference's first."""
-        return dict.fromkeys(n for ref in self.sources[i] for n in self.models.order(ref))
+        return dict.fromkeys(n for ref in self.sources[i] for n in self.models.order(ref) if self.inside(n))
+
+    def inside(self, name: str) -> bool:
+        """Whether a tensor is in the module."""
+        return self.modules is None or self.modules.of(name) == self.module
 
     def outside(self, ref: ModelRef) -> Iterator[tuple[str, bool]]:
         """Names outside the main stack, and whether they come before it."""
         main = self.stacks[ref]
-        towers = roots(self.models.structure(ref))
+        towers = roots(self.models.structure(ref)) if self.modules is None else {}
         own = towers.get(main.prefix, "")
         others = tuple(f"{root}." for prefix, root in towers.items() if prefix != main.prefix)
-        places = self.models.layers(ref, main).places
+        places = [place for place in self.models.layers(ref, main).places if self.inside(place[0])]
         ends = [n for n, i, _ in places if i < 0 and (not own or n.startswith(own + "."))]
         last_norm = not any(map(is_last_norm, ends))
         before = True
@@ -295,7 +317,7 @@ class _Slicer:
                 made[k].add(suffix)
                 inputs = tuple([f"{stack.prefix}.{a + k}.{suffix}" for a in starts])
                 t = k / (length - 1) if length > 1 else 1.0
-                yield Row(f"{stack.prefix}.{offset + k}.{suffix}", i, inputs, t)
+                yield Row(f"{stack.prefix}.{offset + k}.{suffix}", self.at[i], inputs, t)
 
     def as_in_file(self, rows: list[Row]) -> list[Row]:
         """Rows of a single slice in the order of the reference model's files."""
@@ -305,17 +327,20 @@ class _Slicer:
         return sorted(rows, key=lambda r: rank.get(r.inputs if isinstance(r.inputs, str) else r.inputs[at], len(rank)))
 
 
-def _stacks(recipe: Recipe, parts: Sequence[Part], models: Models) -> dict[ModelRef, Stack]:
+def _stacks(recipe: Recipe, parts: Sequence[Part], models: Models, modules: Modules) -> dict[ModelRef, Stack]:
     """The stack of layers of each source."""
     problems: list[str] = []
     stacks: dict[ModelRef, Stack] = {}
+    name = parts[0].module
     for ref in dict.fromkeys(s.model for part in parts for s in part.sources):
-        found = models.structure(ref)
-        if found.main is None:
-            shown = ", ".join(f"{s.prefix} ({s.count})" for s in found.stacks) or "none"
-            problems.append(f"{str(ref)!r}: 'slices' needs one stack of layers that fits config.json; found {shown}")
-        else:
-            stacks[ref] = found.main
+        own = modules.stacks(ref, name)
+        if own:
+            stacks[ref] = own[0]
+            continue
+        shown = ", ".join(f"{s.prefix} ({s.count})" for s in models.structure(ref).stacks) or "none"
+        which = f"'slices' of {name!r} need layers in that module" if name else "'slices' needs one stack of layers"
+        fits = "" if name else " that fits config.json"
+        problems.append(f"{str(ref)!r}: {which}{fits}; found {shown}")
     first = next(iter(stacks.values()), None)
     for ref, stack in stacks.items():
         if first is not None and stack.prefix != first.prefix:

@@ -143,7 +143,7 @@ def is_pre(name: str, *, before_layers: bool, other_tower: bool, last_norm: bool
         last_norm: whether a norm that is named after embeddings is the last one, for want of another.
     """
     lower = name.lower()
-    if _HEAD.search(lower):
+    if is_head(name):
         return False
     if other_tower:
         return True
@@ -154,9 +154,30 @@ def is_pre(name: str, *, before_layers: bool, other_tower: bool, last_norm: bool
     return not is_post(name) and before_layers
 
 
+def is_head(name: str) -> bool:
+    """Whether a name is one of a head of a language model, or of what predicts further tokens."""
+    return bool(_HEAD.search(name.lower()))
+
+
 def is_post(name: str) -> bool:
     """Whether a name is one of a norm, a head or a classifier."""
     return bool(_POST.search(name.lower()))
+
+
+def counting(config: Mapping[str, Any], stack: Stack) -> list[tuple[str, ...]]:
+    """Where a configuration counts a stack that is not the main one: paths of keys.
+
+    The stack of an encoder or a decoder is counted by keys of that name; any other one in the block of its module.
+    """
+    path = stack.prefix.lower().split(".")
+    side = next((p for p in path[:2] if p in ("encoder", "decoder")), None)
+    if side is not None and config.get("is_encoder_decoder"):
+        plain = ("num_hidden_layers", "num_layers") if side == "encoder" else ()
+        keys = (f"{side}_layers", f"num_{side}_layers", *plain)
+        return [(key,) for key in keys if config.get(key) == stack.count]
+    tower = "audio" if re.search(r"audio|speech|sound", stack.prefix.lower()) else "vision"
+    found = _counts(config, COUNT_KEYS + OTHER_COUNT_KEYS, [name for name in config if tower in name.lower()])
+    return [at for at, n in found if n == stack.count and len(at) > 1]
 
 
 def is_last_norm(name: str) -> bool | None:

@@ -64,9 +64,9 @@ class Tying:
             original = kept[0]
             for n in family.names:
                 head, row = n in family.heads, by_name.get(n)
-                last = self.sources[-1 if row is None else row.part]
+                last = self._last(first) if row is None else self.sources[row.part]
                 if row is None and head and last is not first and self._own_head(first, family, n):
-                    more.append(Row(n, len(self.sources) - 1, n))
+                    more.append(Row(n, self.sources.index(last), n))
                 elif row is None or n == original:
                     continue
                 if last.refs != first.refs:
@@ -85,6 +85,10 @@ class Tying:
                     (copies if n in kept else dropped).append((n, original))
         self.ties = tied.Ties(untied, tuple(copies), tuple(dropped))
         return [*rows, *more]
+
+    def _last(self, first: Sources) -> Sources:
+        """The last part of the module of a part."""
+        return next(s for s in reversed(self.sources) if s.module == first.module)
 
     def _fit(self, names: Sequence[str], *ends: Sources) -> None:
         """Embedding of the first slice, head of the last: the models need vocabularies of one size."""
@@ -130,6 +134,6 @@ def _keyed(recipe: Recipe) -> bool:
     method = recipe.method
     if method.name.startswith("dare_"):
         return True
-    levels: list[Mapping[str, object]] = [recipe.parameters, *(part.parameters for part in recipe.parts)]
+    levels: list[Mapping[str, object]] = [level for part in recipe.parts for level in part.levels]
     default = method.defaults(recipe.preset).get("trim_scope")
     return default == "model" or any("trim_scope" in level for level in levels)

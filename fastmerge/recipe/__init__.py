@@ -1,8 +1,8 @@
 """Recipes: what is wanted, as a frozen value, from mergekit's YAML and back.
 
-The grammar is mergekit 0.1.5's (``models``, ``slices``, parameters with gradients and filters) plus three keys of
-fastmerge's own, ``preset``, ``seed`` and ``missing``. What mergekit ignores without a word is a warning where it is
-harmless, an error where it is likely a mistake; values that are not finite or out of bounds are errors too.
+The grammar is mergekit 0.1.5's (``models``, ``slices``, ``modules``, parameters with gradients and filters) plus three
+keys of fastmerge's own, ``preset``, ``seed`` and ``missing``. What mergekit ignores without a word is a warning where it
+is harmless, an error where it is likely a mistake; values that are not finite or out of bounds are errors too.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 from fastmerge.errors import RecipeError
 from fastmerge.methods import METHODS
 from fastmerge.methods.base import Method
-from fastmerge.recipe.checks import Part, check, donor_only_base, parts, refs
+from fastmerge.recipe.checks import REST, UNNAMED, Part, check, donor_only_base, parts, refs
 from fastmerge.recipe.load import build, text_of
 from fastmerge.recipe.problems import Origin, dotted
-from fastmerge.recipe.schema import Input, ModelRef, Shape, Slice, Source
+from fastmerge.recipe.schema import Input, ModelRef, Module, Shape, Slice, Source
 from fastmerge.recipe.settings import Parameters, Rule, Setting
 from fastmerge.recipe.tree import Loc
 
@@ -79,7 +79,7 @@ class Recipe(Shape):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """What is merged together: one part for ``models``, one per slice."""
+        """What is merged together: one part for ``models``, one per slice; so for each module, and one for the rest."""
         return parts(self, self.method)
 
     @property
@@ -90,27 +90,35 @@ class Recipe(Shape):
     def plain(self, model: Any = ModelRef.plain) -> dict[str, Any]:
         """The recipe as dictionaries and lists; ``model`` says how a reference is written."""
 
-        def level(item: Input | Slice | Recipe) -> dict[str, Any]:
+        def level(item: Input | Slice | Module | Recipe) -> dict[str, Any]:
             return {"parameters": item.parameters.plain()} if item.parameters else {}
+
+        def members(item: Module | Recipe) -> dict[str, Any]:
+            out: dict[str, Any] = {}
+            if item.models:
+                out["models"] = [{"model": model(m.model), **level(m)} for m in item.models]
+            if item.slices:
+                out["slices"] = [
+                    {
+                        "sources": [
+                            {"model": model(s.model), "layer_range": list(s.layer_range), **level(s)}
+                            for s in part.sources
+                        ],
+                        **({"base_model": model(part.base_model)} if part.base_model else {}),
+                        **level(part),
+                    }
+                    for part in item.slices
+                ]
+            return out
 
         out: dict[str, Any] = {"merge_method": self.merge_method}
         if self.preset is not None:
             out["preset"] = self.preset
         if self.base_model is not None:
             out["base_model"] = model(self.base_model)
-        if self.models:
-            out["models"] = [{"model": model(m.model), **level(m)} for m in self.models]
-        if self.slices:
-            out["slices"] = [
-                {
-                    "sources": [
-                        {"model": model(s.model), "layer_range": list(s.layer_range), **level(s)} for s in part.sources
-                    ],
-                    **({"base_model": model(part.base_model)} if part.base_model else {}),
-                    **level(part),
-                }
-                for part in self.slices
-            ]
+        out |= members(self)
+        if self.modules:
+            out["modules"] = {m.name: members(m) | level(m) for m in self.modules}
         out |= level(self)
         for key in ("dtype", "out_dtype", "chat_template", "seed", "missing"):
             if getattr(self, key) is not None:
@@ -142,4 +150,17 @@ class Recipe(Shape):
         return json.dumps(out, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
-__all__ = ["Input", "ModelRef", "Parameters", "Part", "Recipe", "Rule", "Setting", "Slice", "Source"]
+__all__ = [
+    "REST",
+    "UNNAMED",
+    "Input",
+    "ModelRef",
+    "Module",
+    "Parameters",
+    "Part",
+    "Recipe",
+    "Rule",
+    "Setting",
+    "Slice",
+    "Source",
+]

@@ -5,19 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from fastmerge.methods.base import REQUIRED, Method, Param
 from fastmerge.recipe.load import LIFTED
 from fastmerge.recipe.problems import Problems, hint
-from fastmerge.recipe.schema import Input, ModelRef, Shape, Slice, Source, Tokenizer, model_ref
+from fastmerge.recipe.schema import Input, ModelRef, Module, Shape, Slice, Source, Tokenizer, model_ref
 from fastmerge.recipe.settings import Parameters, Setting
 from fastmerge.recipe.tree import Loc
 
 if TYPE_CHECKING:
     from fastmerge.recipe import Recipe
 
+Owner = TypeVar("Owner", "Recipe", Module)
+
 BUILT_IN_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
+
+
+REST = ""
+"""What no named module of a recipe is about: everything where it names none."""
+
+
+UNNAMED: Loc = ("modules",)
+"""The place of the part that takes over what the modules of a recipe leave."""
 
 
 class Part(NamedTuple):
@@ -26,45 +36,60 @@ class Part(NamedTuple):
     Attributes:
         sources: the inputs in the recipe's order; a base that only ``base_model`` names comes last.
         base: the base, one of the sources; None where the method has none or treats it as an input.
-        parameters: of the slice; empty for a merge of whole models.
+        levels: parameters of the slice, the module and the recipe, the highest level first.
         ranges: layers ``[first, end)`` of each source; empty for whole models.
         loc: where it stands in the recipe.
+        module: which tensors it is about; :data:`REST` is all that no other part is about.
     """
 
     sources: tuple[Input, ...]
     base: ModelRef | None
-    parameters: Parameters
+    levels: tuple[Parameters, ...]
     ranges: tuple[tuple[int, int], ...]
     loc: Loc
+    module: str
 
 
 def parts(recipe: Shape, method: type[Method]) -> tuple[Part, ...]:
-    """The recipe as parts: one for ``models``, one per slice otherwise."""
-    if not recipe.slices:
-        sources, base = list(recipe.models), recipe.base_model
-        if base is not None and base not in {s.model for s in sources}:
-            if _is_pair(recipe, method):
-                base = sources[0].model
-            else:
-                sources.append(Input(model=base))
-        return (Part(tuple(sources), _base(base, method), Parameters(), (), ("models",)),)
-    out = []
-    for i, s in enumerate(recipe.slices):
-        base = _base(s.base_model or recipe.base_model, method)
-        ranges = tuple(source.layer_range for source in s.sources)
-        out.append(Part(s.sources, base, s.parameters, ranges, ("slices", i)))
+    """The recipe as parts: one for ``models``, one per slice otherwise; so for each module.
+
+    What no module is about is the last part then: the base's, else the first model's.
+    """
+    out: list[Part] = []
+    levels: tuple[Parameters, ...]
+    for module in recipe.every_module:
+        name = REST if module.name == "default" else module.name
+        for i, s in enumerate(module.slices):
+            base = _base(s.base_model or recipe.base_model, method)
+            ranges = tuple(source.layer_range for source in s.sources)
+            levels = (s.parameters, module.parameters, recipe.parameters)
+            out.append(Part(s.sources, base, levels, ranges, (*module.loc, "slices", i), name))
+        if not module.slices:
+            sources, base = list(module.models), recipe.base_model
+            if base is not None and base not in {s.model for s in sources}:
+                if _is_pair(recipe, module, method):
+                    base = sources[0].model
+                else:
+                    sources.append(Input(model=base))
+            levels = (module.parameters, recipe.parameters)
+            out.append(Part(tuple(sources), _base(base, method), levels, (), (*module.loc, "models"), name))
+    if all(part.module != REST for part in out):
+        donor = recipe.base_model or out[0].sources[0].model
+        out.append(Part((Input(model=donor),), donor, (), (), UNNAMED, REST))
     return tuple(out)
 
 
 def donor_only_base(recipe: Shape, method: type[Method]) -> bool:
     """Whether ``base_model`` gives configuration and tokenizer only, and the first model is the base."""
-    listed = {m.model for m in recipe.models}
-    return bool(recipe.models) and recipe.base_model not in (None, *listed) and _is_pair(recipe, method)
+    modules = recipe.every_module
+    listed = {m.model for module in modules for m in module.models}
+    return recipe.base_model not in (None, *listed) and any(_is_pair(recipe, m, method) for m in modules)
 
 
-def _is_pair(recipe: Shape, method: type[Method]) -> bool:
+def _is_pair(recipe: Shape, module: Module, method: type[Method]) -> bool:
     # mergekit refuses slerp of two models beside a third as base; people write it for "between these two"
-    return method.name == "slerp" and len(recipe.models) == 2
+    listed = [m.model for m in module.models]
+    return method.name == "slerp" and len(listed) == 2 and recipe.base_model not in listed
 
 
 def _base(base: ModelRef | None, method: type[Method]) -> ModelRef | None:
@@ -73,8 +98,15 @@ def _base(base: ModelRef | None, method: type[Method]) -> ModelRef | None:
 
 def check(recipe: Recipe, method: type[Method] | None, problems: Problems) -> Recipe:
     """Adds whatever is wrong; returns the recipe with lifted parameters moved to their level."""
-    if recipe.modules is None and bool(recipe.models) == bool(recipe.slices):
-        problems.add(("slices",) if recipe.slices else (), "expected exactly one of 'models' and 'slices'")
+    sound = sum(map(bool, (recipe.models, recipe.slices, recipe.modules))) == 1
+    if not sound:
+        loc: Loc = ("modules",) if recipe.modules else ("slices",) if recipe.slices else ()
+        problems.add(loc, "expected exactly one of 'models', 'slices' and 'modules'")
+    for module in recipe.modules:
+        if not module.name.strip() or bool(module.models) == bool(module.slices):
+            what = "exactly one of 'models' and 'slices'" if module.name.strip() else "a name"
+            problems.add(("modules", module.name), f"expected {what}")
+            sound = False
     _duplicates(recipe, problems)
     _slices(recipe, problems)
     recipe = _tokenizer(recipe, problems)
@@ -85,8 +117,10 @@ def check(recipe: Recipe, method: type[Method] | None, problems: Problems) -> Re
         near = hint(recipe.preset, presets)
         problems.add(("preset",), f"{method.name!r} has no preset {recipe.preset!r}{near}; known: {', '.join(presets)}")
     recipe = _lift(recipe, method, problems)
-    if bool(recipe.models) != bool(recipe.slices):
+    if sound:
         for part in parts(recipe, method):
+            if part.loc == UNNAMED:
+                continue
             _contract(recipe, part, method, problems)
             _of_the_base(part, method, problems)
             if recipe.preset is None or recipe.preset in presets:
@@ -95,8 +129,10 @@ def check(recipe: Recipe, method: type[Method] | None, problems: Problems) -> Re
 
 
 def _duplicates(recipe: Shape, problems: Problems) -> None:
-    lists: list[tuple[Loc, Sequence[Input]]] = [(("models",), recipe.models)]
-    lists += [(("slices", i, "sources"), s.sources) for i, s in enumerate(recipe.slices)]
+    lists: list[tuple[Loc, Sequence[Input]]] = []
+    for module in recipe.every_module:
+        lists.append(((*module.loc, "models"), module.models))
+        lists += [((*module.loc, "slices", i, "sources"), s.sources) for i, s in enumerate(module.slices)]
     for loc, inputs in lists:
         seen: set[ModelRef] = set()
         for i, item in enumerate(inputs):
@@ -117,17 +153,19 @@ def _same(ref: ModelRef) -> str:
 
 
 def _slices(recipe: Shape, problems: Problems) -> None:
-    for i, s in enumerate(recipe.slices):
-        lengths = [b - a for a, b in (source.layer_range for source in s.sources)]
+    every = [((*m.loc, "slices", i, "sources"), s.sources) for m in recipe.every_module for i, s in enumerate(m.slices)]
+    for loc, sources in every:
+        ranges = [source.layer_range for source in sources]
+        lengths = [b - a for a, b in ranges]
         if not lengths:
-            problems.add(("slices", i, "sources"), "a slice needs at least one source")
+            problems.add(loc, "a slice needs at least one source")
         elif len(set(lengths)) > 1:
             shown = ", ".join(map(str, lengths))
-            problems.add(("slices", i, "sources"), f"all sources of a slice need equally many layers; got {shown}")
-        elif len({source.layer_range for source in s.sources}) > 1:
-            ranges = ", ".join(f"[{a}, {b})" for a, b in (source.layer_range for source in s.sources))
-            what = f"merges different layers with each other ({ranges}) into {lengths[0]} layers"
-            problems.warn(("slices", i, "sources"), f"{what}; layers that follow each other are slices of their own")
+            problems.add(loc, f"all sources of a slice need equally many layers; got {shown}")
+        elif len(set(ranges)) > 1:
+            shown = ", ".join(f"[{a}, {b})" for a, b in ranges)
+            what = f"merges different layers with each other ({shown}) into {lengths[0]} layers"
+            problems.warn(loc, f"{what}; layers that follow each other are slices of their own")
 
 
 def _tokenizer(recipe: Recipe, problems: Problems) -> Recipe:
@@ -186,26 +224,47 @@ def places(recipe: Shape) -> Iterator[tuple[Loc, ModelRef]]:
     """Where each model stands: the base, then the others in their order."""
     if recipe.base_model is not None:
         yield ("base_model",), recipe.base_model
-    for i, m in enumerate(recipe.models):
-        yield ("models", i, "model"), m.model
-    for i, s in enumerate(recipe.slices):
-        if s.base_model is not None:
-            yield ("slices", i, "base_model"), s.base_model
-        for k, source in enumerate(s.sources):
-            yield ("slices", i, "sources", k, "model"), source.model
+    for module in recipe.every_module:
+        for i, m in enumerate(module.models):
+            yield (*module.loc, "models", i, "model"), m.model
+        for i, s in enumerate(module.slices):
+            if s.base_model is not None:
+                yield (*module.loc, "slices", i, "base_model"), s.base_model
+            for k, source in enumerate(s.sources):
+                yield (*module.loc, "slices", i, "sources", k, "model"), source.model
+
+
+def levels(recipe: Shape) -> Iterator[tuple[Loc, Parameters]]:
+    """Every ``parameters`` of a recipe, with its place."""
+    yield ("parameters",), recipe.parameters
+    for module in recipe.every_module:
+        yield (*module.loc, "parameters"), module.parameters
+        for i, m in enumerate(module.models):
+            yield (*module.loc, "models", i, "parameters"), m.parameters
+        for i, s in enumerate(module.slices):
+            yield (*module.loc, "slices", i, "parameters"), s.parameters
+            for k, source in enumerate(s.sources):
+                yield (*module.loc, "slices", i, "sources", k, "parameters"), source.parameters
 
 
 def _lift(recipe: Recipe, method: type[Method], problems: Problems) -> Recipe:
     """Moves a shared parameter that every model states alike to the level that shared parameters are read from."""
     names = [p.name for p in method.params if (method.name, p.name) in LIFTED]
     for name in names:
-        models, top = _lifted(recipe.models, recipe.parameters, name, ("models",), problems)
-        slices = []
-        for i, s in enumerate(recipe.slices):
-            sources, own = _lifted(s.sources, s.parameters, name, ("slices", i, "sources"), problems)
-            slices.append(s.model_copy(update={"sources": sources, "parameters": own}))
-        recipe = recipe.model_copy(update={"models": models, "parameters": top, "slices": tuple(slices)})
+        modules = tuple(_lifted_in(m, name, m.loc, problems) for m in recipe.modules)
+        recipe = _lifted_in(recipe, name, (), problems)
+        recipe = recipe.model_copy(update={"modules": modules})
     return recipe
+
+
+def _lifted_in(owner: Owner, name: str, loc: Loc, problems: Problems) -> Owner:
+    """A recipe or a module with a parameter of its models, and of the sources of its slices, moved up."""
+    models, level = _lifted(owner.models, owner.parameters, name, (*loc, "models"), problems)
+    slices = []
+    for i, s in enumerate(owner.slices):
+        sources, own = _lifted(s.sources, s.parameters, name, (*loc, "slices", i, "sources"), problems)
+        slices.append(s.model_copy(update={"sources": sources, "parameters": own}))
+    return owner.model_copy(update={"models": models, "parameters": level, "slices": tuple(slices)})
 
 
 def _lifted(
@@ -232,7 +291,7 @@ def _contract(recipe: Shape, part: Part, method: type[Method], problems: Problem
     contract = method.contract
     listed = {s.model for s in part.sources}
     if contract.base == "required" and part.base is None:
-        problems.add(part.loc[:1] if recipe.slices else (), f"{method.name!r} needs a 'base_model'")
+        problems.add(("slices",) if recipe.slices else (), f"{method.name!r} needs a 'base_model'")
         return
     if part.base is not None and part.base not in listed:
         problems.add((*part.loc, "sources"), f"the base {str(part.base)!r} must be one of the sources of each slice")
@@ -245,7 +304,7 @@ def _contract(recipe: Shape, part: Part, method: type[Method], problems: Problem
         what = "input" if contract.base == "ignored" else "model"
         beside = "" if part.base is None else f" beside the base {str(part.base)!r}"
         joined = ""
-        if contract.base == "ignored" and len(recipe.models) < len(part.sources):
+        if contract.base == "ignored" and part.loc[-1] == "models" and recipe.base_model == part.sources[-1].model:
             joined = " (the base_model joins as an input: this method has no base)"
         expected = _count(contract.least, contract.most, what)
         problems.add(part.loc, f"{method.name!r} takes {expected}{beside}; got {count}{joined}")
@@ -272,9 +331,8 @@ def _count(least: int, most: int | None, what: str) -> str:
 
 def _required(recipe: Recipe, part: Part, method: type[Method], problems: Problems) -> None:
     defaults = method.defaults(recipe.preset)
-    levels = (part.parameters, recipe.parameters)
     for param in method.params:
-        if defaults[param.name] is not REQUIRED or _given(levels, param):
+        if defaults[param.name] is not REQUIRED or _given(part.levels, param):
             continue
         if param.scope == "shared":
             problems.add(part.loc, f"{method.name!r} needs the parameter {param.name!r}")
@@ -289,4 +347,4 @@ def _given(levels: Iterable[Parameters], param: Param) -> bool:
     return any(level.get(param.name) not in (None, Setting(())) for level in levels)
 
 
-__all__ = ["Part", "Slice", "check", "donor_only_base", "parts", "refs", "tokenizer_ref"]
+__all__ = ["REST", "UNNAMED", "Part", "Slice", "check", "donor_only_base", "levels", "parts", "refs", "tokenizer_ref"]

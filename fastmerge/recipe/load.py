@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fastmerge.checkpoint.system import read_regular
 from fastmerge.errors import RecipeError
-from fastmerge.methods.base import Method, Param
+from fastmerge.methods.base import REQUIRED, Method, Param
 from fastmerge.recipe import stray
 from fastmerge.recipe import tree as yamltree
 from fastmerge.recipe.modules import hoist
@@ -99,10 +99,14 @@ def build(
     except ValidationError as e:
         mended = True
         for error in e.errors(include_url=False):
-            loc = tuple(p for p in error["loc"] if isinstance(p, int | str))
+            at = tuple(p for p in error["loc"] if isinstance(p, int | str))
+            if at[0] == "modules" and len(at) > 1:
+                loc: Loc = ("modules", [*tree["modules"]][int(at[1])], *at[2:])
+            else:
+                loc = at
             if error["type"] == "extra_forbidden":
-                _extra(data, loc, method, problems)
-                mended = mended and _remove(data, loc)
+                _extra(data, at, loc, method, problems)
+                mended = mended and _remove(data, at)
             else:
                 problems.add(loc, _message(error))
                 mended = False
@@ -112,19 +116,16 @@ def build(
         return None, problems
 
 
-def _extra(data: Any, loc: Loc, method: type[Method] | None, problems: Problems) -> None:
-    """Says what a key that the grammar does not have is likely to be."""
+def _extra(data: Any, at: Loc, loc: Loc, method: type[Method] | None, problems: Problems) -> None:
+    """Says what a key that the grammar does not have is likely to be; ``at`` is its place in the data."""
     key = str(loc[-1])
     if key in IGNORED:
         problems.warn(loc, "ignored: it never changes a result (its place is under 'parameters:')")
         return
-    container = next((p for p in reversed(loc[:-1]) if isinstance(p, str)), "")
-    if container != "tokenizer" and method and key in {p.name for p in method.params}:
-        problems.add(loc, f"{key!r} is a parameter of {method.name!r}: put it under 'parameters:'")
-        return
-    for part in loc[:-1]:
+    container = next((p for p in reversed(at[:-1]) if isinstance(p, str)), "")
+    for part in at[:-1]:
         data = data[part]
-    stray.key(problems, loc, container, data)
+    stray.key(problems, loc, container, data, method)
 
 
 def _message(error: Any) -> str:
@@ -182,20 +183,36 @@ class _Levels:
         """A copy of the tree in which every ``parameters`` is read."""
         data: dict[str, Any] = self._level(self._tree, (), None)
         top = data.get("parameters", Parameters())
-        if isinstance(data.get("models"), Seq):
-            data["models"] = [self._level(item, loc, (top,)) for item, loc in _each(data, "models", ())]
-        if isinstance(data.get("slices"), Seq):
-            slices = []
-            for item, loc in _each(data, "slices", ()):
+        self._members(data, (), (top,))
+        if isinstance(data.get("modules"), Map):
+            modules = []
+            for name, item in data["modules"].items():
+                loc = ("modules", name)
                 out = self._level(item, loc, None)
-                if isinstance(out, dict) and isinstance(out.get("sources"), Seq):
-                    common = (out.get("parameters", Parameters()), top)
-                    out["sources"] = [self._level(source, at, common) for source, at in _each(out, "sources", loc)]
-                slices.append(out)
-            data["slices"] = slices
+                if isinstance(out, dict):
+                    if "name" in out:
+                        stray.key(self._problems, (*loc, "name"), "modules", out)
+                    self._members(out, loc, (out.get("parameters", Parameters()), top))
+                    out["name"] = name
+                modules.append(out)
+            data["modules"] = modules
         if isinstance(data.get("tokenizer"), Map):
             data["tokenizer"] = dict(data["tokenizer"])
         return data
+
+    def _members(self, owner: dict[str, Any], loc: Loc, above: tuple[Parameters, ...]) -> None:
+        """Reads the parameters of the models, slices and sources in a recipe or a module."""
+        if isinstance(owner.get("models"), Seq):
+            owner["models"] = [self._level(item, at, above) for item, at in _each(owner, "models", loc)]
+        if isinstance(owner.get("slices"), Seq):
+            slices = []
+            for item, at in _each(owner, "slices", loc):
+                out = self._level(item, at, None)
+                if isinstance(out, dict) and isinstance(out.get("sources"), Seq):
+                    common = (out.get("parameters", Parameters()), *above)
+                    out["sources"] = [self._level(source, of, common) for source, of in _each(out, "sources", at)]
+                slices.append(out)
+            owner["slices"] = slices
 
     def _level(self, node: Any, loc: Loc, common: Sequence[Parameters] | None) -> Any:
         """A mapping with its ``parameters`` read; ``common`` are the levels above the one of a model."""
@@ -229,13 +246,16 @@ class _Levels:
         return Parameters(items)
 
     def _shared(self, setting: Setting | None, param: Param, here: Loc, common: Sequence[Parameters]) -> None:
-        """Judges a shared parameter of one model: mergekit ignores it, which is right where it changes nothing."""
+        """Says what becomes of a shared parameter of one model, which mergekit ignores: nothing."""
         default = Setting((Rule(self._defaults[param.name]),))
         effect: Setting = next((level[param.name] for level in common if param.name in level), default)
         if setting == effect:
             self._problems.warn(here, "shared by all models, ignored for one; it is what the others have too")
         elif setting is not None:
-            self._problems.add(here, "shared by all models: put it under the 'parameters:' of the recipe or the slice")
+            what = f"ignored for one model: all models share {param.name!r}"
+            now = f" ({effect.plain()!r} is in effect)" if effect != Setting((Rule(REQUIRED),)) else ""
+            place = "its place is under the 'parameters:' of the recipe or the slice"
+            self._problems.warn(here, f"{what}{now}; {place}")
 
 
 def _each(owner: dict[str, Any], key: str, loc: Loc) -> Iterator[tuple[Any, Loc]]:

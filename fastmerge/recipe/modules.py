@@ -1,4 +1,4 @@
-"""mergekit's ``modules:`` with the one module that language models have, written as the recipe without it."""
+"""mergekit's ``modules:`` where it names all of a model (``default``), written as the recipe without it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,17 @@ from fastmerge.recipe.tree import Map, Seq, kind
 
 
 def hoist(tree: Map, problems: Problems) -> None:
-    """Moves what ``modules.default`` holds to the top of the recipe; other modules are refused."""
+    """Moves what the one module ``default`` holds to the top of the recipe."""
     modules = tree.get("modules")
     if not modules:
         tree.pop("modules", None)
         return
     if not isinstance(modules, Map):
-        problems.add(("modules",), f"expected a mapping; got {kind(modules)}")
+        problems.add(("modules",), f"expected a mapping of modules by their names; got {kind(modules)}")
+        tree.pop("modules")
         return
-    if list(modules) != ["default"]:
-        names = ", ".join(map(repr, modules))
-        problems.add(
-            ("modules",), f"one module, 'default', can be merged; got {names}: write a recipe for each of the parts"
-        )
-        return
-    module = modules["default"]
-    if not isinstance(module, Map):
-        problems.add(("modules", "default"), f"expected a mapping; got {kind(module)}")
+    module = modules.get("default")
+    if len(modules) != 1 or not isinstance(module, Map):
         return
     for key, value in module.items():
         if key == "parameters" and isinstance(value, Map) and isinstance(tree.get(key), Map):
@@ -35,7 +29,6 @@ def hoist(tree: Map, problems: Problems) -> None:
             stray.key(problems, ("modules", "default", key), "modules", module)
         elif tree.get(key):
             problems.add(("modules", "default", key), f"the recipe itself has {key!r} as well: expected one of them")
-            return
         elif value is not None:
             tree.put(key, value, module.lines[key])
     del tree["modules"]

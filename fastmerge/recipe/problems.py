@@ -26,6 +26,8 @@ def misspelt(word: str, known: Iterable[str], given: Container[str] = ()) -> str
     matcher = difflib.SequenceMatcher(b=word.lower())
     best, found = 0.0, None
     for name in known:
+        if sorted(name) == sorted(word.lower()):
+            return name  # letters that changed places: "modles" is nearer to "models" than to "modules"
         matcher.set_seq1(name)
         least = max(best, CLOSE_TO_GIVEN if name in given else CLOSE)
         if matcher.real_quick_ratio() >= least and matcher.quick_ratio() >= least and matcher.ratio() >= least:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Ins
 from fastmerge.dtypes import BY_NAME, FLOATS
 from fastmerge.recipe.problems import hint
 from fastmerge.recipe.settings import Parameters
-from fastmerge.recipe.tree import Map, kind
+from fastmerge.recipe.tree import Loc, Map, kind
 
 SEED_BOUND = 2**63
 _WRITE_PATHS = "a path with '+' or '@' is written {model: {path: ...}}"
@@ -213,6 +213,23 @@ class Tokenizer(Value):
     pad_to_multiple_of: Any = None
 
 
+class Module(Value):
+    """Part of a model of several parts (its language model, its vision tower): merged from models or slices of its own.
+
+    What a recipe without ``modules`` merges is one without a name, which is all of a model.
+    """
+
+    name: StrictStr = ""
+    models: Annotated[tuple[Input, ...], BeforeValidator(_none_is_empty)] = ()
+    slices: Annotated[tuple[Slice, ...], BeforeValidator(_none_is_empty)] = ()
+    parameters: Settings = NO_PARAMETERS
+
+    @property
+    def loc(self) -> Loc:
+        """Where it stands in the recipe."""
+        return ("modules", self.name) if self.name else ()
+
+
 class Shape(Value):
     """All keys of a recipe, in the order in which they are written."""
 
@@ -221,7 +238,7 @@ class Shape(Value):
     base_model: Ref | None = None
     models: Annotated[tuple[Input, ...], BeforeValidator(_none_is_empty)] = ()
     slices: Annotated[tuple[Slice, ...], BeforeValidator(_none_is_empty)] = ()
-    modules: Any = None
+    modules: Annotated[tuple[Module, ...], BeforeValidator(_none_is_empty)] = ()
     parameters: Settings = NO_PARAMETERS
     dtype: DTypeName | None = None
     out_dtype: DTypeName | None = None
@@ -231,9 +248,14 @@ class Shape(Value):
     seed: Annotated[Integer, AfterValidator(_seed)] | None = None
     missing: Literal["error", "merge"] | None = None
 
+    @property
+    def every_module(self) -> tuple[Module, ...]:
+        """The modules; one without a name where the recipe names none."""
+        return self.modules or (Module.model_construct(models=self.models, slices=self.slices),)
+
 
 KEYS: dict[str, tuple[str, ...]] = {
-    "": tuple(name for name in Shape.model_fields if name != "modules"),
+    "": tuple(Shape.model_fields),
     "models": tuple(Input.model_fields),
     "slices": tuple(Slice.model_fields),
     "sources": tuple(Source.model_fields),

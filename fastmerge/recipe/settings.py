@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from fastmerge.methods.base import Param
 from fastmerge.methods.parameters import Parameters, Rule, Scalar, Setting, Value, convert
-from fastmerge.recipe.problems import Problems, hint
+from fastmerge.recipe.problems import Problems, misspelt
 from fastmerge.recipe.tree import Loc, Map, Seq, kind
 
 
@@ -34,17 +35,32 @@ def read(raw: Any, param: Param | None, loc: Loc, problems: Problems) -> Setting
             else:
                 problems.add((*loc, i), "a list holds either values or {filter, value} entries, not both")
         good = tuple(r for r in rules if r is not None)
-        return Setting(good) if len(good) == len(raw) else None
+        if len(good) < len(raw):
+            return None
+        for i, rule in enumerate(good):
+            _reached(rule, good[:i], (*loc, i), problems)
+        return Setting(good)
     if isinstance(raw, Seq) and not raw:
         return Setting(())
     value = _value(raw, param, loc, problems)
     return None if value is None else Setting((Rule(value),))
 
 
+def _reached(rule: Rule, before: Sequence[Rule], loc: Loc, problems: Problems) -> None:
+    """Warns of an entry that comes too late: the first entry that a name matches counts."""
+    first = next((r for r in before if not r.filter or (rule.filter and r.filter in rule.filter)), None)
+    if first is not None:
+        what = f"names with {first.filter!r}" if first.filter else "all tensors"
+        problems.warn(loc, f"never reached: an entry for {what} stands before it, and the first one counts")
+
+
 def _rule(raw: Map, param: Param | None, loc: Loc, problems: Problems) -> Rule | None:
     for key in raw:
         if key not in ("filter", "value"):
-            problems.add((*loc, key), f"unknown key; an entry has 'filter' and 'value'{hint(key, ('filter', 'value'))}")
+            meant = misspelt(key, ("filter", "value"), raw)
+            said = f" (did you mean {meant!r}?)" if meant else ", ignored"
+            tell = problems.add if meant else problems.warn
+            tell((*loc, key), f"unknown key{said}; an entry has 'filter' and 'value'")
     pattern = raw.get("filter")
     if pattern is not None and not isinstance(pattern, str):
         problems.add((*loc, "filter"), f"a filter is part of a tensor name; got {pattern!r} (quote it if it is a name)")

@@ -290,15 +290,17 @@ parameters:
   t:
     - {filter: self_attn, value: [0, 1]}
     - {filter: layers, value: [0.5, 0.7]}
+    - {filter: self_atn, value: 1}
     - {value: [0.125, 1]}
-    - {filter: typo, value: 1}
 """
     made = make(text, a=llama(3), b=llama(3))
     t = {n: o.spec.method.t for n, o in by_name(made).items()}
     assert [t[f"model.layers.{i}.self_attn.q_proj.weight"] for i in range(3)] == [0, 0.5, 1]
     assert [t[f"model.layers.{i}.mlp.down_proj.weight"] for i in range(3)] == [0.5, 0.6, 0.7]
     assert t["lm_head.weight"] == t["model.norm.weight"] == 0.125
-    assert made.warnings == ("the filter 'typo' matches no tensor name",)
+    assert made.warnings == (
+        "recipe:9: parameters.t[2]: the filter 'self_atn' matches no tensor name (did you mean 'self_attn'?)",
+    )
 
 
 def test_a_gradient_needs_layers():

@@ -7,7 +7,7 @@ import pytest
 from fastmerge.errors import RecipeError
 from fastmerge.planning.config_json import rewrite
 from fastmerge.planning.restack import SourceLayer
-from fastmerge.planning.structure import structure
+from fastmerge.planning.structure import Stack, structure
 
 DROP_FIRST = (1, 2, 3, 4, 5, 6, 7)
 REPEAT = (0, 1, 2, 3, 4, 3, 4, 5, 6, 7)
@@ -29,13 +29,10 @@ def restacked(donor, layers, *others):
     n = block.get("num_hidden_layers", 8)
     names = [f"model.layers.{i}.w" for i in range(n)]
     before = copy.deepcopy(donor)
-    out, _ = rewrite(
-        donor,
-        dtype=None,
-        untied=False,
-        layers=[SourceLayer(f"m{m}", configs[m], at) for m, at in picked],
-        structure=structure(names, donor),
-    )
+    found = structure(names, donor)
+    layers = [SourceLayer(f"m{m}", configs[m], at) for m, at in picked]
+    stacks = [(Stack("model.layers", n, n), layers)]
+    out, _ = rewrite(donor, dtype=None, untied=False, stacks=stacks, structure=found)
     assert donor == before
     return out
 

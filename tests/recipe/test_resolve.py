@@ -111,9 +111,11 @@ def theirs(raw, output, inputs, t):
     from tests.recipe.oracle import ModelReference, config, resolve_parameters
 
     cfg = config.MergeConfiguration.model_validate(raw)
-    models = cfg.models or cfg.slices[0].sources
-    if cfg.slices:
-        piece = cfg.slices[0]
+    module = next(iter((cfg.modules or {}).values()), None)
+    of = module or cfg
+    models = of.models or of.slices[0].sources
+    if of.slices:
+        piece = of.slices[0]
     else:
         sources = [
             config.InputSliceDefinition(model=m.model, layer_range=(0, 4), parameters=m.parameters) for m in models
@@ -121,7 +123,7 @@ def theirs(raw, output, inputs, t):
         piece = config.OutputSliceDefinition(sources=sources)
     base = ModelReference.parse(raw["base_model"]) if "base_model" in raw else None
     refs = [m.model for m in models] + ([base] if base and base not in [m.model for m in models] else [])
-    reader = config.ConfigReader(config=cfg, t=t, slice_out=piece)
+    reader = config.ConfigReader(config=cfg, t=t, slice_out=piece, module=module)
     try:
         shared, own = resolve_parameters(
             spec(),
@@ -137,14 +139,13 @@ def theirs(raw, output, inputs, t):
 
 
 def resolver_of(recipe):
-    (part,) = recipe.parts
+    part = recipe.parts[0]
     names = [str(s.model) for s in part.sources]
-    levels = (part.parameters, recipe.parameters)
-    return Resolver(Fake, [s.parameters for s in part.sources], levels, place="models: ", models=names)
+    return Resolver(Fake, [s.parameters for s in part.sources], part.levels, place="models: ", models=names)
 
 
 def ours(recipe, output, inputs, t):
-    (part,) = recipe.parts
+    part = recipe.parts[0]
     who = [i for i, s in enumerate(part.sources) if s.model != part.base]
     try:
         made = resolver_of(recipe).method(output, [(i, inputs[i]) for i in who], t)
@@ -193,6 +194,9 @@ def a_recipe(rng):
         length = rng.randint(1, 4)
         sources = [{"model": n, "layer_range": [0, length], "parameters": level("model")} for n in names]
         out["slices"] = [{"sources": sources, "parameters": level("model", "shared")}]
+    if rng.random() < 0.4:
+        module = {key: out.pop(key) for key in ("models", "slices") if key in out}
+        out["modules"] = {rng.choice(["default", "part"]): {**module, "parameters": level("model", "shared")}}
     out["parameters"] = level("model", "shared")
     return out
 
