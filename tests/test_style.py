@@ -24,7 +24,7 @@ ROOMS = [
     {"backends"},
     {"runtime"},
     {"api"},
-    {"commands"},
+    {"commands", "adapters"},
     {"cli"},
     {"__main__"},
 ]
