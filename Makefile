@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test check fix bench beside gpu test-big test-arm64 build clean
+.PHONY: demo test check fix bench beside gpu test-big test-arm64 mergekit-suite build clean
 
 $(STAMP): $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,6 +40,9 @@ beside: $(STAMP)  ## this build beside that of another work tree, TREE, in one r
 
 test-big: $(STAMP)  ## tensors of more than 2^31 elements, on sparse files: 20 GB of disk, 3 minutes
 	$(BIN)/python -m pytest -m big
+
+mergekit-suite: $(STAMP)  ## mergekit's own tests, from its sdist, with the adapter installed: 2 minutes
+	$(BIN)/python tests/peers/mergekit_suite.py
 
 test-arm64: $(STAMP)  ## the kernels of arm64 in qemu: a minute
 	$(BIN)/python -m pytest -m arm64 --numprocesses auto --maxprocesses 8 --dist worksteal

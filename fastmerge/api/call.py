@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmerge.dtypes import BY_NAME, DType
 from fastmerge.errors import RecipeError, ShapeError
-from fastmerge.methods import get
+from fastmerge.methods import METHODS, get
 from fastmerge.methods.base import Method
 from fastmerge.methods.parameters import Resolver, called
 from fastmerge.ops.spec import Op, Spec
@@ -48,6 +48,8 @@ class Call:
         if problem := method.contract.problem(method.name, len(others), has_base=lead is not None):
             raise RecipeError(problem)
         chosen = preset or ("mergekit" if "mergekit" in method.presets else None)
+        if lead is not None and isinstance(parameters, Mapping):
+            parameters = {name: _without(value, keys[lead]) for name, value in parameters.items()}
         self.resolver: Resolver = called(method, parameters, [keys[i] for i in others], chosen)
         self._planner = TensorPlanner(self.resolver, has_base=lead is not None, seed=seed)
         self._models = tuple(range(len(others)))
@@ -69,12 +71,55 @@ class Call:
         return self._planner.op(name, spec, inputs, result)
 
 
+def _without(values: Any, base: Hashable) -> Any:
+    """Values by id without that of the base, which nothing reads."""
+    if not isinstance(values, Mapping) or base not in values:
+        return values
+    return {key: value for key, value in values.items() if key != base}
+
+
+def method_of(given: Any) -> type[Method]:
+    """The method of a name, or of the object that mergekit has for one of its own methods.
+
+    Raises:
+        RecipeError: for an unknown name, and for methods that are another program's.
+    """
+    spec = getattr(given, "spec", None)
+    if isinstance(given, str) or spec is None:
+        return get(given)
+    home = getattr(getattr(given, "implementation", None), "__module__", type(given).__module__)
+    found = METHODS.get(spec.name)
+    if (
+        found is None
+        or not home.startswith("mergekit.")
+        or {p.name for p in spec.parameters} - {p.name for p in found.params}
+    ):
+        raise RecipeError(f"{spec.name!r} of {home}: expected the name of a method, or a method of mergekit's own")
+    return found
+
+
+def per_tensor(parameters: Any, count: int) -> list[dict[str, Any]] | None:
+    """The parameters of each of ``count`` tensors, from mergekit's ``PerGroupValues``; None where there are none.
+
+    Raises:
+        RecipeError: for another number of values.
+    """
+    items = parameters.items() if isinstance(parameters, Mapping) else ()
+    apart = {name: value.values for name, value in items if type(value).__name__ == "PerGroupValues"}
+    if not apart:
+        return None
+    wrong = [f"parameter {n!r}: expected {count} values, got {len(v)}" for n, v in apart.items() if len(v) != count]
+    if wrong:
+        raise RecipeError(wrong)
+    return [{**parameters, **{name: values[i] for name, values in apart.items()}} for i in range(count)]
+
+
 _CALLS: dict[tuple[type[Method], str], Call] = {}
 
 
-def call_of(method: str, keys: Sequence[Hashable], base: int | None, given: Any, preset: str | None, seed: int) -> Call:
+def call_of(method: Any, keys: Sequence[Hashable], base: int | None, given: Any, preset: str | None, seed: int) -> Call:
     """A call, resolved and checked once for equal arguments: tools that merge tensor by tensor repeat them."""
-    found, rest = get(method), [keys, base, given, preset, seed]
+    found, rest = method_of(method), [keys, base, given, preset, seed]
     known = (found, repr(rest)) if _written(rest) else None
     call = _CALLS.get(known) if known is not None else None
     if call is None:
@@ -101,6 +146,17 @@ def position(base_index: Any, n: int) -> int:
         with contextlib.suppress(TypeError, IndexError):
             return range(n)[operator.index(base_index)]
     raise RecipeError(f"base_index: expected a whole number from {-n} to {n - 1}, got {base_index!r}")
+
+
+def widened(tensors: Sequence[Any], dtype: Any) -> list[Any]:
+    """Inputs in fp64 where ``dtype`` asks for arithmetic in it; else, and where they are no floats, as they are."""
+    import torch
+
+    if dtype is not torch.float64:
+        return list(tensors)
+    # Tied tensors stay one tensor.
+    wide = {id(t): t.to(dtype) for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    return [wide.get(id(t), t) for t in tensors]
 
 
 def one_device(name: str, ids: Sequence[Hashable], tensors: Sequence[torch.Tensor]) -> torch.device:

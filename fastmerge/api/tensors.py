@@ -7,12 +7,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.api.call import Call, call_of, dtype_of, one_device, position, result_of
+from fastmerge.api.call import Call, call_of, dtype_of, method_of, one_device, per_tensor, position, result_of, widened
 from fastmerge.backends.choose import choose
 from fastmerge.checkpoint import Checkpoint, Files, without_gc
 from fastmerge.dtypes import DType
 from fastmerge.errors import RecipeError, ShapeError
-from fastmerge.methods import get
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.planning.structure import structure
 from fastmerge.runtime.budget import UNIT_ELEMENTS, need
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastmerge.backends.choose import Backend
+    from fastmerge.methods.base import Method
     from fastmerge.planning.structure import Structure
 
 
@@ -34,7 +34,7 @@ log = logging.getLogger("fastmerge")
 
 def merge_tensors(
     tensors: Sequence[torch.Tensor],
-    method: str,
+    method: Any,
     *,
     parameters: Mapping[str, Any] | None = None,
     ids: Sequence[Hashable] | None = None,
@@ -47,21 +47,21 @@ def merge_tensors(
     seed: int = 0,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Merges the inputs of one output tensor.
+    """Merges the inputs of one output tensor; gradients are not recorded.
 
     Args:
         tensors: inputs of one shape, ``[*S]`` each, on the CPU or on one GPU; they are not changed. On a GPU,
             kernels run on the current stream and the result may still be under way: nothing waits, but for methods
             that can fail on their data (slerp, model_stock, a rescale by sums), which end by asking whether they did,
             those whose solve is on the host (nuslerp, multislerp, karcher, slerp_tree, sce), and definitions.
-        method: a name of ``fastmerge methods``.
+        method: a name of ``fastmerge methods``, or mergekit's object for one of its methods.
         parameters: scalars for all inputs, sequences in input order (without the base for parameters of
             non-base models), or mappings keyed by ``ids``; filters as in recipes
             (:func:`fastmerge.methods.parameters.called`).
         ids: names of the inputs; 0, 1, ... where absent.
         base_index: which input is the base.
         name: of the tensor; with the seed it keys the random numbers.
-        dtype: type of the result where ``out_dtype`` is absent. Inputs are never rounded to it.
+        dtype: type of the result where ``out_dtype`` is absent. Inputs are never rounded to it; fp64 computes in fp64.
         out_dtype: type of the result; the promoted input type where both are absent.
         out: contiguous tensor that receives the result; it may be one of the inputs, but overlap none otherwise.
         preset: a published variant of the method.
@@ -82,15 +82,15 @@ def merge_tensors(
     if len(keys) != len(tensors) or len(set(keys)) != len(keys):
         raise RecipeError(f"ids: expected {len(tensors)} different ids, got {keys!r}")
     at = None if base_index is None else position(base_index, len(keys))
-    call = call_of(method, keys, at, parameters, preset, seed)
+    single = per_tensor(parameters, 1)
+    call = call_of(method, keys, at, single[0] if single else parameters, preset, seed)
     if call.resolver.gradient:
         shown = ", ".join(map(repr, call.resolver.gradients))
         raise RecipeError(f"parameters: {shown}: a gradient needs the layers of a model, and this is one tensor")
     target = out_dtype or dtype
-    one_device(name or "", call.ids, [tensors[i] for i in call.order])
-    group, spec = call.spec(
-        name or "", [tensors[i] for i in call.order], dtype_of(target) if target is not None else None
-    )
+    ordered = [tensors[i] for i in call.order]
+    one_device(name or "", call.ids, ordered)
+    group, spec = call.spec(name or "", widened(ordered, dtype), dtype_of(target) if target is not None else None)
     result = result_of(spec, group[0], out, dict(zip(keys, tensors, strict=True)))
     addresses = [x.data_ptr() for x in group]
     run([call.op(name or "", spec, addresses, result.data_ptr())], result.device, backend)
@@ -99,28 +99,30 @@ def merge_tensors(
 
 def merge_state_dicts(
     models: Mapping[Hashable, Any] | Sequence[Any],
-    method: str,
+    method: Any,
     *,
     parameters: Mapping[str, Any] | None = None,
     base: Hashable | None = None,
     strict: bool = True,
     dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    batch_options: Any = None,  # noqa: ARG001
     preset: str | None = None,
     seed: int = 0,
     backend: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Merges state dictionaries (or modules) in memory, all tensors in one schedule.
+    """Merges state dictionaries (or modules) in memory, all tensors in one schedule; gradients are not recorded.
 
     Args:
         models: state dictionaries or modules, by id or in order, all on the CPU or all on one GPU.
-        method: a name of ``fastmerge methods``.
-        parameters: as in :func:`merge_tensors`; filters ``[{"filter": "mlp", "value": 0.3}, {"value": 0.5}]`` and
-            gradients over the layers tell tensors apart.
+        method: as in :func:`merge_tensors`.
+        parameters: as in :func:`merge_tensors`; filters ``[{"filter": "mlp", "value": 0.3}, {"value": 0.5}]``,
+            gradients over the layers and mergekit's ``PerGroupValues`` tell tensors apart.
         base: id of the base model.
         strict: whether all models must have the same tensors; else only common ones are merged.
         dtype: as in :func:`merge_tensors`.
         out_dtype: as in :func:`merge_tensors`.
+        batch_options: mergekit's limits for packing; nothing is packed here, so they have no effect.
         preset: a published variant of the method.
         seed: of the random methods.
         backend: ``native``, ``reference``, ``triton`` or None for the best one.
@@ -146,16 +148,28 @@ def merge_state_dicts(
         raise RecipeError(f"base {base!r} is not one of the models {list(states)!r}")
     keys = list(states)
     names = _common(states, strict=strict)
-    call = Call(get(method), keys, None if base is None else keys.index(base), parameters, preset, seed)
+    parts = _parts(method_of(method), keys, None if base is None else keys.index(base), parameters, names, preset, seed)
+    call = parts[0][0]
     layers = structure(names, {}) if call.resolver.gradient else None
     if layers is not None and not layers.stacks:
         raise RecipeError("a gradient needs layers, and the tensor names show none")
     wanted = out_dtype or dtype
     target = dtype_of(wanted) if wanted is not None else None
+    if dtype is not None:
+        states = {k: dict(zip(names, widened([s[n] for n in names], dtype), strict=True)) for k, s in states.items()}
     with without_gc():
-        merged, ops, kept = _ops_of([states[keys[i]] for i in call.order], names, call, target, layers)
-        for pattern in call.resolver.unmatched():
-            log.warning("the filter %r matches no tensor name", pattern)
+        merged: dict[str, torch.Tensor] = {}
+        ops: list[Op] = []
+        kept: list[list[torch.Tensor]] = []
+        for call, some in parts:
+            done = _ops_of([states[keys[i]] for i in call.order], some, call, target, layers)
+            merged.update(done[0])
+            ops += done[1]
+            kept += done[2]
+            for pattern in call.resolver.unmatched():
+                log.warning("the filter %r matches no tensor name", pattern)
+        if len(parts) > 1:
+            merged = {name: merged[name] for name in names}
         if not ops:
             return merged
         chosen = _chosen(ops, kept[0][0].device, backend)
@@ -165,6 +179,28 @@ def merge_state_dicts(
             return merged
     _on_cpu(ops, chosen, (), UNIT_ELEMENTS)
     return merged
+
+
+def _parts(
+    method: type[Method],
+    keys: Sequence[Hashable],
+    base: int | None,
+    parameters: Any,
+    names: Sequence[str],
+    preset: str | None,
+    seed: int,
+) -> list[tuple[Call, Sequence[str]]]:
+    """The tensors that share their parameters, and the call that has these: one part, but for values per tensor."""
+    apart = per_tensor(parameters, len(names))
+    if apart is None or not names:
+        return [(Call(method, keys, base, parameters, preset, seed), names)]
+    parts: dict[str, tuple[Call, list[str]]] = {}
+    for name, own in zip(names, apart, strict=True):
+        key = repr(own)
+        if key not in parts:
+            parts[key] = Call(method, keys, base, own, preset, seed), []
+        parts[key][1].append(name)
+    return list(parts.values())
 
 
 def _ops_of(

@@ -8,6 +8,7 @@ falls through to the next level.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 from fastmerge.errors import RecipeError, hint
 from fastmerge.methods.base import REQUIRED, Method, Param
 from fastmerge.tensors import python_values
+
+log = logging.getLogger("fastmerge")
 
 Scalar = bool | int | float | str
 Value = Scalar | tuple[Scalar, ...]
@@ -335,9 +338,8 @@ def called(
             reader.into(common, values)
         elif isinstance(values, Mapping):
             problems += [f"{reader.where}: missing for input {k!r}" for k in models if k not in values]
-            problems += [
-                f"{reader.where}: {k!r} is none of the inputs {list(models)!r}" for k in values if k not in models
-            ]
+            if stray := [k for k in values if k not in models]:
+                log.warning("%s: ignored: %r is none of the inputs %r", reader.where, stray[0], list(models))
             for level, key in zip(own, models, strict=True):
                 reader.into(level, values.get(key, REQUIRED))
         else:

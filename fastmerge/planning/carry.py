@@ -92,6 +92,11 @@ def carry(
     return tuple(found.items()), warnings
 
 
+def is_tokenizer(name: str) -> bool:
+    """Whether a file of :func:`carry` belongs to the tokenizer."""
+    return any(_matches(name, pattern) for pattern in TOKENIZER)
+
+
 def _matching(model: Checkpoint, patterns: Sequence[str], warnings: list[str]) -> dict[str, Path | bytes]:
     """Files of a model whose names match, in the order of the patterns."""
     found: dict[str, Path | bytes] = {}

@@ -173,7 +173,7 @@ def test_nested_values_are_refused_and_no_other_error_escapes():
                 called(get("ties"), {"weight": 0.5, name: value}, "ab")
 
 
-def test_values_by_model_and_by_order():
+def test_values_by_model_and_by_order(caplog):
     def weights(value):
         return called(get("ties"), {"weight": value}, ["a", "b"]).method("w", [(0, "w"), (1, "w")]).weight
 
@@ -185,13 +185,14 @@ def test_values_by_model_and_by_order():
     for wrong, words in (
         ([1], "expected 2 values, got 1"),
         ({"a": 1}, "missing for input 'b'"),
-        ({"a": 1, "b": 2, "c": 3}, "'c' is none of the inputs"),
         ([{"value": 3}, 4], "either values or {filter, value} entries, not both"),
         ([{"filter": 3, "value": 4}], "a filter is part of a tensor name; got 3"),
     ):
         with pytest.raises(fm.RecipeError) as e:
             weights(wrong)
         assert words in str(e.value)
+    assert weights({"a": 1, "b": 2, "c": 3}) == (1.0, 2.0)
+    assert "weight': ignored: 'c' is none of the inputs ['a', 'b']" in caplog.text
 
 
 # ---- the same parameters in memory and on disk -------------------------------------------------------------
