@@ -92,6 +92,11 @@ def carry(
     return tuple(found.items()), warnings
 
 
+def is_tokenizer(name: str) -> bool:
+    """Whether a file of :func:`carry` belongs to the tokenizer."""
+    return any(_matches(name, pattern) for pattern in TOKENIZER)
+
+
 def _matching(model: Checkpoint, patterns: Sequence[str], warnings: list[str]) -> dict[str, Path | bytes]:
     """Files of a model whose names match, in the order of the patterns."""
     found: dict[str, Path | bytes] = {}
@@ -242,7 +247,7 @@ def _json(file: Path | bytes | None) -> Any:
         return None
 
 
-def _template(model: Checkpoint) -> str | None:
+def template(model: Checkpoint) -> str | None:
     """The chat template of a model, as data; it is never rendered."""
     jinja = _inside(model, "chat_template.jinja", [])
     if jinja is not None and jinja.stat().st_size <= _MOST_JSON:
@@ -255,7 +260,7 @@ def _template(model: Checkpoint) -> str | None:
 
 
 def _plurality(models: Sequence[Checkpoint]) -> str | None:
-    templates = Counter(t for t in (_template(m) for m in models) if t)
+    templates = Counter(t for t in (template(m) for m in models) if t)
     return templates.most_common(1)[0][0] if templates else None
 
 
