@@ -33,7 +33,19 @@ def _log() -> None:
 
 
 class _Commands(click.Group):
-    """Prints deliberate errors without a traceback, and exits with their code."""
+    """Prints deliberate errors without a traceback, and exits with their code; has mergekit's commands as well."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from fastmerge.commands.mergekit.flags import COMMANDS
+
+        return [*super().list_commands(ctx), *COMMANDS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if not cmd_name.startswith("mergekit-"):
+            return super().get_command(ctx, cmd_name)
+        from fastmerge.commands.mergekit.commands import ALL
+
+        return ALL.get(cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

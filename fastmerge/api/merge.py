@@ -263,12 +263,13 @@ def _extras(planned: Plan, writer: Writer, report: Report) -> None:
         writer.add("config.json", (json.dumps(planned.config, indent=2) + "\n").encode())
     for name, path in planned.carry:
         writer.add(name, path)
-    names = Names(planned.recipe, planned.checkpoints)
-    text = dump(names.plain())
-    writer.add("mergekit_config.yml", text.encode())
-    method = next((op.spec.method for op in planned.ops if op.spec.grain != "copy"), None)
-    name, formula, paper = (method.name, method.formula, method.paper) if method else ("passthrough", "copy", "")
-    writer.add("README.md", card(Path(report.out).name, name, formula, paper, names.shown, text).encode())
+    if planned.card:
+        names = Names(planned.recipe, planned.checkpoints)
+        text = dump(names.plain())
+        writer.add("mergekit_config.yml", text.encode())
+        method = next((op.spec.method for op in planned.ops if op.spec.grain != "copy"), None)
+        name, formula, paper = (method.name, method.formula, method.paper) if method else ("passthrough", "copy", "")
+        writer.add("README.md", card(Path(report.out).name, name, formula, paper, names.shown, text).encode())
     writer.sync()
     checksums = [list(c) for c in writer.checksums()]
     facts = {"features": writer.features, "checksums": checksums, "files": writer.files()}

@@ -34,6 +34,7 @@ class Plan:
         fingerprint: equal exactly where the same merge of the same files would give the same directory.
         ties: what became of tied tensors.
         dropped: for each model and rule the tensors that are left out; see :attr:`account`.
+        card: whether the output has a README.md and a mergekit_config.yml.
     """
 
     recipe: Recipe
@@ -47,6 +48,7 @@ class Plan:
     fingerprint: str
     ties: Ties = field(default_factory=Ties)
     dropped: Dropped = field(default_factory=dict)
+    card: bool = True
 
     @functools.cached_property
     def account(self) -> Account:
