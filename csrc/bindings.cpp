@@ -329,14 +329,6 @@ py::array_t<uint32_t> philox_words(const py::array& counter, const py::array& ke
   return out;
 }
 
-int64_t count_nonfinite(int64_t address, int64_t n, int code) {
-  check_code(code, "code");
-  if (n < 0 || (n > 0 && (address == 0 || address % size_of(code) != 0)))
-    fail("address: 0 or not aligned to its elements, or n below 0");
-  py::gil_scoped_release release;
-  return kernels().count_nonfinite(reinterpret_cast<const void*>(address), n, code);
-}
-
 // ---- transfers, headers and the rest --------------------------------------------------------------------------
 
 using Transfer = int (*)(const int64_t*, int64_t, int64_t&, int64_t&);
@@ -407,7 +399,9 @@ PYBIND11_MODULE(_native, m) {
 #endif
   m.def("philox_u16", philox_lanes, arg("key"), arg("model"), arg("op"), arg("e0"), arg("n"));
   m.def("philox4x32", philox_words, arg("counter"), arg("key"));
-  m.def("count_nonfinite", count_nonfinite, arg("address"), arg("n"), arg("code"));
+  using free = py::call_guard<py::gil_scoped_release>;
+  m.def("count_nonfinite", count_nonfinite, arg("address"), arg("n"), arg("code"), free());
+  m.def("apart", apart, arg("x"), arg("x_code"), arg("y"), arg("y_code"), arg("n"), free());
   m.def("read_some", transfer<read_some, 4>, arg("table"), arg("row"), arg("done"));
   m.def("write_some", transfer<write_some, 4>, arg("table"), arg("row"), arg("done"));
   m.def("copy_some", transfer<copy_some, 5>, arg("table"), arg("row"), arg("done"));

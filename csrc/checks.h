@@ -8,6 +8,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "replicate.h"
 
@@ -151,6 +152,26 @@ inline bool any_noise(const ReplicateArgs& a) {
   for (int64_t i = 0; i < t.segments; ++i)
     for (int32_t e = 0; t[i].length && e < t.outputs; ++e) most = std::max(most, a.sigma[t[i].group * t.outputs + e]);
   return (t.wide() ? most : static_cast<float>(most)) != 0;
+}
+
+// Kernels on streams of values, which ask for no more than this.
+inline void check_stream(int64_t address, int64_t n, int64_t code, const char* name) {
+  check_code(code, name);
+  if (n < 0 || (n > 0 && (address == 0 || address % size_of(code) != 0)))
+    fail("address: 0 or not aligned to its elements, or n below 0");
+}
+
+inline int64_t count_nonfinite(int64_t address, int64_t n, int code) {
+  check_stream(address, n, code, "code");
+  return kernels().count_nonfinite(reinterpret_cast<const void*>(address), n, code);
+}
+
+inline std::tuple<int64_t, int64_t, double, double, double, double, double> apart(int64_t x, int x_code, int64_t y,
+                                                                                  int y_code, int64_t n) {
+  check_stream(x, n, x_code, "x_code");
+  check_stream(y, n, y_code, "y_code");
+  const Apart a = kernels().apart(x, x_code, y, y_code, n);
+  return {a.differ, a.nonfinite, a.most, a.xx, a.xy, a.yy, a.dd};
 }
 
 }  // namespace fastmerge

@@ -194,6 +194,13 @@ struct ReplicateWalk {
   int32_t* drawn;  // items that programs took after their first: 0 when the launch starts
 };
 
+// How far two streams of values are apart.
+struct Apart {
+  int64_t differ, nonfinite;  // pairs of unequal values; pairs with a NaN or infinity
+  double most;                // largest |x - y|
+  double xx, xy, yy, dd;      // sums of products, and of (x - y)^2
+};
+
 // One instruction set's kernels.
 struct Kernels {
   const char* name;
@@ -207,6 +214,7 @@ struct Kernels {
   void (*consensus)(const ConsensusArgs&);
   void (*philox)(uint64_t key, uint32_t model, uint32_t op, int64_t e0, int64_t n, uint16_t* out);
   int64_t (*count_nonfinite)(const void* data, int64_t n, int32_t code);
+  Apart (*apart)(int64_t x, int32_t x_code, int64_t y, int32_t y_code, int64_t n);
   void (*replicate)(const ReplicateArgs&);
 };
 
@@ -222,6 +230,7 @@ struct Kernels {
   void consensus(const ConsensusArgs&);                                                         \
   void philox(uint64_t key, uint32_t model, uint32_t op, int64_t e0, int64_t n, uint16_t* out); \
   int64_t count_nonfinite(const void* data, int64_t n, int32_t code);                           \
+  Apart apart(int64_t x, int32_t x_code, int64_t y, int32_t y_code, int64_t n);                 \
   void replicate(const ReplicateArgs&);                                                         \
   }
 

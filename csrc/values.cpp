@@ -1,4 +1,5 @@
-// Kernels on single streams of values: the counter generator and the count of values that are not finite.
+// Kernels on single streams of values: the counter generator, the count of values that are not finite, and how far two
+// streams are apart.
 #include "kernels.h"
 #include "tile.h"
 
@@ -21,6 +22,43 @@ int64_t count_nonfinite(const void* data, int64_t n, int32_t code) {
     default:
       return nonfinite_block(static_cast<const double*>(data), n);
   }
+}
+
+// Pairs of which one is NaN or infinite count as such, and enter no sum. Lane j adds elements j, j + kWide, ... in
+// fp64.
+Apart apart(int64_t x, int32_t x_code, int64_t y, int32_t y_code, int64_t n) {
+  constexpr int64_t kWide = 256;
+  double a[kWide], b[kWide];
+  double differ[kWide] = {}, odd[kWide] = {}, most[kWide] = {}, xx[kWide] = {}, xy[kWide] = {}, yy[kWide] = {},
+         dd[kWide] = {};
+  for (int64_t i = 0; i < n; i += kWide) {
+    const int64_t m = n - i < kWide ? n - i : kWide;
+    load_any(x_code, x, i, m, a);
+    load_any(y_code, y, i, m, b);
+    FM_LOOP for (int64_t j = 0; j < round_up(m); ++j) {
+      const double p = a[j], q = b[j], d = p - q;
+      const bool finite = d - d == 0, same = p == q || (p != p && q != q);
+      const double e = finite ? d : 0, u = finite ? p : 0, v = finite ? q : 0, far = e < 0 ? -e : e;
+      differ[j] += same ? 0.0 : 1.0;
+      odd[j] += finite ? 0.0 : 1.0;
+      most[j] = far > most[j] ? far : most[j];
+      xx[j] += u * u;
+      xy[j] += u * v;
+      yy[j] += v * v;
+      dd[j] += e * e;
+    }
+  }
+  Apart out{};
+  for (int64_t j = 0; j < kWide; ++j) {
+    out.differ += static_cast<int64_t>(differ[j]);
+    out.nonfinite += static_cast<int64_t>(odd[j]);
+    out.most = most[j] > out.most ? most[j] : out.most;
+    out.xx += xx[j];
+    out.xy += xy[j];
+    out.yy += yy[j];
+    out.dd += dd[j];
+  }
+  return out;
 }
 
 }  // namespace FM_ISA

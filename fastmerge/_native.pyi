@@ -194,6 +194,12 @@ def philox4x32(counter: _U32, key: _U32) -> _U32:
 def count_nonfinite(address: int, n: int, code: int) -> int:
     """How many of n values at an address are NaN or infinite."""
 
+def apart(x: int, x_code: int, y: int, y_code: int, n: int) -> tuple[int, int, float, float, float, float, float]:
+    """Unequal pairs, pairs with NaN or Inf, the largest ``|x - y|``, and sums of x x, x y, y y and (x - y)^2, in fp64.
+
+    From the addresses and types of two streams of ``n`` values. Pairs with NaN or Inf enter no sum.
+    """
+
 def read_some(table: _I64, row: int, done: int) -> tuple[int, int, int]:
     """Reads rows (fd, offset, address, nbytes) in order from byte ``done`` of ``row`` on.
 

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastmerge.commands import display
 from fastmerge.errors import FastMergeError, printable
 from fastmerge.version import __version__
 
 if TYPE_CHECKING:
     from fastmerge.planning import Plan
-    from fastmerge.runtime.stream import Stats
 
 EXIT_CODES = """Exit codes: 0 done, 1 other error, 2 recipe or usage, 3 checkpoint, 4 output, 5 memory budget,
 6 backend or device unavailable; 129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM."""
-
-
-def _say(text: object, *, err: bool = False) -> None:
-    """Prints text for people: nothing in it, whoever wrote it, acts on the terminal."""
-    click.echo(printable(text, lines=True), err=err)
 
 
 def _log() -> None:
@@ -40,27 +32,32 @@ def _log() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
-def _json(value: object, *, indent: int | None = None) -> None:
-    """Prints JSON, which escapes by itself."""
-    import json
-
-    click.echo(json.dumps(value, indent=indent))
-
-
 class _Commands(click.Group):
-    """Prints deliberate errors without a traceback, and exits with their code."""
+    """Prints deliberate errors without a traceback, and exits with their code; has mergekit's commands as well."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from fastmerge.commands.mergekit.flags import COMMANDS
+
+        return [*super().list_commands(ctx), *COMMANDS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if not cmd_name.startswith("mergekit-"):
+            return super().get_command(ctx, cmd_name)
+        from fastmerge.commands.mergekit.commands import ALL
+
+        return ALL.get(cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except FastMergeError as error:
-            _say(f"fastmerge: {error}", err=True)
+            display.say(f"fastmerge: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("fastmerge: stopped; nothing that was written is lost, continue with --resume", err=True)
             ctx.exit(130)
         except OSError as error:
-            _say(f"fastmerge: {error}", err=True)
+            display.say(f"fastmerge: {error}", err=True)
             ctx.exit(1)
 
 
@@ -139,7 +136,7 @@ def merge(
             planned, as_json=log_format == "json", memory=memory, max_vram=max_vram, device=device, backend=backend
         )
         return
-    display = None if quiet else (_json_lines if log_format == "json" else _progress)
+    show = None if quiet else (display.json_lines if log_format == "json" else display.progress)
     report = engine.merge(
         planned,
         out,
@@ -150,57 +147,12 @@ def merge(
         resume=resume,
         overwrite=overwrite,
         nan=nan,
-        progress=display,
+        progress=show,
     )
     if log_format == "json":
-        _json({"event": "done", **json.loads(report.to_json())})
+        display.show_json({"event": "done", **json.loads(report.to_json())})
     elif not quiet:
-        _say(report)
-
-
-@contextlib.contextmanager
-def _progress(planned: Plan) -> Iterator[Callable[[Stats], None]]:
-    """A bar of output bytes on a terminal; a plain line every 10 s elsewhere."""
-    from fastmerge.sizes import show_bytes
-
-    total = sum(p.nbytes for p in planned.layout.places.values())
-    started = last = time.monotonic()
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), "{task.fields[by]}")
-        with Progress("merging", *columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("merging", total=total, by="")
-            yield lambda s: bar.update(task, completed=int(s.bytes_written), by=f"bound by {s.bottleneck}")
-        return
-
-    def line(stats: Stats) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= 10:
-            last = now
-            share = 100 * stats.bytes_written / max(total, 1)
-            rate = (stats.bytes_read + stats.bytes_written) / (now - started) / 1e9
-            click.echo(f"{share:.0f} % of {show_bytes(total)}, {rate:.2f} GB/s, bound by {stats.bottleneck}", err=True)
-
-    yield line
-
-
-@contextlib.contextmanager
-def _json_lines(planned: Plan) -> Iterator[Callable[[Stats], None]]:
-    """One JSON event per second."""
-    last = time.monotonic()
-    _json({"event": "start", "ts": time.time(), **planned.summary()})
-
-    def line(stats: Stats) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 1:
-            last = time.monotonic()
-            names = ("bytes_read", "bytes_written", "read", "compute", "write", "units")
-            _json({"event": "progress", "ts": time.time(), **{n: getattr(stats, n) for n in names}})
-
-    yield line
+        display.say(report)
 
 
 @main.command()
@@ -229,11 +181,11 @@ def _show_plan(planned: Plan, *, as_json: bool, **where: Any) -> None:
 
     facts = {**planned.summary(), **estimate(planned, **where)}
     if as_json:
-        _json(facts, indent=2)
+        display.show_json(facts, indent=2)
         return
-    _say(table(facts))
+    display.say(table(facts))
     for text in facts.get("warnings", ()):
-        _say(f"warning: {text}", err=True)
+        display.say(f"warning: {text}", err=True)
 
 
 @main.command()
@@ -245,11 +197,29 @@ def verify(directory: str, as_json: bool) -> None:
 
     found = check(directory)
     if as_json:
-        _json(found.facts(), indent=2)
+        display.show_json(found.facts(), indent=2)
     else:
-        _say(found)
+        display.say(found)
     if not found.ok:
         raise SystemExit(3)
+
+
+@main.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--weights", is_flag=True, help="Read the tensors, and say how far they are apart.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def diff(a: str, b: str, weights: bool, as_json: bool) -> None:
+    """Show where two models differ. Exit code 0: they are equal, 1: they differ."""
+    from fastmerge.commands.diff import diff as compare
+
+    found = compare(a, b, weights=weights)
+    if as_json:
+        display.show_json(found.facts(), indent=2)
+    else:
+        display.say(found)
+    if not found.equal:
+        raise SystemExit(1)
 
 
 @main.command()
@@ -272,7 +242,7 @@ def bench(recipe: str | None, memory: str | None, runs: int, as_json: bool) -> N
 
     rows = bench_recipe(recipe, memory=memory, runs=runs) if recipe else bench_kernels(runs=runs)
     if as_json:
-        _json(rows, indent=2)
+        display.show_json(rows, indent=2)
     else:
         click.echo(table(rows))
 
@@ -286,7 +256,7 @@ def doctor(as_json: bool, directory: str) -> None:
 
     facts = examine(directory)
     if as_json:
-        _json(facts, indent=2)
+        display.show_json(facts, indent=2)
         return
     for key, value in facts.items():
         click.echo(f"{key:<22} {value}")

@@ -56,6 +56,11 @@ _CONV1D_MODULES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 """Model types, and layers of theirs, that store ``[in, out]``; square ones cannot be told by their shapes."""
 
 
+def stored_transposed(name: str, model_type: object) -> bool:
+    """Whether models of a type store a weight of this name ``[in, out]``."""
+    return model_type in _CONV1D and name.split(".")[-2] in _CONV1D_MODULES
+
+
 class Update(NamedTuple):
     """One low-rank update: ``scale (B A)`` is added to a weight.
 
@@ -93,7 +98,7 @@ class Update(NamedTuple):
         if shape == plain and shape == plain[::-1]:
             if not isinstance(model_type, str):
                 return flag
-            return model_type in _CONV1D and name.split(".")[-2] in _CONV1D_MODULES
+            return stored_transposed(name, model_type)
         return False if shape == plain else True if shape == plain[::-1] else None
 
 

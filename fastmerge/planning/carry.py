@@ -247,7 +247,7 @@ def _json(file: Path | bytes | None) -> Any:
         return None
 
 
-def _template(model: Checkpoint) -> str | None:
+def template(model: Checkpoint) -> str | None:
     """The chat template of a model, as data; it is never rendered."""
     jinja = _inside(model, "chat_template.jinja", [])
     if jinja is not None and jinja.stat().st_size <= _MOST_JSON:
@@ -260,7 +260,7 @@ def _template(model: Checkpoint) -> str | None:
 
 
 def _plurality(models: Sequence[Checkpoint]) -> str | None:
-    templates = Counter(t for t in (_template(m) for m in models) if t)
+    templates = Counter(t for t in (template(m) for m in models) if t)
     return templates.most_common(1)[0][0] if templates else None
 
 

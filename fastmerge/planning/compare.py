@@ -91,6 +91,18 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[st
             yield name, x[name], y[name]
 
 
+_LITTLE = frozenset({"transformers_version", "_name_or_path", "name_or_path", "torch_dtype", "dtype", "use_cache"})
+"""Keys that say nothing of what a model computes, or what its tensors say themselves."""
+
+_READ = frozenset(key for keys in _SAME_KEYS.values() for key in keys) | frozenset(_SCALARS)
+
+
+def others(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Keys of both configurations with different values that :func:`differences` does not look at."""
+    looked_at = _READ | _LITTLE | {key for key in a if key.startswith(("rope", "rotary", "partial_rotary", "sliding"))}
+    return sorted(key for key in a if key in b and key not in looked_at and not _same(a[key], b[key]))
+
+
 def disagreements(donor: str, config: Mapping[str, Any], others: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """One line for each value of a configuration that other models have otherwise.
 

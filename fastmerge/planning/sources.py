@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 FLOAT8 = frozenset({"float8_e4m3fn", "float8_e5m2"})
 """Types whose values bfloat16 holds exactly."""
 
-_HEADED = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
-"""Ends of the names of model classes that have a head, tied or not."""
-
 _PEFT = "merge the adapter into its base with peft first"
 _BOTH = (
     "is one of two tied ends: as peft merges it, the update is in both, so that the merged model computes something "
@@ -122,7 +119,7 @@ class ModelSources:
         """An embedding that the adapter changes, and a head of the model's that is tied to it and has no name here."""
         classes = self.config.get("architectures")
         names = [n for n in classes if isinstance(n, str)] if isinstance(classes, list) else []
-        if tied.tied(self.config) is False or not any(n.endswith(_HEADED) for n in names):
+        if tied.tied(self.config) is False or not any(n.endswith(tied.HEADED) for n in names):
             return
         if len(ends) != 1:
             return

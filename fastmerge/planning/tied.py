@@ -30,6 +30,9 @@ _TAILS = (
     "predictions.bias",
     "lm_head.bias",
 )
+HEADED = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
+"""Ends of the names of model classes that have a head, tied or not."""
+
 _BELOW = re.compile(r"(^|\.)(\d+|mtp)\.")
 
 

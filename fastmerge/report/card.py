@@ -48,6 +48,25 @@ def card(name: str, method: str, formula: str, paper: str, models: Sequence[tupl
     )
 
 
+def adapter_card(name: str, base: str, model: str, holds: str) -> str:
+    """The card of an adapter that was extracted.
+
+    Args:
+        name: title.
+        base: what it is applied to.
+        model: the fine-tune that both together are.
+        holds: what is in it.
+    """
+    front: dict[str, object] = {"library_name": "peft", "tags": ["mergekit", "peft", "fastmerge"]}
+    if _ID.fullmatch(base):
+        front = {"base_model": base, **front}
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {_text(name)}\n\n"
+        f"This LoRA adapter was extracted by fastmerge from {_code(model)}. It is applied to {_code(base)}.\n\n"
+        f"{_code(holds)}\n"
+    )
+
+
 def _line(text: str) -> str:
     """Text without line breaks and characters that cannot be seen."""
     return _INVISIBLE.sub(" ", text).strip() or "model"

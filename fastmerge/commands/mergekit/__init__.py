@@ -1,0 +1,1 @@
+"""mergekit's commands, with its flags, over this engine."""
