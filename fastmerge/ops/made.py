@@ -1,7 +1,7 @@
 """Sources that are made from others, a run at a time, in the slot.
 
 ============  ====================================================
-``Rows``      rows of another source, in any order, with gaps
+``Rows``      rows of other sources, in any order, with gaps
 ``LowRank``   a weight and a low-rank update (LoRA)
 ``Wide``      8-bit floats as bfloat16, which holds each exactly
 ``Constant``  one value
@@ -13,24 +13,28 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fastmerge.dtypes import BF16, F16, F32, F64, DType
+from fastmerge.dtypes import BF16, F16, F32, F64, DType, promote
 from fastmerge.ops.segments import GROUP, HEADER, LENGTH, OUT, ROW
-from fastmerge.ops.sources import Bring, workspace
+from fastmerge.ops.sources import Bring, FileRange, Memory, workspace
 from fastmerge.ops.spec import Source
 
 PANEL = 1 << 16
 """Elements that are computed at a time: what all ranks of an update work on stays in the cache."""
 
+BLOCK = 1 << 18
+"""Elements of rows that are gathered at a time."""
+
 _NUMPY: dict[DType, type[np.floating[Any]]] = {F64: np.float64, F32: np.float32, F16: np.float16}
 
 
-def _array(address: int, n: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+def array(address: int, n: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Memory as an array."""
     numbers = np.dtype(dtype)
     if not n:
@@ -53,66 +57,112 @@ def _load(bring: Bring, source: Source, e0: int, out: npt.NDArray[Any]) -> None:
         return
     raw = np.empty(out.size * source.dtype.size, np.uint8)
     bring(source, np.array([[e0, out.size, raw.ctypes.data]], np.int64))
-    if source.dtype is BF16:
-        np.left_shift(raw.view(np.uint16), np.uint32(16), out=out.view(np.uint32))
+    _widen(raw, source.dtype, out)
+
+
+def _widen(raw: npt.NDArray[np.uint8], dtype: DType, out: npt.NDArray[Any]) -> None:
+    """Floats as fp32 or fp64, which hold them exactly."""
+    if dtype is BF16:
+        wide = out if out.itemsize == 4 else np.empty(out.size, np.float32)
+        np.left_shift(raw.view(np.uint16), np.uint32(16), out=wide.view(np.uint32))
+        if wide is not out:
+            out[:] = wide
     else:
-        out[:] = raw.view(_NUMPY[source.dtype])
+        out[:] = raw.view(_NUMPY[dtype])
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of another source: row ``r`` is row ``index[r]`` of ``source``; -1 is a row of zeros.
+    """Rows of other sources: row ``r`` is row ``index[r]`` of ``sources``, one below the other; -1 is a row of zeros.
 
     Attributes:
-        source: ``[R, ...]``.
-        index: int64 ``[K]``, -1 .. R - 1.
+        sources: ``[R, ...]`` each, alike but for R.
+        index: int64 ``[K]``, -1 .. sum of R - 1.
     """
 
-    source: Source
+    sources: tuple[Source, ...]
     index: npt.NDArray[np.int64]
 
     @property
     def dtype(self) -> DType:
-        """That of the source."""
-        return self.source.dtype
+        """That which all sources go into."""
+        return functools.reduce(promote, [s.dtype for s in self.sources])
 
     @property
     def shape(self) -> tuple[int, ...]:
         """``[K, ...]``."""
-        return (len(self.index), *self.source.shape[1:])
+        return (len(self.index), *self.sources[0].shape[1:])
 
     @property
     def inputs(self) -> tuple[Source, ...]:
         """What it takes rows of."""
-        return (self.source,)
+        return self.sources
 
     @property
     def workspace(self) -> int:
-        """Its runs: six numbers for each row, and what the source takes."""
-        return 48 * len(self.index) + workspace(self.source)
+        """The runs of a part, ten numbers for each row; a part that is made or widened once more; what sources take."""
+        runs = 80 * min(len(self.index), BLOCK // max(1, math.prod(self.shape[1:])) + 2)
+        apart = not all(_there(s) and s.dtype is self.dtype for s in self.sources)
+        return runs + 16 * BLOCK * apart + max(map(workspace, self.sources))
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
-        """Reads neighbouring rows together."""
-        width = int(np.prod(self.source.shape[1:], dtype=np.int64))
-        size = self.dtype.size
-        if not n or not width:
-            return
+        """A part at a time; neighbouring rows are read together."""
+        for at in range(0, n if math.prod(self.shape) else 0, BLOCK):
+            self._part(bring, e0 + at, min(BLOCK, n - at), address + at * self.dtype.size)
+
+    def _part(self, bring: Bring, e0: int, n: int, address: int) -> None:
+        width, size = math.prod(self.shape[1:]), self.dtype.size
         first, last = e0 // width, (e0 + n - 1) // width
         rows = np.arange(first, last + 1)
         begin = np.maximum(rows * width, e0)
         length = np.minimum((rows + 1) * width, e0 + n) - begin
         of = self.index[first : last + 1]
-        start = of * width + (begin - rows * width)
-        # A run ends where the next row does not follow in the source.
-        ends = np.flatnonzero((of[1:] != of[:-1] + 1) | (of[1:] < 0) | (of[:-1] < 0))
-        heads = np.concatenate([[0], ends + 1])
+        ends = np.cumsum([s.shape[0] for s in self.sources])
+        which = np.where(of < 0, -1, np.searchsorted(ends, of, "right"))
+        # A run ends where the next row does not follow in the same source.
+        cuts = np.flatnonzero((of[1:] != of[:-1] + 1) | (which[1:] != which[:-1]) | (of[1:] < 0))
+        heads = np.concatenate([[0], cuts + 1])
         totals = np.add.reduceat(length, heads)
         there = address + (begin[heads] - e0) * size
-        known = of[heads] >= 0
-        if known.any():
-            bring(self.source, np.stack([start[heads], totals, there], axis=1)[known])
-        for at, count in zip(there[~known].tolist(), totals[~known].tolist(), strict=True):
+        start = of[heads] * width + (begin[heads] - rows[heads] * width)
+        which = which[heads]
+        for at, count in zip(there[which < 0].tolist(), totals[which < 0].tolist(), strict=True):
             ctypes.memset(at, 0, count * size)
+        for i in np.unique(which[which >= 0]).tolist():
+            source, mine = self.sources[i], which == i
+            above = int(ends[i]) - source.shape[0]
+            runs = np.stack([start[mine] - above * width, totals[mine], there[mine]], axis=1)
+            if source.dtype is self.dtype and (_there(source) or len(runs) == 1):
+                bring(source, runs)
+            else:
+                _scatter(bring, source, runs, self.dtype)
+
+
+def _there(source: Source) -> bool:
+    """Whether runs of a source only have to be brought."""
+    return isinstance(source, FileRange | Memory)
+
+
+def _scatter(bring: Bring, source: Source, runs: npt.NDArray[np.int64], dtype: DType) -> None:
+    """Runs of a source by way of memory of its own: widened, and made at once where they follow each other there."""
+    starts, lengths = runs[:, 0], runs[:, 1]
+    n, size = int(lengths.sum()), source.dtype.size
+    raw = np.empty(n * size, np.uint8)
+    before = np.cumsum(lengths) - lengths
+    if np.array_equal(starts, starts[0] + before):
+        bring(source, np.array([[starts[0], n, raw.ctypes.data]], np.int64))
+    else:
+        bring(source, np.stack([starts, lengths, raw.ctypes.data + before * size], axis=1))
+    if source.dtype is not dtype:
+        wide = np.empty(n, _NUMPY[dtype])
+        _widen(raw, source.dtype, wide)
+        raw = wide.view(np.uint8)
+    begin = raw.ctypes.data
+    rows = zip(
+        runs[:, 2].tolist(), (begin + before * dtype.size).tolist(), (lengths * dtype.size).tolist(), strict=True
+    )
+    for to, out_of, nbytes in rows:
+        ctypes.memmove(to, out_of, nbytes)
 
 
 def sums(left: npt.NDArray[Any], right: npt.NDArray[Any], out: npt.NDArray[Any], spare: npt.NDArray[Any]) -> None:
@@ -195,7 +245,7 @@ class LowRank:
         width = self.shape[-1]
         first, last = e0 // width, (e0 + n - 1) // width
         left, right = (x.astype(work, copy=False) for x in self._factors(bring, first, last - first + 1))
-        out = _array(address, n, work)
+        out = array(address, n, work)
         space = np.empty((2, min(n, PANEL)), work)
         at = e0
         while at < e0 + n:
@@ -251,7 +301,7 @@ class Wide:
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """One look-up per element, a panel at a time."""
-        table, out = _bfloat16(self.source.dtype.name), _array(address, n, np.uint16)
+        table, out = _bfloat16(self.source.dtype.name), array(address, n, np.uint16)
         space = np.empty(min(n, PANEL), np.uint8)
         for at in range(0, n, PANEL):
             raw = space[: n - at]
@@ -290,7 +340,7 @@ class Constant:
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """Repeats the value, rounded once."""
         one = _rounded(self.value, self.dtype)
-        _array(address, n, one.dtype)[:] = one
+        array(address, n, one.dtype)[:] = one
 
 
 @dataclass(frozen=True)
@@ -319,7 +369,7 @@ class Noise:
         from fastmerge.philox import NOISE, normal
 
         work = _NUMPY[self.dtype]
-        out = _array(address, n, work)
+        out = array(address, n, work)
         for at in range(0, n, PANEL):
             part = out[at : at + PANEL]
             np.multiply(normal(self.key, self.index, NOISE, e0 + at, part.size), work(self.sigma), part, dtype=work)
