@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint import Checkpoint, Layout, Seen, layout, of_fields, without_gc
 from fastmerge.dtypes import DType
-from fastmerge.errors import CheckpointError, RecipeError
+from fastmerge.errors import CheckpointError, RecipeError, ShapeError
 from fastmerge.ops.spec import Op
 from fastmerge.planning import carry as carrying
 from fastmerge.planning import config_json as configuring
@@ -20,11 +20,14 @@ from fastmerge.planning.outputs import Outputs
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.rows import Models, sliced, whole
 from fastmerge.recipe import ModelRef, Recipe
+from fastmerge.recipe.schema import UNION
 from fastmerge.version import __version__
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint.adapter import Adapter
     from fastmerge.planning.restack import SourceLayer
+    from fastmerge.planning.tokenizers import United
+    from fastmerge.planning.vocabulary import Vocabulary
 
 ENGINE = "1"
 """Version of the frozen arithmetic and of the plan: another one may give other bytes."""
@@ -64,7 +67,14 @@ def plan(
         raise CheckpointError(problems)
     warnings |= dict.fromkeys(text for ref in recipe.refs for text in opened.sources[ref].warnings)
     warnings |= dict.fromkeys(opened.align(recipe))
-    outputs = Outputs(recipe, opened, seed)
+    donor_ref = recipe.base_model or _first(recipe)
+    vocabulary: Vocabulary | None = None
+    united: United | None = None
+    if recipe.tokenizer_source is not None:
+        from fastmerge.planning.vocabulary import by_tokens
+
+        vocabulary, united = by_tokens(recipe, opened, donor_ref)
+    outputs = Outputs(recipe, opened, seed, vocabulary)
     layers: list[SourceLayer] | None = None
     if recipe.slices:
         stacked = sliced(recipe, recipe.parts, opened)
@@ -75,7 +85,18 @@ def plan(
     else:
         _same_depth(recipe, opened)
         rows = whole(recipe, recipe.parts[0], opened, gradient=outputs.parts[0].resolver.gradient)
-    made = outputs.build(rows)
+    try:
+        made = outputs.build(rows)
+    except ShapeError:
+        if vocabulary is not None:
+            raise
+        from fastmerge.planning.vocabulary import by_number
+
+        vocabulary = by_number(opened, donor_ref)
+        if vocabulary is None:
+            raise
+        outputs = Outputs(recipe, opened, seed, vocabulary)
+        made = outputs.build(rows)
     if not made:
         raise CheckpointError("nothing to merge: the models have no tensors")
     if recipe.donor_only_base:
@@ -84,9 +105,9 @@ def plan(
             f"base_model {str(recipe.base_model)!r} is not one of the two models: it gives configuration and tokenizer "
             f"only; t = 0 is {first!r}"
         ] = None
-    donor_ref = recipe.base_model or _first(recipe)
     donor = opened.checkpoints[donor_ref]
-    tokenizer = opened.checkpoints[recipe.tokenizer_source or donor_ref]
+    source = recipe.tokenizer_source
+    tokenizer = donor if source is None or source == UNION else opened.checkpoints[source]
     warnings |= dict.fromkeys(_compare(recipe, opened, donor_ref))
     config = None
     if donor.config:
@@ -98,7 +119,14 @@ def plan(
             structure=None if layers is None else opened.structure(donor_ref),
         )
         warnings |= dict.fromkeys(notes)
-    files, notes = carrying.carry(recipe, donor, tokenizer, checkpoints, _by_row(recipe, opened), config)
+    by_row = _by_row(recipe, opened) if vocabulary is None else []
+    files, notes = carrying.carry(recipe, donor, tokenizer, checkpoints, by_row, config, united)
+    if vocabulary is not None:
+        warnings |= vocabulary.warnings
+        if config is not None:
+            from fastmerge.planning.embeddings import set_size
+
+            warnings |= dict.fromkeys(set_size(config, vocabulary.size))
     warnings |= dict.fromkeys(notes)
     warnings |= outputs.notes.warnings
     adapters = tuple([a.checkpoint for a in opened.adapters.values()])
@@ -116,7 +144,9 @@ def plan(
         config=config,
         carry=files,
         warnings=tuple(warnings),
-        fingerprint=_fingerprint(text, checkpoints, where, config),
+        fingerprint=_fingerprint(
+            text, checkpoints, where, config, vocabulary.digest if vocabulary is not None else None
+        ),
         ties=outputs.inputs.ties,
         dropped=outputs.inputs.dropped,
     )
@@ -213,7 +243,9 @@ def _main_type(ops: Iterable[Op]) -> DType | None:
     return max((d for d in counts if d.mergeable), key=counts.__getitem__, default=None)
 
 
-def _fingerprint(recipe: str, checkpoints: Iterable[Checkpoint], layout: Layout, config: Any) -> str:
+def _fingerprint(
+    recipe: str, checkpoints: Iterable[Checkpoint], layout: Layout, config: Any, vocabulary: str | None
+) -> str:
     """128 bits over everything that decides the output directory's bytes."""
     digest = hashlib.blake2b(digest_size=16)
 
@@ -227,6 +259,8 @@ def _fingerprint(recipe: str, checkpoints: Iterable[Checkpoint], layout: Layout,
         add(json.dumps([[f.header_hash, f.size, f.identity[3]] for f in c.files]).encode())
     add(layout.digest.encode())
     add(configuring.canonical(config).encode())
+    if vocabulary is not None:
+        add(vocabulary.encode())
     return digest.hexdigest()
 
 

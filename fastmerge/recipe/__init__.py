@@ -18,7 +18,7 @@ from fastmerge.methods.base import Method
 from fastmerge.recipe.checks import Part, check, donor_only_base, parts, refs
 from fastmerge.recipe.load import build, text_of
 from fastmerge.recipe.problems import Origin, dotted
-from fastmerge.recipe.schema import Input, ModelRef, Shape, Slice, Source
+from fastmerge.recipe.schema import UNION, Input, ModelRef, Shape, Slice, Source
 from fastmerge.recipe.settings import Parameters, Rule, Setting
 from fastmerge.recipe.tree import Loc
 
@@ -117,7 +117,14 @@ class Recipe(Shape):
                 out[key] = getattr(self, key)
         source = self.tokenizer_source
         if source is not None:
-            out["tokenizer_source"] = "base" if source == self.base_model else model(source)
+            out["tokenizer_source"] = {UNION: "union", self.base_model: "base"}.get(source) or model(source)
+        block = self.tokenizer
+        if block is not None:
+            out["tokenizer"] = {"source": out.pop("tokenizer_source")}
+            if block.tokens:
+                out["tokenizer"]["tokens"] = {name: token.plain(model) for name, token in block.tokens.items()}
+            if block.pad_to_multiple_of is not None:
+                out["tokenizer"]["pad_to_multiple_of"] = block.pad_to_multiple_of
         return out
 
     def to_yaml(self) -> str:
