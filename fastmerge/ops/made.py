@@ -28,8 +28,11 @@ from fastmerge.ops.spec import Source
 PANEL = 1 << 16
 """Elements that are computed at a time: what all ranks of an update work on stays in the cache."""
 
-BLOCK = 1 << 18
-"""Elements of rows that are gathered at a time."""
+BLOCK, PART = 1 << 17, 1 << 17
+"""Elements of rows that are brought to be put in order at a time, and rows that are looked at at a time."""
+
+NEAR = 16384
+"""Bytes that are as well read as a run is begun: runs that lie closer are read with what is between them."""
 
 _NUMPY: dict[DType, type[np.floating[Any]]] = {F64: np.float64, F32: np.float32, F16: np.float16}
 
@@ -100,69 +103,74 @@ class Rows:
 
     @property
     def workspace(self) -> int:
-        """The runs of a part, ten numbers for each row; a part that is made or widened once more; what sources take."""
-        runs = 80 * min(len(self.index), BLOCK // max(1, math.prod(self.shape[1:])) + 2)
-        apart = not all(_there(s) and s.dtype is self.dtype for s in self.sources)
-        return runs + 16 * BLOCK * apart + max(map(workspace, self.sources))
+        """Twelve numbers for each row of a part; rows as they are, widened, and in their order; what sources take."""
+        apart = 24 * max(BLOCK, math.prod(self.shape[1:]))
+        return 96 * min(len(self.index), PART) + apart + max(map(workspace, self.sources))
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
-        """A part at a time; neighbouring rows are read together."""
-        for at in range(0, n if math.prod(self.shape) else 0, BLOCK):
-            self._part(bring, e0 + at, min(BLOCK, n - at), address + at * self.dtype.size)
-
-    def _part(self, bring: Bring, e0: int, n: int, address: int) -> None:
-        width, size = math.prod(self.shape[1:]), self.dtype.size
-        first, last = e0 // width, (e0 + n - 1) // width
-        rows = np.arange(first, last + 1)
-        begin = np.maximum(rows * width, e0)
-        length = np.minimum((rows + 1) * width, e0 + n) - begin
-        of = self.index[first : last + 1]
-        ends = np.cumsum([s.shape[0] for s in self.sources])
-        which = np.where(of < 0, -1, np.searchsorted(ends, of, "right"))
-        # A run ends where the next row does not follow in the same source.
-        cuts = np.flatnonzero((of[1:] != of[:-1] + 1) | (which[1:] != which[:-1]) | (of[1:] < 0))
-        heads = np.concatenate([[0], cuts + 1])
-        totals = np.add.reduceat(length, heads)
-        there = address + (begin[heads] - e0) * size
-        start = of[heads] * width + (begin[heads] - rows[heads] * width)
-        which = which[heads]
-        for at, count in zip(there[which < 0].tolist(), totals[which < 0].tolist(), strict=True):
-            ctypes.memset(at, 0, count * size)
-        for i in np.unique(which[which >= 0]).tolist():
-            source, mine = self.sources[i], which == i
-            above = int(ends[i]) - source.shape[0]
-            runs = np.stack([start[mine] - above * width, totals[mine], there[mine]], axis=1)
-            if source.dtype is self.dtype and (_there(source) or len(runs) == 1):
-                bring(source, runs)
-            else:
-                _scatter(bring, source, runs, self.dtype)
+        """Neighbouring rows are read together, and rows that lie close in any order."""
+        width = math.prod(self.shape[1:])
+        for first in range(e0 // width, -(-(e0 + n) // width), PART) if n and width else ():
+            rows = np.arange(first, min(first + PART, -(-(e0 + n) // width)))
+            begin = np.maximum(rows * width, e0)
+            length = np.minimum((rows + 1) * width, e0 + n) - begin
+            of = self.index[rows[0] : rows[-1] + 1]
+            to = address + (begin - e0) * self.dtype.size
+            for i in np.flatnonzero(of < 0).tolist():
+                ctypes.memset(int(to[i]), 0, int(length[i]) * self.dtype.size)
+            above = 0
+            for source in self.sources:
+                mine = np.flatnonzero((of >= above) & (of < above + source.shape[0]))
+                if len(mine):
+                    start = of[mine] - above
+                    start = start * width + (begin - rows * width)[mine]
+                    _take(bring, source, self.dtype, width, np.stack([start, length[mine], to[mine]], axis=1))
+                above += source.shape[0]
 
 
-def _there(source: Source) -> bool:
-    """Whether runs of a source only have to be brought."""
-    return isinstance(source, FileRange | Memory)
+def _take(bring: Bring, source: Source, dtype: DType, width: int, rows: npt.NDArray[np.int64]) -> None:
+    """Brings rows of one source (first element, elements, address), of which all but the ends are whole."""
+    start, length, to = rows.T
+    # A run ends where the next row does not follow, here or there.
+    ends = np.flatnonzero((start[1:] != start[:-1] + length[:-1]) | (to[1:] != to[:-1] + length[:-1] * dtype.size))
+    heads = np.concatenate([[0], ends + 1])
+    near = (int(start.max() - start.min()) + width) * dtype.size <= len(heads) * NEAR
+    if source.dtype is dtype and (len(heads) == 1 or (isinstance(source, FileRange | Memory) and not near)):
+        bring(source, np.stack([start[heads], np.add.reduceat(length, heads), to[heads]], axis=1))
+        return
+    whole = length == width
+    for e0, n, address in rows[~whole].tolist():
+        raw = _brought(bring, source, e0, n, dtype)
+        ctypes.memmove(address, raw.ctypes.data, raw.size)
+    if not whole.any():
+        return
+    nbytes = width * dtype.size
+    start, _, to = rows[whole][np.argsort(start[whole], kind="stable")].T
+    base = int(to.min())
+    place = (to - base) // nbytes
+    unit: npt.DTypeLike = np.uint8 if nbytes % 8 or base % 8 else np.int64  # larger ones are copied faster
+    out = array(base, (int(place.max()) + 1) * nbytes, np.uint8).view(unit).reshape(int(place.max()) + 1, -1)
+    at = 0
+    while at < len(start):
+        first = int(start[at])
+        end = int(np.searchsorted(start, first + max(BLOCK, width)))
+        raw = _brought(bring, source, first, int(start[end - 1]) - first + width, dtype).view(unit)
+        raw = raw.reshape(-1, out.shape[1])
+        which = (start[at:end] - first) // width
+        every = len(raw) == len(which) and which[-1] + 1 == len(which) and bool((which[1:] > which[:-1]).all())
+        out[place[at:end]] = raw if every else raw[which]
+        at = end
 
 
-def _scatter(bring: Bring, source: Source, runs: npt.NDArray[np.int64], dtype: DType) -> None:
-    """Runs of a source by way of memory of its own: widened, and made at once where they follow each other there."""
-    starts, lengths = runs[:, 0], runs[:, 1]
-    n, size = int(lengths.sum()), source.dtype.size
-    raw = np.empty(n * size, np.uint8)
-    before = np.cumsum(lengths) - lengths
-    if np.array_equal(starts, starts[0] + before):
-        bring(source, np.array([[starts[0], n, raw.ctypes.data]], np.int64))
-    else:
-        bring(source, np.stack([starts, lengths, raw.ctypes.data + before * size], axis=1))
-    if source.dtype is not dtype:
-        wide = np.empty(n, _NUMPY[dtype])
-        _widen(raw, source.dtype, wide)
-        raw = wide.view(np.uint8)
-    begin = raw.ctypes.data
-    rows = zip(
-        runs[:, 2].tolist(), (begin + before * dtype.size).tolist(), (lengths * dtype.size).tolist(), strict=True
-    )
-    for to, out_of, nbytes in rows:
-        ctypes.memmove(to, out_of, nbytes)
+def _brought(bring: Bring, source: Source, e0: int, n: int, dtype: DType) -> npt.NDArray[np.uint8]:
+    """The bytes of a run of a source, widened to a type."""
+    raw = np.empty(n * source.dtype.size, np.uint8)
+    bring(source, np.array([[e0, n, raw.ctypes.data]], np.int64))
+    if source.dtype is dtype:
+        return raw
+    wide = np.empty(n, _NUMPY[dtype])
+    _widen(raw, source.dtype, wide)
+    return wide.view(np.uint8)
 
 
 def sums(left: npt.NDArray[Any], right: npt.NDArray[Any], out: npt.NDArray[Any], spare: npt.NDArray[Any]) -> None:

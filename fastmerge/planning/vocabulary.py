@@ -219,25 +219,41 @@ def by_tokens(recipe: Recipe, models: Models, donor: ModelRef) -> tuple[Vocabula
         )
     except RecipeError as e:
         raise RecipeError([f"{where}: {p.removeprefix('tokenizer: ')}" for p in e.problems]) from None
-    size = max(united.numbers.values(), default=-1) + 1
-    names = list(united.numbers)
-    numbers = np.fromiter(united.numbers.values(), np.int64, len(names))
-    there = np.zeros(size, np.bool_)
-    there[numbers] = True
-    own: dict[ModelRef, I64] = {}
-    read: dict[int, I64] = {}
-    for ref in known:
-        theirs = known[ref].numbers
-        if id(theirs) not in read:
-            read[id(theirs)] = np.fromiter(map(theirs.get, names, itertools.repeat(-1)), np.int64, len(names))
-        own[ref] = np.full(size, -1)
-        own[ref][numbers] = np.where(read[id(theirs)] < rows[ref], read[id(theirs)], -1)
+    own, there = align(united.numbers, {ref: t.numbers for ref, t in known.items()}, rows)
     explicit = _explicit(recipe, known, rows, own, united.numbers)
     multiple = block.pad_to_multiple_of if block is not None and block.pad_to_multiple_of else 1
     shown = {i: token for token, i in united.numbers.items()}
-    made = Vocabulary(models, rows, own, there, -(-size // multiple) * multiple, explicit, shown)
+    made = Vocabulary(models, rows, own, there, -(-len(there) // multiple) * multiple, explicit, shown)
     made.warnings |= dict.fromkeys([*notes, *united.warnings])
     return made, united
+
+
+def align(
+    numbers: Mapping[str, int], theirs: Mapping[ModelRef, Mapping[str, int]], rows: Mapping[ModelRef, int]
+) -> tuple[dict[ModelRef, I64], npt.NDArray[np.bool_]]:
+    """Which row of each model the numbers of the output are.
+
+    Args:
+        numbers: of the output's tokens.
+        theirs: numbers of each model's tokens.
+        rows: how many each model has.
+
+    Returns:
+        For each model its row of every number, -1 for none; and which numbers are tokens.
+    """
+    size = max(numbers.values(), default=-1) + 1
+    at = np.fromiter(numbers.values(), np.int64, len(numbers))
+    there = np.zeros(size, np.bool_)
+    there[at] = True
+    own: dict[ModelRef, I64] = {}
+    read: dict[int, I64] = {}
+    for ref, table in theirs.items():
+        if id(table) not in read:
+            read[id(table)] = np.fromiter(map(table.get, numbers, itertools.repeat(-1)), np.int64, len(numbers))
+        found = read[id(table)]
+        own[ref] = np.full(size, -1)
+        own[ref][at] = np.where(found < rows[ref], found, -1)
+    return own, there
 
 
 def _explicit(

@@ -57,6 +57,25 @@ def test_sources_of_one_type_keep_it():
     assert torch.equal(got, torch.stack([xs[2][8], xs[1][0], torch.zeros(5), xs[0][0], xs[0][1]]).float())
 
 
+@pytest.mark.parametrize("width", [3000, 5, 7])
+def test_rows_that_lie_close_are_read_together(width):
+    """Others are read one by one; rows cut at either end as well."""
+    x = torch.arange(200 * width, dtype=torch.float32).reshape(200, width)
+    index = np.random.default_rng(0).integers(-1, 200, 40)
+    want = torch.cat([x, torch.zeros(1, width)])[torch.from_numpy(index)].reshape(-1)
+    calls = []
+
+    def counted(source, runs):
+        calls.extend(runs.tolist())
+        bring(source, runs)
+
+    n = 40 * width - 2
+    got = np.empty(n, np.float32)
+    Rows((memory(x),), index).fill(counted, 1, n, got.ctypes.data)
+    assert np.array_equal(got, want[1 : n + 1].numpy())
+    assert (len(calls) > 30) is (width == 3000), "as far apart as that, nothing between them is read"
+
+
 def test_what_is_made_is_made_once_where_its_rows_follow_each_other():
     """Means between rows that are simply there: one piece of work for all, not one for each."""
     (x, *_) = tensors((B, B, B), 4)
