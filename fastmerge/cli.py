@@ -268,7 +268,7 @@ def lora(words: tuple[str, ...]) -> None:
     """Merge LoRA adapters with each other, or bake them into their base."""
     from fastmerge.commands.lora import lora as group
 
-    group.main(list(words), prog_name="fastmerge lora", standalone_mode=False, obj=_progress)
+    group.main(list(words), prog_name="fastmerge lora", standalone_mode=False)
 
 
 if __name__ == "__main__":

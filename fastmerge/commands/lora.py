@@ -10,7 +10,8 @@ import click
 
 from fastmerge.api import lora as api
 from fastmerge.api.mixed import MIXED
-from fastmerge.errors import RecipeError, printable
+from fastmerge.commands import display
+from fastmerge.errors import RecipeError
 from fastmerge.recipe import ModelRef, Recipe
 from fastmerge.recipe.schema import exists, model_ref
 
@@ -41,9 +42,9 @@ def merge(adapters: tuple[str, ...], out: str, quiet: bool, **how: Any) -> None:
     made = api.merge_adapters(refs, out, weights=weights, **how)
     if how["kind"] in MIXED and len(refs) > 1 and not quiet:
         text = "works on A and on B each, whose product is not the merge of the updates: see cat and svd"
-        _say(f"warning: {how['kind']} {text}", err=True)
+        display.say(f"warning: {how['kind']} {text}", err=True)
     if not quiet:
-        _say(made)
+        display.say(made)
 
 
 @lora.command()
@@ -60,10 +61,7 @@ def merge(adapters: tuple[str, ...], out: str, quiet: bool, **how: Any) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an existing output, atomically.")
 @click.option("--dry-run", is_flag=True, help="Print the recipe; write nothing.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
-@click.pass_obj
 def bake(
-    progress: Any,
-    /,
     base: str,
     adapters: tuple[str, ...],
     out: str,
@@ -77,13 +75,13 @@ def bake(
     refs, weights = weighted(adapters)
     wanted = recipe(base, refs, weights, method, density)
     if dry_run:
-        _say(wanted.to_yaml())
+        display.say(wanted.to_yaml())
         return
     from fastmerge.api.merge import merge as engine
 
-    report = engine(wanted, out, progress=None if quiet else progress, **how)
+    report = engine(wanted, out, progress=None if quiet else display.progress, **how)
     if not quiet:
-        _say(report)
+        display.say(report)
 
 
 def weighted(adapters: Sequence[str]) -> tuple[list[str], list[float]]:
@@ -128,7 +126,3 @@ def recipe(base: str, adapters: Sequence[str], weights: Sequence[float], method:
     more = {} if density is None else {"density": density}
     models = [{"model": m, "parameters": {"weight": w, **more}} for m, w in zip(tuned, weights, strict=True)]
     return Recipe.load({"merge_method": method, "base_model": model.plain(), "models": models})
-
-
-def _say(text: object, *, err: bool = False) -> None:
-    click.echo(printable(text, lines=True), err=err)

@@ -1,7 +1,7 @@
 """Sources that are made from others, a run at a time, in the slot.
 
 ============  ====================================================
-``Rows``      rows of another source, in any order, with gaps
+``Rows``      rows of other sources, in any order, with gaps
 ``LowRank``   a weight and a low-rank update (LoRA)
 ``Wide``      8-bit floats as bfloat16, which holds each exactly
 ``Constant``  one value
@@ -15,19 +15,26 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fastmerge.dtypes import BF16, F16, F32, F64, DType
+from fastmerge.dtypes import BF16, F16, F32, F64, DType, promote
 from fastmerge.ops.segments import GROUP, HEADER, LENGTH, OUT, ROW
-from fastmerge.ops.sources import Bring, workspace
+from fastmerge.ops.sources import Bring, FileRange, Memory, workspace
 from fastmerge.ops.spec import Source
 
 PANEL = 1 << 16
 """Elements that are computed at a time: what all ranks of an update work on stays in the cache."""
+
+BLOCK, PART = 1 << 17, 1 << 17
+"""Elements of rows that are brought to be put in order at a time, and rows that are looked at at a time."""
+
+NEAR = 16384
+"""Bytes that are as well read as a run is begun: runs that lie closer are read with what is between them."""
 
 _NUMPY: dict[DType, type[np.floating[Any]]] = {F64: np.float64, F32: np.float32, F16: np.float16}
 
@@ -55,66 +62,117 @@ def _load(bring: Bring, source: Source, e0: int, out: npt.NDArray[Any]) -> None:
         return
     raw = np.empty(out.size * source.dtype.size, np.uint8)
     bring(source, np.array([[e0, out.size, raw.ctypes.data]], np.int64))
-    if source.dtype is BF16:
-        np.left_shift(raw.view(np.uint16), np.uint32(16), out=out.view(np.uint32))
+    _widen(raw, source.dtype, out)
+
+
+def _widen(raw: npt.NDArray[np.uint8], dtype: DType, out: npt.NDArray[Any]) -> None:
+    """Floats as fp32 or fp64, which hold them exactly."""
+    if dtype is BF16:
+        wide = out if out.itemsize == 4 else np.empty(out.size, np.float32)
+        np.left_shift(raw.view(np.uint16), np.uint32(16), out=wide.view(np.uint32))
+        if wide is not out:
+            out[:] = wide
     else:
-        out[:] = raw.view(_NUMPY[source.dtype])
+        out[:] = raw.view(_NUMPY[dtype])
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of another source: row ``r`` is row ``index[r]`` of ``source``; -1 is a row of zeros.
+    """Rows of other sources: row ``r`` is row ``index[r]`` of ``sources``, one below the other; -1 is a row of zeros.
 
     Attributes:
-        source: ``[R, ...]``.
-        index: int64 ``[K]``, -1 .. R - 1.
+        sources: ``[R, ...]`` each, alike but for R.
+        index: int64 ``[K]``, -1 .. sum of R - 1.
     """
 
-    source: Source
+    sources: tuple[Source, ...]
     index: npt.NDArray[np.int64]
 
     @property
     def dtype(self) -> DType:
-        """That of the source."""
-        return self.source.dtype
+        """That which all sources go into."""
+        return functools.reduce(promote, [s.dtype for s in self.sources])
 
     @property
     def shape(self) -> tuple[int, ...]:
         """``[K, ...]``."""
-        return (len(self.index), *self.source.shape[1:])
+        return (len(self.index), *self.sources[0].shape[1:])
 
     @property
     def inputs(self) -> tuple[Source, ...]:
         """What it takes rows of."""
-        return (self.source,)
+        return self.sources
 
     @property
     def workspace(self) -> int:
-        """Its runs: six numbers for each row, and what the source takes."""
-        return 48 * len(self.index) + workspace(self.source)
+        """Twelve numbers for each row of a part; rows as they are, widened, and in their order; what sources take."""
+        apart = 24 * max(BLOCK, math.prod(self.shape[1:]))
+        return 96 * min(len(self.index), PART) + apart + max(map(workspace, self.sources))
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
-        """Reads neighbouring rows together."""
-        width = int(np.prod(self.source.shape[1:], dtype=np.int64))
-        size = self.dtype.size
-        if not n or not width:
-            return
-        first, last = e0 // width, (e0 + n - 1) // width
-        rows = np.arange(first, last + 1)
-        begin = np.maximum(rows * width, e0)
-        length = np.minimum((rows + 1) * width, e0 + n) - begin
-        of = self.index[first : last + 1]
-        start = of * width + (begin - rows * width)
-        # A run ends where the next row does not follow in the source.
-        ends = np.flatnonzero((of[1:] != of[:-1] + 1) | (of[1:] < 0) | (of[:-1] < 0))
-        heads = np.concatenate([[0], ends + 1])
-        totals = np.add.reduceat(length, heads)
-        there = address + (begin[heads] - e0) * size
-        known = of[heads] >= 0
-        if known.any():
-            bring(self.source, np.stack([start[heads], totals, there], axis=1)[known])
-        for at, count in zip(there[~known].tolist(), totals[~known].tolist(), strict=True):
-            ctypes.memset(at, 0, count * size)
+        """Neighbouring rows are read together, and rows that lie close in any order."""
+        width = math.prod(self.shape[1:])
+        for first in range(e0 // width, -(-(e0 + n) // width), PART) if n and width else ():
+            rows = np.arange(first, min(first + PART, -(-(e0 + n) // width)))
+            begin = np.maximum(rows * width, e0)
+            length = np.minimum((rows + 1) * width, e0 + n) - begin
+            of = self.index[rows[0] : rows[-1] + 1]
+            to = address + (begin - e0) * self.dtype.size
+            for i in np.flatnonzero(of < 0).tolist():
+                ctypes.memset(int(to[i]), 0, int(length[i]) * self.dtype.size)
+            above = 0
+            for source in self.sources:
+                mine = np.flatnonzero((of >= above) & (of < above + source.shape[0]))
+                if len(mine):
+                    start = of[mine] - above
+                    start = start * width + (begin - rows * width)[mine]
+                    _take(bring, source, self.dtype, width, np.stack([start, length[mine], to[mine]], axis=1))
+                above += source.shape[0]
+
+
+def _take(bring: Bring, source: Source, dtype: DType, width: int, rows: npt.NDArray[np.int64]) -> None:
+    """Brings rows of one source (first element, elements, address), of which all but the ends are whole."""
+    start, length, to = rows.T
+    # A run ends where the next row does not follow, here or there.
+    ends = np.flatnonzero((start[1:] != start[:-1] + length[:-1]) | (to[1:] != to[:-1] + length[:-1] * dtype.size))
+    heads = np.concatenate([[0], ends + 1])
+    near = (int(start.max() - start.min()) + width) * dtype.size <= len(heads) * NEAR
+    if source.dtype is dtype and (len(heads) == 1 or (isinstance(source, FileRange | Memory) and not near)):
+        bring(source, np.stack([start[heads], np.add.reduceat(length, heads), to[heads]], axis=1))
+        return
+    whole = length == width
+    for e0, n, address in rows[~whole].tolist():
+        raw = _brought(bring, source, e0, n, dtype)
+        ctypes.memmove(address, raw.ctypes.data, raw.size)
+    if not whole.any():
+        return
+    nbytes = width * dtype.size
+    start, _, to = rows[whole][np.argsort(start[whole], kind="stable")].T
+    base = int(to.min())
+    place = (to - base) // nbytes
+    unit: npt.DTypeLike = np.uint8 if nbytes % 8 or base % 8 else np.int64  # larger ones are copied faster
+    out = array(base, (int(place.max()) + 1) * nbytes, np.uint8).view(unit).reshape(int(place.max()) + 1, -1)
+    at = 0
+    while at < len(start):
+        first = int(start[at])
+        end = int(np.searchsorted(start, first + max(BLOCK, width)))
+        raw = _brought(bring, source, first, int(start[end - 1]) - first + width, dtype).view(unit)
+        raw = raw.reshape(-1, out.shape[1])
+        which = (start[at:end] - first) // width
+        every = len(raw) == len(which) and which[-1] + 1 == len(which) and bool((which[1:] > which[:-1]).all())
+        out[place[at:end]] = raw if every else raw[which]
+        at = end
+
+
+def _brought(bring: Bring, source: Source, e0: int, n: int, dtype: DType) -> npt.NDArray[np.uint8]:
+    """The bytes of a run of a source, widened to a type."""
+    raw = np.empty(n * source.dtype.size, np.uint8)
+    bring(source, np.array([[e0, n, raw.ctypes.data]], np.int64))
+    if source.dtype is dtype:
+        return raw
+    wide = np.empty(n, _NUMPY[dtype])
+    _widen(raw, source.dtype, wide)
+    return wide.view(np.uint8)
 
 
 def sums(left: npt.NDArray[Any], right: npt.NDArray[Any], out: npt.NDArray[Any], spare: npt.NDArray[Any]) -> None:

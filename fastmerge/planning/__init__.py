@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint import Checkpoint, Layout, Seen, layout, of_fields, without_gc
 from fastmerge.dtypes import DType
-from fastmerge.errors import CheckpointError, RecipeError
+from fastmerge.errors import CheckpointError, RecipeError, ShapeError
 from fastmerge.ops.spec import Op
 from fastmerge.planning import carry as carrying
 from fastmerge.planning import config_json as configuring
@@ -22,12 +22,15 @@ from fastmerge.planning.outputs import Outputs
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.rows import Models, Row, Stacked, sliced, whole
 from fastmerge.recipe import UNNAMED, ModelRef, Recipe
+from fastmerge.recipe.schema import UNION
 from fastmerge.version import __version__
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint.adapter import Adapter
     from fastmerge.planning.restack import SourceLayer
     from fastmerge.planning.structure import Stack
+    from fastmerge.planning.tokenizers import United
+    from fastmerge.planning.vocabulary import Vocabulary
 
 ENGINE = "1"
 """Version of the frozen arithmetic and of the plan: another one may give other bytes."""
@@ -69,7 +72,14 @@ def plan(
         raise CheckpointError(problems)
     warnings |= dict.fromkeys(text for ref in recipe.refs for text in opened.sources[ref].warnings)
     warnings |= dict.fromkeys(opened.align(recipe))
-    outputs = Outputs(recipe, opened, seed)
+    donor_ref = recipe.base_model or _first(recipe)
+    vocabulary: Vocabulary | None = None
+    united: United | None = None
+    if recipe.tokenizer_source is not None:
+        from fastmerge.planning.vocabulary import by_tokens
+
+        vocabulary, united = by_tokens(recipe, opened, donor_ref)
+    outputs = Outputs(recipe, opened, seed, vocabulary)
     modules = Modules(recipe, opened)
     _same_depth(recipe, opened, modules)
     rows: list[Row] = []
@@ -83,7 +93,18 @@ def plan(
         elif part.module not in {p.module for p in recipe.parts[:i]}:
             stacks.append(sliced(recipe, part.module, opened, modules))
             rows += stacks[-1].rows
-    made = outputs.build(rows)
+    try:
+        made = outputs.build(rows)
+    except ShapeError:
+        if vocabulary is not None:
+            raise
+        from fastmerge.planning.vocabulary import by_number
+
+        vocabulary = by_number(opened, donor_ref)
+        if vocabulary is None:
+            raise
+        outputs = Outputs(recipe, opened, seed, vocabulary)
+        made = outputs.build(rows)
     settings = idle.settings(recipe, [part.resolver for part in outputs.parts], opened, modules)
     if strict and settings:
         raise RecipeError(settings)
@@ -96,9 +117,9 @@ def plan(
             f"base_model {str(recipe.base_model)!r} is not one of the two models: it gives configuration and tokenizer "
             f"only; t = 0 is {first!r}"
         ] = None
-    donor_ref = recipe.base_model or _first(recipe)
     donor = opened.checkpoints[donor_ref]
-    tokenizer = opened.checkpoints[recipe.tokenizer_source or donor_ref]
+    source = recipe.tokenizer_source
+    tokenizer = donor if source is None or source == UNION else opened.checkpoints[source]
     warnings |= dict.fromkeys(_compare(recipe, opened, donor_ref))
     config = None
     if donor.config:
@@ -110,7 +131,14 @@ def plan(
             structure=opened.structure(donor_ref) if stacks else None,
         )
         warnings |= dict.fromkeys(notes)
-    files, notes = carrying.carry(recipe, donor, tokenizer, checkpoints, _by_row(recipe, opened, modules), config)
+    by_row = _by_row(recipe, opened, modules) if vocabulary is None else []
+    files, notes = carrying.carry(recipe, donor, tokenizer, checkpoints, by_row, config, united)
+    if vocabulary is not None:
+        warnings |= vocabulary.warnings
+        if config is not None:
+            from fastmerge.planning.embeddings import set_size
+
+            warnings |= dict.fromkeys(set_size(config, vocabulary.size))
     warnings |= dict.fromkeys(notes)
     warnings |= outputs.notes.warnings
     adapters = tuple([a.checkpoint for a in opened.adapters.values()])
@@ -128,7 +156,9 @@ def plan(
         config=config,
         carry=files,
         warnings=tuple(warnings),
-        fingerprint=_fingerprint(text, checkpoints, where, config),
+        fingerprint=_fingerprint(
+            text, checkpoints, where, config, vocabulary.digest if vocabulary is not None else None
+        ),
         ties=outputs.inputs.ties,
         dropped=outputs.inputs.dropped,
     )
@@ -239,7 +269,9 @@ def _main_type(ops: Iterable[Op]) -> DType | None:
     return max((d for d in counts if d.mergeable), key=counts.__getitem__, default=None)
 
 
-def _fingerprint(recipe: str, checkpoints: Iterable[Checkpoint], layout: Layout, config: Any) -> str:
+def _fingerprint(
+    recipe: str, checkpoints: Iterable[Checkpoint], layout: Layout, config: Any, vocabulary: str | None
+) -> str:
     """128 bits over everything that decides the output directory's bytes."""
     digest = hashlib.blake2b(digest_size=16)
 
@@ -253,6 +285,8 @@ def _fingerprint(recipe: str, checkpoints: Iterable[Checkpoint], layout: Layout,
         add(json.dumps([[f.header_hash, f.size, f.identity[3]] for f in c.files]).encode())
     add(layout.digest.encode())
     add(configuring.canonical(config).encode())
+    if vocabulary is not None:
+        add(vocabulary.encode())
     return digest.hexdigest()
 
 

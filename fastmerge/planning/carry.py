@@ -19,6 +19,7 @@ from fastmerge.planning.config_json import set_ids, special_ids
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint
+    from fastmerge.planning.tokenizers import United
     from fastmerge.recipe import Recipe
 
 TOKENIZER = (
@@ -53,6 +54,7 @@ def carry(
     models: Sequence[Checkpoint],
     by_row: Sequence[Checkpoint],
     config: dict[str, Any] | None,
+    united: United | None = None,
 ) -> tuple[Carry, list[str]]:
     """What the output takes over.
 
@@ -61,8 +63,9 @@ def carry(
         donor: the model whose other files are copied.
         tokenizer: the model whose tokenizer files are copied.
         models: all, for their chat templates.
-        by_row: those that give rows to the output's embeddings: they must number their tokens alike.
+        by_row: those that give rows to the output's embeddings as they are: they must number their tokens alike.
         config: of the output; the tokens that the tokenizer's model stops at, and where its code is, are written to it.
+        united: the tokenizer that the recipe asks for, where it may be another than the files say.
 
     Returns:
         Names with files or bytes, and warnings.
@@ -70,12 +73,14 @@ def carry(
     Raises:
         RecipeError: where vocabularies differ, so that rows of embeddings do not belong together.
     """
-    problems, warnings = tokens.check(tokenizer, by_row, asked=recipe.tokenizer_source is not None)
+    problems, warnings = tokens.check(tokenizer, by_row)
     if problems:
         raise RecipeError(problems)
     found: dict[str, Path | bytes] = {}
     for patterns, model in ((TOKENIZER, tokenizer), (OTHERS, donor)):
         found |= _matching(model, patterns, warnings)
+    if united is not None and united.tree is not None:
+        _unite(found, united, warnings)
     found |= _modules(donor, warnings)
     if tokenizer is not donor:
         _tokens_of(tokenizer, donor, found, config, warnings)
@@ -212,6 +217,46 @@ def _tokens_of(
         )
 
 
+def _unite(found: dict[str, Path | bytes], united: United, warnings: list[str]) -> None:
+    """Writes the tokenizer of the output, and what other files say of its added tokens and of those that are gone."""
+    found["tokenizer.json"] = _dump(united.tree, indent=None)
+    from fastmerge.planning.tokenizers import REPLACED
+
+    stale = [name for name in REPLACED if united.ordinary and found.pop(name, None) is not None]
+    if stale:
+        warnings.append(f"tokenizer: left out, as tokenizer.json has other tokens: {', '.join(stale)}")
+    gone = united.gone - united.numbers.keys()
+    tree = _json(found.get("added_tokens.json"))
+    if isinstance(tree, dict):
+        kept = {token: number for token, number in tree.items() if token not in united.gone}
+        found["added_tokens.json"] = _dump(kept | {flags["content"]: flags["id"] for flags in united.new})
+    lost: dict[str, None] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        tree = _json(found.get(name))
+        if not isinstance(tree, dict):
+            continue
+        out = {key: value for key, value in tree.items() if not (key.endswith("_token") and _content(value) in gone)}
+        lost |= dict.fromkeys(f"{key} {_content(tree[key])!r}" for key in tree.keys() - out.keys())
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            if isinstance(out.get(key), list):
+                out[key] = [value for value in out[key] if _content(value) not in gone]
+        decoder = out.get("added_tokens_decoder")
+        if isinstance(decoder, dict):
+            kept = {i: flags for i, flags in decoder.items() if _content(flags) not in united.gone}
+            more = {str(flags["id"]): {k: v for k, v in flags.items() if k != "id"} for flags in united.new}
+            out["added_tokens_decoder"] = kept | more
+        if out != tree:
+            found[name] = _dump(out)
+    if lost:
+        warnings.append(f"tokenizer: these have no row, and are left out of its settings: {', '.join(sorted(lost))}")
+
+
+def _content(token: Any) -> Any:
+    """The text of a token that may come with its flags."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
+
+
 def _code(
     donor: Checkpoint,
     tokenizer: Checkpoint,
@@ -273,9 +318,9 @@ def _set_template(found: dict[str, Path | bytes], template: str) -> None:
         found["tokenizer_config.json"] = _dump(tree)
 
 
-def _dump(tree: Any) -> bytes:
+def _dump(tree: Any, indent: int | None = 2) -> bytes:
     """JSON as people read it; with escapes where it holds lone surrogates, which UTF-8 cannot."""
     try:
-        return json.dumps(tree, indent=2, ensure_ascii=False).encode()
+        return json.dumps(tree, indent=indent, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return json.dumps(tree, indent=2).encode()
+        return json.dumps(tree, indent=indent).encode()

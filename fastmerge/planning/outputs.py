@@ -26,6 +26,7 @@ from fastmerge.recipe.problems import dotted
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint import TensorInfo
+    from fastmerge.planning.vocabulary import Vocabulary
 
 SHOWN = 200
 """Problems listed in one error; more are counted."""
@@ -88,10 +89,12 @@ class Outputs:
         recipe: checked.
         models: opened.
         seed: in effect.
+        vocabulary: of the output, where it is not that of the models.
     """
 
-    def __init__(self, recipe: Recipe, models: Models, seed: int) -> None:
+    def __init__(self, recipe: Recipe, models: Models, seed: int, vocabulary: Vocabulary | None = None) -> None:
         self.recipe = recipe
+        self.vocabulary = vocabulary if vocabulary is not None and vocabulary.changes else None
         self.models = models
         self.seed = checked_seed(seed)
         self.method = recipe.method
@@ -129,7 +132,7 @@ class Outputs:
             inputs: list[tuple[Source, ...]] = [*zip(*[_ranges(c, part.positions[i]) for i, c in pairs], strict=True)]
             drawn: Iterable[_Drawn | None] = itertools.repeat(None)
         else:
-            inputs, drawn = self._drawn(part, members, columns)
+            inputs, drawn = self._drawn(part, rows, members, columns)
         kinds = zip(*[map(_KIND, column) for column in columns], strict=True)
         outcomes = itertools.repeat(()) if part.resolver.constant else map(part.outcome, rows)
         keys = [*zip(kinds, drawn, outcomes)]  # noqa: B905  two may have no end
@@ -153,14 +156,21 @@ class Outputs:
         return [*map(of_fields, itertools.repeat(Op), fields)]
 
     def _drawn(
-        self, part: _Part, members: tuple[int, ...], columns: Sequence[Sequence[TensorInfo]]
+        self, part: _Part, rows: Sequence[Row], members: tuple[int, ...], columns: Sequence[Sequence[TensorInfo]]
     ) -> tuple[list[tuple[Source, ...]], list[_Drawn]]:
-        """Inputs where a model has an adapter, or 8-bit floats."""
+        """Inputs where a model has an adapter, 8-bit floats, or rows for other tokens."""
         copied = len(members) == 1 and self.wanted is None
         inputs, drawn = [], []
-        for infos in zip(*columns, strict=True):
+        refs = [part.refs[i] for i in members]
+        anchor = refs.index(part.anchor) if part.anchor in refs else None
+        for row, *infos in zip(rows, *columns, strict=True):
             pairs = [part.sources[i].source(info, copied=copied) for i, info in zip(members, infos, strict=True)]
             sources = tuple([s for s, _ in pairs])
+            if self.vocabulary is not None:
+                try:
+                    sources = self.vocabulary.sources(row.name, refs, [i.name for i in infos], sources, anchor)
+                except RecipeError as e:
+                    self.notes.recipe |= dict.fromkeys(e.problems)
             made = any(type(s) is not FileRange for s in sources)
             inputs.append(sources)
             drawn.append(_Drawn(tuple([s.dtype for s in sources]), tuple([d for _, d in pairs]), made))
@@ -250,7 +260,8 @@ class _Part:
         self.refs = [s.model for s in part.sources]
         self.positions = [owner.position[ref] for ref in self.refs]
         self.sources = [owner.models.sources[ref] for ref in self.refs]
-        self.unchanged = all(i.unchanged for i in self.sources)
+        self.unchanged = owner.vocabulary is None and all(i.unchanged for i in self.sources)
+        self.anchor = part.base or recipe.base_model  # whose rows tokens have that others lack
         self.base = self.refs.index(part.base) if part.base is not None else None
         self.alone = self.base is not None and len(self.refs) == 1
         self.resolver = Resolver(

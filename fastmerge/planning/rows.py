@@ -97,6 +97,11 @@ class Models:
         """Tensors of a model, by the names that the reference uses once :meth:`align` has matched them."""
         return self._tensors[ref]
 
+    def reshape(self, ref: ModelRef, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Gives tensors of a model the shapes in which they go in, with rows for other tokens."""
+        tensors = self._tensors[ref]
+        self._tensors[ref] = {**tensors, **{n: tensors[n]._replace(shape=shape) for n, shape in shapes.items()}}
+
     def config(self, ref: ModelRef) -> Mapping[str, Any]:
         """Its config.json."""
         return self.sources[ref].config

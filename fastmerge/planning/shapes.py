@@ -47,6 +47,5 @@ def _hint(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> str:
     if not rows or not all(candidates([n]) or "embed" in n for n in names):
         return ""
     return (
-        "; vocabularies of different size (padding or added tokens) need 'tokenizer' work that is not supported yet: "
-        "resize the models to one vocabulary first"
+        "; vocabularies of different size: 'tokenizer_source: union' (or base, or a model) merges rows by their tokens"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,7 +69,7 @@ def compare(mine: Checkpoint, other: Checkpoint, read: dict[Path, dict[int, str]
         a, b = vocabulary_file(mine, name), vocabulary_file(other, name)
         if a is None or b is None:
             continue
-        if same_bytes(a, b) or _same_parts(a, b):
+        if same_bytes(a, b) or same_parts(a, b):
             return Difference(0, 0, ())
         if a not in read:
             read[a] = tokens(a)
@@ -105,7 +105,7 @@ def same_bytes(a: Path, b: Path) -> bool:
     return True
 
 
-def _same_parts(a: Path, b: Path) -> bool:
+def same_parts(a: Path, b: Path) -> bool:
     """Whether two tokenizer.json have equal bytes where they number tokens, whatever else they say: no parsing."""
     found = []
     for path in (a, b):
@@ -122,7 +122,7 @@ def _same_parts(a: Path, b: Path) -> bool:
 
 
 def tokens(path: Path) -> dict[int, str] | None:
-    """The tokens of a vocabulary file by number, each byte of their UTF-8 as one character (see :func:`_text`).
+    """The tokens of a vocabulary file by number, each byte of their UTF-8 as one character (see :func:`text`).
 
     Decoded so, text takes a quarter of the memory that one emoji in it would cost otherwise.
 
@@ -135,14 +135,14 @@ def tokens(path: Path) -> dict[int, str] | None:
         data = path.read_bytes()
         if path.suffix == ".model" and path.stem != "tiktoken":
             return dict(enumerate(_pieces(data)))
-        text = data.decode("latin-1")
+        said = data.decode("latin-1")
         if path.suffix == ".txt":
-            return dict(enumerate(text.split("\n")))
+            return dict(enumerate(said.split("\n")))
         if path.suffix in {".model", ".tiktoken"}:
-            return {int(rank): token for token, rank in (line.split() for line in text.splitlines() if line)}
+            return {int(rank): token for token, rank in (line.split() for line in said.splitlines() if line)}
         if path.name == "vocab.json":
-            return _numbered(json.loads(text)) | _added_file(path.parent)
-        return _tokenizer(text)
+            return _numbered(json.loads(said)) | _added_file(path.parent)
+        return _tokenizer(said)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return None
 
@@ -236,18 +236,18 @@ def special(model: Checkpoint) -> dict[str, tuple[str, int]]:
     numbered = (tokens(vocabulary) if wanted and vocabulary is not None else None) or {}
     for i, token in numbered.items():
         for name, one in wanted.items():
-            if token == one or _text(token) == one:
+            if token == one or text(token) == one:
                 found[f"{name}_id"] = (one, i)
     return found
 
 
 def _difference(x: Mapping[int, str], y: Mapping[int, str]) -> Difference:
     common = x.keys() & y.keys()
-    other = sorted(i for i in common if x[i] != y[i] and _text(x[i]) != _text(y[i]))
-    return Difference(len(common), len(other), tuple((i, _text(x[i]), _text(y[i])) for i in other[:EXAMPLES]))
+    other = sorted(i for i in common if x[i] != y[i] and text(x[i]) != text(y[i]))
+    return Difference(len(common), len(other), tuple((i, text(x[i]), text(y[i])) for i in other[:EXAMPLES]))
 
 
-def _text(token: str) -> str:
+def text(token: str) -> str:
     """A token as people read it; what was escaped in the file is as it is."""
     try:
         return token.encode("latin-1").decode()
@@ -255,13 +255,18 @@ def _text(token: str) -> str:
         return token
 
 
-def check(tokenizer: Checkpoint, models: Iterable[Checkpoint], *, asked: bool) -> tuple[list[str], list[str]]:
+def listed(tokens: Collection[str]) -> str:
+    """A few tokens, sorted, and how many more there are."""
+    shown = ", ".join(repr(t) for t in sorted(tokens)[:EXAMPLES])
+    return shown if len(tokens) <= EXAMPLES else f"{shown} and {len(tokens) - EXAMPLES:,} more"
+
+
+def check(tokenizer: Checkpoint, models: Iterable[Checkpoint]) -> tuple[list[str], list[str]]:
     """Compares the vocabulary of the tokenizer that the output takes with those of the models that are merged.
 
     Args:
         tokenizer: the model whose tokenizer the output takes.
         models: models whose embeddings are merged row by row.
-        asked: whether the recipe asks for that tokenizer by name; then a difference is an error.
 
     Returns:
         Problems and warnings.
@@ -274,16 +279,14 @@ def check(tokenizer: Checkpoint, models: Iterable[Checkpoint], *, asked: bool) -
             continue
         found = compare(tokenizer, model, read)
         if found is None or found is UNKNOWN:
-            if asked and found is UNKNOWN:
-                problems.append(f"tokenizer: {model.ref!r} has another vocabulary than {tokenizer.ref!r}")
-            elif asked or found is UNKNOWN or (has_vocabulary(model) and has_vocabulary(tokenizer)):
+            if found is UNKNOWN or (has_vocabulary(model) and has_vocabulary(tokenizer)):
                 warnings.append(
                     f"tokenizer: the vocabularies of {tokenizer.ref!r} and {model.ref!r} cannot be compared"
                 )
-        elif found.other and (asked or 2 * found.other > found.common):
+        elif 2 * found.other > found.common:
             problems.append(
-                f"tokenizer: {model.ref!r} has another vocabulary than {tokenizer.ref!r}: {found}; rearranging "
-                "embeddings is not supported yet"
+                f"tokenizer: {model.ref!r} has another vocabulary than {tokenizer.ref!r}: {found}; 'tokenizer_source' "
+                "merges rows by their tokens"
             )
         elif found.other:
             warnings.append(

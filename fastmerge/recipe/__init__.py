@@ -1,8 +1,8 @@
 """Recipes: what is wanted, as a frozen value, from mergekit's YAML and back.
 
 The grammar is mergekit 0.1.5's (``models``, ``slices``, ``modules``, parameters with gradients and filters) plus three
-keys of fastmerge's own, ``preset``, ``seed`` and ``missing``. What mergekit ignores without a word is a warning where it
-is harmless, an error where it is likely a mistake; values that are not finite or out of bounds are errors too.
+keys of fastmerge's own, ``preset``, ``seed`` and ``missing``. What mergekit ignores without a word is a warning where
+it is harmless, an error where it is likely a mistake; values that are not finite or out of bounds are errors too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastmerge.methods.base import Method
 from fastmerge.recipe.checks import REST, UNNAMED, Part, check, donor_only_base, parts, refs
 from fastmerge.recipe.load import build, text_of
 from fastmerge.recipe.problems import Origin, dotted
-from fastmerge.recipe.schema import Input, ModelRef, Module, Shape, Slice, Source
+from fastmerge.recipe.schema import UNION, Input, ModelRef, Module, Shape, Slice, Source
 from fastmerge.recipe.settings import Parameters, Rule, Setting
 from fastmerge.recipe.tree import Loc
 
@@ -125,7 +125,14 @@ class Recipe(Shape):
                 out[key] = getattr(self, key)
         source = self.tokenizer_source
         if source is not None:
-            out["tokenizer_source"] = "base" if source == self.base_model else model(source)
+            out["tokenizer_source"] = {UNION: "union", self.base_model: "base"}.get(source) or model(source)
+        block = self.tokenizer
+        if block is not None:
+            out["tokenizer"] = {"source": out.pop("tokenizer_source")}
+            if block.tokens:
+                out["tokenizer"]["tokens"] = {name: token.plain(model) for name, token in block.tokens.items()}
+            if block.pad_to_multiple_of is not None:
+                out["tokenizer"]["pad_to_multiple_of"] = block.pad_to_multiple_of
         return out
 
     def to_yaml(self) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from fastmerge.methods.base import REQUIRED, Method, Param
 from fastmerge.recipe.load import LIFTED
 from fastmerge.recipe.problems import Problems, hint
-from fastmerge.recipe.schema import Input, ModelRef, Module, Shape, Slice, Source, Tokenizer, model_ref
+from fastmerge.recipe.schema import UNION, Input, ModelRef, Module, Shape, Slice, Source
 from fastmerge.recipe.settings import Parameters, Setting
 from fastmerge.recipe.tree import Loc
 
@@ -169,50 +169,46 @@ def _slices(recipe: Shape, problems: Problems) -> None:
 
 
 def _tokenizer(recipe: Recipe, problems: Problems) -> Recipe:
-    """The recipe with either form of asking for a tokenizer written as ``tokenizer_source``."""
+    """The recipe with either form of asking for a tokenizer written as ``tokenizer_source``.
+
+    ``tokenizer`` stays where it says more than that.
+    """
     if recipe.tokenizer is not None and recipe.tokenizer_source is not None:
         problems.add(("tokenizer",), "give either 'tokenizer' or 'tokenizer_source', not both")
-    loc: Loc = ("tokenizer", "source") if recipe.tokenizer is not None else ("tokenizer_source",)
-    for name in ("tokens", "pad_to_multiple_of"):
-        if recipe.tokenizer is not None and getattr(recipe.tokenizer, name):
-            problems.add(("tokenizer", name), f"'{name}' needs changes to the vocabulary: not supported yet")
-    try:
-        source = tokenizer_ref(recipe)
-    except ValueError as e:
-        problems.add(loc, str(e))
-        source = None
-    if source is not None and source not in refs(recipe):  # the tokenizer of model+adapter is the model's
-        source = next((ref for ref in refs(recipe) if replace(ref, lora=None) == source), source)
-    if source is not None and source not in refs(recipe):
-        known = ", ".join(str(r) for r in refs(recipe))
-        problems.add(loc, f"{str(source)!r} is not a model of this recipe{hint(str(source), known.split(', '))}")
+    block = recipe.tokenizer
+    loc: Loc = ("tokenizer_source",) if block is None else ("tokenizer", "source")
+    source = recipe.tokenizer_source if block is None else block.source
+    if source is not None and source != UNION:
+        source = _whose(recipe, source, loc, problems)
+    if block is not None:
+        tokens = {}
+        for name, token in block.tokens.items():
+            of = token.source
+            if of is not None and of.model is not None:
+                model = _whose(recipe, of.model, ("tokenizer", "tokens", name, "source"), problems)
+                of = replace(of, model=model)
+            tokens[name] = replace(token, source=of)
+        more = bool(tokens) or block.pad_to_multiple_of is not None
+        block = block.model_copy(update={"source": source, "tokens": tokens}) if more else None
     template = recipe.chat_template
     named = ("auto", *BUILT_IN_TEMPLATES)
     if template and template not in named and (len(template) < 20 or "{" not in template):
         problems.add(("chat_template",), f"expected {', '.join(named)} or a Jinja template; got {template[:40]!r}")
-    return recipe.model_copy(update={"tokenizer": None, "tokenizer_source": source})
+    return recipe.model_copy(update={"tokenizer": block, "tokenizer_source": source})
 
 
-def tokenizer_ref(recipe: Shape) -> ModelRef | None:
-    """The model whose tokenizer the recipe asks for; None where it says nothing.
-
-    Raises:
-        ValueError: for what needs work on the vocabulary (``union``), or is no model.
-    """
-    if isinstance(recipe.tokenizer, Tokenizer):
-        raw = recipe.tokenizer.source
-        source = raw if isinstance(raw, ModelRef) else model_ref(raw)
-    elif recipe.tokenizer_source is not None:
-        source = recipe.tokenizer_source
-    else:
-        return None
-    if source == ModelRef("union"):
-        raise ValueError("a union of vocabularies is not supported yet: use 'base' or one of the models")
-    if source == ModelRef("base"):
-        if recipe.base_model is None:
-            raise ValueError("'base' needs a 'base_model'")
-        return recipe.base_model
-    return replace(source, path=source.path.removeprefix("model:"))
+def _whose(recipe: Shape, source: ModelRef, loc: Loc, problems: Problems) -> ModelRef:
+    """The model that a tokenizer, or a row of one, comes from: ``base`` is the base, or else the first model."""
+    known = refs(recipe)
+    if source == ModelRef("base") and known and source not in known:
+        return known[0]
+    source = replace(source, path=source.path.removeprefix("model:"))
+    if source not in known:  # the tokenizer of model+adapter is the model's
+        source = next((ref for ref in known if replace(ref, lora=None) == source), source)
+    if source not in known:
+        shown = [str(r) for r in known]
+        problems.add(loc, f"{str(source)!r} is not a model of this recipe{hint(str(source), shown)}")
+    return source
 
 
 def refs(recipe: Shape) -> tuple[ModelRef, ...]:
@@ -347,4 +343,4 @@ def _given(levels: Iterable[Parameters], param: Param) -> bool:
     return any(level.get(param.name) not in (None, Setting(())) for level in levels)
 
 
-__all__ = ["REST", "UNNAMED", "Part", "Slice", "check", "donor_only_base", "levels", "parts", "refs", "tokenizer_ref"]
+__all__ = ["REST", "UNNAMED", "Part", "Slice", "check", "donor_only_base", "levels", "parts", "refs"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -47,6 +48,10 @@ class ModelRef:
 
 def _plain_path(ref: ModelRef) -> dict[str, str]:
     return {"path": ref.path, **({"revision": ref.revision} if ref.revision else {})}
+
+
+UNION = ModelRef("union")
+"""As a tokenizer's source: the tokens of all models."""
 
 
 def exists(path: str) -> bool:
@@ -205,12 +210,106 @@ class Slice(Value):
     parameters: Settings = NO_PARAMETERS
 
 
-class Tokenizer(Value):
-    """mergekit's ``tokenizer:`` block; only ``source`` can be carried out so far."""
+@dataclass(frozen=True, slots=True)
+class TokenSource:
+    """Where the row of a token comes from.
 
-    source: Any = "union"
-    tokens: Any = None
-    pad_to_multiple_of: Any = None
+    Attributes:
+        model: whose row; None for zeros.
+        token: of the model, where it is another one.
+        token_id: its number in the model instead.
+    """
+
+    model: ModelRef | None
+    token: str | None = None
+    token_id: int | None = None
+
+    def plain(self, model: Any) -> Any:
+        """As YAML writes it; ``model`` says how a reference is written."""
+        if self.model is None:
+            return {"kind": "zero"}
+        which = {"token": self.token, "token_id": self.token_id}
+        given = {key: value for key, value in which.items() if value is not None}
+        return {"kind": "model_token", "model": model(self.model), **given} if given else model(self.model)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """What a recipe says of one token: where its row comes from, and whether it replaces those that models have."""
+
+    source: TokenSource | None = None
+    force: bool = False
+
+    def plain(self, model: Any) -> dict[str, Any]:
+        """As YAML writes it."""
+        source = {} if self.source is None else {"source": self.source.plain(model)}
+        return source | ({"force": True} if self.force else {})
+
+
+def _token(raw: Any) -> Any:
+    """Reads ``{source: model | {kind: model_token, ...} | {kind: zero}, force: bool}``.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(raw, Token):
+        return raw
+    if raw is not None and not isinstance(raw, Mapping):
+        raise ValueError(f"expected a mapping with 'source' and 'force'; got {kind(raw)}")
+    fields = dict(raw or {})
+    source, force = fields.pop("source", None), fields.pop("force", False)
+    if fields:
+        key = next(iter(fields))
+        raise ValueError(f"unknown key {key!r}{hint(str(key), ('source', 'force'))}; known: source, force")
+    if not isinstance(force, bool) and force not in (0, 1):
+        raise ValueError(f"'force': expected true or false; got {kind(force)}")
+    if force and source is None:
+        raise ValueError("'force' needs a 'source' to force")
+    return Token(None if source is None else _token_source(source), bool(force))
+
+
+def _token_source(raw: Any) -> TokenSource:
+    if not isinstance(raw, Mapping) or "kind" not in raw:
+        return TokenSource(model_ref(raw))
+    fields = dict(raw)
+    what = fields.pop("kind")
+    known = {"zero": (), "model_token": ("model", "token", "token_id")}.get(what) if isinstance(what, str) else None
+    if known is None:
+        raise ValueError(f"'kind': expected model_token or zero; got {what!r}")
+    if stray := [str(key) for key in fields if key not in known]:
+        raise ValueError(f"{what!r} has no key {stray[0]!r}{hint(stray[0], known)}")
+    if what == "zero":
+        return TokenSource(None)
+    token, number = fields.get("token"), _integer(fields.get("token_id"))
+    if (token is None) == (number is None):
+        raise ValueError("'model_token' takes either 'token' or 'token_id'")
+    if token is not None and not isinstance(token, str):
+        raise ValueError(f"'token': expected a text; got {kind(token)}")
+    if number is not None and (type(number) is not int or number < 0):
+        raise ValueError(f"'token_id': expected a number of 0 or more; got {number!r}")
+    if "model" not in fields:
+        raise ValueError("'model_token' needs a 'model'")
+    return TokenSource(model_ref(fields["model"]), token, number)
+
+
+def _none_is_no_tokens(value: Any) -> Any:
+    return {} if value is None else value
+
+
+def _multiple(value: int) -> int:
+    if value < 1:
+        raise ValueError(f"expected a number of 1 or more; got {value}")
+    return value
+
+
+class Tokenizer(Value):
+    """mergekit's ``tokenizer:`` block: whose tokens, rows of single tokens, and rows up to a multiple."""
+
+    source: Ref = UNION
+    tokens: Annotated[
+        dict[StrictStr, Annotated[InstanceOf[Token], BeforeValidator(_token)]], BeforeValidator(_none_is_no_tokens)
+    ] = {}
+    pad_to_multiple_of: Annotated[Integer, AfterValidator(_multiple)] | None = None
 
 
 class Module(Value):

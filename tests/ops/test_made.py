@@ -82,7 +82,7 @@ def test_rows(dtype, shape):
         want = torch.stack(
             [x[i] if i >= 0 else torch.zeros(shape[1:], dtype=x.dtype) for i in index.tolist()] or [x[:0]]
         )
-        source = Rows(memory(x), index)
+        source = Rows((memory(x),), index)
         assert source.shape == (length, *shape[1:])
         assert source.dtype is dtype
         assert unlike(source, want) == []
@@ -102,12 +102,12 @@ def test_any_run_of_any_rows(index, width, data):
         bring(source, runs)
 
     out = np.full(n, -1, np.float32)
-    Rows(memory(x), np.array(index, np.int64)).fill(counted, e0, n, out.ctypes.data)
+    Rows((memory(x),), np.array(index, np.int64)).fill(counted, e0, n, out.ctypes.data)
     assert out.tolist() == want[e0 : e0 + n].tolist()
-    # No more reads than there are breaks in the order of the rows.
+    # No more reads than there are breaks in the order of the rows, and rows cut at the ends.
     rows = [i for i in range(len(index)) if (i + 1) * width > e0 and i * width < e0 + n and n]
     breaks = [i for i in rows if index[i] >= 0 and (i == rows[0] or index[i - 1] < 0 or index[i] != index[i - 1] + 1)]
-    assert len(calls) == len(breaks)
+    assert len(calls) <= len(breaks) + 2
 
 
 def low_rank(x, b, a, scale, *, transposed):
@@ -208,7 +208,7 @@ def test_what_a_source_takes_while_it_is_made_is_what_it_says(transposed):
     every = [
         LowRank(Wide(x), memory(b), memory(low), 0.5, transposed),
         Wide(x),
-        Rows(Wide(x), np.arange(x.shape[0])[::-1].copy()),
+        Rows((Wide(x),), np.arange(x.shape[0])[::-1].copy()),
         Noise(1, 2, 0.5, F64, (rows, columns)),
         Constant(1.0, F32, (rows, columns)),
     ]
@@ -227,15 +227,15 @@ def test_sources_nest():
     x, b, a = random((6, 4), BF16), random((6, 2), F32, 1), random((2, 4), F32, 2)
     index = np.array([5, -1, 0, 1, 1])
     tuned = LowRank(memory(x), memory(b), memory(a), 0.5)
-    picked = Rows(tuned, index)
+    picked = Rows((tuned,), index)
     whole = low_rank(x, b, a, 0.5, transposed=False)
     want = torch.where(torch.from_numpy(index >= 0)[:, None], whole[index.clip(0)], torch.zeros(()))
     assert picked.dtype is F32
     assert unlike(picked, want) == []
     narrow = torch.randn(6, 4, generator=torch.Generator().manual_seed(3)).to(torch.float8_e4m3fn)
-    wide = LowRank(Wide(memory(narrow)), memory(b), Rows(memory(a), np.array([1, 0])), 0.5)
+    wide = LowRank(Wide(memory(narrow)), memory(b), Rows((memory(a),), np.array([1, 0])), 0.5)
     assert unlike(wide, low_rank(narrow.to(torch.bfloat16), b, a[[1, 0]], 0.5, transposed=False)) == []
-    noisy = Rows(Noise(1, 0, 1.0, F32, (6, 4)), index)
+    noisy = Rows((Noise(1, 0, 1.0, F32, (6, 4)),), index)
     assert unlike(noisy, np.where(index[:, None] < 0, 0, normal(1, 0, NOISE, 0, 24).reshape(6, 4)[index])) == []
     assert [s.shape for s in inputs_of(picked)] == [(6, 4), (6, 2), (2, 4)]
     assert len(inputs_of(wide)) == 3
@@ -245,7 +245,7 @@ def test_sources_nest():
 def test_what_is_made_says_so():
     x = memory(torch.zeros(2, 2))
     every = [
-        Rows(x, np.zeros(1, np.int64)),
+        Rows((x,), np.zeros(1, np.int64)),
         LowRank(x, x, x, 1.0),
         Wide(x),
         Constant(0.0, F32, ()),

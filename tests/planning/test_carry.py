@@ -2,9 +2,6 @@
 
 import json
 
-import pytest
-
-from fastmerge.errors import RecipeError
 from fastmerge.planning.templates import TEMPLATES
 from fastmerge.recipe.checks import BUILT_IN_TEMPLATES
 from tests.planning.plans import LINEAR, make
@@ -23,8 +20,9 @@ def carried(text, **models):
 
 
 def test_tokenizer_files_come_from_the_base_else_the_first(tmp_path):
-    a = write(tmp_path / "a", tokenizer__json="{}", generation_config__json="{}", code__py="x", optimizer__pt="x")
-    b = write(tmp_path / "b", tokenizer__json="{}")
+    words = vocabulary(x=0)
+    a = write(tmp_path / "a", tokenizer__json=words, generation_config__json="{}", code__py="x", optimizer__pt="x")
+    b = write(tmp_path / "b", tokenizer__json=words)
     models = {"a": llama(path=str(a)), "b": llama(path=str(b))}
     assert carried(LINEAR, **models) == {
         "tokenizer.json": a / "tokenizer.json",
@@ -46,20 +44,6 @@ def test_links_that_leave_the_model_are_not_followed(tmp_path):
 
 def vocabulary(**tokens):
     return {"model": {"vocab": tokens}, "added_tokens": [{"content": "<s>", "id": 9}]}
-
-
-def test_asking_for_a_tokenizer_needs_equal_vocabularies(tmp_path):
-    text = LINEAR + "tokenizer: {source: a}\n"
-    a = write(tmp_path / "a", tokenizer__json=vocabulary(x=0, y=1))
-    same = write(tmp_path / "same", tokenizer__json={"version": 2, **vocabulary(y=1, x=0)})
-    other = write(tmp_path / "other", tokenizer__json=vocabulary(x=1, y=0))
-    none = write(tmp_path / "none", tokenizer__json="{not json")
-    models = {n: llama(path=str(p), ref=n) for n, p in {"a": a, "same": same, "other": other, "none": none}.items()}
-    assert make(text, a=models["a"], b=models["same"]).warnings == ()
-    for bad in ("other", "none"):
-        with pytest.raises(RecipeError, match=f"'{bad}' has another vocabulary than 'a'"):
-            make(text, a=models["a"], b=models[bad])
-    assert "cannot be compared" in make(text, a=models["a"], b=llama()).warnings[0]
 
 
 def test_chat_templates_are_data(tmp_path):
@@ -181,7 +165,10 @@ def test_the_tokenizer_itself_says_where_it_stops(tmp_path):
 
 def test_damaged_settings_are_copied_as_they_are(tmp_path):
     base = write(tmp_path / "base", generation_config__json="{no", tokenizer_config__json="[" * 100_000)
-    made = make(LINEAR + "tokenizer_source: b\n", a=llama(path=str(base)), b=llama(config={"eos_token_id": 7}))
+    b = write(tmp_path / "b", tokenizer__json=vocabulary(x=0))
+    made = make(
+        LINEAR + "tokenizer_source: b\n", a=llama(path=str(base)), b=llama(path=str(b), config={"eos_token_id": 7})
+    )
     assert dict(made.carry)["generation_config.json"] == base / "generation_config.json"
     assert made.config["eos_token_id"] == 7
 

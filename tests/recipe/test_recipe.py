@@ -8,7 +8,7 @@ import pytest
 from fastmerge.errors import RecipeError
 from fastmerge.methods import METHODS
 from fastmerge.recipe import ModelRef, Parameters, Recipe, Rule, Setting
-from fastmerge.recipe.schema import model_ref
+from fastmerge.recipe.schema import Token, TokenSource, model_ref
 from tests.recipe.fakes import problems
 
 LINEAR = (
@@ -30,6 +30,7 @@ slices:
   - sources: [{model: a, layer_range: [0, 4]}]
   - sources: [{model: b, layer_range: [2, 4]}]
 """
+ROW_OF_A = "tokenizer:\n  tokens:\n    x: {source: {kind: model_token, model: a, %s}}\n"
 
 
 def test_every_problem_at_once_in_the_order_of_the_lines():
@@ -88,12 +89,20 @@ def test_unknown_keys_do_not_hide_what_needs_the_whole_recipe():
     [
         ("merge_method: passthrough\nslices: [{sources: []}]\n", "a slice needs at least one source"),
         ("merge_method: passthrough\nslices: [{}]\n", "slices[0].sources: this key is required"),
-        (LINEAR + "tokenizer_source: union\n", "a union of vocabularies is not supported yet"),
-        (LINEAR + "tokenizer: {}\n", "a union of vocabularies is not supported yet"),
-        (LINEAR + "tokenizer: {source: a, tokens: {x: {source: a}}}\n", "changes to the vocabulary: not supported yet"),
-        (LINEAR + "tokenizer: {source: a, pad_to_multiple_of: 8}\n", "'pad_to_multiple_of' needs changes"),
+        (LINEAR + "tokenizer: {tokens: [x]}\n", "tokenizer.tokens: expected a mapping; got a list"),
+        (LINEAR + "tokenizer: {tokens: {x: a}}\n", "tokens.x: expected a mapping with 'source' and 'force'; got"),
+        (LINEAR + "tokenizer: {tokens: {x: {sauce: a}}}\n", "unknown key 'sauce' (did you mean 'source'?)"),
+        (LINEAR + "tokenizer: {tokens: {x: {source: c}}}\n", "tokens.x.source: 'c' is not a model of this recipe"),
+        (LINEAR + "tokenizer: {tokens: {x: {force: true}}}\n", "'force' needs a 'source'"),
+        (LINEAR + "tokenizer: {tokens: {x: {source: a, force: maybe}}}\n", "'force': expected true or false"),
+        (LINEAR + "tokenizer: {tokens: {x: {source: {kind: none}}}}\n", "'kind': expected model_token or zero"),
+        (LINEAR + "tokenizer: {tokens: {x: {source: {kind: zero, model: a}}}}\n", "'zero' has no key 'model'"),
+        (LINEAR + ROW_OF_A % "token: y, token_id: 1", "'model_token' takes either 'token' or 'token_id'"),
+        (LINEAR + ROW_OF_A % "token: 3", "'token': expected a text"),
+        (LINEAR + ROW_OF_A % "token_id: -1", "'token_id': expected a number of 0 or more; got -1"),
+        (LINEAR + ROW_OF_A.replace("model: a, ", "") % "token: y", "'model_token' needs a 'model'"),
+        (LINEAR + "tokenizer: {pad_to_multiple_of: 0}\n", "pad_to_multiple_of: expected a number of 1 or more; got 0"),
         (LINEAR + "tokenizer: {source: a}\ntokenizer_source: a\n", "either 'tokenizer' or 'tokenizer_source'"),
-        (LINEAR + "tokenizer_source: base\n", "'base' needs a 'base_model'"),
         (LINEAR + "tokenizer_source: c\n", "'c' is not a model of this recipe"),
         (LINEAR + "tokenizer: {sauce: a}\n", "tokenizer.sauce: unknown key (did you mean 'source'?)"),
         (LINEAR + "chat_template: short\n", "mistral or a Jinja template; got 'short'"),
@@ -247,6 +256,23 @@ def test_tokenizers():
         recipe = Recipe.load(SLERP + text)
         assert recipe.tokenizer_source == ModelRef("a")
         assert Recipe.load(recipe.to_yaml()) == recipe
+    assert Recipe.load(LINEAR + "tokenizer_source: base\n").tokenizer_source == ModelRef("a"), (
+        "as the donor of the rest"
+    )
+    assert Recipe.load(LINEAR + "tokenizer: {}\n") == Recipe.load(LINEAR + "tokenizer_source: union\n")
+    text = ROW_OF_A % "token_id: 3" + "  pad_to_multiple_of: 8\n"
+    more = "    y: {source: {kind: zero}, force: true}\n    z: {source: b}\n    q:\n"
+    recipe = Recipe.load(LINEAR + text.replace("  pad", more + "  pad"))
+    block = recipe.tokenizer
+    assert (block.source, block.pad_to_multiple_of) == (recipe.tokenizer_source, 8) == (ModelRef("union"), 8)
+    assert block.tokens == {
+        "x": Token(TokenSource(ModelRef("a"), token_id=3)),
+        "y": Token(TokenSource(None), force=True),
+        "z": Token(TokenSource(ModelRef("b"))),
+        "q": Token(),
+    }
+    assert Recipe.load(recipe.to_yaml()) == recipe
+    assert '"model":0,"token_id":3' in recipe.canonical()
     assert Recipe.load(SLERP + "chat_template: auto\n").chat_template == "auto"
     assert Recipe.load(SLERP + "chat_template: chatml\n").chat_template == "chatml"
     assert Recipe.load(SLERP + "tokenizer_source: model:b\n").tokenizer_source == ModelRef("b")

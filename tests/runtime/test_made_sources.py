@@ -71,7 +71,7 @@ def planner(opened, memory=None):
     def file(model, name):
         return FileRange(opened[model].tensors[name], numbers[model])
 
-    embed = Rows(file("other", "embed"), ORDER)
+    embed = Rows((file("other", "embed"),), ORDER)
     tuned = LowRank(file("base", "q"), file("adapter", "q.b"), file("adapter", "q.a"), 0.5)
     turned = LowRank(file("base", "conv"), file("adapter", "conv.b"), file("adapter", "conv.a"), 2.0, transposed=True)
     narrow = Wide(file("narrow", "q"))
@@ -100,8 +100,8 @@ def planner(opened, memory=None):
         op("i.doubles", "linear", (Constant(0.1, F64, (40, 30)), Noise(1, 0, 1.0, F64, (40, 30))), out=F64, weight=1.0),
         copy("j.gathered", embed),
         copy("k.constant", constant),
-        copy("l.compared", file("base", "steps"), Rows(file("other", "steps"), np.arange(V)[::-1].copy())),
-        copy("m.nothing", Rows(file("base", "embed"), np.zeros(0, np.int64))),
+        copy("l.compared", file("base", "steps"), Rows((file("other", "steps"),), np.arange(V)[::-1].copy())),
+        copy("m.nothing", Rows((file("base", "embed"),), np.zeros(0, np.int64))),
     ]  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def whole(source, tensors, names):
     if isinstance(source, FileRange):
         return tensors[names[source.model]][source.info.name]
     if isinstance(source, Rows):
-        x = whole(source.source, tensors, names)
+        x = torch.cat([whole(s, tensors, names) for s in source.sources])
         return torch.cat([x, torch.zeros((1, *x.shape[1:]), dtype=x.dtype)])[source.index]
     if isinstance(source, Wide):
         return whole(source.source, tensors, names).to(torch.bfloat16)
@@ -246,7 +246,7 @@ def test_what_must_be_equal_is_compared_whatever_it_is_made_of(plan, tmp_path):
     other = second.index.copy()
     other[V // 2] = 3
     ops = list(plan.ops)
-    ops[i] = ops[i]._replace(inputs=(first, Rows(second.source, other)))
+    ops[i] = ops[i]._replace(inputs=(first, Rows(second.sources, other)))
     with pytest.raises(CheckpointError, match=r"l\.compared: int64 tensors are copied, not merged"):
         fm.merge(replace(plan, ops=tuple(ops)), tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()

@@ -83,7 +83,7 @@ def test_a_vocabulary_permutation(tmp_path, tensors, elements, cores):
             Op(
                 "embed",
                 Spec(mean, (700, 130), (BF16, BF16), BF16),
-                inputs=(source(a, "embed"), Rows(source(b, "embed", 1), where)),
+                inputs=(source(a, "embed"), Rows((source(b, "embed", 1),), where)),
             ),
             ["embed"],
         ),
