@@ -175,7 +175,7 @@ def merge_state_dicts(
         chosen = _chosen(ops, kept[0][0].device, backend)
         if chosen.gpus:
             resident(ops, chosen)
-            del ops, kept  # so that the first look for garbage finds nothing but results
+            del ops, kept, done  # so that the first look for garbage finds nothing but results
             return merged
     _on_cpu(ops, chosen, (), UNIT_ELEMENTS)
     return merged

@@ -32,7 +32,8 @@ def install(*, methods: bool = True, merges: bool = True) -> None:
     Args:
         methods: the methods of its registry: ``merge_tensors``, ``merge_state_dicts``, ``mergekit-pytorch`` and every
             graph. mergekit's own code still runs where gradients are recorded, for types other than fp64, fp32, fp16
-            and bf16, for values that the engine refuses, and for a method that something else replaced.
+            and bf16, for values that the engine refuses or has no kernels for, and for a method that something else
+            replaced.
         merges: ``run_merge``, under every name that it was imported as: ``mergekit-yaml``, ``mergekit-multi``, evolve.
 
     Raises:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastmerge.api.call import Call, call_of, dtype_of, method_of
 from fastmerge.api.tensors import run
-from fastmerge.errors import FastMergeError, RecipeError
+from fastmerge.errors import BackendUnavailable, FastMergeError, RecipeError
 from fastmerge.methods import METHODS
 from fastmerge.ops.spec import Op
 
@@ -137,6 +137,8 @@ def _merged(
         cast = [t.to(dtype) if _rounds(t.dtype, dtype) else t for t in tensors]
         out = out_dtype or (torch.promote_types(dtype, torch.float32) if name in WIDE else dtype)
         inputs, spec = call.spec("", cast, dtype_of(out))
+        if why := spec.method.gap():
+            raise BackendUnavailable(why)  # a definition is no quicker than mergekit's code
         if spec.method.random and draw is None:
             # From torch's generator, so that seeds of a caller count and masks differ from call to call.
             draw = int(torch.empty((), dtype=torch.int64).random_())
