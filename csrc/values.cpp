@@ -37,9 +37,9 @@ Apart apart(int64_t x, int32_t x_code, int64_t y, int32_t y_code, int64_t n) {
     load_any(y_code, y, i, m, b);
     FM_LOOP for (int64_t j = 0; j < round_up(m); ++j) {
       const double p = a[j], q = b[j], d = p - q;
-      const bool finite = d - d == 0, same = p == q || (p != p && q != q);
+      const bool finite = d - d == 0;
       const double e = finite ? d : 0, u = finite ? p : 0, v = finite ? q : 0, far = e < 0 ? -e : e;
-      differ[j] += same ? 0.0 : 1.0;
+      differ[j] += (p == q) | ((p != p) & (q != q)) ? 0.0 : 1.0;
       odd[j] += finite ? 0.0 : 1.0;
       most[j] = far > most[j] ? far : most[j];
       xx[j] += u * u;

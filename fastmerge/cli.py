@@ -33,19 +33,7 @@ def _log() -> None:
 
 
 class _Commands(click.Group):
-    """Prints deliberate errors without a traceback, and exits with their code; has mergekit's commands as well."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        from fastmerge.commands.mergekit.flags import COMMANDS
-
-        return [*super().list_commands(ctx), *COMMANDS]
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if not cmd_name.startswith("mergekit-"):
-            return super().get_command(ctx, cmd_name)
-        from fastmerge.commands.mergekit.commands import ALL
-
-        return ALL.get(cmd_name)
+    """Prints deliberate errors without a traceback, and exits with their code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -262,14 +250,26 @@ def doctor(as_json: bool, directory: str) -> None:
         click.echo(f"{key:<22} {value}")
 
 
-@main.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
-@click.argument("words", nargs=-1, type=click.UNPROCESSED)
-def lora(words: tuple[str, ...]) -> None:
-    """Merge LoRA adapters with each other, or bake them into their base."""
-    from fastmerge.commands.lora import lora as group
+class _Later(click.Command):
+    """A command that is loaded when it is called: the options of all would make ``--help`` a quarter slower."""
 
-    group.main(list(words), prog_name="fastmerge lora", standalone_mode=False)
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> click.Context:
+        import importlib
 
+        place = "lora" if self.name == "lora" else "mergekit.commands"
+        found = importlib.import_module(f"fastmerge.commands.{place}").ALL[self.name]
+        context: click.Context = found.make_context(info_name, args, *rest, **extra)
+        return context
+
+
+for _name, _text in {
+    "lora": "Merge LoRA adapters with each other, or bake them into their base.",
+    "mergekit-yaml": "Merge a recipe, with mergekit's flags.",
+    "mergekit-multi": "Merge recipes that use each other's results.",
+    "mergekit-pytorch": "Merge files of tensors, name by name.",
+    "mergekit-extract-lora": "Extract a LoRA adapter from a fine-tune.",
+}.items():
+    main.add_command(_Later(_name, help=_text))
 
 if __name__ == "__main__":
     main()

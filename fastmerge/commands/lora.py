@@ -126,3 +126,7 @@ def recipe(base: str, adapters: Sequence[str], weights: Sequence[float], method:
     more = {} if density is None else {"density": density}
     models = [{"model": m, "parameters": {"weight": w, **more}} for m, w in zip(tuned, weights, strict=True)]
     return Recipe.load({"merge_method": method, "base_model": model.plain(), "models": models})
+
+
+ALL = {"lora": lora}
+"""The commands of this module, by name."""

@@ -71,6 +71,13 @@ def test_the_table_is_in_the_order_of_mergekit_s_options_and_in_the_docs():
     assert (ROOT / "docs" / "mergekit.md").read_text() == markdown(), "python -m fastmerge.commands.mergekit.flags"
 
 
+def test_help_lists_them_and_shows_theirs():
+    listed = CliRunner().invoke(main, ["--help"]).output
+    assert [n for n in COMMANDS if f"  {n} " not in listed] == []
+    for name in COMMANDS:
+        assert "--lora-merge-cache" in CliRunner().invoke(main, [name, "--help"]).output
+
+
 def settings_of(*words, name=YAML):
     """What flags come to, and the command's result."""
     found = []

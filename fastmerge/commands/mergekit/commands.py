@@ -10,7 +10,7 @@ _CONFIG = click.argument("config", type=click.Path(exists=True, dir_okay=False))
 _OUT = click.argument("out", type=click.Path())
 
 
-@click.command(YAML, short_help="Merge as mergekit-yaml does, with its flags.")
+@click.command(YAML)
 @_CONFIG
 @_OUT
 @shared(YAML)
@@ -21,7 +21,7 @@ def yaml(config: str, out: str, settings: Settings) -> None:
     merging.yaml(config, out, settings)
 
 
-@click.command(MULTI, short_help="Merge several recipes in one file, as mergekit-multi does.")
+@click.command(MULTI)
 @_CONFIG
 @click.option("--out-path", type=click.Path(), help="Where the result goes: the merge without a name.")
 @click.option("--intermediate-dir", "-I", type=click.Path(), required=True, help="Where merges with a name go.")
@@ -42,7 +42,7 @@ def multi(
     merging.multi(config, out_path, intermediate_dir, settings, lazy=lazy, keep=keep_stages)
 
 
-@click.command(PYTORCH, short_help="Merge files of tensors without a config, as mergekit-pytorch does.")
+@click.command(PYTORCH)
 @_CONFIG
 @_OUT
 @click.option("--tensor-intersection", "-i", is_flag=True, help="Leave out tensors that some model lacks.")
@@ -61,7 +61,7 @@ def pytorch(
     raw.merge(config, out, settings, intersection=tensor_intersection, union=tensor_union, allow_pickle=allow_pickle)
 
 
-@click.command(LORA, short_help="Extract a LoRA adapter from a fine-tune, as mergekit-extract-lora does.")
+@click.command(LORA)
 @click.option("--model", required=True, help="The fine-tune.")
 @click.option("--base-model", required=True, help="What it was tuned from.")
 @click.option("--out-path", required=True, type=click.Path(), help="The new directory of the adapter.")
