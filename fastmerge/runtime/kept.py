@@ -6,10 +6,10 @@ import threading
 from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
-from fastmerge.ops.sources import FileRange
+from fastmerge.ops.sources import ALIGN, FileRange
 from fastmerge.ops.spec import Op
 from fastmerge.runtime.devices import Buffer
-from fastmerge.runtime.schedule import ALIGN, BLOCK, Job, Unit
+from fastmerge.runtime.schedule import BLOCK, Job, Unit
 
 L = TypeVar("L")
 

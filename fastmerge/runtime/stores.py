@@ -13,12 +13,13 @@ import numpy.typing as npt
 from fastmerge.checkpoint import Files, Place, Writer, of_fields
 from fastmerge.errors import CheckpointError
 from fastmerge.ops.segments import HEADER, I64, OUT, Segments, segment_table
-from fastmerge.ops.sources import FileRange, Made, Memory
+from fastmerge.ops.sources import ALIGN, FileRange, Made, Memory, Result
 from fastmerge.ops.spec import Op, Source, Spec
 from fastmerge.runtime.devices import Buffer
 from fastmerge.runtime.finite import NonFinite
 from fastmerge.runtime.kept import NOTHING, Kept, Room
-from fastmerge.runtime.schedule import ALIGN, BLOCK, Job, Unit
+from fastmerge.runtime.results import Results
+from fastmerge.runtime.schedule import BLOCK, Job, Unit
 
 COMPARE_BYTES = 1 << 20
 """Bytes of integer tensors that are compared at a time."""
@@ -53,7 +54,7 @@ class _Laid(NamedTuple):
     end: int
     bases: list[list[int]]
     reads: list[tuple[int, int, int, int]]
-    made: list[tuple[Made, int, int, int]]
+    made: list[tuple[Made | Result, int, int, int]]
 
 
 class OpStore:
@@ -65,6 +66,7 @@ class OpStore:
         writer: of the output; None likewise.
         finite: looks for NaN and Inf; None where nobody asks.
         room: memory for inputs that would be read twice from a disk.
+        results: makes those of other ops; None where no op takes any.
     """
 
     def __init__(
@@ -74,11 +76,13 @@ class OpStore:
         writer: Writer | None = None,
         finite: NonFinite | None = None,
         room: Room = NOTHING,
+        results: Results | None = None,
     ) -> None:
         self._ops = ops
         self._files = files
         self._writer = writer
         self._finite = finite
+        self._results = results
         self._kept: Kept[_Laid] = Kept(room)
         self._members: dict[int, Mapping[int, int]] = {}
 
@@ -143,7 +147,7 @@ class OpStore:
                 cold = [c and not (r[1] - r[2]) % BLOCK for c, r in zip(cold, laid.reads, strict=True)]
             self._read(rows, cold)
         for made_source, e0, length, address in laid.made:
-            made_source.fill(self.bring, e0, length, address)
+            self._make(made_source, e0, length, address)
         if home is None:
             return laid
         self._kept.keep(unit, home, laid)
@@ -159,7 +163,7 @@ class OpStore:
             cold: which reads go past the page cache; they get blocks of their own. None of them, where it is empty.
         """
         reads: list[tuple[int, int, int, int]] = []
-        made: list[tuple[Made, int, int, int]] = []
+        made: list[tuple[Made | Result, int, int, int]] = []
         bases: list[list[int]] = []
         for dtype, column in zip(spec.dtypes, runs, strict=True):
             at: list[int] = []
@@ -198,7 +202,14 @@ class OpStore:
             if isinstance(source, Memory):
                 ctypes.memmove(address, source.address + e0 * size, n * size)
             else:
-                cast("Made", source).fill(self.bring, e0, n, address)
+                self._make(cast("Made", source), e0, n, address)
+
+    def _make(self, source: Made | Result, e0: int, n: int, address: int) -> None:
+        if isinstance(source, Result):
+            assert self._results is not None
+            self._results.fill(self.bring, source, e0, n, address)
+        else:
+            source.fill(self.bring, e0, n, address)
 
     def _fd(self, source: FileRange) -> int:
         assert self._files is not None
