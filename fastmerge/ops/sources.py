@@ -8,7 +8,7 @@ chunking gives the same bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 from fastmerge.dtypes import DType
 from fastmerge.ops.segments import TILE
@@ -78,7 +78,10 @@ ALIGN = 64
 """Alignment of every run of input bytes in memory."""
 
 PANEL = 4 * TILE
-"""Elements of a result that are made at a time: half a megabyte of each bf16 input stays in a core's cache."""
+"""Elements of results that are made at a time: half a megabyte of each bf16 input stays in a core's cache."""
+
+PIECES = 1024
+"""Pieces of results, or tensors, that are made at a time at most."""
 
 
 class Result(NamedTuple):
@@ -111,7 +114,8 @@ class Result(NamedTuple):
     def workspace(self) -> int:
         """A panel of the op's inputs and of its result, and what those inputs take."""
         spec = self.op.spec
-        return panel_bytes(spec, panel(spec, whole=spec.grain == "matrix")) + max(map(workspace, self.inputs))
+        elements = panel(spec, whole=True) if spec.grain == "matrix" else max(PANEL, panel(spec, whole=False))
+        return panel_bytes(spec, elements, PIECES) + max(map(workspace, self.inputs))
 
 
 def panel(spec: Spec, *, whole: bool) -> int:
@@ -122,28 +126,34 @@ def panel(spec: Spec, *, whole: bool) -> int:
     return min(rows, spec.numel)
 
 
-def panel_bytes(spec: Spec, elements: int) -> int:
-    """Memory for a panel: every input and the result, each at an alignment of its own."""
+def panel_bytes(spec: Spec, elements: int, pieces: int = 1) -> int:
+    """Memory for pieces of results and of all of their inputs, each at an alignment of its own."""
     sizes = [*(d.size for d in spec.dtypes), spec.out_dtype.size]
-    return sum(elements * size + ALIGN for size in sizes)
+    return sum(elements * size + (pieces + 1) * ALIGN for size in sizes)
 
 
 def inputs_of(source: Source) -> tuple[Source, ...]:
     """The sources that a source is made from in the end; itself where it is simply there."""
-    if type(source) is FileRange or not isinstance(source, Made | Result):
+    if not _made(source):
         return (source,)
     return tuple(i for s in source.inputs for i in inputs_of(s))
 
 
 def results_of(source: Source) -> Iterator[Result]:
     """Every result that a source is, or is made from."""
-    if isinstance(source, Result):
+    if type(source) is Result:
         yield source
-    if isinstance(source, Made | Result):
+    if _made(source):
         for part in source.inputs:
             yield from results_of(part)
 
 
 def workspace(source: Source) -> int:
     """Most bytes beside the slot while a source is brought to it."""
-    return source.workspace if isinstance(source, Made | Result) else 0
+    return source.workspace if _made(source) else 0
+
+
+def _made(source: Source) -> TypeGuard[Made | Result]:
+    """Whether it has inputs; protocols are slow to ask, and most sources are files."""
+    kind = type(source)
+    return kind is not FileRange and (kind is Result or isinstance(source, Made))

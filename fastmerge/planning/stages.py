@@ -195,7 +195,10 @@ def _taken(op: Op, specs: dict[tuple[object, ...], Spec]) -> Op:
     made = tuple([r.op.spec for s in op.inputs if type(s) is not FileRange for r in results_of(s)])
     if not made:
         return op
-    return op._replace(spec=specs.setdefault((op.spec, made), copy(op.spec)))
+    key = (op.spec, made)
+    if key not in specs:
+        specs[key] = copy(op.spec)
+    return op._replace(spec=specs[key])
 
 
 def _copied(op: Op, specs: dict[tuple[object, ...], Spec]) -> Op:

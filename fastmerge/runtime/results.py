@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from fastmerge.backends.choose import Backend
 from fastmerge.ops.program import Program
-from fastmerge.ops.segments import OUT, TILE, Segments, segment_table
-from fastmerge.ops.sources import ALIGN, Bring, Result, panel, panel_bytes, results_of
+from fastmerge.ops.segments import TILE, Segments, segment_table
+from fastmerge.ops.sources import ALIGN, PANEL, PIECES, Result, panel, panel_bytes, results_of
 from fastmerge.ops.spec import Op
 from fastmerge.runtime.finite import NanPolicy, NonFinite
 from fastmerge.runtime.making import KEPT
@@ -26,6 +27,15 @@ from fastmerge.runtime.schedule import Unit
 from fastmerge.runtime.stream import compute
 
 Pieces = Sequence[tuple[int, int, int]]
+
+
+class Inputs(Protocol):
+    """What brings the inputs of ops of one kind: the store that asks for results, which may be among them."""
+
+    def inputs(
+        self, ops: Sequence[Op], firsts: Sequence[int], lengths: Sequence[int], address: int
+    ) -> tuple[list[list[int]], int]:
+        """Brings the inputs of pieces to an address; where each is, and the first free byte."""
 
 
 class Results:
@@ -45,63 +55,99 @@ class Results:
         self._known: OrderedDict[int, _Solution] = OrderedDict()
         self._most = KEPT * max((sum(1 for s in op.inputs for _ in results_of(s)) for op in ops), default=0)
 
-    def fill(self, bring: Bring, result: Result, e0: int, n: int, address: int) -> None:
-        """Makes elements ``e0 .. e0 + n`` at an address."""
+    def make(self, store: Inputs, runs: Sequence[tuple[Result, int, int, int]]) -> None:
+        """Makes runs (result, first element, elements, address); small tensors of one kind together."""
+        small: dict[object, list[tuple[Op, int]]] = {}
+        rest: dict[int, tuple[Result, list[tuple[int, int, int]]]] = {}
+        for result, e0, n, address in runs:
+            spec = result.op.spec
+            if n == spec.numel <= PANEL and not result.together and not self._backend.whole(spec):
+                small.setdefault((spec.batch, spec.grain), []).append((result.op, address))
+            elif n:
+                rest.setdefault(id(result.op), (result, []))[1].append((e0, n, address))
+        for found in small.values():
+            for bundle in _bundles(found):
+                self._small(store, bundle)
+        for result, mine in rest.values():
+            self._runs(store, result, mine)
+
+    def _small(self, store: Inputs, bundle: Sequence[tuple[Op, int]]) -> None:
+        """Whole tensors at once, each where it belongs."""
+        ops = [op for op, _ in bundle]
+        pieces = [(i, 0, op.spec.numel) for i, op in enumerate(ops)]
+        with self._memory(panel_bytes(ops[0].spec, sum(n for _, _, n in pieces), len(ops))) as memory:
+            segments, _ = self._load(store, ops, pieces, memory, [address for _, address in bundle])
+            compute(self._backend.program(ops), segments)
+            self._finite.check(ops, Unit(0, tuple(pieces), 0), segments)
+
+    def _runs(self, store: Inputs, result: Result, runs: Sequence[tuple[int, int, int]]) -> None:
+        """Runs of one result. Where runs share a tile (samples do), it is made once for all of them."""
         op, spec = result.op, result.op.spec
         size = panel(spec, whole=self._backend.whole(spec))
-        if not n:
-            return
         if size >= spec.numel and not result.together:
             program: Program = self._backend.program([op])
-            self._parts(
-                bring, op, lambda segments: compute(program, segments), (e0, n, address), spec.numel, spec.numel
-            )
+            self._panels(store, op, lambda segments: compute(program, segments), runs, spec.numel, spec.numel)
             return
-        solution = self._solution(result, kept=n < spec.numel or bool(result.together))
-        solution.settle(self, bring)
+        solution = self._solution(result, kept=sum(n for _, n, _ in runs) < spec.numel or bool(result.together))
+        solution.settle(self, store)
         step = spec.row if spec.grain == "row" else TILE
-        group = solution.group(op)
-        self._parts(bring, op, solution.program.apply, (e0, n, address), size, step, group)
+        self._panels(store, op, solution.program.apply, runs, size, step, solution.group(op))
 
-    def _parts(
-        self, bring: Bring, op: Op, apply: Any, wanted: tuple[int, int, int], size: int, step: int, group: int = 0
+    def _panels(
+        self,
+        store: Inputs,
+        op: Op,
+        apply: Callable[[Segments], None],
+        runs: Sequence[tuple[int, int, int]],
+        size: int,
+        step: int,
+        group: int = 0,
     ) -> None:
-        """Computes the panels around the wanted run; those that lie in it at once where they belong."""
-        e0, n, address = wanted
+        """Computes the panels around runs, from a multiple of ``step`` on; in its place what one run has all of."""
         spec, width = op.spec, op.spec.out_dtype.size
-        end = min(spec.numel, -(-(e0 + n) // step) * step)
-        for at in range(e0 // step * step, end, size):
-            stop = min(at + size, end)
-            inside = at >= e0 and stop <= e0 + n
+        waiting = deque(sorted(runs))
+        begun: list[tuple[int, int, int]] = []
+        at = 0
+        while waiting or begun:
+            if not begun:
+                at = max(at, waiting[0][0] // step * step)
+            stop = min(at + size, spec.numel)
+            while waiting and waiting[0][0] < stop:
+                begun.append(waiting.popleft())
+            stop = min(stop, -(-max(e0 + n for e0, n, _ in begun) // step) * step)
+            e0, n, address = begun[0]
+            alone = len(begun) == 1 and e0 <= at and stop <= e0 + n
             with self._memory(panel_bytes(spec, stop - at)) as memory:
-                out = address + (at - e0) * width if inside else 0
-                segments = self.load(bring, op, [(group, at, stop - at)], memory, out)
+                outs = [address + (at - e0) * width] if alone else None
+                piece = (group, at, stop - at)
+                segments, made = self._load(store, [op], [piece], memory, outs)
                 apply(segments)
-                self._finite.check([op], Unit(0, ((0, at, stop - at),), 0), segments)
-                if not inside:
+                self._finite.check([op], Unit(0, ((0, *piece[1:]),), 0), segments)
+                for e0, n, address in begun if not alone else ():
                     first, last = max(at, e0), min(stop, e0 + n)
-                    made = int(segments.table[0, OUT]) + (first - at) * width
-                    ctypes.memmove(address + (first - e0) * width, made, (last - first) * width)
+                    ctypes.memmove(address + (first - e0) * width, made + (first - at) * width, (last - first) * width)
+            begun = [run for run in begun if run[0] + run[1] > stop]
+            at = stop
 
-    def load(self, bring: Bring, op: Op, pieces: Pieces, memory: int, out: int = 0) -> Segments:
-        """Pieces of an op's inputs, one behind the other in memory; the result goes behind them where ``out`` is 0."""
+    def _load(
+        self, store: Inputs, ops: Sequence[Op], pieces: Pieces, memory: int, outs: Sequence[int] | None = None
+    ) -> tuple[Segments, int]:
+        """Pieces (group, first element, elements) of ops, a result's address with each; and where results may go.
+
+        Without addresses, results go behind the inputs.
+        """
         groups, firsts, lengths = zip(*pieces, strict=True)
-        spec, total = op.spec, sum(lengths)
-        starts = np.cumsum([0, *lengths[:-1]])
-        inputs = []
-        for dtype, source in zip(spec.dtypes, op.inputs, strict=True):
-            addresses = memory + starts * dtype.size
-            bring(source, np.stack([np.array(firsts, np.int64), np.array(lengths, np.int64), addresses], axis=1))
-            inputs.append(addresses.tolist())
-            memory += -(-total * dtype.size // ALIGN) * ALIGN
-        outs = ((out or memory) + starts * spec.out_dtype.size).tolist()
-        table = segment_table([op] * len(pieces), groups, firsts, lengths, [outs], inputs)
-        return Segments(table, spec.dtypes, spec.out_dtype, np.zeros(len(table), np.int64))
+        inputs, end = store.inputs(ops, firsts, lengths, memory)
+        spec, behind = ops[0].spec, -(-end // ALIGN) * ALIGN
+        if outs is None:
+            outs = [*itertools.accumulate([n * spec.out_dtype.size for n in lengths[:-1]], initial=behind)]
+        table = segment_table(ops, groups, firsts, lengths, [outs], inputs)
+        return Segments(table, spec.dtypes, spec.out_dtype, np.zeros(len(table), np.int64)), behind
 
-    def statistics(self, bring: Bring, program: Program, op: Op, pieces: Pieces) -> Any:
+    def statistics(self, store: Inputs, program: Program, op: Op, pieces: Pieces) -> Any:
         """Of pieces of one op."""
-        with self._memory(panel_bytes(op.spec, sum(length for _, _, length in pieces))) as memory:
-            return program.statistics(self.load(bring, op, pieces, memory))
+        with self._memory(panel_bytes(op.spec, sum(length for _, _, length in pieces), len(pieces))) as memory:
+            return program.statistics(self._load(store, [op] * len(pieces), pieces, memory)[0])
 
     def items(self, program: Program, ops: Sequence[Op]) -> list[list[tuple[int, int, int]]]:
         """The pieces that the due pass reads, as many of an op together as a panel holds."""
@@ -113,7 +159,7 @@ class Results:
             size = panel(ops[g].spec, whole=self._backend.whole(ops[g].spec)) or 1
             for e0 in range(start, start + max(total, 1), size):
                 length = min(size, start + total - e0)
-                if g != last or length > room:
+                if g != last or length > room or len(out[-1]) == PIECES:
                     out.append([])
                     room, last = size, g
                 out[-1].append((g, e0, length))
@@ -145,6 +191,19 @@ class Results:
             self._free.append(memory)
 
 
+def _bundles(found: Sequence[tuple[Op, int]]) -> Iterator[list[tuple[Op, int]]]:
+    """As many tensors at a time as a panel holds."""
+    bundle: list[tuple[Op, int]] = []
+    room = 0
+    for op, address in found:
+        if bundle and (op.spec.numel > room or len(bundle) == PIECES):
+            yield bundle
+            bundle = []
+        room = (room if bundle else PANEL) - op.spec.numel
+        bundle.append((op, address))
+    yield bundle
+
+
 class _Solution:
     """A program on its way to :attr:`Program.ready`; all workers that ask for it bring it there together."""
 
@@ -162,12 +221,12 @@ class _Solution:
         """Its place among the ops."""
         return self._groups[id(op)]
 
-    def settle(self, results: Results, bring: Bring) -> None:
+    def settle(self, results: Results, store: Inputs) -> None:
         """Ends all passes of statistics, and waits for what other workers do of them."""
         try:
             while (i := self._take(results)) is not None:
                 pieces = self._items[i]
-                self._put(i, results.statistics(bring, self.program, self._ops[pieces[0][0]], pieces))
+                self._put(i, results.statistics(store, self.program, self._ops[pieces[0][0]], pieces))
         except BaseException as error:
             with self._condition:
                 self._error = self._error or error

@@ -1,10 +1,14 @@
 """Recipes of several documents: the bytes of stage after stage through directories, and nothing of a stage on disk."""
 
+import re
+
 import pytest
 
 import fastmerge as fm
+from fastmerge.errors import BudgetError
 from fastmerge.ops import sources
 from fastmerge.ops.segments import TILE
+from fastmerge.runtime import results
 from tests import tiny
 
 APART = {"README.md", "merge_report.json", "mergekit_config.yml"}
@@ -20,6 +24,7 @@ def models(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _small_panels(monkeypatch):
     monkeypatch.setattr(sources, "PANEL", TILE)
+    monkeypatch.setattr(results, "PANEL", TILE)
 
 
 def files(directory):
@@ -47,10 +52,10 @@ FIRST = {
     "element": lambda m: merge(m, "linear", base=None, weight="[0.2, 0.7]"),
     "random": lambda m: merge(m, "dare_linear", weight=0.4, density=0.3),
     "tensor": lambda m: merge(m, "ties", weight=0.6, density=0.4),
-    "row": lambda m: merge(m, "della", weight=0.6, density=0.4),
+    "row": lambda m: merge(m, "slerp", names="ab", base="a", extra="parameters: {{t: 0.3, scope: row}}"),
     "model": lambda m: merge(m, "ties", extra="parameters: {{trim_scope: model}}", weight=0.6, density=0.4),
     "angles": lambda m: merge(m, "karcher", base=None),
-    "definition": lambda m: merge(m, "ramplus_tl"),
+    "definition": lambda m: merge(m, "della", weight=0.6, density=0.4),
     "copies": lambda m: merge(m, "passthrough", names="a", base=None),
 }
 LAST = {
@@ -64,9 +69,72 @@ LAST = {
 }
 
 
-@pytest.mark.parametrize("last", LAST)
-@pytest.mark.parametrize("first", FIRST)
-def test_the_bytes_are_those_of_the_way_through_directories(tmp_path, models, first, last):
-    want, got = ways(tmp_path, {"first": FIRST[first](models), "last": LAST[last](models)}, memory="64MB")
+PAIRS = [(first, last) for first in FIRST for last in LAST if first not in ("definition", "copies")]
+PAIRS += [(first, last) for first in ("definition", "copies") for last in ("tensor", "model", "copies")]
+
+
+@pytest.fixture(scope="module")
+def firsts(tmp_path_factory, models):
+    """What the first documents give, each merged once."""
+    return {name: fm.merge(text(models), tmp_path_factory.mktemp("firsts") / name).out for name, text in FIRST.items()}
+
+
+@pytest.mark.parametrize(("first", "last"), PAIRS)
+def test_the_bytes_are_those_of_the_way_through_directories(tmp_path, models, firsts, first, last):
+    text = LAST[last](models)
+    fm.merge(text.format(first=firsts[first]), tmp_path / "want")
+    fm.merge(f"name: first\n{FIRST[first](models)}---\n{text.format(first='first')}", tmp_path / "got", memory="64MB")
+    want, got = files(tmp_path / "want"), files(tmp_path / "got")
     assert sorted(got) == sorted(want)
     assert [name for name in want if got[name] != want[name]] == []
+
+
+def test_nothing_of_a_stage_is_written(tmp_path, models):
+    first, last = FIRST["tensor"](models), LAST["tensor"](models).format(first="first")
+    before = set(tmp_path.iterdir())
+    fm.merge(f"name: first\n{first}---\n{last}", tmp_path / "out")
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "out"}
+
+
+def test_three_deep_with_a_stage_twice_in_one_op(tmp_path, models):
+    documents = {
+        "first": FIRST["row"](models),
+        "second": merge(models, "ties", names="Xb", weight=0.5, density=0.3),
+        "last": merge(models, "ties", names="XY", extra="parameters: {{trim_scope: model}}", weight=0.5, density=0.5),
+    }
+    want, got = ways(tmp_path, documents, memory="64MB", seed=7)
+    assert got == want
+
+
+@pytest.mark.parametrize("shard_size", [300_000, "5GB"])
+def test_small_budgets_and_shards(tmp_path, models, shard_size):
+    documents = {"first": FIRST["tensor"](models), "last": LAST["base"](models)}
+    recipe = f"name: first\n{documents['first']}---\n{documents['last']}".format(first="first")
+    with pytest.raises(BudgetError) as refused:
+        fm.merge(recipe, tmp_path / "refused", memory=1000)
+    least = int(re.search(r"expected >= (\d+) bytes", str(refused.value))[1])
+    want, got = ways(tmp_path, documents, memory=least, shard_size=shard_size)
+    assert got == want
+    assert not (tmp_path / "refused").exists()
+
+
+def test_slices_of_a_stage_and_of_slices(tmp_path, models):
+    def slices(*ranges, model):
+        lines = [f"  - sources: [{{{{model: {model}, layer_range: [{a}, {b}]}}}}]" for a, b in ranges]
+        return "\n".join(["merge_method: passthrough", "slices:", *lines, "dtype: bfloat16", ""])
+
+    documents = {
+        "first": slices((0, 1), (0, 1), (0, 1), model=models["a"]),
+        "second": "merge_method: linear\nmodels:\n  - {{model: {first}, parameters: {{weight: [0.1, 0.5, 0.9]}}}}\n",
+        "last": slices((1, 3), (0, 2), model="{second}"),
+    }
+    want, got = ways(tmp_path, documents)
+    assert b'"num_hidden_layers": 4' in got["config.json"]
+    assert got == want
+
+
+def test_the_definitions_in_torch_give_the_same(tmp_path, models):
+    documents = {"first": FIRST["model"](models), "last": LAST["model"](models)}
+    reference = ways(tmp_path / "torch", documents, backend="reference")
+    assert reference[0] == reference[1]
+    assert reference[0] == ways(tmp_path / "native", documents)[1]
