@@ -1,15 +1,22 @@
 """Recipes of several documents: the bytes of stage after stage through directories, and nothing of a stage on disk."""
 
 import re
+import shutil
 
 import pytest
 
 import fastmerge as fm
-from fastmerge.errors import BudgetError
+from fastmerge.api import merge as engine
+from fastmerge.backends.choose import cpu_backend
+from fastmerge.errors import BudgetError, FastMergeError, OutputError
 from fastmerge.ops import sources
 from fastmerge.ops.segments import TILE
-from fastmerge.runtime import results
+from fastmerge.runtime import placement, results
+from fastmerge.runtime.budget import need
+from fastmerge.runtime.making import making, uncut
 from tests import tiny
+from tests.checkpoint.shim import evict
+from tests.runtime.fake_device import FakeDevice
 
 APART = {"README.md", "merge_report.json", "mergekit_config.yml"}
 """Files that tell how the output was made."""
@@ -139,3 +146,88 @@ def test_the_definitions_in_torch_give_the_same(tmp_path, models):
     reference = ways(tmp_path / "torch", documents, backend="reference")
     assert reference[0] == reference[1]
     assert reference[0] == ways(tmp_path / "native", documents)[1]
+
+
+def both(models, first="tensor", last="tensor"):
+    """A recipe of two documents."""
+    return f"name: first\n{FIRST[first](models)}---\n{LAST[last](models)}".format(first="first")
+
+
+@pytest.mark.parametrize("fail_at", [0, 4])
+def test_an_interrupted_run_goes_on(tmp_path, models, monkeypatch, fail_at):
+    recipe = both(models)
+    with monkeypatch.context() as patch:
+        patch.setattr(placement, "UNIT_ELEMENTS", TILE)
+        patch.setattr(placement, "workers", lambda chosen: 1)
+        patch.setattr(placement, "CpuDevice", lambda: FakeDevice(fail_at=fail_at))
+        with pytest.raises(FastMergeError, match="injected fault"):
+            fm.merge(recipe, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+    fm.merge(recipe, tmp_path / "out", device="cpu", resume=True)
+    fm.merge(recipe, tmp_path / "whole", device="cpu")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("weight: 0.4", "weight: 0.6"), ("dtype: bfloat16", "seed: 1\ndtype: bfloat16")]
+)
+def test_a_run_of_another_stage_is_not_resumed(tmp_path, models, monkeypatch, old, new):
+    recipe = both(models, "random")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_extras", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fm.merge(recipe, tmp_path / "out", device="cpu")
+    with pytest.raises(OutputError, match="another recipe, seed, input"):
+        fm.merge(recipe.replace(old, new, 1), tmp_path / "out", device="cpu", resume=True)
+
+
+def test_a_change_of_a_model_of_a_stage_is_seen(tmp_path, models):
+    model = shutil.copytree(models["a"], tmp_path / "model")
+    recipe = both({**models, "a": model})
+    planned = fm.plan(recipe)
+    path = model / "model-00001-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert fm.plan(recipe).fingerprint != planned.fingerprint
+    with pytest.raises(FastMergeError, match="changed or replaced after its header was read"):
+        fm.merge(planned, tmp_path / "out", device="cpu")
+
+
+def test_what_is_not_in_the_page_cache_is_read_and_made_once(tmp_path, models):
+    recipe = both(models, "tensor", "base")
+    fm.merge(recipe, tmp_path / "warm", device="cpu")
+    evict([path for model in models.values() for path in model.glob("*.safetensors")])
+    fm.merge(recipe, tmp_path / "cold", device="cpu")
+    assert files(tmp_path / "cold") == files(tmp_path / "warm")
+
+
+@pytest.mark.parametrize("first", ["tensor", "element", "copies"])
+def test_nan_of_a_stage_is_treated_as_by_merging_it(tmp_path, models, first):
+    spoilt = tiny.state(1, layers=1, hidden=256)
+    spoilt["model.norm.weight"][3] = float("nan")
+    broken = {**models, "a": tiny.write(tmp_path / "broken", spoilt, layers=1)}
+    documents = {"first": FIRST[first](broken), "last": LAST["element"](models)}
+    want, got = ways(tmp_path / "zero", documents, nan="zero")
+    assert got == want
+    with pytest.raises(OutputError, match="model.norm.weight: 1 NaN or Inf values from its inputs"):
+        fm.merge(both(broken, first, "element"), tmp_path / "out", nan="error")
+
+
+@pytest.mark.parametrize("last", ["element", "tensor", "row"])
+@pytest.mark.parametrize("first", ["element", "tensor", "row", "model", "definition"])
+def test_what_making_takes_is_counted(tmp_path, models, monkeypatch, first, last):
+    taken, real = [], results.Results._memory
+
+    def counting(self, nbytes):
+        taken.append(nbytes)
+        return real(self, nbytes)
+
+    monkeypatch.setattr(results.Results, "_memory", counting)
+    planned = fm.plan(both(models, first, last))
+    report = fm.merge(planned, tmp_path / "out", device="cpu")
+    chosen = cpu_backend(report.backend)
+    counted = need(planned.ops, whole=uncut(planned.ops, chosen), made=making(chosen)).beside
+    assert 0 < max(taken) <= counted
