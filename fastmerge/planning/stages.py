@@ -45,6 +45,7 @@ def chain(
     """
     documents: list[tuple[str, Plan]] = []
     warnings: dict[str, None] = {}
+    located = set(recipe.warnings)
     given = dict(models)
     origins: dict[Path, Path | bytes] = {}
     homes: dict[str, str] = {}
@@ -63,11 +64,11 @@ def chain(
             carry = tuple((n, origins.get(f, f) if isinstance(f, Path) else f) for n, f in made.carry)
             made = dataclasses.replace(made, carry=carry)
             documents.append((name, made))
-            warnings |= {t if t in recipe.warnings else shown(name, t): None for t in made.warnings}
+            warnings |= {t if t in located else shown(name, t): None for t in made.warnings}
             opened = zip(made.recipe.refs, made.checkpoints, strict=False)
             given |= {str(dataclasses.replace(ref, lora=None)): c for ref, c in opened}
             if name:
-                home = Path(scratch) / str(len(homes))
+                home = Path(scratch) / f"{len(homes):03}"  # none begins another
                 homes[str(home)] = name
                 origins |= _small_files(made, home)
                 given[name] = _checkpoint(name, home, made)
