@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fastmerge as fm
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +56,12 @@ def test_the_merge_in_python_runs(place, capsys):
     merged, base = weights(place / "merged-again"), weights(inputs[0])
     assert set(merged) == set(base)
     assert [n for n in base if torch.equal(merged[n], base[n])] == []
+
+
+def test_the_recipes_in_one_file_run(place):
+    (place / "stages.yml").write_text(blocks("yaml")[1])
+    assert fm.merge("stages.yml", "staged").warnings == ()
+    assert set(weights(place / "staged")) == set(weights(place / "models" / "base"))
 
 
 def test_the_merges_in_memory_run():

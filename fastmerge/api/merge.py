@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastmerge.checkpoint import Writer
+    from fastmerge.ops.spec import Op
     from fastmerge.report import Report
     from fastmerge.runtime.finite import NanPolicy, NonFinite
     from fastmerge.runtime.stream import Stats
@@ -58,7 +59,7 @@ def plan(
     """
     loaded = Recipe.load(recipe, strict=strict)
     if allow_missing:
-        loaded = loaded.model_copy(update={"missing": "merge"})
+        loaded = loaded.merging_missing()
     return planning.plan(loaded, seed=seed, shard_size=parse_bytes(shard_size), strict=strict)
 
 
@@ -109,6 +110,7 @@ def merge(
     from fastmerge.checkpoint import Writer
     from fastmerge.checkpoint.content import inputs
     from fastmerge.report import Report
+    from fastmerge.runtime.making import host
 
     if nan not in ("warn", "error", "zero"):
         raise RecipeError(f"nan: expected warn, error or zero; got {nan!r}")
@@ -123,6 +125,7 @@ def merge(
     planned = replace(planned, fingerprint=f"{planned.fingerprint}-{inputs(planned.checkpoints, planned.carry)}")
     chosen = choose(device_for(str(device), planned.ops, backend), backend)
     chosen.check(planned.ops)
+    host(chosen).check(_made(planned))
     budget = Budget(
         max(0, (parse_bytes(memory) if memory is not None else default_memory()) - _tables(planned)),
         parse_bytes(max_vram) if max_vram is not None else None,
@@ -160,7 +163,7 @@ def _tables(planned: Plan) -> int:
 
     Estimates, measured with CPython 3.11; models of one family share the tables of equal headers.
     """
-    tables = len(planned.ops) * 900
+    tables = (len(planned.ops) + 2 * sum(len(p.ops) for _, p in planned.documents)) * 900
     shared: set[int] = set()
     for checkpoint in planned.checkpoints:
         first = id(next(iter(checkpoint.tensors.values()), None))
@@ -181,12 +184,15 @@ def _merge(
     """Runs what is planned and placed, and publishes it."""
     from fastmerge.checkpoint import Files
     from fastmerge.runtime.finite import NonFinite
+    from fastmerge.runtime.making import host
+    from fastmerge.runtime.results import Results
     from fastmerge.runtime.stores import OpStore
     from fastmerge.runtime.workers import Runner
 
     with Files(planned.checkpoints) as files:
         finite = NonFinite(nan)
-        store = OpStore(planned.ops, files, writer, finite, placed.room)
+        results = Results(host(placed.chosen), planned.ops, nan)
+        store = OpStore(planned.ops, files, writer, finite, placed.room, results)
         program = placed.chosen.program
         runner = Runner(planned.ops, placed.jobs, store, placed.workers, program, slot=placed.slot)
         with progress(planned) if progress else nullcontext() as tick:
@@ -201,11 +207,21 @@ def _merge(
     return report
 
 
+def _made(planned: Plan) -> list[Op]:
+    """The ops of stages."""
+    return [op for name, stage in planned.documents if name for op in stage.ops]
+
+
 def _look_at_copies(planned: Plan, nan: str) -> Plan:
     """Sends tensors that would be copied through a kernel, so that the policy sees their NaN and Inf."""
     from fastmerge.methods.passthrough import Passthrough
     from fastmerge.ops.spec import Spec
 
+    if planned.documents:
+        from fastmerge.planning.stages import join
+
+        every = tuple([(name, _look_at_copies(document, nan)) for name, document in planned.documents])
+        return replace(planned, ops=join(every)[0], documents=every, fingerprint=f"{planned.fingerprint}-{nan}")
     specs: dict[Spec, Spec] = {}
     ops = []
     for op in planned.ops:
@@ -255,7 +271,6 @@ def _report(planned: Plan, out: str, started: float, stats: Stats, placed: Place
 
 def _extras(planned: Plan, writer: Writer, report: Report) -> None:
     """Everything in the output directory that is not weights."""
-    from fastmerge.recipe.dump import dump
     from fastmerge.report.card import card
     from fastmerge.report.names import Names
 
@@ -264,8 +279,9 @@ def _extras(planned: Plan, writer: Writer, report: Report) -> None:
     for name, path in planned.carry:
         writer.add(name, path)
     if planned.card:
-        names = Names(planned.recipe, planned.checkpoints)
-        text = dump(names.plain())
+        every = [(plan.recipe, plan.checkpoints) for _, plan in planned.documents]
+        names = Names(planned.recipe, every or [(planned.recipe, planned.checkpoints)])
+        text = names.to_yaml()
         writer.add("mergekit_config.yml", text.encode())
         method = next((op.spec.method for op in planned.ops if op.spec.grain != "copy"), None)
         name, formula, paper = (method.name, method.formula, method.paper) if method else ("passthrough", "copy", "")

@@ -48,6 +48,8 @@ class Checkpoint:
         warnings: what a user should know about it.
         stale_quantisation: keys of the config, as dotted paths (``text_config.quantization_config``), that speak of
             a quantisation which no weight has: a result must not have them.
+        alike: of a model that is in no file, as a merge is yet to make it, for each tensor that will hold the bytes of
+            another one the name of that; None for a model on disk.
     """
 
     ref: str
@@ -57,6 +59,7 @@ class Checkpoint:
     config: Mapping[str, Any] = field(repr=False)
     warnings: tuple[str, ...] = ()
     stale_quantisation: tuple[str, ...] = ()
+    alike: Mapping[str, str] | None = field(default=None, repr=False)
 
     @classmethod
     def open(

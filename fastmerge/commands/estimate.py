@@ -11,6 +11,7 @@ from fastmerge.planning import Plan
 from fastmerge.runtime import budget as budgets
 from fastmerge.runtime.devices import cuda
 from fastmerge.runtime.kept import room, twice
+from fastmerge.runtime.making import making, uncut
 from fastmerge.runtime.placement import Budget, VramLimit, beside, cpu_slots, gpu_slots, workers
 from fastmerge.runtime.schedule import schedule
 from fastmerge.sizes import default_memory, parse_bytes, show_bytes
@@ -60,9 +61,10 @@ def estimate(
     else:
         chosen = cpu_backend(backend)
         name, read_rate = chosen.name, READ_RATE
-        wants = budgets.need(ops, whole=chosen.whole)
+        whole = uncut(ops, chosen)
+        wants = budgets.need(ops, whole=whole, made=making(chosen))
         slots = cpu_slots(wants, budget, workers(chosen))
-        jobs = schedule(ops, slot=slots.nbytes, elements=budgets.UNIT_ELEMENTS, whole=chosen.whole)
+        jobs = schedule(ops, slot=slots.nbytes, elements=budgets.UNIT_ELEMENTS, whole=whole)
         keeps = math.prod(room(ops, jobs, beside(wants, slots, budget)))
     units = sum(len(j.units) for j in jobs)
     n = max(1, min(slots.number, units) if gpus else slots.number)

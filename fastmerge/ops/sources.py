@@ -1,4 +1,4 @@
-"""Where tensors come from, and where results go: files and memory, and sources that are made from others.
+"""Where tensors come from, and where results go: files and memory, sources made from others, and results of ops.
 
 A made source has :meth:`Made.fill`, which makes any run of elements from its own sources, so that they nest;
 :mod:`fastmerge.ops.made` holds them. Everything they compute is a function of logical element indices alone: any
@@ -7,11 +7,12 @@ chunking gives the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 from fastmerge.dtypes import DType
-from fastmerge.ops.spec import Source
+from fastmerge.ops.segments import TILE
+from fastmerge.ops.spec import Op, Source, Spec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,13 +74,86 @@ class Made(Protocol):
         """Makes elements ``e0 .. e0 + n`` at an address."""
 
 
+ALIGN = 64
+"""Alignment of every run of input bytes in memory."""
+
+PANEL = 4 * TILE
+"""Elements of results that are made at a time: half a megabyte of each bf16 input stays in a core's cache."""
+
+PIECES = 1024
+"""Pieces of results, or tensors, that are made at a time at most."""
+
+
+class Result(NamedTuple):
+    """The tensor that an op makes, which no file holds: a stage of a recipe of several documents.
+
+    Attributes:
+        op: what makes it; its targets are not written.
+        together: all ops whose statistics are taken together, where the grain is ``model``; ``op`` is one of them.
+    """
+
+    op: Op
+    together: tuple[Op, ...] = ()
+
+    @property
+    def dtype(self) -> DType:
+        """That to which the op rounds."""
+        return self.op.spec.out_dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        return self.op.spec.shape
+
+    @property
+    def inputs(self) -> tuple[Source, ...]:
+        """Those of the op."""
+        return self.op.inputs
+
+    @property
+    def workspace(self) -> int:
+        """A panel of the op's inputs and of its result, and what those inputs take."""
+        spec = self.op.spec
+        elements = panel(spec, whole=True) if spec.grain == "matrix" else max(PANEL, panel(spec, whole=False))
+        return panel_bytes(spec, elements, PIECES) + max(map(workspace, self.inputs))
+
+
+def panel(spec: Spec, *, whole: bool) -> int:
+    """Elements of a result that are made at a time: tiles, rows where it works by row, or all."""
+    if whole:
+        return spec.numel
+    rows = max(1, PANEL // max(1, spec.row)) * spec.row if spec.grain == "row" else PANEL
+    return min(rows, spec.numel)
+
+
+def panel_bytes(spec: Spec, elements: int, pieces: int = 1) -> int:
+    """Memory for pieces of results and of all of their inputs, each at an alignment of its own."""
+    sizes = [*(d.size for d in spec.dtypes), spec.out_dtype.size]
+    return sum(elements * size + (pieces + 1) * ALIGN for size in sizes)
+
+
 def inputs_of(source: Source) -> tuple[Source, ...]:
     """The sources that a source is made from in the end; itself where it is simply there."""
-    if type(source) is FileRange or not isinstance(source, Made):
+    if not _made(source):
         return (source,)
     return tuple(i for s in source.inputs for i in inputs_of(s))
 
 
+def results_of(source: Source) -> Iterator[Result]:
+    """Every result that a source is, or is made from."""
+    if type(source) is Result:
+        yield source
+    if _made(source):
+        for part in source.inputs:
+            yield from results_of(part)
+
+
 def workspace(source: Source) -> int:
     """Most bytes beside the slot while a source is brought to it."""
-    return source.workspace if isinstance(source, Made) else 0
+    return source.workspace if _made(source) else 0
+
+
+def _made(source: Source) -> TypeGuard[Made | Result]:
+    """Whether it has inputs; protocols are slow to ask, and most sources are files."""
+    kind = type(source)
+    return kind is not FileRange and (kind is Result or isinstance(source, Made))

@@ -8,6 +8,7 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint import Checkpoint, Layout, Seen, layout, of_fields, without_gc
@@ -64,8 +65,17 @@ def plan(
         CheckpointError: where models are damaged, lack tensors, or hold types that cannot be merged.
         ShapeError: where tensors that must agree do not; all of them are listed.
     """
+    if recipe.stages:
+        from fastmerge.planning.stages import chain
+
+        return chain(recipe, models or {}, lambda one, given: _plan(one, given, seed, shard_size, strict))
+    return _plan(recipe, models or {}, seed, shard_size, strict)
+
+
+def _plan(recipe: Recipe, models: Mapping[str, Checkpoint], seed: int | None, shard_size: float, strict: bool) -> Plan:
+    """The plan of one document, whose stages are among the given models."""
     seed = seed if seed is not None else recipe.seed or 0
-    opened = Models(*_open(recipe.refs, models or {}))
+    opened = Models(*_open(recipe.refs, models))
     checkpoints = tuple(opened.checkpoints[ref] for ref in recipe.refs)
     warnings = dict.fromkeys((*recipe.warnings, *(text for c in checkpoints for text in c.warnings)))
     if problems := [text for ref in recipe.refs for text in opened.sources[ref].problems]:
@@ -200,7 +210,8 @@ def _open(
     seen: Seen = {}
     for ref in refs:
         try:
-            out[ref] = given.get(str(ref)) or Checkpoint.open(ref.path, revision=ref.revision, seen=seen)
+            open_already = given.get(str(ref)) or given.get(str(replace(ref, lora=None)))
+            out[ref] = open_already or Checkpoint.open(ref.path, revision=ref.revision, seen=seen)
             if ref.lora is not None:
                 from fastmerge.checkpoint.adapter import Adapter
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.ops.sources import FileRange, inputs_of
+from fastmerge.ops.sources import FileRange, Result, inputs_of
 from fastmerge.planning.account import Account, Dropped
 from fastmerge.planning.tied import Ties
 
@@ -35,6 +35,9 @@ class Plan:
         ties: what became of tied tensors.
         dropped: for each model and rule the tensors that are left out; see :attr:`account`.
         card: whether the output has a README.md and a mergekit_config.yml.
+        documents: of a recipe with stages, the plan of each document by itself: stages are among its models, by their
+            names. Each comes behind those that it uses; the last, which has no name, is that of the result. In this
+            plan ``checkpoints`` are the models of all of them, and stages are sources of ``ops``.
     """
 
     recipe: Recipe
@@ -49,10 +52,14 @@ class Plan:
     ties: Ties = field(default_factory=Ties)
     dropped: Dropped = field(default_factory=dict)
     card: bool = True
+    documents: tuple[tuple[str, Plan], ...] = ()
 
     @functools.cached_property
     def account(self) -> Account:
-        """Every tensor of every model: merged, copied, or dropped by which rule."""
+        """Every tensor of every model, of every document: merged, copied, or dropped by which rule."""
+        if self.documents:
+            documents = [(f"{name}: " if name else "", plan.account.models) for name, plan in self.documents]
+            return Account({f"{name}{ref}": tensors for name, models in documents for ref, tensors in models.items()})
         refs = [str(ref) for ref in self.recipe.refs]
         refs += [c.ref for c in self.checkpoints[len(refs) :]]
         used: list[dict[str, str]] = [{} for _ in refs]
@@ -73,11 +80,11 @@ class Plan:
         """Counts and bytes, as plain values for people and JSON.
 
         Returns:
-            ``method``, ``models``, ``tensors`` (``merged``, ``converted``, ``copied``, ``compared``: numbers
-            of outputs by what happens to them), ``elements``, ``bytes_in`` (read once), ``bytes_out``,
-            ``bytes_copied`` (of both, without computing), ``shards``, ``dtypes`` (bytes of the output by
-            type), ``account`` (for each model how many of its tensors became what), ``seed``, ``fingerprint``,
-            ``warnings``.
+            ``method``, ``models``, ``stages`` (where there are any), ``tensors`` (``merged``, ``converted``,
+            ``copied``, ``compared``: numbers of outputs by what happens to them), ``elements``, ``bytes_in``
+            (read once, for each use of a stage), ``bytes_out``, ``bytes_copied`` (of both, without computing),
+            ``shards``, ``dtypes`` (bytes of the output by type), ``account`` (for each model how many of its
+            tensors became what), ``seed``, ``fingerprint``, ``warnings``.
         """
         actions: Counter[str] = Counter(merged=0, converted=0, copied=0, compared=0)
         dtypes: Counter[str] = Counter()
@@ -95,9 +102,16 @@ class Plan:
             written += nbytes
             dtypes[spec.out_dtype.name] += nbytes
             read += sum([d.nbytes(spec.numel) for d in spec.dtypes]) * count
+        models = [str(ref) for ref in self.recipe.refs]
+        stages = [name for name, _ in self.documents if name]
+        if stages:
+            read = sum(map(_brought, self.ops))
+            every = [ref for _, plan in self.documents for ref in plan.recipe.refs if ref.path not in stages]
+            models = list(dict.fromkeys(map(str, every)))
         return {
             "method": self.recipe.merge_method,
-            "models": [str(ref) for ref in self.recipe.refs],
+            "models": models,
+            **({"stages": stages} if stages else {}),
             "tensors": dict(actions),
             "elements": elements,
             "bytes_in": read,
@@ -110,3 +124,8 @@ class Plan:
             "fingerprint": self.fingerprint,
             "warnings": list(self.warnings),
         }
+
+
+def _brought(op: Op) -> int:
+    """Bytes that are read for an op, and for what it takes of earlier stages, each time that it does."""
+    return sum([_brought(s.op) if isinstance(s, Result) else s.dtype.nbytes(op.spec.numel) for s in op.inputs])

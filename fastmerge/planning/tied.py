@@ -122,6 +122,8 @@ def same(model: Checkpoint, a: TensorInfo, b: TensorInfo, other: Checkpoint | No
     """Whether two tensors of a model, or one of another, hold the same bytes; False where that cannot be read."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
+    if model.alike is not None:
+        return model.alike.get(a.name, a.name) == model.alike.get(b.name, b.name)
     try:
         paths = [m.files[i.file].path for m, i in ((model, a), (other or model, b))]
         fds = [os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK) for path in paths]
@@ -147,7 +149,9 @@ def _same(fds: list[int], starts: tuple[int, int], nbytes: int) -> bool:
 
 
 def value(model: Checkpoint, info: TensorInfo) -> bytes | None:
-    """The bytes of a small tensor; None where they cannot be read."""
+    """The bytes of a small tensor; None where they cannot be read, or are yet to be made."""
+    if model.alike is not None:
+        return None
     try:
         fd = os.open(model.files[info.file].path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:

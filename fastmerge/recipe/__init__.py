@@ -15,18 +15,21 @@ from typing import Any
 from fastmerge.errors import RecipeError
 from fastmerge.methods import METHODS
 from fastmerge.methods.base import Method
+from fastmerge.recipe import documents
 from fastmerge.recipe.checks import REST, UNNAMED, Part, check, donor_only_base, parts, refs
+from fastmerge.recipe.documents import Document
 from fastmerge.recipe.load import build, text_of
-from fastmerge.recipe.problems import Origin, dotted
+from fastmerge.recipe.problems import Origin, Problems, dotted
 from fastmerge.recipe.schema import UNION, Input, ModelRef, Module, Shape, Slice, Source
 from fastmerge.recipe.settings import Parameters, Rule, Setting
-from fastmerge.recipe.tree import Loc
+from fastmerge.recipe.tree import Loc, Map
 
 
 class Recipe(Shape):
     """What is wanted. Immutable; equal where the meaning is written the same."""
 
     _origin: Origin | None = None
+    _stages: tuple[tuple[str, Recipe], ...] = ()
 
     @classmethod
     def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, *, strict: bool = False) -> Recipe:
@@ -43,20 +46,60 @@ class Recipe(Shape):
             if strict and source.warnings:
                 raise RecipeError(source.warnings)
             return source
-        tree, name = text_of(source)
-        recipe, problems = build(cls, tree, name, METHODS, strict=strict)
-        if recipe is not None:
-            recipe = check(recipe, METHODS.get(recipe.merge_method), problems)
+        trees, name = text_of(source)
+        if len(trees) > 1:
+            return documents.result(cls._read_all(trees, name, strict=strict))
+        recipe, problems = cls._read(trees[0], name, strict=strict)
         problems.check()
         if recipe is None:
             raise RecipeError(f"{name}: not a recipe")
         recipe._origin = problems.origin  # noqa: SLF001  its own
         return recipe
 
+    @classmethod
+    def load_all(
+        cls, source: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = False
+    ) -> tuple[tuple[str | None, Recipe], ...]:
+        """Reads every document of a file as a recipe of its own, with its name; those that others use come first.
+
+        Raises:
+            RecipeError: as :meth:`load`.
+        """
+        return tuple((d.name, d.recipe) for d in cls._read_all(*text_of(source), strict=strict))
+
+    @classmethod
+    def _read_all(cls, trees: Sequence[Map], name: str, *, strict: bool) -> list[Document]:
+        def read(tree: Map) -> tuple[Recipe | None, Problems]:
+            return cls._read(tree, name, strict=strict)
+
+        every = documents.read_all(trees, read)
+        for document in every:
+            recipe, used = document.recipe, documents.needed(document, every)
+            recipe._origin = document.problems.origin  # noqa: SLF001  its own
+            recipe._stages = tuple((str(d.name), d.recipe) for d in used)  # noqa: SLF001
+        return every
+
+    @classmethod
+    def _read(cls, tree: Map, name: str, *, strict: bool) -> tuple[Recipe | None, Problems]:
+        """The recipe in a tree, and what is wrong with it."""
+        recipe, problems = build(cls, tree, name, METHODS, strict=strict)
+        if recipe is not None:
+            recipe = check(recipe, METHODS.get(recipe.merge_method), problems)
+        return recipe, problems
+
+    @property
+    def stages(self) -> tuple[tuple[str, Recipe], ...]:
+        """The recipes whose results are models of this one, by the names that stand for them: each before its users."""
+        return self._stages
+
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was ignored or deserves a look, each as ``file:line: place: what``; no part of what the recipe means."""
-        return self._origin.warnings if self._origin is not None else ()
+        """What was ignored or deserves a look, in the stages too, each as ``file:line: place: what``.
+
+        No part of what the recipe means.
+        """
+        own = self._origin.warnings if self._origin is not None else ()
+        return tuple(dict.fromkeys((*own, *(text for _, stage in self._stages for text in stage.warnings))))
 
     def at(self, loc: Loc) -> str:
         """A place as errors name it, ``recipe.yml:4: slices[1]``; without file and line where it was not loaded."""
@@ -135,11 +178,21 @@ class Recipe(Shape):
                 out["tokenizer"]["pad_to_multiple_of"] = block.pad_to_multiple_of
         return out
 
-    def to_yaml(self) -> str:
-        """YAML that loads as an equal recipe, and that mergekit reads where no key of fastmerge's own is used."""
+    def to_yaml(self, model: Any = ModelRef.plain) -> str:
+        """YAML that loads as an equal recipe, and that mergekit reads where no key of fastmerge's own is used.
+
+        A document for each of :attr:`stages` comes first; ``model`` says how a reference is written.
+        """
         from fastmerge.recipe.dump import dump
 
-        return dump(self.plain())
+        every = [{"name": name, **stage.plain(model)} for name, stage in self._stages]
+        return "---\n".join(map(dump, [*every, self.plain(model)]))
+
+    def merging_missing(self) -> Recipe:
+        """The same with ``missing: merge``, in every stage too."""
+        out = self.model_copy(update={"missing": "merge"})
+        out._stages = tuple((name, stage.merging_missing()) for name, stage in self._stages)  # noqa: SLF001
+        return out
 
     def canonical(self, identities: Sequence[str] = (), *, seed: int | None = None) -> str:
         """The recipe as one line of JSON without any path: the same wherever the models lie.

@@ -37,18 +37,18 @@ OTHER_COMMANDS = {
 S = TypeVar("S", bound=Shape)
 
 
-def text_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Map, str]:
-    """The tree of a recipe and the name that errors use for it.
+def text_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[list[Map], str]:
+    """The trees of the documents of a recipe, and the name that errors use for it.
 
     Args:
         source: a file (a path, or a string that has no line break and is no YAML mapping), YAML text, or
             a mapping.
 
     Raises:
-        RecipeError: where the file cannot be read or is no YAML mapping.
+        RecipeError: where the file cannot be read or holds anything but YAML mappings.
     """
     if isinstance(source, Mapping):
-        return yamltree.locate(source), "recipe"
+        return [yamltree.locate(source)], "recipe"
     if isinstance(source, str) and ("\n" in source or _looks_like_yaml(source)):
         return yamltree.parse(source, "recipe"), "recipe"
     path = Path(source)

@@ -99,6 +99,11 @@ class Problems:
         more = [f"{printable(self._place.name)}: ... and {len(texts) - SHOWN:,} more warnings"]
         return Origin(self._place.name, self._place.tree, tuple(texts[:SHOWN] + more[: len(texts) > SHOWN]))
 
+    @property
+    def found(self) -> list[str]:
+        """Everything that is wrong so far, in the order of the lines."""
+        return _in_order(self._found)
+
     def __bool__(self) -> bool:
         return bool(self._found)
 
@@ -109,7 +114,7 @@ class Problems:
             RecipeError: where anything was added.
         """
         if self._found:
-            raise RecipeError(_in_order(self._found))
+            raise RecipeError(self.found)
 
 
 def _in_order(found: Iterable[tuple[int, str]]) -> list[str]:

@@ -20,11 +20,13 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 24
 MAX_ALIASES = 200
 MAX_NODES = 200_000
+MAX_DOCUMENTS = 100
 
 _PREFIX = "tag:yaml.org,2002:"
 _SCALARS = frozenset(_PREFIX + t for t in ("str", "int", "float", "bool", "null"))
 _NOTHING = frozenset({"", "~", "null", "Null", "NULL"})
 _OCTAL = re.compile(r"[-+]?0[0-7]+")
+_EXPECTED = "expected a mapping with 'merge_method' and 'models' or 'slices'"
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Loc = tuple[str | int, ...]
@@ -33,7 +35,7 @@ Loc = tuple[str | int, ...]
 class Map(dict[str, Any]):
     """A mapping that knows the line of each of its keys (None: it did not come from a file).
 
-    The root of a text also has ``notes``: lines and what deserves a warning there.
+    The root of a document also has ``notes``: lines and what deserves a warning there.
     """
 
     def __init__(self, line: int | None = None) -> None:
@@ -68,28 +70,36 @@ class Odd:
         return f"{self.text[:60]!r}, which YAML reads as {self.meaning}"
 
 
-def parse(text: str, name: str) -> Map:
-    """Reads one YAML document that must be a mapping.
+def parse(text: str, name: str) -> list[Map]:
+    """Reads YAML documents, each of which must be a mapping; empty ones are nothing.
 
     Args:
-        text: the document, maybe between empty ones; at most 1 MB, 24 levels, 200 aliases, 200,000 nodes once
+        text: at least one document; at most 100, and together 1 MB, 24 levels, 200 aliases, 200,000 nodes once
             aliases are expanded.
         name: what errors call the file.
 
     Raises:
-        RecipeError: for broken syntax, several documents, language-specific tags, keys twice with different
-            values, non-string keys, recursion, or a limit; with file and line.
+        RecipeError: for broken syntax, language-specific tags, keys twice with different values, non-string keys,
+            recursion, a document that is no mapping, or a limit; with file and line.
     """
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise RecipeError(f"{name}: a recipe of more than {MAX_BYTES:,} bytes is refused")
+    documents: list[Map] = []
     try:
         _bound(text, name)
         loader = _LOADER(text)
         try:
             builder = _Builder(loader, name)
-            tree = None
-            while tree is None and loader.check_node():
-                tree = builder.value(loader.get_node(), 0)
+            while loader.check_node():
+                node = loader.get_node()
+                builder.notes = []
+                tree = builder.value(node, 0)
+                if isinstance(tree, Map):
+                    tree.notes = builder.notes
+                    documents.append(tree)
+                elif tree is not None:
+                    where = f"{name}:{node.start_mark.line + 1}" if documents else name
+                    builder.problems.append(f"{where}: {_EXPECTED}; this holds {kind(tree)}")
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as e:
@@ -101,11 +111,9 @@ def parse(text: str, name: str) -> Map:
         raise RecipeError(f"{name}: not valid YAML: {first}") from None
     if builder.problems:
         raise RecipeError(builder.problems)
-    if not isinstance(tree, Map):
-        what = "is empty" if tree is None else f"holds {kind(tree)}"
-        raise RecipeError(f"{name}: expected a mapping with 'merge_method' and 'models' or 'slices'; this {what}")
-    tree.notes = builder.notes
-    return tree
+    if not documents:
+        raise RecipeError(f"{name}: {_EXPECTED}; this is empty")
+    return documents
 
 
 def locate(value: Mapping[str, Any]) -> Map:
@@ -167,11 +175,8 @@ def _bound(text: str, name: str) -> None:
     for event in yaml.parse(text, Loader=_LOADER):
         if started is not None and not (isinstance(event, ScalarEvent) and event.value in _NOTHING):
             documents += 1
-            if documents > 1:
-                raise RecipeError(
-                    f"{name}:{_line(started)}: more than one YAML document ('---'); one file is one recipe: split it "
-                    f"(mergekit-multi's chains of recipes are not supported yet)"
-                )
+            if documents > MAX_DOCUMENTS:
+                raise RecipeError(f"{name}:{_line(started)}: more than {MAX_DOCUMENTS} documents; refused")
         started = event if isinstance(event, DocumentStartEvent) else None
         if isinstance(event, CollectionEndEvent):
             depth -= 1

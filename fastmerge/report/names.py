@@ -22,25 +22,30 @@ class Names:
     two models would have the same name.
 
     Args:
-        recipe: with the references.
-        checkpoints: the models, in the order of ``recipe.refs``, then the adapters of those that have one.
+        recipe: with all references, those of its stages too.
+        documents: each recipe in it with its models, in the order of its ``refs``, and then the adapters of those that
+            have one.
 
     Attributes:
         shown: for each model and adapter its name, and whether that is a Hub id.
     """
 
-    def __init__(self, recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> None:
+    def __init__(self, recipe: Recipe, documents: Sequence[tuple[Recipe, Sequence[Checkpoint]]]) -> None:
         self.recipe = recipe
         self.shown: list[tuple[str, bool]] = []
-        self._local: dict[str, str] = {}
-        refs = recipe.refs
-        self._refs = {ref: self._named(ref, c) for ref, c in zip(refs, checkpoints, strict=False)}
-        adapted = [ref for ref in refs if ref.lora is not None]
-        for ref, checkpoint in zip(adapted, checkpoints[len(refs) :], strict=False):
-            if ref.lora is not None:
-                self._refs[ref] = replace(self._refs[ref], lora=self._named(ref.lora, checkpoint))
+        self._local = {name: name for name, _ in recipe.stages}
+        self._refs: dict[ModelRef, ModelRef] = {}
+        for one, checkpoints in documents:
+            refs = one.refs
+            self._refs |= {ref: self._named(ref, c) for ref, c in zip(refs, checkpoints, strict=False)}
+            adapted = [ref for ref in refs if ref.lora is not None]
+            for ref, checkpoint in zip(adapted, checkpoints[len(refs) :], strict=False):
+                if ref.lora is not None:
+                    self._refs[ref] = replace(self._refs[ref], lora=self._named(ref.lora, checkpoint))
 
     def _named(self, ref: ModelRef, checkpoint: Checkpoint) -> ModelRef:
+        if checkpoint.alike is not None:
+            return ref  # a stage, by the name of its document
         cached = _CACHED.search(f"{checkpoint.path}/")
         if cached is None:
             named = replace(ref, path=self._last(ref.path, checkpoint.path), revision=None)
@@ -61,10 +66,10 @@ class Names:
             self._local[path] = next(n for n in (name, *numbered) if n not in taken)
         return self._local[path]
 
-    def plain(self) -> dict[str, Any]:
-        """The recipe as dictionaries and lists, with these names."""
+    def to_yaml(self) -> str:
+        """The recipe with these names."""
 
         def plain(ref: ModelRef) -> Any:
             return self._refs.get(ref, ref).plain()
 
-        return self.recipe.plain(plain)
+        return self.recipe.to_yaml(plain)

@@ -55,21 +55,28 @@ class Slots(NamedTuple):
     number: int
 
 
-def need(ops: Sequence[Op], *, elements: int = UNIT_ELEMENTS, whole: Callable[[Spec], bool] = lambda _: False) -> Need:
+def need(
+    ops: Sequence[Op],
+    *,
+    elements: int = UNIT_ELEMENTS,
+    whole: Callable[[Spec], bool] = lambda _: False,
+    made: Callable[[Op], tuple[int, int]] = lambda op: (max(map(workspace, op.inputs)), 0),
+) -> Need:
     """What the ops of a plan ask for; looks once at each spec.
 
     Args:
         ops: the plan's.
         elements: per unit, where memory allows it.
         whole: whether tensors of a spec are never cut.
+        made: what an op takes for the inputs that are made: bytes beside its slot, and bytes that stay.
     """
     least = best = tables = beside = 0
     statistics = False
     bundles = Cost(0, 0)
-    made = set()
+    makes = set()
     for op in {op.spec: op for op in ops if op.spec.grain != "copy"}.values():
         if any(map(workspace, op.inputs)):
-            made.add(op.spec)
+            makes.add(op.spec)
         spec, price = op.spec, cost(op)
         n, uncut = spec.numel, spec.grain == "matrix" or whole(spec)
         if uncut:
@@ -86,9 +93,10 @@ def need(ops: Sequence[Op], *, elements: int = UNIT_ELEMENTS, whole: Callable[[S
             tables = max(tables, spec.workspace)
         statistics |= spec.grain in ("tensor", "model")
     total = sum([op.spec.numel for op in ops])
-    for op in ops if made else ():
-        if op.spec in made:
-            beside = max(beside, *map(workspace, op.inputs))
+    for op in ops if makes else ():
+        if op.spec in makes:
+            more, stays = made(op)
+            beside, tables = max(beside, more), max(tables, op.spec.workspace + stays)
     best = max(best, bundles.of(min(total, elements), min(len(ops), PIECES)) + bundles.past)
     return Need(least, best, tables, statistics, beside)
 

@@ -1,4 +1,4 @@
-"""Inputs that stay in memory from the statistics of their tensor to its result, so that a disk is read once."""
+"""Inputs that stay in memory from the statistics of their tensor to its result: a disk is read, a stage made, once."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import threading
 from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
-from fastmerge.ops.sources import FileRange
+from fastmerge.ops.sources import ALIGN, Memory
 from fastmerge.ops.spec import Op
 from fastmerge.runtime.devices import Buffer
-from fastmerge.runtime.schedule import ALIGN, BLOCK, Job, Unit
+from fastmerge.runtime.schedule import BLOCK, Job, Unit
 
 L = TypeVar("L")
 
@@ -45,8 +45,8 @@ def twice(ops: Sequence[Op], job: Job) -> bool:
 
 
 def _nbytes(ops: Sequence[Op], unit: Unit) -> int:
-    """Bytes of the inputs that are in files, each with blocks of its own."""
-    inputs = [s.dtype.size for s in ops[unit.pieces[0][0]].inputs if type(s) is FileRange]
+    """Bytes of the inputs that are read or made, each with blocks of its own."""
+    inputs = [s.dtype.size for s in ops[unit.pieces[0][0]].inputs if type(s) is not Memory]
     apart = (ALIGN + 2 * BLOCK) * len(inputs) * len(unit.pieces)
     return sum(inputs) * sum([length for _, _, length in unit.pieces]) + apart
 

@@ -17,6 +17,7 @@ from fastmerge.runtime.devices import cuda as gpu
 from fastmerge.runtime.devices.cuda import CudaDevice, Gpu
 from fastmerge.runtime.devices.streams import NoRoom
 from fastmerge.runtime.kept import NOTHING, Room, room
+from fastmerge.runtime.making import making, uncut
 from fastmerge.runtime.schedule import Job, schedule
 
 WAITING = 6
@@ -110,16 +111,18 @@ def place(ops: Sequence[Op], chosen: Backend, budget: Budget) -> Iterator[Placem
         NoRoom: if memory within the budget could not be had.
     """
     if not chosen.gpus:
-        wants = need(ops, whole=chosen.whole)
+        whole = uncut(ops, chosen)
+        wants = need(ops, whole=whole, made=making(chosen))
         slots = cpu_slots(wants, budget.memory, workers(chosen))
-        jobs = schedule(ops, slot=slots.nbytes, elements=UNIT_ELEMENTS, whole=chosen.whole)
+        jobs = schedule(ops, slot=slots.nbytes, elements=UNIT_ELEMENTS, whole=whole)
         left = room(ops, jobs, beside(wants, slots, budget.memory))
         yield Placement(chosen, jobs, slots.nbytes, [CpuDevice() for _ in range(slots.number)], left)
         return
     gpus = logical(chosen)
-    wants = need(ops, elements=gpu.UNIT_ELEMENTS, whole=chosen.whole)
+    whole = uncut(ops, chosen)
+    wants = need(ops, elements=gpu.UNIT_ELEMENTS, whole=whole, made=making(chosen))
     slots = gpu_slots(wants, len(gpus), budget, _limit(gpus, budget))
-    jobs = schedule(ops, slot=slots.nbytes, elements=gpu.UNIT_ELEMENTS, whole=chosen.whole)
+    jobs = schedule(ops, slot=slots.nbytes, elements=gpu.UNIT_ELEMENTS, whole=whole)
     # No more slots than units: they would be locked for nothing.
     count = max(1, min(slots.number, sum(len(j.units) for j in jobs)))
     slots = Slots(slots.nbytes, count)

@@ -15,14 +15,11 @@ from typing import NamedTuple
 
 from fastmerge.checkpoint import without_gc
 from fastmerge.ops.segments import TILE
-from fastmerge.ops.sources import Memory
+from fastmerge.ops.sources import ALIGN, Memory
 from fastmerge.ops.spec import Op, Spec
 
 COPY_BYTES = 64 << 20
 """Bytes per ``copy_file_range`` unit."""
-
-ALIGN = 64
-"""Alignment of every run of input bytes inside a slot."""
 
 BLOCK = 4096
 """A run of output bytes has the same place in a block of memory as in one of its file: direct writes ask for that.

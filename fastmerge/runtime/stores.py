@@ -3,57 +3,26 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
-from fastmerge.checkpoint import Files, Place, Writer, of_fields
+from fastmerge.checkpoint import Files, Place, Writer
 from fastmerge.errors import CheckpointError
 from fastmerge.ops.segments import HEADER, I64, OUT, Segments, segment_table
-from fastmerge.ops.sources import FileRange, Made, Memory
+from fastmerge.ops.sources import FileRange, Made, Memory, Result
 from fastmerge.ops.spec import Op, Source, Spec
 from fastmerge.runtime.devices import Buffer
 from fastmerge.runtime.finite import NonFinite
 from fastmerge.runtime.kept import NOTHING, Kept, Room
-from fastmerge.runtime.schedule import ALIGN, BLOCK, Job, Unit
+from fastmerge.runtime.laying import Laid, Run, lay, outs_of, runs_of, spread
+from fastmerge.runtime.results import Results
+from fastmerge.runtime.schedule import BLOCK, Job, Unit
 
 COMPARE_BYTES = 1 << 20
 """Bytes of integer tensors that are compared at a time."""
-
-
-class _Run(NamedTuple):
-    """Pieces of one input that follow each other where they come from, and so in the slot.
-
-    Attributes:
-        source: of the first.
-        start: its first byte in the file; elsewhere its first element.
-        nbytes: of all.
-        pieces: how many.
-    """
-
-    source: Source
-    start: int
-    nbytes: int
-    pieces: int
-
-
-class _Laid(NamedTuple):
-    """Where the inputs of a unit go.
-
-    Attributes:
-        end: the first free byte behind them.
-        bases: address of every run, by input.
-        reads: rows (fd, offset, address, nbytes), one per run in a file.
-        made: (source, first element, elements, address).
-    """
-
-    end: int
-    bases: list[list[int]]
-    reads: list[tuple[int, int, int, int]]
-    made: list[tuple[Made, int, int, int]]
 
 
 class OpStore:
@@ -65,6 +34,7 @@ class OpStore:
         writer: of the output; None likewise.
         finite: looks for NaN and Inf; None where nobody asks.
         room: memory for inputs that would be read twice from a disk.
+        results: makes those of other ops; None where no op takes any.
     """
 
     def __init__(
@@ -74,12 +44,14 @@ class OpStore:
         writer: Writer | None = None,
         finite: NonFinite | None = None,
         room: Room = NOTHING,
+        results: Results | None = None,
     ) -> None:
         self._ops = ops
         self._files = files
         self._writer = writer
         self._finite = finite
-        self._kept: Kept[_Laid] = Kept(room)
+        self._results = results
+        self._kept: Kept[Laid] = Kept(room)
         self._members: dict[int, Mapping[int, int]] = {}
 
     @property
@@ -97,26 +69,25 @@ class OpStore:
         """Lays the unit out in the buffer, one run per model and contiguous file range, and reads it.
 
         Tensors in memory are used where they are. Where the unit is asked for ``again`` later, what a disk has to bring
-        is kept until its result is stored, as long as there is room.
+        is kept until its result is stored, as long as there is room; so is what is made.
         """
         group_of = _positions(job, self._members)
         numbers, firsts, lengths = zip(*unit.pieces, strict=True)
         ops = [self._ops[o] for o in numbers]
         spec = ops[0].spec
-        sizes = {size: [n * size for n in lengths] for size in {d.size for d in spec.dtypes}}
-        runs = [_runs([op.inputs[m] for op in ops], firsts, sizes[d.size], d.size) for m, d in enumerate(spec.dtypes)]
+        runs = runs_of(spec, ops, firsts, lengths)
         once = job.resident or spec.grain == "element"
         keep = again and not self.done(job, unit)
         laid = self._inputs(spec, runs, unit, buffer, once=once, keep=keep)
-        inputs = [_spread(runs[m], laid.bases[m], sizes[d.size]) for m, d in enumerate(spec.dtypes)]
-        outs, end = _results(ops, firsts, lengths, spec.out_dtype.size, laid.end)
+        inputs = spread(spec, runs, laid.bases, lengths)
+        outs, end = outs_of(ops, firsts, lengths, spec.out_dtype.size, laid.end)
         _check(end, buffer)
         table = segment_table(ops, [group_of[o] for o in numbers], firsts, lengths, outs, inputs)
         return Segments(table, spec.dtypes, spec.out_dtype, np.zeros(len(table), np.int64))
 
     def _inputs(
-        self, spec: Spec, runs: Sequence[Sequence[_Run]], unit: Unit, buffer: Buffer, *, once: bool, keep: bool
-    ) -> _Laid:
+        self, spec: Spec, runs: Sequence[Sequence[Run]], unit: Unit, buffer: Buffer, *, once: bool, keep: bool
+    ) -> Laid:
         """Lays out the runs of every input; ``end`` is the first free byte of the buffer.
 
         What files hold is read, and what is made is made. What is read more than once and not kept goes through the
@@ -125,63 +96,28 @@ class OpStore:
         kept = self._kept.laid(unit)
         if kept is not None:
             return kept._replace(end=buffer.address)
-        laid = self._lay(spec, runs, buffer.address)
+        laid = lay(spec, runs, buffer.address, self._fd)
         _check(laid.end, buffer)
         home: Buffer | None = None
+        rows = np.array(laid.reads, np.int64)
+        cold = self._cold(rows) if laid.reads and (once or keep) else []
+        if not once and (any(cold) or (keep and laid.made)):
+            home = self._kept.take()
+            cold = cold if home is not None else []
+        if home is not None or any(cold):
+            moved = lay(spec, runs, (home or buffer).address, self._fd, cold)
+            if home is not None:
+                _check(moved.end, home)
+            if home is not None or moved.end - laid.end <= buffer.nbytes - unit.nbytes:  # beside the results
+                laid, rows = moved, np.array(moved.reads, np.int64)
+            cold = [c and not (r[1] - r[2]) % BLOCK for c, r in zip(cold, laid.reads, strict=True)]
         if laid.reads:
-            rows = np.array(laid.reads, np.int64)
-            cold = self._cold(rows) if once or keep else []
-            if any(cold) and not once:
-                home = self._kept.take()
-                cold = cold if home is not None else []
-            if any(cold):
-                moved = self._lay(spec, runs, (home or buffer).address, cold)
-                if home is not None:
-                    _check(moved.end, home)
-                if home is not None or moved.end - laid.end <= buffer.nbytes - unit.nbytes:  # beside the results
-                    laid, rows = moved, np.array(moved.reads, np.int64)
-                cold = [c and not (r[1] - r[2]) % BLOCK for c, r in zip(cold, laid.reads, strict=True)]
             self._read(rows, cold)
-        for made_source, e0, length, address in laid.made:
-            made_source.fill(self.bring, e0, length, address)
+        self._make(laid.made)
         if home is None:
             return laid
         self._kept.keep(unit, home, laid)
         return laid._replace(end=buffer.address)
-
-    def _lay(self, spec: Spec, runs: Sequence[Sequence[_Run]], cursor: int, cold: Sequence[bool] = ()) -> _Laid:
-        """Places for the runs of every input, from an address on.
-
-        Args:
-            spec: of the pieces.
-            runs: of each input.
-            cursor: the first free byte.
-            cold: which reads go past the page cache; they get blocks of their own. None of them, where it is empty.
-        """
-        reads: list[tuple[int, int, int, int]] = []
-        made: list[tuple[Made, int, int, int]] = []
-        bases: list[list[int]] = []
-        for dtype, column in zip(spec.dtypes, runs, strict=True):
-            at: list[int] = []
-            for source, start, nbytes, _ in column:
-                if type(source) is Memory:
-                    at.append(source.address + start * dtype.size)
-                    continue
-                cursor = (cursor + ALIGN - 1) & -ALIGN
-                past = False
-                if type(source) is not FileRange:
-                    made.append((cast("Made", source), start, nbytes // dtype.size, cursor))
-                elif nbytes:
-                    past = bool(cold) and cold[len(reads)]
-                    if past and not start % dtype.size:
-                        cursor = -(-cursor // BLOCK) * BLOCK + start % BLOCK
-                    reads.append((self._fd(source), start, cursor, nbytes))
-                at.append(cursor)
-                cursor += nbytes
-                if past:
-                    cursor = -(-cursor // BLOCK) * BLOCK
-            bases.append(at)
-        return _Laid(cursor, bases, reads, made)
 
     def bring(self, source: Source, runs: I64) -> None:
         """Brings runs (first element, elements, address) of a source to memory."""
@@ -194,11 +130,35 @@ class OpStore:
             rows[:, 3] = runs[:, 1] * size
             self._read(rows, ())
             return
+        if isinstance(source, Result):
+            self._make([(source, e0, n, address) for e0, n, address in runs.tolist()])
+            return
         for e0, n, address in runs.tolist():
             if isinstance(source, Memory):
                 ctypes.memmove(address, source.address + e0 * size, n * size)
             else:
                 cast("Made", source).fill(self.bring, e0, n, address)
+
+    def inputs(
+        self, ops: Sequence[Op], firsts: Sequence[int], lengths: Sequence[int], address: int
+    ) -> tuple[list[list[int]], int]:
+        """Brings the inputs of pieces of ops of one kind to an address; where each is, and the first free byte."""
+        spec = ops[0].spec
+        runs = runs_of(spec, ops, firsts, lengths)
+        laid = lay(spec, runs, address, self._fd)
+        if laid.reads:
+            self._read(np.array(laid.reads, np.int64), ())
+        self._make(laid.made)
+        return spread(spec, runs, laid.bases, lengths), laid.end
+
+    def _make(self, made: Sequence[tuple[Made | Result, int, int, int]]) -> None:
+        results = [(source, e0, n, address) for source, e0, n, address in made if isinstance(source, Result)]
+        if results:
+            assert self._results is not None
+            self._results.make(self, results)
+        for source, e0, n, address in made:
+            if not isinstance(source, Result):
+                source.fill(self.bring, e0, n, address)
 
     def _fd(self, source: FileRange) -> int:
         assert self._files is not None
@@ -326,66 +286,6 @@ class OpStore:
         """Persists what has been written and journals it."""
         if self._writer is not None:
             self._writer.sync()
-
-
-def _runs(sources: Sequence[Source], firsts: Sequence[int], sizes: Sequence[int], size: int) -> list[_Run]:
-    """The runs of one input: of 50,000 neighbours one."""
-    runs: list[_Run] = []
-    head: Source | None = None
-    begin = end = pieces = 0
-    model = file = -1
-    for source, e0, nbytes in zip(sources, firsts, sizes, strict=True):
-        if type(source) is FileRange:
-            info, of = source
-            start = info.offset + e0 * size
-            if start == end and info.file == file and of == model:
-                end += nbytes
-                pieces += 1
-                continue
-            if head is not None:
-                runs.append(of_fields(_Run, (head, begin, end - begin, pieces)))
-            head, begin, end, pieces, model, file = source, start, start + nbytes, 1, of, info.file
-            continue
-        if head is not None:
-            runs.append(of_fields(_Run, (head, begin, end - begin, pieces)))
-        runs.append(of_fields(_Run, (source, e0, nbytes, 1)))
-        head, model = None, -1
-    if head is not None:
-        runs.append(of_fields(_Run, (head, begin, end - begin, pieces)))
-    return runs
-
-
-def _spread(runs: Sequence[_Run], bases: list[int], sizes: Sequence[int]) -> list[int]:
-    """Addresses of the pieces of runs, from those of the runs."""
-    if len(runs) == len(sizes):
-        return bases
-    out: list[int] = []
-    at = 0
-    for run, base in zip(runs, bases, strict=True):
-        out += itertools.accumulate(sizes[at : at + run.pieces - 1], initial=base)
-        at += run.pieces
-    return out
-
-
-def _results(
-    ops: Sequence[Op], firsts: Sequence[int], lengths: Sequence[int], size: int, cursor: int
-) -> tuple[list[list[int]], int]:
-    """Addresses of the results by output, from a free byte on, and the first free byte behind them."""
-    outs: list[int] = []
-    shard = end = -1
-    for op, e0, length in zip(ops, firsts, lengths, strict=True):
-        for target in op.targets:
-            if type(target) is not Place:
-                outs.append(cast("Memory", target).address + e0 * size)
-                continue
-            start = target.offset + e0 * size
-            if start != end or shard != target.shard:
-                cursor += (start - cursor) % BLOCK
-            shard, end = target.shard, start + length * size
-            outs.append(cursor)
-            cursor += length * size
-    count = len(ops[0].targets)
-    return [outs[i::count] for i in range(count)], cursor
 
 
 def _check(cursor: int, buffer: Buffer) -> None:

@@ -44,11 +44,6 @@ def test_refused_with_a_line(text, said):
     assert said in "\n".join(problems(text)).replace("!!python", "tag:yaml.org,2002:python")
 
 
-def test_several_documents_are_several_recipes():
-    (only,) = problems(GOOD + "---\n" + GOOD)
-    assert only.startswith("recipe:4: more than one YAML document ('---'); one file is one recipe: split it")
-
-
 @pytest.mark.parametrize("text", ["---\n" + GOOD, GOOD + "---\n", "--- ~\n---\n" + GOOD + "...\n---\n# end\n"])
 def test_empty_documents_around_a_recipe_are_nothing(text):
     assert Recipe.load(text) == Recipe.load(GOOD)
@@ -214,7 +209,7 @@ def test_no_name_steers_a_terminal():
 
 
 def test_lines():
-    found = tree.parse("a: 1\nb:\n  - x\n  - y: 3\n", "f")
+    (found,) = tree.parse("a: 1\nb:\n  - x\n  - y: 3\n", "f")
     assert tree.line_at(found, ("b", 1, "y")) == 4
     assert tree.line_at(found, ("b", 7)) == 2
     assert tree.line_at(found, ("zzz",)) == 1

@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 from fastmerge.recipe import Recipe
-from fastmerge.recipe.dump import dump
 from fastmerge.report.card import card
 from fastmerge.report.names import Names
 from fastmerge.report.report import Report
@@ -60,14 +59,14 @@ def test_templates_of_several_lines_are_one_line_of_yaml():
 
 def names(text, *paths):
     recipe = Recipe.load(text)
-    return Names(recipe, [checkpoint({}, path=path) for path in paths])
+    return Names(recipe, [(recipe, [checkpoint({}, path=path) for path in paths])])
 
 
 def test_local_models_are_called_by_the_last_part_of_their_path():
     text = LINEAR % ("/home/me/x/final", "y/final/") + "base_model: /data/base\n"
     found = names(text, "/data/base", "/home/me/x/final", "/cwd/y/final")
     assert found.shown == [("base", False), ("final", False), ("final-2", False)]
-    text = dump(found.plain())
+    text = found.to_yaml()
     assert [m["model"] for m in yaml.safe_load(text)["models"]] == ["final", "final-2"]
     assert yaml.safe_load(text)["base_model"] == "base"
     assert "/" not in text
@@ -78,18 +77,18 @@ def test_models_of_the_hub_keep_their_id():
     cache = "/home/me/.cache/huggingface/hub/models--org--name/snapshots"
     found = names(LINEAR % ("org/name", f"{cache}/c0ffee"), f"{cache}/abc", f"{cache}/c0ffee")
     assert found.shown == [("org/name", True), ("org/name", True)]
-    assert found.plain()["models"][0]["model"] == "org/name"
-    assert "/home" not in dump(found.plain())
-    assert "c0ffee" in dump(found.plain())
+    assert Recipe.load(found.to_yaml()).models[0].model.path == "org/name"
+    assert "/home" not in found.to_yaml()
+    assert "c0ffee" in found.to_yaml()
 
 
 def test_adapters_have_names_too():
     text = LINEAR % ("/x/base+/y/lora", "/x/base")
     found = names(text, "/x/base", "/x/base", "/y/lora")
     assert found.shown == [("base", False), ("base", False), ("lora", False)]
-    assert found.plain()["models"][1]["model"] == "base"
-    assert "/x" not in dump(found.plain())
-    assert "lora" in dump(found.plain())
+    assert Recipe.load(found.to_yaml()).models[1].model.path == "base"
+    assert "/x" not in found.to_yaml()
+    assert "lora" in found.to_yaml()
 
 
 def test_a_relative_path_is_no_id():

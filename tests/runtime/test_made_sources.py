@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import fastmerge as fm
 from fastmerge.api.tensors import run
-from fastmerge.checkpoint import Checkpoint, layout
+from fastmerge.checkpoint import Checkpoint, layout, past
 from fastmerge.dtypes import BF16, BY_NAME, F32, F64
 from fastmerge.errors import CheckpointError, FastMergeError
 from fastmerge.keys import tensor_key
@@ -26,6 +26,7 @@ from fastmerge.philox import NOISE, normal
 from fastmerge.planning import Plan
 from fastmerge.recipe import Recipe
 from fastmerge.runtime import placement
+from tests.checkpoint.shim import evict
 from tests.compare import differences
 from tests.runtime.fake_device import FakeDevice
 
@@ -214,6 +215,15 @@ def test_an_interrupted_run_goes_on(plan, expected, tmp_path, monkeypatch, fail_
             fm.merge(plan, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
     fm.merge(plan, tmp_path / "out", device="cpu", resume=True)
+    assert differences(tensors_of(tmp_path / "out"), expected) == []
+
+
+def test_of_files_that_are_not_in_the_page_cache(plan, models, expected, tmp_path, monkeypatch):
+    """What is kept from the statistics to the result has room for what is made, too."""
+    monkeypatch.setattr(placement, "UNIT_ELEMENTS", TILE)
+    monkeypatch.setattr(past, "LEAST", 0)
+    evict([file.path for model in models[0].values() for file in model.files])
+    fm.merge(plan, tmp_path / "out", device="cpu")
     assert differences(tensors_of(tmp_path / "out"), expected) == []
 
 

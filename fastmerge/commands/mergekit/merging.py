@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,8 +71,8 @@ def multi(config: str, out: str | None, directory: str, settings: Settings, *, l
     Raises:
         RecipeError: a merge without a name and no ``out``.
     """
-    every = _documents(config, strict=settings.strict)
-    used = {name for _, recipe in every for name, _ in getattr(recipe, "stages", ())}
+    every = Recipe.load_all(config, strict=settings.strict)
+    used = {name for _, recipe in every for name, _ in recipe.stages}
     chosen = [(name, recipe) for name, recipe in every if keep or name not in used]
     if out is None and any(name is None for name, _ in chosen):
         raise RecipeError(f"{config}: --out-path is needed for the merge without a name")
@@ -85,9 +84,3 @@ def multi(config: str, out: str | None, directory: str, settings: Settings, *, l
     ]
     for place, one in zip(places, planned, strict=True):
         run(one, str(place), settings)
-
-
-def _documents(config: str, *, strict: bool) -> Sequence[tuple[str | None, Recipe]]:
-    """The recipes of a file by name, each behind those that it uses."""
-    load_all = getattr(Recipe, "load_all", None)  # of files with several documents
-    return [(None, Recipe.load(config, strict=strict))] if load_all is None else load_all(config, strict=strict)
