@@ -23,8 +23,11 @@ and addition where the processor can, fastmerge never does, for equal bits every
 WIDE = ("arcee_fusion", "ramplus_tl")
 """Methods whose results mergekit leaves in fp32 (README.md lists it): types are not compared."""
 
-ROUNDED = ("arcee_fusion", "sce")
-"""Methods that compare computed values: where those are equal but for rounding, elements fall to either side."""
+ROUNDED = ("ties", "dare_ties", "breadcrumbs_ties", "della", "sce", "arcee_fusion")
+"""Methods that compare sums: where those are equal but for rounding (0.4 x 3 and 0.3 x 4), an element falls to either
+side. The four largest errors of each tensor are left out, of both tools."""
+
+CHAT = [{"role": role, "content": f"{role} says"} for role in ("system", "user", "assistant", "user")]
 
 PRIVATE = ("_name_or_path", "transformers_version", "dtype")
 """Keys of a config that say where and when."""
@@ -62,12 +65,13 @@ def _judge(text, work):
         fm.merge(recipe, ours, device="cpu", memory="200MB")
     except fm.FastMergeError as error:
         return [f"refused: {error}"]
+    methods = set(re.findall(r"^merge_method:\s*(\w+)", text, re.MULTILINE))
     found = values(
         weights(ours),
         weights(theirs),
         weights(exact),
-        types=not any(w in text for w in WIDE),
-        flips=4 * any(w in text for w in ROUNDED),
+        types=not methods & set(WIDE),
+        flips=4 * bool(methods & set(ROUNDED)),
     )
     return [*found, *configs(ours, theirs), *tokenizers(ours, theirs), *loads(ours)]
 
@@ -112,15 +116,19 @@ def configs(ours, theirs):
 
 
 def tokenizers(ours, theirs):
-    """Every token's row, and the chat template."""
+    """Every token's row, and what the chat template makes of a conversation."""
     from transformers import AutoTokenizer
 
     a, b = (AutoTokenizer.from_pretrained(d) for d in (ours, theirs))
     mine, other = a.get_vocab(), b.get_vocab()
     differ = sorted(k for k in mine | other if mine.get(k) != other.get(k))
     found = [f"tokenizer: {k!r} is {mine.get(k)}, mergekit's {other.get(k)}" for k in differ[:3]]
-    if a.chat_template != b.chat_template:
-        found.append(f"chat template: {a.chat_template!r}, mergekit's {b.chat_template!r}")
+    if bool(a.chat_template) != bool(b.chat_template):
+        return [*found, f"chat template: {a.chat_template!r}, mergekit's {b.chat_template!r}"]
+    for prompt in (False, True) if a.chat_template else ():
+        said = [t.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=prompt) for t in (a, b)]
+        if said[0] != said[1]:
+            found.append(f"chat template: makes {said[0]!r}, mergekit's {said[1]!r}")
     return found
 
 
