@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test check fix bench beside gpu test-big test-arm64 mergekit-suite build clean
+.PHONY: demo test conformance check fix bench beside gpu test-big test-arm64 mergekit-suite build clean
 
 $(STAMP): $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,7 +18,10 @@ demo: $(STAMP)  ## train a base and three specialists, merge them, show who know
 	$(BIN)/python demo/run.py
 
 test: $(STAMP)  ## the whole suite: no GPU, no network
-	$(BIN)/python -m pytest -m 'not gpu and not big and not arm64' --numprocesses auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest -m 'not gpu and not big and not arm64 and not conformance' --numprocesses auto --maxprocesses 8 --dist worksteal
+
+conformance: $(STAMP)  ## recipes as people publish them, by fastmerge and mergekit: ten minutes on two cores
+	$(BIN)/python -m pytest tests/conformance --numprocesses auto --maxprocesses 8 --dist worksteal
 
 check: $(STAMP)  ## formatting, lint, types
 	$(BIN)/ruff format --check .
