@@ -73,16 +73,16 @@ def plan(
     modules = Modules(recipe, opened)
     _same_depth(recipe, opened, modules)
     rows: list[Row] = []
-    stacks: list[Stacked] = []
+    stacks: dict[str, Stacked] = {}
     for i, part in enumerate(recipe.parts):
         if not part.ranges:
-            found = whole(recipe, i, opened, modules, gradient=outputs.parts[i].resolver.gradient)
+            found = whole(recipe, part, i, opened, modules, gradient=outputs.parts[i].resolver.gradient)
             if part.loc == UNNAMED:
                 warnings |= dict.fromkeys(modules.note(found, part.sources[0].model))
             rows += found
-        elif part.module not in {p.module for p in recipe.parts[:i]}:
-            stacks.append(sliced(recipe, part.module, opened, modules))
-            rows += stacks[-1].rows
+        elif part.module not in stacks:
+            stacks[part.module] = sliced(recipe, part.module, opened, modules)
+            rows += stacks[part.module].rows
     made = outputs.build(rows)
     settings = idle.settings(recipe, [part.resolver for part in outputs.parts], opened, modules)
     if strict and settings:
@@ -106,7 +106,7 @@ def plan(
             donor.config,
             dtype=_main_type(made),
             untied=outputs.notes.untied,
-            stacks=_origins(stacks, opened),
+            stacks=_origins(list(stacks.values()), opened),
             structure=opened.structure(donor_ref) if stacks else None,
         )
         warnings |= dict.fromkeys(notes)

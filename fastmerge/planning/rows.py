@@ -161,11 +161,12 @@ def reference(recipe: Recipe, part: Part) -> ModelRef:
     return wanted if wanted in sources else sources[0]
 
 
-def whole(recipe: Recipe, at: int, models: Models, modules: Modules, *, gradient: bool) -> list[Row]:
+def whole(recipe: Recipe, part: Part, at: int, models: Models, modules: Modules, *, gradient: bool) -> list[Row]:
     """Rows of a part that merges whole models: every tensor name of any source that is in its module.
 
     Args:
         recipe: checked.
+        part: of it.
         at: position of the part.
         models: opened, and aligned.
         modules: of the recipe.
@@ -174,7 +175,6 @@ def whole(recipe: Recipe, at: int, models: Models, modules: Modules, *, gradient
     Raises:
         RecipeError: where a gradient needs layers and the reference has none.
     """
-    part = recipe.parts[at]
     first = reference(recipe, part)
     names = dict.fromkeys(models.order(first))
     others = [s.model for s in part.sources if s.model != first]
@@ -221,8 +221,9 @@ class _Slicer:
     """The work of :func:`sliced`."""
 
     def __init__(self, recipe: Recipe, module: str, models: Models, modules: Modules) -> None:
-        self.at = [i for i, part in enumerate(recipe.parts) if part.module == module and part.ranges]
-        self.parts = [recipe.parts[i] for i in self.at]
+        parts = recipe.parts
+        self.at = [i for i, part in enumerate(parts) if part.module == module and part.ranges]
+        self.parts = [parts[i] for i in self.at]
         self.models = models
         self.modules = modules if recipe.modules else None
         self.module = module
@@ -340,7 +341,8 @@ def _stacks(recipe: Recipe, parts: Sequence[Part], models: Models, modules: Modu
         shown = ", ".join(f"{s.prefix} ({s.count})" for s in models.structure(ref).stacks) or "none"
         which = f"'slices' of {name!r} need layers in that module" if name else "'slices' needs one stack of layers"
         fits = "" if name else " that fits config.json"
-        problems.append(f"{str(ref)!r}: {which}{fits}; found {shown}")
+        more = "; 'modules' can name one of them" if not name and len(models.structure(ref).stacks) > 1 else ""
+        problems.append(f"{str(ref)!r}: {which}{fits}; found {shown}{more}")
     first = next(iter(stacks.values()), None)
     for ref, stack in stacks.items():
         if first is not None and stack.prefix != first.prefix:
