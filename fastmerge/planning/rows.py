@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.checkpoint import of_fields
 from fastmerge.errors import CheckpointError, RecipeError, ShapeError
-from fastmerge.planning.layers import Layers, incomplete, sizes
+from fastmerge.planning.layers import Layers, headless, incomplete, sizes
 from fastmerge.planning.names import align, kind, unwrapped
 from fastmerge.planning.sources import ModelSources
 from fastmerge.planning.structure import Stack, Structure, is_last_norm, is_post, is_pre, roots, structure
@@ -265,7 +265,7 @@ class _Slicer:
         """
         models = {str(ref): self.models.layers(ref, stack) for ref, stack in self.stacks.items()}
         found = [(str(ref), layer, suffixes) for (ref, layer), suffixes in zip(layers, self.made, strict=True)]
-        problems = incomplete(models, found) if self.strict else []
+        problems = incomplete(models, found) + headless(models, self.made[0]) if self.strict else []
         if problems:
             raise CheckpointError(problems)
         tensors = {str(ref): self.models.tensors(ref) for ref in self.stacks}

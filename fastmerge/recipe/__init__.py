@@ -1,7 +1,7 @@
 """Recipes: what is wanted, as a frozen value, from mergekit's YAML and back.
 
 The grammar is mergekit 0.1.5's (``models``, ``slices``, ``modules``, parameters with gradients and filters) plus three
-keys of fastmerge's own: ``preset``, ``seed`` and ``missing``. What mergekit ignores without a word is a warning where
+keys of fastmerge's own, ``preset``, ``seed`` and ``missing``. What mergekit ignores without a word is a warning where
 it is harmless, an error where it is likely a mistake; values that are not finite or out of bounds are errors too.
 """
 
