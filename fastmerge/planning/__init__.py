@@ -93,16 +93,16 @@ def _plan(recipe: Recipe, models: Mapping[str, Checkpoint], seed: int | None, sh
     modules = Modules(recipe, opened)
     _same_depth(recipe, opened, modules)
     rows: list[Row] = []
-    stacks: list[Stacked] = []
+    stacks: dict[str, Stacked] = {}
     for i, part in enumerate(recipe.parts):
         if not part.ranges:
-            found = whole(recipe, i, opened, modules, gradient=outputs.parts[i].resolver.gradient)
+            found = whole(recipe, part, i, opened, modules, gradient=outputs.parts[i].resolver.gradient)
             if part.loc == UNNAMED:
                 warnings |= dict.fromkeys(modules.note(found, part.sources[0].model))
             rows += found
-        elif part.module not in {p.module for p in recipe.parts[:i]}:
-            stacks.append(sliced(recipe, part.module, opened, modules))
-            rows += stacks[-1].rows
+        elif part.module not in stacks:
+            stacks[part.module] = sliced(recipe, part.module, opened, modules)
+            rows += stacks[part.module].rows
     try:
         made = outputs.build(rows)
     except ShapeError:
@@ -137,7 +137,7 @@ def _plan(recipe: Recipe, models: Mapping[str, Checkpoint], seed: int | None, sh
             donor.config,
             dtype=_main_type(made),
             untied=outputs.notes.untied,
-            stacks=_origins(stacks, opened),
+            stacks=_origins(list(stacks.values()), opened),
             structure=opened.structure(donor_ref) if stacks else None,
         )
         warnings |= dict.fromkeys(notes)

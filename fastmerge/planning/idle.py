@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fastmerge.methods.parameters import Resolver
     from fastmerge.planning.modules import Modules
     from fastmerge.planning.rows import Models
-    from fastmerge.recipe import Part, Recipe
+    from fastmerge.recipe import Recipe
     from fastmerge.recipe.tree import Loc
 
 SHOWN = 200
@@ -56,25 +56,21 @@ def _filters(recipe: Recipe, resolvers: Sequence[Resolver], models: Models) -> l
 
 def _gradients(recipe: Recipe, modules: Modules) -> list[str]:
     """Gradients with more values than there are layers, of which some are passed over."""
-    parts = [part for part in recipe.parts if part.levels]
-    counts = [part.ranges[0][1] - part.ranges[0][0] if part.ranges else 0 for part in parts]
+    layers: dict[Loc, int] = {}  # most layers of the parts below a place
+    for part in recipe.parts:
+        if part.ranges:
+            count = part.ranges[0][1] - part.ranges[0][0]
+        else:
+            stacks = modules.stacks(part.sources[0].model, part.module) if part.levels else []
+            count = stacks[0].count if stacks else 0
+        for n in range(len(part.loc) + 1):
+            layers[part.loc[:n]] = max(count, layers.get(part.loc[:n], 0))
     out = []
     for loc, level in levels(recipe):
+        count = next(layers[loc[:n]] for n in range(len(loc) - 1, -1, -1) if loc[:n] in layers)
         for name, setting in level.items():
-            for i, rule in enumerate(setting.rules if setting.gradient else ()):
-                values = len(rule.value) if isinstance(rule.value, tuple) else 0
-                layers = 0
-                for k, part in enumerate(parts):
-                    n = min(len(part.loc), len(loc) - 1)
-                    if part.loc[:n] == loc[:n] and values > 1:
-                        counts[k] = counts[k] or _layers(part, modules)
-                        layers = max(layers, counts[k])
-                if 0 < layers < values:
-                    what = f"a gradient of {values} values over {layers} layers: some are passed over"
+            for i, rule in enumerate(setting.rules):
+                if isinstance(rule.value, tuple) and len(rule.value) > max(count, 1) and count:
+                    what = f"a gradient of {len(rule.value)} values over {count} layers: some are passed over"
                     out.append(f"{recipe.at((*loc, name, i))}: {what}")
     return out
-
-
-def _layers(part: Part, modules: Modules) -> int:
-    """Of the model whose order a merge of whole models follows; 0 where there are none."""
-    return next((s.count for s in modules.stacks(part.sources[0].model, part.module)), 0)

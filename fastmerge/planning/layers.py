@@ -67,6 +67,19 @@ def incomplete(models: Mapping[str, Layers], made: Sequence[tuple[str, int, set[
     return out
 
 
+def headless(models: Mapping[str, Layers], first: set[str]) -> list[str]:
+    """Position biases that the first layer of a model computes for all (T5), where the output's first has none."""
+    out = []
+    for ref, model in models.items():
+        names = [s for s in model.layers[0] - model.common - first if "relative_attention_bias" in s]
+        if names and len(model.layers) > 1:
+            listed = shown([f"{model.prefix}.0.{s}" for s in sorted(names)])
+            out.append(
+                f"the first layer of {ref!r} has {listed} for all layers: the slices must begin with such a layer"
+            )
+    return out
+
+
 def sizes(
     models: Mapping[str, Layers],
     tensors: Mapping[str, Mapping[str, TensorInfo]],

@@ -103,7 +103,9 @@ class Outputs:
         self.position = {ref: i for i, ref in enumerate(recipe.refs)}
         wanted = recipe.out_dtype or recipe.dtype
         self.wanted = BY_NAME[wanted] if wanted else None
-        self.parts = [_Part(recipe, part, self) for part in recipe.parts]
+        parts = recipe.parts
+        self.order = tuple(dict.fromkeys(s.model for part in parts for s in part.sources))
+        self.parts = [_Part(recipe, part, self) for part in parts]
         self._specs: dict[tuple[object, ...], dict[_Key, Spec | None]] = {}
 
     def build(self, rows: Sequence[Row]) -> tuple[Op, ...]:
@@ -277,7 +279,7 @@ class _Part:
             order.remove(self.base)
             order.insert(0, self.base)
         self.order = tuple(order)
-        self.index = dict(enumerate(model_indices(recipe, part)))
+        self.index = dict(enumerate(model_indices(recipe, part, owner.order)))
 
     def outcome(self, row: Row) -> tuple[object, ...]:
         """All that a tensor's names and place say about its parameters: equal for equal ones."""
@@ -300,11 +302,15 @@ class _Part:
         return (row.inputs,) * len(self.refs) if isinstance(row.inputs, str) else row.inputs
 
 
-def model_indices(recipe: Recipe, part: Part) -> list[int]:
-    """For each source of a part, its position among the recipe's non-base models: random numbers use it."""
-    ordered: dict[ModelRef, None] = {}
-    for p in recipe.parts:
-        ordered |= dict.fromkeys(s.model for s in p.sources)
+def model_indices(recipe: Recipe, part: Part, order: Sequence[ModelRef]) -> list[int]:
+    """For each source of a part, its position among the recipe's non-base models: random numbers use it.
+
+    Args:
+        recipe: checked.
+        part: of it.
+        order: the models of all parts.
+    """
+    ordered = dict.fromkeys(order)
     if part.base is not None and recipe.base_model in ordered and not recipe.donor_only_base:
         ordered.pop(recipe.base_model)
         ordered[recipe.base_model] = None

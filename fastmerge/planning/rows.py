@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.checkpoint import of_fields
 from fastmerge.errors import CheckpointError, RecipeError, ShapeError
-from fastmerge.planning.layers import Layers, incomplete, sizes
+from fastmerge.planning.layers import Layers, headless, incomplete, sizes
 from fastmerge.planning.names import align, kind, unwrapped
 from fastmerge.planning.sources import ModelSources
 from fastmerge.planning.structure import Stack, Structure, is_last_norm, is_post, is_pre, roots, structure
@@ -166,11 +166,12 @@ def reference(recipe: Recipe, part: Part) -> ModelRef:
     return wanted if wanted in sources else sources[0]
 
 
-def whole(recipe: Recipe, at: int, models: Models, modules: Modules, *, gradient: bool) -> list[Row]:
+def whole(recipe: Recipe, part: Part, at: int, models: Models, modules: Modules, *, gradient: bool) -> list[Row]:
     """Rows of a part that merges whole models: every tensor name of any source that is in its module.
 
     Args:
         recipe: checked.
+        part: of it.
         at: position of the part.
         models: opened, and aligned.
         modules: of the recipe.
@@ -179,7 +180,6 @@ def whole(recipe: Recipe, at: int, models: Models, modules: Modules, *, gradient
     Raises:
         RecipeError: where a gradient needs layers and the reference has none.
     """
-    part = recipe.parts[at]
     first = reference(recipe, part)
     names = dict.fromkeys(models.order(first))
     others = [s.model for s in part.sources if s.model != first]
@@ -226,8 +226,9 @@ class _Slicer:
     """The work of :func:`sliced`."""
 
     def __init__(self, recipe: Recipe, module: str, models: Models, modules: Modules) -> None:
-        self.at = [i for i, part in enumerate(recipe.parts) if part.module == module and part.ranges]
-        self.parts = [recipe.parts[i] for i in self.at]
+        parts = recipe.parts
+        self.at = [i for i, part in enumerate(parts) if part.module == module and part.ranges]
+        self.parts = [parts[i] for i in self.at]
         self.models = models
         self.modules = modules if recipe.modules else None
         self.module = module
@@ -269,7 +270,7 @@ class _Slicer:
         """
         models = {str(ref): self.models.layers(ref, stack) for ref, stack in self.stacks.items()}
         found = [(str(ref), layer, suffixes) for (ref, layer), suffixes in zip(layers, self.made, strict=True)]
-        problems = incomplete(models, found) if self.strict else []
+        problems = incomplete(models, found) + headless(models, self.made[0]) if self.strict else []
         if problems:
             raise CheckpointError(problems)
         tensors = {str(ref): self.models.tensors(ref) for ref in self.stacks}
@@ -345,7 +346,8 @@ def _stacks(recipe: Recipe, parts: Sequence[Part], models: Models, modules: Modu
         shown = ", ".join(f"{s.prefix} ({s.count})" for s in models.structure(ref).stacks) or "none"
         which = f"'slices' of {name!r} need layers in that module" if name else "'slices' needs one stack of layers"
         fits = "" if name else " that fits config.json"
-        problems.append(f"{str(ref)!r}: {which}{fits}; found {shown}")
+        more = "; 'modules' can name one of them" if not name and len(models.structure(ref).stacks) > 1 else ""
+        problems.append(f"{str(ref)!r}: {which}{fits}; found {shown}{more}")
     first = next(iter(stacks.values()), None)
     for ref, stack in stacks.items():
         if first is not None and stack.prefix != first.prefix:

@@ -110,21 +110,26 @@ def _ref(path: str, revision: str | None) -> ModelRef:
     return ModelRef(path.rstrip("/") or path, revision or None)
 
 
+_REF, _PATH = {"model", "lora", "override_architecture"}, {"path", "revision"}
+
+
 def _mapping_ref(raw: Map) -> ModelRef:
-    if "model" in raw and set(raw) <= {"model", "lora", "override_architecture"}:
+    if "model" in raw and set(raw) <= _REF:
         model, adapter = _part(raw["model"]), _part(raw.get("lora"))
         if model is not None and (adapter is not None or raw.get("lora") is None):
             return replace(model, lora=adapter)
-    raise ValueError(
-        f"expected a model, or {{model: {{path, revision}}, lora: {{path, revision}}}}; got a mapping of {sorted(raw)}"
-    )
+    inner = [(part, _PATH) for part in (raw.get("model"), raw.get("lora")) if isinstance(part, Map)]
+    stray = [repr(key) for part, keys in ((raw, _REF), *inner) for key in part if key not in keys]
+    got = f"unknown keys {', '.join(stray)} in" if stray and "model" in raw else "got"
+    known = "{model: {path, revision}, lora: {path, revision}}"
+    raise ValueError(f"expected a model, or {known}; {got} a mapping of {sorted(raw)}")
 
 
 def _part(raw: Any) -> ModelRef | None:
     """A model or an adapter inside mergekit's mapping: ``path[@revision]``, or ``{path, revision}``."""
     if isinstance(raw, str) and raw.strip():
         return _path_ref(raw)
-    if isinstance(raw, Map) and set(raw) <= {"path", "revision"}:
+    if isinstance(raw, Map) and set(raw) <= _PATH:
         path, revision = raw.get("path"), raw.get("revision")
         if isinstance(path, str) and path.strip() and isinstance(revision, str | None):
             return _ref(path, revision)

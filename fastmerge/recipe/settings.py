@@ -11,6 +11,9 @@ from fastmerge.methods.parameters import Parameters, Rule, Scalar, Setting, Valu
 from fastmerge.recipe.problems import Problems, misspelt
 from fastmerge.recipe.tree import Loc, Map, Seq, kind
 
+MANY = 100
+"""Entries of a parameter to which later ones are compared."""
+
 
 def read(raw: Any, param: Param | None, loc: Loc, problems: Problems) -> Setting | None:
     """One setting from the tree.
@@ -38,7 +41,7 @@ def read(raw: Any, param: Param | None, loc: Loc, problems: Problems) -> Setting
         if len(good) < len(raw):
             return None
         for i, rule in enumerate(good):
-            _reached(rule, good[:i], (*loc, i), problems)
+            _reached(rule, good[: min(i, MANY)], (*loc, i), problems)
         return Setting(good)
     if isinstance(raw, Seq) and not raw:
         return Setting(())

@@ -228,7 +228,7 @@ def everything(state):
         ({"include_regex": ("q_proj", "k_proj"), "exclude_regex": ("lm_head",)}, 4, {"embed_tokens"}),
         ({"modules_to_save": ("v_proj",), "exclude_regex": ("norm", "proj")}, 0, {"v_proj", "embed_tokens", "lm_head"}),
     ],
-    ids=str,
+    ids=("usual", "embeddings", "low rank only", "excluded", "included", "saved"),
 )
 def test_which_modules_become_what(tmp_path, options, low, whole):
     found, tensors = lora(tmp_path, everything, max_rank=4, **options)

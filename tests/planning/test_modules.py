@@ -190,6 +190,20 @@ def test_encoder_and_decoder():
     assert (made.config["num_layers"], made.config["num_decoder_layers"]) == (2, 3)
 
 
+def test_a_bias_of_the_first_layer_stays_there():
+    bias = {"decoder.block.0.layer.0.relative_attention_bias.weight": (4, 2)}
+    shapes = {n: i.shape for n, i in t5().tensors.items()} | bias
+    model = checkpoint(shapes, config=dict(t5().config))
+
+    def decoder(first):
+        modules = {"decoder": ranges(("a", first, 2), ("a", 0, 1)), "default": listed("a")}
+        return make({"merge_method": "passthrough", "modules": modules}, a=model)
+
+    assert by_name(decoder(0)).keys() >= bias.keys()
+    with pytest.raises(CheckpointError, match=r"the first layer of 'a' has decoder\.block\.0\..* for all layers"):
+        decoder(1)
+
+
 def test_a_language_model_alone_goes_into_the_language_model_of_another():
     text = {n.replace("model.language_model", "model"): i.shape for n, i in vlm().tensors.items()}
     text = {n: s for n, s in text.items() if "vision" not in n and "projector" not in n}

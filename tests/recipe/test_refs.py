@@ -106,6 +106,10 @@ def test_what_exists_as_a_path_is_a_path(here, raw, want):
         ("~nobody_of_this_name/x", "'~nobody_of_this_name/x': no such user"),
         ({"model": "a", "lora": 3}, "expected a model, or {model: {path, revision}, lora: {path, revision}}"),
         ({"lora": "a"}, "got a mapping of ['lora']"),
+        (
+            {"model": {"path": "a", "subfolder": "x"}, "adapter": "b"},
+            "unknown keys 'adapter', 'subfolder' in a mapping of",
+        ),
         (3, "got a number"),
     ],
 )
