@@ -1,6 +1,8 @@
 """Recipes that name parts of models: which tensors a module is, and what it is merged from."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from fastmerge.planning.structure import roots, structure
 from tests.planning.plans import by_name, make, method_of, models_of, names, tensors_of
 from tests.recipe.fakes import checkpoint, llama
 
+README = Path(__file__).resolve().parents[2] / "README.md"
 LAYOUTS = {
     "old": ("language_model.model", "language_model.lm_head", "vision_tower.encoder", "multi_modal_projector"),
     "new": ("model.language_model", "lm_head", "model.vision_tower.encoder", "model.multi_modal_projector"),
@@ -212,6 +215,13 @@ def test_a_language_model_alone_goes_into_the_language_model_of_another():
     from_ = origins(make(linear(modules), a=vlm(), b=alone))
     assert from_["model.language_model.layers.0.w"] == from_["lm_head.weight"] == (0, 1)
     assert from_["model.vision_tower.encoder.layers.0.w"] == (0,)
+
+
+def test_the_example_of_the_readme():
+    (text,) = re.findall(r"```yml\n(.*?)```", README.read_text(), re.DOTALL)
+    made = make(text, **{"models/vl-a": vlm(), "models/vl-b": vlm()})
+    t = [by_name(made)[f"model.language_model.layers.{i}.w"].spec.method.t for i in (0, 3)]
+    assert (t, by_name(made)["model.vision_tower.encoder.layers.0.w"].spec.method.t) == ([0, 1], 0.3)
 
 
 def test_depths_are_compared_in_each_module():
