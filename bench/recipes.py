@@ -15,7 +15,7 @@ def recipe(method: str, family: Sequence[Path]) -> dict[str, Any]:
     """A recipe over a base and its fine-tunes.
 
     Args:
-        method: one of :data:`METHODS`, or ``checkpoint_average``.
+        method: one of :data:`METHODS`, ``checkpoint_average``, or ``karcher`` (of the fine-tunes, in fp32).
         family: base, then at least two fine-tunes; slerp takes the first two fine-tunes, passthrough one,
             checkpoint_average all with the base, and all other methods every fine-tune.
     """
@@ -34,8 +34,9 @@ def recipe(method: str, family: Sequence[Path]) -> dict[str, Any]:
         "model_stock": {"models": models(), "base_model": base},
         "passthrough": {"models": models()[:1]},
         "checkpoint_average": {"models": [{"model": str(p)} for p in family], "parameters": {"schedule": "cosine"}},
+        "karcher": {"models": models(), "parameters": {"max_iter": 20000, "tol": 1e-9}, "dtype": "float32"},
     }
-    return {"merge_method": method, **bodies[method], "dtype": "bfloat16"}
+    return {"merge_method": method, "dtype": "bfloat16", **bodies[method]}
 
 
 def inputs(body: dict[str, Any]) -> list[Path]:

@@ -82,13 +82,18 @@ def in_order(cls):
     return lambda self: sorted(named(self), key=str)
 
 
+def stored(document, count):
+    """The type of what an exact merge writes: fp64, or that of the recipe where others read the result."""
+    return document.get("out_dtype") or document["dtype"] if "name" in document and count > 1 else "float64"
+
+
 def merge(text, out, *, exact=False):
-    """Merges a recipe, of one document or several; ``exact`` in fp64 throughout."""
+    """Merges a recipe, of one document or several; ``exact`` in fp64, stages stored in their own type."""
     logging.getLogger("mergekit").setLevel(logging.ERROR)
     LoaderCache().loaders.clear()  # it is one for the process, and keeps what an adapter gave in another type
     documents = list(yaml.safe_load_all(text))
     if exact:
-        documents = [{**{k: v for k, v in d.items() if k != "out_dtype"}, "dtype": "float64"} for d in documents]
+        documents = [{**d, "dtype": "float64", "out_dtype": stored(d, len(documents))} for d in documents]
     options = MergeOptions(
         lora_merge_cache=str(out.with_name(f"{out.name}-lora")),
         lora_merge_dtype="float64" if exact else None,
