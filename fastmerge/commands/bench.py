@@ -82,7 +82,7 @@ def bench_kernels(*, runs: int = 5) -> list[Row]:
             {
                 "method": call.method,
                 "statistics": "yes" if call.statistics else "no",
-                "G elements/s": round(ELEMENTS / seconds / 1e9, 3),
+                "G elements/s": float(f"{ELEMENTS / seconds / 1e9:.3g}"),
                 "GB/s": round(call.nbytes / seconds / 1e9, 2),
                 "share of memcpy": round(call.nbytes / seconds / floor, 2),
             }

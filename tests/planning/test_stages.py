@@ -100,7 +100,7 @@ def test_the_directory_for_small_files_goes_with_the_plan(tmp_path, models, monk
 
 
 def test_configuration_tokenizer_and_template_of_a_stage_go_on(tmp_path, models):
-    for name, eos in (("a", 1), ("b", 2)):
+    for name, eos in (("a", 1), ("b", 2), ("c", 3)):
         (models[name] / "tokenizer.json").write_text('{"model": {"vocab": {"x": 0}}, "added_tokens": []}')
         (models[name] / "tokenizer_config.json").write_text(json.dumps({"chat_template": name}))
         (models[name] / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
