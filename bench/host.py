@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 GIVEN: dict[str, dict[str, Any]] = {
     "passthrough": {"scale": 0.5},
     "linear": {"weight": 0.4},
+    "checkpoint_average": {"schedule": "cosine"},
     "task_arithmetic": {"weight": 0.7},
     "slerp": {"t": 0.3},
     "model_stock": {},
@@ -48,7 +49,7 @@ GIVEN: dict[str, dict[str, Any]] = {
 INPUTS = {"passthrough": 1, "slerp": 2}
 """Models of a call, where it is not three."""
 
-BASELESS = ("passthrough", "linear")
+BASELESS = ("passthrough", "linear", "checkpoint_average")
 """Methods whose first input is not the base."""
 
 PLAIN = ("linear", "task_arithmetic")

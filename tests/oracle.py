@@ -28,7 +28,7 @@ TYPES = {
     "mixed64": lambda n: [(BF16, F32, F64)[i % 3] for i in range(n)],
 }
 
-PASS_BY_PASS = ("karcher", "multislerp", "nuslerp", "sce", "slerp_tree")
+PASS_BY_PASS = ("karcher", "mean_direction", "multislerp", "nuslerp", "sce", "slerp_tree")
 """Methods with programs whose solve no device has: their calls on resident tensors are no single sequence."""
 
 SHAPES = ((), (0,), (3, 0), (1,), (7,), (33, 65), (3, 5, 7), (1, 2049))

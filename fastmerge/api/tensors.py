@@ -53,7 +53,8 @@ def merge_tensors(
         tensors: inputs of one shape, ``[*S]`` each, on the CPU or on one GPU; they are not changed. On a GPU,
             kernels run on the current stream and the result may still be under way: nothing waits, but for methods
             that can fail on their data (slerp, model_stock, a rescale by sums), which end by asking whether they did,
-            those whose solve is on the host (nuslerp, multislerp, karcher, slerp_tree, sce), and definitions.
+            those whose solve is on the host (nuslerp, multislerp, mean_direction, karcher, slerp_tree, sce), and
+            definitions.
         method: a name of ``fastmerge methods``, or mergekit's object for one of its methods.
         parameters: scalars for all inputs, sequences in input order (without the base for parameters of
             non-base models), or mappings keyed by ``ids``; filters as in recipes

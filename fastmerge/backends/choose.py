@@ -62,14 +62,18 @@ class Backend:
             return "the reference backend was chosen"
         return spec.method.gap() or self.kernels.supports(spec)
 
-    def whole(self, spec: Spec) -> bool:
-        """Whether tensors of a spec are never cut: definitions work on whole ones."""
+    def defined(self, spec: Spec) -> bool:
+        """Whether the definition makes tensors of a spec."""
         return spec.grain != "copy" and self.reason(spec) is not None
+
+    def whole(self, spec: Spec) -> bool:
+        """Whether tensors of a spec are never cut: definitions work on whole ones, and some programs do."""
+        return spec.grain == "matrix" or self.defined(spec)
 
     def program(self, ops: Sequence[Op]) -> Program:
         """The program of the ops of one job: of kernels where there are some, else of the definition."""
         first = ops[0].spec
-        if not self.whole(first):
+        if not self.defined(first):
             assert self.kernels is not None
             made = type(first.method).program(ops, self.kernels)
             if made is not None:
@@ -85,7 +89,7 @@ class Backend:
             BackendUnavailable: where that needs torch, and torch is not installed.
         """
         for spec in dict.fromkeys([op.spec for op in ops]):
-            if not self.whole(spec):
+            if not self.defined(spec):
                 continue
             if reason := torch_reason():
                 raise BackendUnavailable(f"{self.reason(spec)}, and its definition needs torch: {reason}")
