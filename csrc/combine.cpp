@@ -1,7 +1,8 @@
 // combine: out = sum c_i x_i (plain), or b + lambda sum c_i (x_i - b) (delta), one coefficient row per tensor or row.
 //
-// Up to kMost inputs of the output's own type are summed in registers (fused). Everything else goes block by block
-// through the first-level cache: widen, add up to four inputs per pass, store. Both add in input order.
+// Up to kMost inputs of the output's own type are summed in registers (fused), more than kNamed of them by a loop that
+// counts. Everything else goes block by block through the first-level cache: widen, add up to four inputs per pass,
+// store. Both add in input order.
 #include "kernels.h"
 #include "lanes.h"
 #include "tile.h"
@@ -10,7 +11,7 @@ namespace fastmerge {
 namespace FM_ISA {
 namespace {
 
-constexpr int kMost = 8;
+constexpr int kNamed = 8, kMost = 64;
 constexpr int64_t kRun = 8192;  // elements after which a fused run looks at what it stored
 
 // The parameters of one run, rounded once to the work type.
@@ -30,23 +31,32 @@ constexpr int64_t kAhead = 1024;  // elements; a far run fetches its inputs this
 template <class T>
 constexpr int64_t kLine = 64 / sizeof(T);  // elements of a cache line, which a far run fetches once
 
+// A sum of M inputs; M = 0 stands for any number of them.
+template <class T, int M>
+struct Terms {
+  static constexpr int kSlots = M ? M : kMost;
+  const T* in[kSlots];
+  float coef[kSlots];
+  int count;
+};
+
 // Pointers and coefficients are copied to locals: stores could otherwise be thought to change them.
 template <class T, int M, bool kDelta, Scaling kScaling, bool kFar>
-__attribute__((noinline)) int64_t fused_steps(const T* const* in, T* out, int64_t n, const float* coef,
-                                              Scale<float> s) {
+__attribute__((noinline)) int64_t fused_steps(const Terms<T, M>& terms, T* out, int64_t n, Scale<float> s) {
   constexpr int kFrom = kDelta ? 1 : 0;
   constexpr int64_t kSpan = kFar ? kLine<T> : kStep;
-  const T* x[M];
-  float c[M];
-  for (int i = 0; i < M; ++i) x[i] = in[i], c[i] = coef[i];
+  const int count = M ? M : terms.count;
+  const T* x[Terms<T, M>::kSlots];
+  float c[Terms<T, M>::kSlots];
+  for (int i = 0; i < count; ++i) x[i] = terms.in[i], c[i] = terms.coef[i];
   Peak peak;
   clear(peak);
   for (int64_t line = 0; line < n; line += kSpan) {
-    for (int i = 0; i < (kFar ? M : 0); ++i) __builtin_prefetch(x[i] + line + kAhead);
+    for (int i = 0; i < (kFar ? count : 0); ++i) __builtin_prefetch(x[i] + line + kAhead);
     for (int64_t j = line; j < line + kSpan; j += kStep) {
       Lanes base, v, acc;
       if (kDelta) load16(x[0] + j, base);
-      for (int i = kFrom; i < M; ++i) {
+      for (int i = kFrom; i < count; ++i) {
         load16(x[i] + j, v);
         if (kDelta) v = v - base;
         acc = i == kFrom ? c[i] * v : acc + c[i] * v;
@@ -63,69 +73,73 @@ __attribute__((noinline)) int64_t fused_steps(const T* const* in, T* out, int64_
 }
 
 template <class T, int M, bool kDelta, bool kFar>
-int64_t fused_scaled(const T* const* in, T* out, int64_t n, const float* coef, Scale<float> s) {
-  if (s.div != 1.0f) return fused_steps<T, M, kDelta, kDivided, kFar>(in, out, n, coef, s);
-  if (kDelta && s.lambda != 1.0f) return fused_steps<T, M, kDelta, kDelta ? kLambda : kUnit, kFar>(in, out, n, coef, s);
-  return fused_steps<T, M, kDelta, kUnit, kFar>(in, out, n, coef, s);
+int64_t fused_scaled(const Terms<T, M>& terms, T* out, int64_t n, Scale<float> s) {
+  if (s.div != 1.0f) return fused_steps<T, M, kDelta, kDivided, kFar>(terms, out, n, s);
+  if (kDelta && s.lambda != 1.0f) return fused_steps<T, M, kDelta, kDelta ? kLambda : kUnit, kFar>(terms, out, n, s);
+  return fused_steps<T, M, kDelta, kUnit, kFar>(terms, out, n, s);
 }
 
 // m < kStep elements.
 template <class T, int M, bool kDelta>
-__attribute__((noinline)) int64_t fused_few(const T* const* in, T* out, int64_t m, const float* coef, Scale<float> s) {
-  T stage[M][kStep], result[kStep];
-  const T* x[M];
-  for (int i = 0; i < M; ++i) x[i] = whole_steps(in[i], m, stage[i]);
-  fused_scaled<T, M, kDelta, false>(x, result, kStep, coef, s);
+__attribute__((noinline)) int64_t fused_few(const Terms<T, M>& terms, T* out, int64_t m, Scale<float> s) {
+  T stage[Terms<T, M>::kSlots][kStep], result[kStep];
+  Terms<T, M> staged = terms;
+  for (int i = 0; i < terms.count; ++i) staged.in[i] = whole_steps(terms.in[i], m, stage[i]);
+  fused_scaled<T, M, kDelta, false>(staged, result, kStep, s);
   memcpy(out, result, static_cast<size_t>(m) * sizeof(T));
   return nonfinite_block(result, m);
 }
 
 template <class T, int M, bool kDelta>
-int64_t fused_run(const Segment& s, int64_t at, int64_t n, const double* coef, Scale<float> scale) {
-  float c[M];
-  for (int i = 0; i < M; ++i) c[i] = static_cast<float>(coef[i]);
+int64_t fused_run(int count, const Segment& s, int64_t at, int64_t n, const double* coef, Scale<float> scale) {
+  Terms<T, M> terms;
+  terms.count = M ? M : count;
+  for (int i = 0; i < terms.count; ++i) {
+    terms.coef[i] = static_cast<float>(coef[i]);
+    terms.in[i] = reinterpret_cast<const T*>(s.in[i]) + at;
+  }
   T* out = reinterpret_cast<T*>(s.out) + at;
-  const T* in[M];
-  for (int i = 0; i < M; ++i) in[i] = reinterpret_cast<const T*>(s.in[i]) + at;
   int64_t bad = 0, m = 0;
   const auto advance = [&] {
-    for (int i = 0; i < M; ++i) in[i] += m;
+    for (int i = 0; i < terms.count; ++i) terms.in[i] += m;
     out += m;
     n -= m;
   };
   bool far = n * static_cast<int64_t>(sizeof(T)) >= kFarBytes;
   for (; far && reinterpret_cast<intptr_t>(out) % 64 != 0; advance()) {
     m = 1;
-    bad += fused_few<T, M, kDelta>(in, out, m, c, scale);
+    bad += fused_few<T, M, kDelta>(terms, out, m, scale);
   }
   for (; n >= kStep; advance()) {
     far = far && n >= kLine<T>;
     m = n < kRun ? n & -(far ? kLine<T> : kStep) : kRun;
-    bad += far ? fused_scaled<T, M, kDelta, true>(in, out, m, c, scale)
-               : fused_scaled<T, M, kDelta, false>(in, out, m, c, scale);
+    bad += far ? fused_scaled<T, M, kDelta, true>(terms, out, m, scale)
+               : fused_scaled<T, M, kDelta, false>(terms, out, m, scale);
   }
-  return n > 0 ? bad + fused_few<T, M, kDelta>(in, out, n, c, scale) : bad;
+  return n > 0 ? bad + fused_few<T, M, kDelta>(terms, out, n, scale) : bad;
 }
 
 template <class T, bool kDelta>
 int64_t fused(int m, const Segment& s, int64_t at, int64_t n, const double* coef, Scale<float> scale) {
   switch (m) {
     case 1:
-      return fused_run<T, kDelta ? 2 : 1, kDelta>(s, at, n, coef, scale);  // delta has two inputs at least
+      return fused_run<T, kDelta ? 2 : 1, kDelta>(m, s, at, n, coef, scale);  // delta has two inputs at least
     case 2:
-      return fused_run<T, 2, kDelta>(s, at, n, coef, scale);
+      return fused_run<T, 2, kDelta>(m, s, at, n, coef, scale);
     case 3:
-      return fused_run<T, 3, kDelta>(s, at, n, coef, scale);
+      return fused_run<T, 3, kDelta>(m, s, at, n, coef, scale);
     case 4:
-      return fused_run<T, 4, kDelta>(s, at, n, coef, scale);
+      return fused_run<T, 4, kDelta>(m, s, at, n, coef, scale);
     case 5:
-      return fused_run<T, 5, kDelta>(s, at, n, coef, scale);
+      return fused_run<T, 5, kDelta>(m, s, at, n, coef, scale);
     case 6:
-      return fused_run<T, 6, kDelta>(s, at, n, coef, scale);
+      return fused_run<T, 6, kDelta>(m, s, at, n, coef, scale);
     case 7:
-      return fused_run<T, 7, kDelta>(s, at, n, coef, scale);
+      return fused_run<T, 7, kDelta>(m, s, at, n, coef, scale);
+    case kNamed:
+      return fused_run<T, kNamed, kDelta>(m, s, at, n, coef, scale);
     default:
-      return fused_run<T, 8, kDelta>(s, at, n, coef, scale);
+      return fused_run<T, 0, kDelta>(m, s, at, n, coef, scale);
   }
 }
 

@@ -90,6 +90,33 @@ def test_combine(kinds, delta):
                 assert b.nonfinite[s] == (~np.isfinite(widen(expected, out_code, np.float64))).sum()
 
 
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("count", [16, 64, 65])
+def test_combine_of_many(count, delta):
+    rng = np.random.default_rng(count)
+    for code in (1, 3):
+        b = Batch((code,) * count, [9001], code, rng)
+        coef = rng.standard_normal((1, count))
+        _native.combine(b.table, b.ins, code, coef, np.array([[0.5, 3.0]]), delta, False, b.nonfinite)
+        lam, div = b.work(0.5), b.work(3.0)
+        expected = store(combined(b.x(0), coef[0].astype(b.work), lam, div, delta), code)
+        assert np.array_equal(bits(b.outputs[0][1:-1]), bits(expected))
+
+
+def test_combine_of_many_past_the_cache():
+    size, count = (8 << 20) // 2 + 77, 9
+    b = Batch((3,) * count, [size], 3, np.random.default_rng(3))
+    coef, ones = np.linspace(-1, 1, count)[None], np.ones((1, 2))
+    _native.combine(b.table, b.ins, 3, coef, ones, False, False, b.nonfinite)
+    far = b.outputs[0].copy()
+    for e0 in range(0, size, 1 << 20):
+        piece = b.table.copy()
+        piece[:, 1] = min(1 << 20, size - e0)
+        piece[:, [0, *range(7, 7 + count)]] += 2 * e0
+        _native.combine(piece, b.ins, 3, coef, ones, False, False, b.nonfinite)
+    assert np.array_equal(bits(b.outputs[0]), bits(far))
+
+
 def test_combine_equals_torch():
     rng = np.random.default_rng(5)
     for code in range(4):
