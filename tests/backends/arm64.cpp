@@ -21,7 +21,7 @@ struct Question {
 };
 
 struct Answer {
-  int64_t results[3];
+  int64_t results[7];
 };
 
 class Arguments {
@@ -143,6 +143,11 @@ bool run(const char* name, Arguments a, Answer& answer) {
   else if (is("count_nonfinite")) {
     const int64_t address = a.number(), n = a.number();
     answer.results[0] = k.count_nonfinite(reinterpret_cast<const void*>(address), n, a.word());
+  } else if (is("apart")) {
+    const int64_t x = a.number(), x_code = a.number(), y = a.number(), y_code = a.number();
+    const Apart found = k.apart(x, static_cast<int32_t>(x_code), y, static_cast<int32_t>(y_code), a.number());
+    static_assert(sizeof found == sizeof answer.results, "seven numbers");
+    std::memcpy(answer.results, &found, sizeof found);
   } else if (is("read_some"))
     transfer(read_some, a, answer);
   else if (is("write_some"))

@@ -23,7 +23,7 @@ MISSING = [n for n, there in (("aarch64-linux-gnu-g++", COMPILER), ("qemu-aarch6
 
 ARENA, PAGE, GUARD, FREE = 1 << 40, 4096, 64, b"\xa5"
 TRANSFERS = {"read_some": 2, "write_some": 2, "read_past": 3}
-TABLELESS = ("fold", "philox_u16", "count_nonfinite")
+TABLELESS = ("fold", "philox_u16", "count_nonfinite", "apart")
 KERNELS = (
     "combine", "gram", "delta_keys", "count", "kth", "l1", "votes", "consensus", "replicate", *TABLELESS,
 )  # fmt: skip
@@ -60,8 +60,12 @@ class Image:
         columns = addresses(name, args)
         spans = [(a.ctypes.data, a.nbytes) for a in rest if isinstance(a, np.ndarray)]
         spans += [(int(r[c]), int(n)) for c, each in columns.items() for r, n in zip(table, each, strict=True)]
+        given = {}  # addresses among the arguments, with the bytes there
         if name == "count_nonfinite":
-            spans.append((args[0], args[1] * BY_CODE[args[2]].size))
+            given[0] = args[1] * BY_CODE[args[2]].size
+        if name == "apart":
+            given |= {i: args[4] * BY_CODE[args[i + 1]].size for i in (0, 2)}
+        spans += [(args[i], n) for i, n in given.items()]
         if name == "read_past":  # blocks as a whole
             spans = [(a & -PAGE, -(-(a + n) // PAGE) * PAGE - (a & -PAGE)) for a, n in spans]
         self.spans, self.end, self.values = [], ARENA, []
@@ -75,8 +79,8 @@ class Image:
             self.add(table)
         for a in rest:
             self.values += self._argument(a)
-        if name == "count_nonfinite" and args[1]:
-            self.values[0] = self.there(args[0])
+        for i, n in given.items():
+            self.values[i] = self.there(args[i]) if n else args[i]
 
     def _place(self, start, n):
         at = self.end + GUARD
@@ -165,13 +169,15 @@ class Arm64:
         question = struct.pack("16sqq", name.encode(), len(image.values), len(before))
         self.process.stdin.write(question + np.array(image.values, np.int64).tobytes() + before)
         self.process.stdin.flush()
-        results = struct.unpack("3q", self.process.stdout.read(24))
+        answer = self.process.stdout.read(56)
         after = np.frombuffer(self.process.stdout.read(len(before)), np.uint8)
         wrong = np.flatnonzero(after != np.frombuffer(image.bytes(), np.uint8))
         if len(wrong):
             self.found.append(f"{name}: {len(wrong)} bytes, the first {image.holder(int(wrong[0]))}; {args[1:]}")
-        if isinstance(result, int | tuple) and result != (results[0] if isinstance(result, int) else results):
-            self.found.append(f"{name}: {result} here, {results} there")
+        numbers = result if isinstance(result, tuple) else (result,) if isinstance(result, int) else ()
+        here = struct.pack("".join("q" if isinstance(n, int) else "d" for n in numbers), *numbers)
+        if here != answer[: len(here)]:
+            self.found.append(f"{name}: {result} here, {answer[: len(here)].hex()} there, {here.hex()} expected")
         self.calls += 1
         return result
 

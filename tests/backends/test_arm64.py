@@ -87,6 +87,7 @@ def test_values(arm):
     test_native_select.test_philox_lanes_and_words()
     for code in range(4):
         test_native_values.test_count_nonfinite(code)
+        test_native_values.test_apart(code, (0, 2, 3, 3)[code])
     assert arm.unlike() == []
 
 

@@ -171,3 +171,25 @@ def test_isa_is_chosen_by_the_environment(isa):
     assert "FASTMERGE_ISA=v9" in wrong.stderr
     with pytest.raises(ValueError, match="v9"):
         _native.set_isa("v9")
+
+
+@pytest.mark.parametrize(("x_code", "y_code"), [(0, 0), (1, 2), (2, 1), (3, 0), (3, 3)])
+def test_apart(x_code, y_code):
+    rng = np.random.default_rng(x_code)
+    for n in (0, 1, 15, 256, 1000, 70_001):
+        special = 0 not in (x_code, y_code)  # squares of the largest doubles are infinite
+        x, y = (values(code, n + 1, rng, special)[1:] for code in (x_code, y_code))
+        y[: n // 3] = x[: n // 3] if x_code == y_code else y[: n // 3]
+        a, b = widen(x, x_code, np.float64), widen(y, y_code, np.float64)
+        got = _native.apart(x.ctypes.data if n else 0, x_code, y.ctypes.data if n else 0, y_code, n)
+        with np.errstate(all="ignore"):
+            finite = np.isfinite(a - b)
+        same = (a == b) | (np.isnan(a) & np.isnan(b))
+        a, b = np.where(finite, a, 0), np.where(finite, b, 0)
+        sums = []
+        for product in (a * a, a * b, b * b, (a - b) * (a - b)):
+            lanes = np.zeros(256)
+            for row in np.append(product, np.zeros(-n % 256)).reshape(-1, 256):
+                lanes += row
+            sums.append(float(np.add.accumulate(lanes)[-1]))
+        assert got == ((~same).sum(), (~finite).sum(), np.abs(a - b).max(initial=0), *sums)
