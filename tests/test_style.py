@@ -24,6 +24,7 @@ ROOMS = [
     {"backends"},
     {"runtime"},
     {"api"},
+    {"dna"},
     {"commands", "adapters"},
     {"cli"},
     {"__main__"},

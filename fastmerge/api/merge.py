@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fastmerge import planning
 from fastmerge.backends.choose import choose, device_for
@@ -279,8 +279,9 @@ def _extras(planned: Plan, writer: Writer, report: Report) -> None:
     for name, path in planned.carry:
         writer.add(name, path)
     if planned.card:
-        every = [(plan.recipe, plan.checkpoints) for _, plan in planned.documents]
-        names = Names(planned.recipe, every or [(planned.recipe, planned.checkpoints)])
+        recipe = cast("Recipe", planned.recipe)
+        every = [(cast("Recipe", plan.recipe), plan.checkpoints) for _, plan in planned.documents]
+        names = Names(recipe, every or [(recipe, planned.checkpoints)])
         text = names.to_yaml()
         writer.add("mergekit_config.yml", text.encode())
         method = next((op.spec.method for op in planned.ops if op.spec.grain != "copy"), None)

@@ -12,6 +12,7 @@ from fastmerge.backends.choose import choose
 from fastmerge.checkpoint import Checkpoint, Files, without_gc
 from fastmerge.dtypes import DType
 from fastmerge.errors import RecipeError, ShapeError
+from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.planning.structure import structure
 from fastmerge.runtime.budget import UNIT_ELEMENTS, need
@@ -178,7 +179,7 @@ def merge_state_dicts(
             resident(ops, chosen)
             del ops, kept, done  # so that the first look for garbage finds nothing but results
             return merged
-    _on_cpu(ops, chosen, (), UNIT_ELEMENTS)
+    _on_cpu(ops, chosen, None, UNIT_ELEMENTS)
     return merged
 
 
@@ -326,10 +327,11 @@ def run(
         BackendUnavailable: if the backend cannot work on that device.
     """
     chosen = _chosen(ops, home, backend)
+    there = all(type(source) is Memory for op in ops for source in op.inputs)
     if not chosen.gpus:
-        _on_cpu(ops, chosen, checkpoints, elements)
-    elif checkpoints:
-        raise ShapeError(f"tensors on {home} beside a checkpoint on disk: expected tensors on the CPU")
+        _on_cpu(ops, chosen, None if there else checkpoints, elements)
+    elif not there:
+        raise ShapeError(f"tensors on {home} beside sources that are not: expected tensors on the CPU")
     else:
         resident(ops, chosen)
 
@@ -340,9 +342,10 @@ def _chosen(ops: Sequence[Op], home: torch.device, backend: str | None) -> Backe
     return chosen
 
 
-def _on_cpu(ops: Sequence[Op], chosen: Backend, checkpoints: Sequence[Checkpoint], elements: int) -> None:
+def _on_cpu(ops: Sequence[Op], chosen: Backend, checkpoints: Sequence[Checkpoint] | None, elements: int) -> None:
+    """``checkpoints`` None: every source is in memory as it is."""
     workers = [CpuDevice() for _ in range(cores())]
-    if not checkpoints:
+    if checkpoints is None:
         jobs = schedule(ops, elements=elements, whole=chosen.whole)
         Runner(ops, jobs, OpStore(ops), workers, chosen.program).run()
         return

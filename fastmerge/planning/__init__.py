@@ -142,7 +142,7 @@ def _plan(recipe: Recipe, models: Mapping[str, Checkpoint], seed: int | None, sh
         )
         warnings |= dict.fromkeys(notes)
     by_row = _by_row(recipe, opened, modules) if vocabulary is None else []
-    files, notes = carrying.carry(recipe, donor, tokenizer, checkpoints, by_row, config, united)
+    files, notes = carrying.carry(recipe.chat_template, donor, tokenizer, checkpoints, by_row, config, united)
     if vocabulary is not None:
         warnings |= vocabulary.warnings
         if config is not None:

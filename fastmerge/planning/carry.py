@@ -20,7 +20,6 @@ from fastmerge.planning.config_json import set_ids, special_ids
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint
     from fastmerge.planning.tokenizers import United
-    from fastmerge.recipe import Recipe
 
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*.txt", "*.spm", "*.tiktoken",
@@ -48,7 +47,7 @@ Carry = tuple[tuple[str, Path | bytes], ...]
 
 
 def carry(
-    recipe: Recipe,
+    template: str | None,
     donor: Checkpoint,
     tokenizer: Checkpoint,
     models: Sequence[Checkpoint],
@@ -59,7 +58,7 @@ def carry(
     """What the output takes over.
 
     Args:
-        recipe: may ask for a tokenizer and a chat template.
+        template: of chats: a name, the template itself, or ``auto`` for that of most models.
         donor: the model whose other files are copied.
         tokenizer: the model whose tokenizer files are copied.
         models: all, for their chat templates.
@@ -85,7 +84,6 @@ def carry(
     if tokenizer is not donor:
         _tokens_of(tokenizer, donor, found, config, warnings)
     _code(donor, tokenizer, found, config, warnings)
-    template = recipe.chat_template
     if template == "auto":
         template = _plurality(models)
         if template is None:

@@ -6,7 +6,7 @@ import functools
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastmerge.ops.sources import FileRange, Result, inputs_of
 from fastmerge.planning.account import Account, Dropped
@@ -15,7 +15,18 @@ from fastmerge.planning.tied import Ties
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint, Layout
     from fastmerge.ops.spec import Op
-    from fastmerge.recipe import Recipe
+
+
+class Wanted(Protocol):
+    """What a plan is of: a recipe, or a request for a model of another shape."""
+
+    @property
+    def merge_method(self) -> str: ...  # noqa: D102  what is done, for people
+
+    @property
+    def refs(self) -> tuple[Any, ...]: ...  # noqa: D102  the models that it names
+
+    def to_yaml(self) -> str: ...  # noqa: D102  a document that says it again
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Plan:
             plan ``checkpoints`` are the models of all of them, and stages are sources of ``ops``.
     """
 
-    recipe: Recipe
+    recipe: Wanted
     seed: int
     checkpoints: tuple[Checkpoint, ...]
     ops: tuple[Op, ...]

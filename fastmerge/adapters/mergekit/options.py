@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from fastmerge.planning.carry import is_tokenizer
 
 if TYPE_CHECKING:
     from fastmerge.planning import Plan
+    from fastmerge.recipe import Recipe
 
 GIGABYTE = 10**9
 
@@ -59,7 +60,8 @@ def device(options: Any) -> str:
 
 def beside(planned: Plan, options: Any) -> Plan:
     """The plan, whose output has only those files beside the weights that the options leave."""
-    if not options.copy_tokenizer and planned.recipe.tokenizer_source is None and planned.recipe.tokenizer is None:
+    recipe = cast("Recipe", planned.recipe)
+    if not options.copy_tokenizer and recipe.tokenizer_source is None and recipe.tokenizer is None:
         carry = tuple([c for c in planned.carry if not is_tokenizer(c[0])])
         planned = dataclasses.replace(planned, carry=carry)
     if not options.write_model_card:

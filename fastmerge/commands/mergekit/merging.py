@@ -6,7 +6,7 @@ import gc
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fastmerge.api import merge as engine
 from fastmerge.checkpoint import without_gc
@@ -30,7 +30,7 @@ def yaml(config: str, out: str, settings: Settings) -> None:
 
 def beside(planned: Plan, settings: Settings) -> Plan:
     """The plan, whose output has only those files beside the weights that the flags leave."""
-    recipe = planned.recipe
+    recipe = cast("Recipe", planned.recipe)
     if not settings.tokenizer and recipe.tokenizer_source is None and recipe.tokenizer is None:
         planned = replace(planned, carry=tuple([c for c in planned.carry if not is_tokenizer(c[0])]))
     return planned if settings.card else without_card(planned)
