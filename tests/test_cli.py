@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -330,9 +329,8 @@ def test_a_stopped_merge_says_how_to_go_on_and_does(paths, recipe, tmp_path, num
     for _ in range(3):
         assert child.stdout.readline() == "working\n", child.stderr.read()
     os.kill(child.pid, number)
-    started = time.monotonic()
-    _, err = child.communicate(timeout=20)
-    assert time.monotonic() - started < 5
+    more, err = child.communicate()
+    assert more.count("working") <= 2, "units that were not in hand were begun"
     assert child.returncode == 128 + number, err
     assert "--resume" in err
     assert not out.exists()

@@ -209,6 +209,13 @@ def test_environment_variables_are_documented():
     assert not {u for u in used - build if u not in text}
 
 
+def test_no_test_reads_a_clock():
+    """Benchmarks show speed. What may grow too fast is counted, by tests/counted.py; what may hang hangs."""
+    clock = re.compile(r"\b(?:time|perf_counter|monotonic|process_time|thread_time)(?:_ns)?\(\)")
+    timed = [p.name for p in (ROOT / "tests").rglob("test_*.py") if clock.search(p.read_text())]
+    assert timed == []
+
+
 def own(node):
     """What stands in a function, but not in functions within it."""
     for child in ast.iter_child_nodes(node):

@@ -48,8 +48,7 @@ def dry(tmp_path_factory):
     """A dry run that is killed after some items, then continued by the same command."""
     path = tmp_path_factory.mktemp("dry")
     child = subprocess.Popen(**command(path, "--dry"), stdout=subprocess.DEVNULL)
-    until = time.monotonic() + 60
-    while len(saved(path)["results"].get("build", {})) < 2 and time.monotonic() < until and child.poll() is None:
+    while len(saved(path)["results"].get("build", {})) < 2 and child.poll() is None:
         time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -176,7 +175,7 @@ def test_what_takes_too_long_is_killed_and_what_dies_is_reported(tmp_path):
     answer = worker.perform("build", Item("nothing of that name", dict), 30)
     assert answer["status"] == "failed"
     assert "the process ended" in answer["reason"]
-    assert runner.Run(["build"], context(tmp_path), state).work(time.monotonic(), 0) == 2
+    assert runner.Run(["build"], context(tmp_path), state).work(0, 0) == 2
 
 
 def test_runs_are_continued_only_where_they_measure_the_same(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from unittest import mock
 
 import pytest
@@ -17,6 +16,7 @@ from fastmerge.checkpoint.header import Header, parse, read_header
 from fastmerge.dtypes import BY_TAG
 from fastmerge.errors import CheckpointError
 from tests.checkpoint.shim import file_bytes, raw, tensor
+from tests.counted import calls
 
 
 def ours(content: bytes) -> Header:
@@ -315,17 +315,11 @@ def test_read_header(tmp_path):
     assert len(header.digest) == 64
 
 
-def test_one_hundred_thousand_tensors_in_under_a_second():
+def test_a_hundred_thousand_tensors_cost_no_python_each():
     rows = ",".join(
         f'"model.layers.{i}.mlp.weight":{{"dtype":"BF16","shape":[8,16],"data_offsets":[{256 * i},{256 * i + 256}]}}'
         for i in range(100_000)
     )
     text = ("{" + rows + "}").encode()
-    start = time.thread_time()
-    json.loads(text)
-    plain = time.thread_time() - start
-    start = time.thread_time()
-    header = parse(text, 0, 256 * 100_000, where="f")
-    # About 0.4 s on an idle core; a loaded machine is measured by what json alone takes there.
-    assert time.thread_time() - start < max(1.0, 6 * plain)
-    assert len(header.tensors) == 100_000
+    assert len(parse(text, 0, 256 * 100_000, where="f").tensors) == 100_000
+    assert calls(parse, text, 0, 256 * 100_000, where="f") < 200  # about 70, as for ten

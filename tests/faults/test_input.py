@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import struct
-import time
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from fastmerge.checkpoint import io as _io
 from fastmerge.dtypes import BF16, BY_TAG, F32
 from fastmerge.errors import CheckpointError
 from tests.checkpoint.shim import FaultyIo, PosixIo, names, primitives, raw, save, tensor, write_index
+from tests.counted import calls
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -135,10 +135,11 @@ def test_a_tensor_that_only_the_index_has(tmp_path, name, config, whole):
 
 
 def test_problems_of_an_index_are_listed_shortly(model):
-    start = time.thread_time()
+    write_index(model, {f"t{i}\n": f"../x{i}.safetensors" for i in range(5_000)})
+    few = calls(refused, model)
     write_index(model, {f"t{i}\n": f"../x{i}.safetensors" for i in range(50_000)})
     problems = refused(model)
-    assert time.thread_time() - start < 3
+    assert calls(refused, model) - few < 12 * 45_000  # 9 in November 2026
     assert len(problems) == 42
     assert problems[20].endswith("and 49980 more like these")
     assert problems[41].endswith("and 49980 more like these")
@@ -239,14 +240,13 @@ def test_header_length_of_a_lie(tmp_path):
         assert said in refused(path)[0]
 
 
-def test_a_sparse_header_of_the_largest_size_is_refused_quickly(tmp_path):
+def test_a_sparse_header_of_the_largest_size_is_refused_like_a_small_one(tmp_path):
     path = tmp_path / "model.safetensors"
     with path.open("wb") as f:
         f.write(struct.pack("<Q", 100_000_000) + b"{")
         f.truncate(100_000_100)
-    start = time.thread_time()
     assert "not valid" in refused(path)[0]
-    assert time.thread_time() - start < 2
+    assert calls(refused, path) < 1000  # about 300, as for one of a thousand bytes
 
 
 def test_sizes_whose_product_overflows(tmp_path):

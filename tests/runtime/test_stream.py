@@ -4,7 +4,6 @@ import ctypes
 import os
 import signal
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -189,16 +188,15 @@ def default_signals():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_stop_gracefully_within_seconds(number, default_signals):
+def test_signals_stop_gracefully_after_the_units_in_hand(number, default_signals):
     ops, *_ = problem([(TILE * 40, "element", 0)])
     slow = [FakeDevice(name=f"fake:{i}", latency=0.2) for i in range(2)]
     threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
-    started = time.monotonic()
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with pytest.raises(Interrupted) as caught:
         run(ops, slow, TILE)
     assert caught.value.exit_code == 128 + number
-    assert time.monotonic() - started < 5
+    assert sum(device.uploads for device in slow) < 40 // 2, "units that were not in hand were begun"
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
 
 
