@@ -20,7 +20,9 @@ def isa(request):
 
 
 def values(code, n, rng, special=True):
-    """n stored values: normal ones, and with ``special`` every kind of odd one among them."""
+    """n stored values: normal ones, and with ``special`` every kind of odd one among them; of many a prime repeats."""
+    if n > 1 << 20:
+        return np.resize(values(code, 65_537, rng, special), n)
     x = store(rng.standard_normal(n) * 10.0 ** rng.integers(-3, 3, n), code)
     if special and n > 4:
         raw = rng.integers(0, 2**64, n, np.uint64).astype({8: np.uint64, 4: np.uint32, 2: np.uint16}[x.itemsize])
