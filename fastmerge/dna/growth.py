@@ -18,7 +18,7 @@ class GrowthMethod(Enum):
     """Both."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ModelGrowthConfig:
     """How to grow a model.
 
