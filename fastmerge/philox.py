@@ -26,6 +26,9 @@ TIES = 1
 NOISE = 2
 """Op tag of additive noise."""
 
+UNITS = 3
+"""Op tag of the choice of units that are drawn anew."""
+
 _MUL0 = np.uint64(0xD2511F53)
 _MUL1 = np.uint64(0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

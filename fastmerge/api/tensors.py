@@ -18,6 +18,7 @@ from fastmerge.planning.structure import structure
 from fastmerge.runtime.budget import UNIT_ELEMENTS, need
 from fastmerge.runtime.devices import CpuDevice, cores
 from fastmerge.runtime.resident import resident
+from fastmerge.runtime.results import Results
 from fastmerge.runtime.schedule import schedule
 from fastmerge.runtime.stores import OpStore
 from fastmerge.runtime.workers import Runner
@@ -352,6 +353,7 @@ def _on_cpu(ops: Sequence[Op], chosen: Backend, checkpoints: Sequence[Checkpoint
     slot = need(ops, whole=chosen.whole).best
     jobs = schedule(ops, slot=slot, elements=elements, whole=chosen.whole)
     with Files(checkpoints) as files:
-        Runner(ops, jobs, OpStore(ops, files), workers, chosen.program, slot=slot).run()
+        store = OpStore(ops, files, results=Results(chosen, ops, "warn"))
+        Runner(ops, jobs, store, workers, chosen.program, slot=slot).run()
     for checkpoint in checkpoints:
         checkpoint.recheck()

@@ -70,6 +70,8 @@ _HEAD_NORMS: Parts = {
     "self_attn.k_norm.weight": Part("k_norm", ("head_dim",)),
 }
 
+_SOME_NORMS: Parts = {name: part._replace(optional=True) for name, part in _HEAD_NORMS.items()}
+
 _WIDE_NORMS: Parts = {
     "self_attn.q_norm.weight": Part("q_norm", ("q",)),
     "self_attn.k_norm.weight": Part("k_norm", ("kv",)),
@@ -168,7 +170,7 @@ _ALL = (
         sizes={"experts": "num_experts"},
         post_norm=True,
     ),
-    _entry("glm4_moe", "Glm4MoeForCausalLM", _PRE, _ATTENTION, _SIGMOID, _DENSE, sizes=_ROUTED),
+    _entry("glm4_moe", "Glm4MoeForCausalLM", _PRE, _ATTENTION, _SOME_NORMS, _SIGMOID, _DENSE, sizes=_ROUTED),
     _entry("dots1", "Dots1ForCausalLM", _PRE, _ATTENTION, _HEAD_NORMS, _SIGMOID, _DENSE, sizes=_ROUTED),
     _entry("solar_open", "SolarOpenForCausalLM", _PRE, _ATTENTION, _SIGMOID, sizes=_ROUTED),
     _entry("granitemoe", "GraniteMoeForCausalLM", _PRE, _ATTENTION, _GRANITE_MOE, sizes=_LOCAL),
