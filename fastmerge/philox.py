@@ -29,6 +29,9 @@ NOISE = 2
 UNITS = 3
 """Op tag of the choice of units that are drawn anew."""
 
+SPLIT = 4
+"""Op tag of the shares of replicas."""
+
 _MUL0 = np.uint64(0xD2511F53)
 _MUL1 = np.uint64(0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -69,7 +72,7 @@ def u16(key: int, model: int, op: int, e0: int, n: int) -> npt.NDArray[np.uint16
     Args:
         key: 64-bit key of the tensor (:func:`fastmerge.keys.tensor_key`); of a signed one only the low 64 bits count.
         model: position among the recipe's non-base models.
-        op: :data:`DROP`, :data:`TIES` or :data:`NOISE`.
+        op: :data:`DROP`, :data:`TIES`, :data:`NOISE` or :data:`SPLIT`.
         e0: logical index, in the whole tensor, of the first element.
         n: how many elements.
 

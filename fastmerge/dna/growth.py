@@ -18,6 +18,37 @@ class GrowthMethod(Enum):
     """Both."""
 
 
+class WidthMode(Enum):
+    """Ways to grow the residual stream, D to D' channels. All keep what the model computes."""
+
+    AUTO = "auto"
+    """``duplicate`` for whole multiples, else ``zero``."""
+    DUPLICATE = "duplicate"
+    """Every channel m times; what reads them is split, exactly in any type. Whole multiples alone."""
+    ZERO = "zero"
+    """New channels are 0; gains get sqrt(D / D'), and rms_norm_eps gets D / D'."""
+    SCALED = "scaled"
+    """n replicas of a channel, each times sqrt(D' / D / n): the mean square stays, and rms_norm_eps with it."""
+
+
+class NewUnits(Enum):
+    """What units are at first that MLPs and attention get."""
+
+    COPY = "copy"
+    """Replicas of those that are there, whose outputs are split."""
+    RANDOM = "random"
+    """Noise, whose outputs get weight 0."""
+
+
+class Initialization(Enum):
+    """The two ways of bert2BERT (arXiv 2110.07143)."""
+
+    FPI = "fpi"
+    """Function-preserving: replicas are copies."""
+    AKI = "aki"
+    """Advanced knowledge: new outputs of a layer's weights are those of the next layer. Preserves nothing."""
+
+
 @dataclass(frozen=True)
 class ModelGrowthConfig:
     """How to grow a model.
@@ -31,6 +62,17 @@ class ModelGrowthConfig:
         noise_std: standard deviation of noise that tells new weights from old ones, as ``noise_mode`` says.
         noise_mode: ``relative``, in units of each tensor's root mean square, or ``absolute``.
         seed: of the noise.
+        hidden_size: of the wider model. Where this or one of the next five is given, only what is given grows, and
+            ``width_multiplier`` is not used; else everything grows by it.
+        intermediate_size: of MLPs (of experts, where ``intermediate_size`` counts those).
+        num_attention_heads: of the wider model, each as large as before.
+        num_key_value_heads: of the wider model.
+        moe_intermediate_size: of experts.
+        shared_expert_intermediate_size: of the expert that every token passes.
+        mode: how the hidden size grows, a :class:`WidthMode` or its value; ``auto`` is ``duplicate`` for whole
+            multiples and ``zero`` for others.
+        units: what new units of MLPs and new heads are, a :class:`NewUnits` or its value.
+        initialization: of ``bert2bert``, an :class:`Initialization` or its value.
     """
 
     method: GrowthMethod | str = GrowthMethod.NET2WIDER
@@ -41,3 +83,12 @@ class ModelGrowthConfig:
     noise_std: float = 0.01
     noise_mode: str = "relative"
     seed: int = 0
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    moe_intermediate_size: int | None = None
+    shared_expert_intermediate_size: int | None = None
+    mode: WidthMode | str = "auto"
+    units: NewUnits | str = "copy"
+    initialization: Initialization | str = "fpi"

@@ -142,7 +142,7 @@ def _take(bring: Bring, source: Source, dtype: DType, width: int, rows: npt.NDAr
         return
     whole = length == width
     for e0, n, address in rows[~whole].tolist():
-        raw = _brought(bring, source, e0, n, dtype)
+        raw = brought(bring, source, e0, n, dtype)
         ctypes.memmove(address, raw.ctypes.data, raw.size)
     if not whole.any():
         return
@@ -156,7 +156,7 @@ def _take(bring: Bring, source: Source, dtype: DType, width: int, rows: npt.NDAr
     while at < len(start):
         first = int(start[at])
         end = int(np.searchsorted(start, first + max(BLOCK, width)))
-        raw = _brought(bring, source, first, int(start[end - 1]) - first + width, dtype).view(unit)
+        raw = brought(bring, source, first, int(start[end - 1]) - first + width, dtype).view(unit)
         raw = raw.reshape(-1, out.shape[1])
         which = (start[at:end] - first) // width
         every = len(raw) == len(which) and which[-1] + 1 == len(which) and bool((which[1:] > which[:-1]).all())
@@ -164,7 +164,7 @@ def _take(bring: Bring, source: Source, dtype: DType, width: int, rows: npt.NDAr
         at = end
 
 
-def _brought(bring: Bring, source: Source, e0: int, n: int, dtype: DType) -> npt.NDArray[np.uint8]:
+def brought(bring: Bring, source: Source, e0: int, n: int, dtype: DType) -> npt.NDArray[np.uint8]:
     """The bytes of a run of a source, widened to a type."""
     raw = np.empty(n * source.dtype.size, np.uint8)
     bring(source, np.array([[e0, n, raw.ctypes.data]], np.int64))
@@ -349,7 +349,7 @@ class Constant:
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """Repeats the value, rounded once."""
-        one = _rounded(self.value, self.dtype)
+        one = rounded(self.value, self.dtype)
         array(address, n, one.dtype)[:] = one
 
 
@@ -385,7 +385,7 @@ class Noise:
             np.multiply(normal(self.key, self.index, NOISE, e0 + at, part.size), work(self.sigma), part, dtype=work)
 
 
-def _rounded(value: float, dtype: DType) -> npt.NDArray[Any]:
+def rounded(value: float, dtype: DType) -> npt.NDArray[Any]:
     """One element of a type; one rounding to nearest even, and the canonical NaN."""
     exact = np.array([value], np.float64)
     with np.errstate(over="ignore"):

@@ -1,0 +1,36 @@
+"""What weights say of themselves, read a panel at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from fastmerge.checkpoint import Files
+from fastmerge.dna.parent import Parent, checkpoints
+from fastmerge.errors import CheckpointError
+from fastmerge.ops.made import load
+from fastmerge.ops.row_lengths import squares
+from fastmerge.runtime.stores import OpStore
+
+PANEL = 1 << 20
+"""Elements that are looked at at a time."""
+
+
+def root_mean_squares(parent: Parent, names: Iterable[str]) -> dict[str, float]:
+    """Root mean squares of tensors in fp64, by name: the same on every machine.
+
+    Raises:
+        CheckpointError: one holds NaN or Inf.
+    """
+    found = {}
+    with Files(checkpoints([parent])) as files:
+        store = OpStore([], files)
+        for name in names:
+            source = parent.tensors[name]
+            n = math.prod(source.shape)
+            panels = (load(store.bring, source, e0, min(PANEL, n - e0)) for e0 in range(0, n, PANEL))
+            total = math.fsum(float(squares(panel.reshape(1, -1))[0]) for panel in panels)
+            if not math.isfinite(total):
+                raise CheckpointError(f"{name}: NaN or Inf; expected finite values")
+            found[name] = math.sqrt(total / max(n, 1))
+    return found
