@@ -256,20 +256,29 @@ class _Later(click.Command):
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> click.Context:
         import importlib
 
-        place = "lora" if self.name == "lora" else "mergekit.commands"
-        found = importlib.import_module(f"fastmerge.commands.{place}").ALL[self.name]
+        found = importlib.import_module(f"fastmerge.commands.{_PLACES[str(self.name)]}").ALL[self.name]
         context: click.Context = found.make_context(info_name, args, *rest, **extra)
         return context
 
 
-for _name, _text in {
-    "lora": "Merge LoRA adapters with each other, or bake them into their base.",
-    "mergekit-yaml": "Merge a recipe, with mergekit's flags.",
-    "mergekit-multi": "Merge recipes that use each other's results.",
-    "mergekit-pytorch": "Merge files of tensors, name by name.",
-    "mergekit-extract-lora": "Extract a LoRA adapter from a fine-tune.",
+_PLACES: dict[str, str] = {}
+for _place, _commands in {
+    "lora": {"lora": "Merge LoRA adapters with each other, or bake them into their base."},
+    "mergekit.commands": {
+        "mergekit-yaml": "Merge a recipe, with mergekit's flags.",
+        "mergekit-multi": "Merge recipes that use each other's results.",
+        "mergekit-pytorch": "Merge files of tensors, name by name.",
+        "mergekit-extract-lora": "Extract a LoRA adapter from a fine-tune.",
+    },
+    "dna.commands": {
+        "upcycle": "Make a mixture of experts of a dense model.",
+        "depth-upscale": "Make a deeper model by repeating layers.",
+        "grow": "Make a wider or deeper model that computes the same.",
+    },
 }.items():
-    main.add_command(_Later(_name, help=_text))
+    for _name, _text in _commands.items():
+        _PLACES[_name] = _place
+        main.add_command(_Later(_name, help=_text))
 
 if __name__ == "__main__":
     main()

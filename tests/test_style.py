@@ -24,6 +24,7 @@ ROOMS = [
     {"backends"},
     {"runtime"},
     {"api"},
+    {"search"},
     {"dna"},
     {"commands", "adapters"},
     {"cli"},

@@ -1,4 +1,7 @@
-"""DNA transfer: a model of another shape out of the weights of one that is there."""
+"""DNA transfer: a model of another shape out of the weights of one that is there.
+
+Every name is loaded when it is first used.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastmerge.api.deltas import ConsensusMethod, SparsificationMethod, get_consensus_mask, sparsify_delta
     from fastmerge.dna.depth import (
         DepthUpscaleConfig,
         IDUSType,
@@ -18,44 +22,76 @@ if TYPE_CHECKING:
     from fastmerge.dna.growth import GrowthMethod, ModelGrowthConfig
     from fastmerge.dna.layers import LayerSelection, choose_layers, plan_layers
     from fastmerge.dna.parent import Parent
+    from fastmerge.dna.pipeline import create_dna_transfer_pipeline
+    from fastmerge.dna.results import Made
+    from fastmerge.dna.upcycling import UpcyclingConfig, plan_upcycle, upcycle_dense_to_moe
+    from fastmerge.dna.width import grow_model_width, plan_width
+    from fastmerge.search.evolutionary import EvolutionaryMergeConfig, MergeStrategy, evolutionary_merge
 
 _LAZY = {
-    "DepthUpscaleConfig": "depth",
-    "GrowthMethod": "growth",
-    "IDUSType": "depth",
-    "LayerSelection": "layers",
-    "ModelGrowthConfig": "growth",
-    "Parent": "parent",
-    "choose_layers": "layers",
-    "depth_upscale": "depth",
-    "get_idus_layer_arrangement": "depth",
-    "grow_model_depth": "depth",
-    "plan_depth_growth": "depth",
-    "plan_depth_upscale": "depth",
-    "plan_layers": "layers",
+    "ConsensusMethod": "api.deltas",
+    "DepthUpscaleConfig": "dna.depth",
+    "EvolutionaryMergeConfig": "search.evolutionary",
+    "GrowthMethod": "dna.growth",
+    "IDUSType": "dna.depth",
+    "LayerSelection": "dna.layers",
+    "Made": "dna.results",
+    "MergeStrategy": "search.evolutionary",
+    "ModelGrowthConfig": "dna.growth",
+    "Parent": "dna.parent",
+    "SparsificationMethod": "api.deltas",
+    "UpcyclingConfig": "dna.upcycling",
+    "choose_layers": "dna.layers",
+    "create_dna_transfer_pipeline": "dna.pipeline",
+    "depth_upscale": "dna.depth",
+    "evolutionary_merge": "search.evolutionary",
+    "get_consensus_mask": "api.deltas",
+    "get_idus_layer_arrangement": "dna.depth",
+    "grow_model_depth": "dna.depth",
+    "grow_model_width": "dna.width",
+    "plan_depth_growth": "dna.depth",
+    "plan_depth_upscale": "dna.depth",
+    "plan_layers": "dna.layers",
+    "plan_upcycle": "dna.upcycling",
+    "plan_width": "dna.width",
+    "sparsify_delta": "api.deltas",
+    "upcycle_dense_to_moe": "dna.upcycling",
 }
 
 __all__ = [
+    "ConsensusMethod",
     "DepthUpscaleConfig",
+    "EvolutionaryMergeConfig",
     "GrowthMethod",
     "IDUSType",
     "LayerSelection",
+    "Made",
+    "MergeStrategy",
     "ModelGrowthConfig",
     "Parent",
+    "SparsificationMethod",
+    "UpcyclingConfig",
     "choose_layers",
+    "create_dna_transfer_pipeline",
     "depth_upscale",
+    "evolutionary_merge",
+    "get_consensus_mask",
     "get_idus_layer_arrangement",
     "grow_model_depth",
+    "grow_model_width",
     "plan_depth_growth",
     "plan_depth_upscale",
     "plan_layers",
+    "plan_upcycle",
+    "plan_width",
+    "sparsify_delta",
+    "upcycle_dense_to_moe",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name at its first use."""
     if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+        raise AttributeError(f"module 'fastmerge.dna' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fastmerge.{_LAZY[name]}"), name)
     globals()[name] = value
     return value

@@ -27,7 +27,7 @@ class Parent:
         tensors: where each tensor is, by its name on disk. Of tensors that are one (a tied head) there is the first.
         tied: names that are another tensor, with the name of that.
         checkpoint: where it is on disk; None in memory.
-        kept: what must live as long as the sources.
+        kept: of a model in memory the tensors that the sources are of, by name.
     """
 
     ref: str
@@ -35,7 +35,7 @@ class Parent:
     tensors: Mapping[str, Source] = field(repr=False)
     tied: Mapping[str, str] = field(default_factory=dict, repr=False)
     checkpoint: Checkpoint | None = field(default=None, repr=False)
-    kept: object = field(default=None, repr=False)
+    kept: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, model: Any, *, config: Mapping[str, Any] | None = None, at: int = 0) -> Parent:
@@ -63,7 +63,7 @@ class Parent:
         if hasattr(model, "state_dict"):
             given = getattr(model, "config", None)
             if config is None and hasattr(given, "to_dict"):
-                config = _config_of(model)
+                config = config_of(model)
             state = _as_on_disk(model)
             ref = type(model).__name__
         elif isinstance(model, Mapping):
@@ -83,7 +83,7 @@ class Parent:
 
         tensors: dict[str, Source] = {}
         tied: dict[str, str] = {}
-        kept: list[torch.Tensor] = []
+        kept: dict[str, torch.Tensor] = {}
         owners: dict[tuple[object, ...], str] = {}
         for name, tensor in state.items():
             if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
@@ -97,7 +97,7 @@ class Parent:
                 tied[name] = owner
                 continue
             here = tensor.detach().to("cpu").contiguous()
-            kept.append(here)
+            kept[name] = here
             tensors[name] = Memory(here.data_ptr(), dtype, tuple(here.shape))
         return cls(ref, config, tensors, tied, kept=kept)
 
@@ -111,8 +111,8 @@ def checkpoints(parents: Iterable[Parent]) -> tuple[Checkpoint, ...]:
     return tuple([c for p in parents for c in p.checkpoints()])
 
 
-def _config_of(model: Any) -> dict[str, Any]:
-    """What ``save_pretrained`` would write to config.json."""
+def config_of(model: Any) -> dict[str, Any]:
+    """What ``save_pretrained`` of a transformers module would write to config.json."""
     found: dict[str, Any] = model.config.to_dict()
     found["architectures"] = [type(model).__name__]
     for key in ("_name_or_path", "transformers_version"):

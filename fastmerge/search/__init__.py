@@ -1,0 +1,1 @@
+"""Searching for merges: which of many candidates is best."""
