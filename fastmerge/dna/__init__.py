@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fastmerge.dna.pipeline import create_dna_transfer_pipeline
     from fastmerge.dna.results import Made
     from fastmerge.dna.upcycling import UpcyclingConfig, plan_upcycle, upcycle_dense_to_moe
-    from fastmerge.dna.width import grow_model_width, plan_width
+    from fastmerge.dna.width import fresh_rms, grow_model_width, plan_width
     from fastmerge.search.evolutionary import EvolutionaryMergeConfig, MergeStrategy, evolutionary_merge
 
 _LAZY = {
@@ -45,6 +45,7 @@ _LAZY = {
     "create_dna_transfer_pipeline": "dna.pipeline",
     "depth_upscale": "dna.depth",
     "evolutionary_merge": "search.evolutionary",
+    "fresh_rms": "dna.width",
     "get_consensus_mask": "api.deltas",
     "get_idus_layer_arrangement": "dna.depth",
     "grow_model_depth": "dna.depth",
@@ -75,6 +76,7 @@ __all__ = [
     "create_dna_transfer_pipeline",
     "depth_upscale",
     "evolutionary_merge",
+    "fresh_rms",
     "get_consensus_mask",
     "get_idus_layer_arrangement",
     "grow_model_depth",

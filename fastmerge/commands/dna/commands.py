@@ -57,7 +57,9 @@ def grow(model: str, out: str, **options: Any) -> None:
     if config.method == dna.GrowthMethod.NET2DEEPER.value:
         run(dna.plan_depth_growth(parent, config), out, **how)
     else:
-        run(dna.plan_width(parent, config), out, **how)
+        # Random units are as large as those that are there, which takes reading the weights; a dry run reads headers.
+        rms = dict.fromkeys(parent.tensors, 1.0) if how["dry_run"] else dna.fresh_rms(parent, config)
+        run(dna.plan_width(parent, config, rms=rms), out, **how)
 
 
 ALL = {command.name: command for command in (upcycle, depth_upscale, grow)}
