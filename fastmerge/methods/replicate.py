@@ -26,6 +26,7 @@ class Replicate(Method):
     Attributes:
         experts: their numbers, which the noise depends on.
         sigma: standard deviation of each one's noise.
+        relative: it is in units of the tensor's root mean square.
     """
 
     summary = "Copies of a tensor for the experts of a mixture, with optional noise."
@@ -36,11 +37,12 @@ class Replicate(Method):
 
     experts: tuple[int, ...]
     sigma: tuple[float, ...]
+    relative: bool = False
 
     @property
     def words(self) -> tuple[object, ...]:
         """The experts, so that all tensors of a call have the same ones."""
-        return (self.experts,)
+        return (self.experts, self.relative)
 
     @property
     def random(self) -> bool:
@@ -48,8 +50,8 @@ class Replicate(Method):
         return True
 
     def grain(self, spec: Spec) -> Grain:
-        """No statistics."""
-        return "element"
+        """An element, but for relative noise."""
+        return "tensor" if self.relative else "element"
 
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """The first expert."""
@@ -57,12 +59,23 @@ class Replicate(Method):
 
     def references(self, inputs: Sequence[torch.Tensor], op: Op) -> list[torch.Tensor]:
         """Every expert."""
-        return family.reference(inputs[0], self.experts, self.sigma, op.key, op.spec.out_dtype)
+        return family.reference(inputs[0], self.experts, self.deviations(inputs[0], op), op.key, op.spec.out_dtype)
+
+    def deviations(self, tensor: torch.Tensor, op: Op) -> Sequence[float]:
+        """Standard deviations of the noise of a tensor, as they are."""
+        from fastmerge.ops import blocks
+
+        if not self.relative:
+            return self.sigma
+        x = blocks.work([tensor], op.spec)[0]
+        found: list[float] = (np.array(self.sigma) * family.roots([op], blocks.gram([x.reshape(1, -1)]))).tolist()
+        return found
 
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
-        """One pass of the replicate kernel."""
+        """One pass of the replicate kernel, behind one of sums where the noise is relative."""
         methods = [cast("Replicate", op.spec.method) for op in ops]
-        return family.ReplicateProgram(
-            kernels, np.array([m.sigma for m in methods]), np.array(methods[0].experts, np.int64)
-        )
+        sigma, numbers = np.array([m.sigma for m in methods]), np.array(methods[0].experts, np.int64)
+        if methods[0].relative:
+            return family.RelativeProgram(kernels, ops, sigma, numbers)
+        return family.ReplicateProgram(kernels, sigma, numbers)

@@ -8,6 +8,7 @@ is fp64 and else fp32::
 rounded once to the output's type, every NaN canonical. An expert whose sigma is 0 (after rounding to W) has no noise:
 its elements are converted by the same rounding, or, where the types agree, copied byte for byte, NaNs included.
 An expert's bytes depend on nothing but its number, so any subset of experts, in any pieces, gives the same ones.
+Where the noise is relative, sigma_e is times the root mean square of x, whose sum has the order of design law L2.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ import numpy as np
 from fastmerge.dtypes import DType
 from fastmerge.errors import BackendUnavailable
 from fastmerge.ops.blocks import number, round_to, torch_dtype
+from fastmerge.ops.gram import GramProgram, check_sums
+from fastmerge.ops.kernels import Kernels
 from fastmerge.ops.program import OnePass
-from fastmerge.ops.segments import E0, F64, GROUP, I64, LENGTH, Segments
+from fastmerge.ops.segments import E0, F64, GROUP, HEADER, I64, LENGTH, Segments
+from fastmerge.ops.spec import Op
+from fastmerge.ops.tiles import Partial
 from fastmerge.philox import NOISE, normal, normal_lines
 
 if TYPE_CHECKING:
@@ -59,6 +64,47 @@ class ReplicateProgram(OnePass):
     def apply(self, segments: Segments) -> None:
         """One kernel call."""
         self._kernels.replicate(segments, self._sigma, self._numbers)
+
+
+class RelativeProgram(GramProgram):
+    """The same where ``sigma`` is in units of each tensor's root mean square: one pass to sum the squares, and then."""
+
+    def __init__(self, kernels: Kernels, ops: Sequence[Op], sigma: F64, numbers: I64) -> None:
+        """Takes the backend, the ops, and the tables of :class:`ReplicateProgram`."""
+        numbers = np.ascontiguousarray(numbers, np.int64)
+
+        def solve(some: Sequence[Op], stats: F64, _: Sequence[int]) -> tuple[F64, F64]:
+            return sigma * roots(some, stats)[:, None], np.ones((len(stats), 2))
+
+        super().__init__(kernels, ops, solve, per_row=False, delta=False)
+        self._numbers = numbers
+
+    def statistics(self, segments: Segments) -> Partial:
+        """Sums of squares of every tile of the pieces."""
+        return super().statistics(alone(segments))
+
+    def apply(self, segments: Segments) -> None:
+        """One kernel call."""
+        if self._tables is None:
+            raise AssertionError("apply before the statistics are complete")
+        self._kernels.replicate(segments, self._tables[0], self._numbers)
+
+
+def alone(segments: Segments) -> Segments:
+    """Pieces without the results after the first, as kernels of one result take them."""
+    table = np.ascontiguousarray(segments.table[:, : HEADER + len(segments.dtypes)])
+    return Segments(table, segments.dtypes, segments.out_dtype)
+
+
+def roots(ops: Sequence[Op], squares: F64) -> F64:
+    """Root mean squares ``[P]`` of tensors from their sums ``[P, 1]`` of squares.
+
+    Raises:
+        OutputError: a sum is not finite.
+    """
+    check_sums(ops, squares, [1] * len(ops), "relative noise needs its root mean square")
+    found: F64 = np.sqrt(squares[:, 0] / np.array([max(1, op.spec.numel) for op in ops], np.float64))
+    return found
 
 
 def first_tiles(table: I64, blocks: int) -> I64:
