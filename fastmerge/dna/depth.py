@@ -235,9 +235,10 @@ def grow_model_depth(
 
     Args:
         model: a transformers module, a state dictionary, or where a model is on disk; it is not changed.
-        config: how many layers, and where. The k new ones of L are behind ``round((i + 1) L / (k + 1))`` layers,
-            i = 0 .. k - 1, where no positions are given (halves are rounded up, and none is in front); given positions
-            decide how many there are.
+        config: how many layers, and where. Where no positions are given, k new ones are evenly spread over the L layers
+            and the last is at the end: new layer i = 0 .. k - 1 is behind ``round((i + 1) L / k)`` of them (halves are
+            rounded up, and none is in front), as in LLaMA Pro (arXiv 2401.02415). Given positions decide how many
+            there are.
         layer_container_name: what the model calls its list of layers; nothing else is accepted.
         out: directory to write, for a model on disk.
         model_config: of a state dictionary: its ``config.json``.
@@ -320,7 +321,7 @@ def _positions(config: ModelGrowthConfig, model: Anatomy) -> list[int]:
     k, n = config.num_new_layers, model.layers
     if not _whole(k) or k < 1:
         raise RecipeError(f"num_new_layers: expected a whole number above 0, got {k!r:.80}")
-    return [max((2 * (i + 1) * n + k + 1) // (2 * (k + 1)), 1) - 1 for i in range(k)]
+    return [max((2 * (i + 1) * n + k) // (2 * k), 1) - 1 for i in range(k)]
 
 
 def _noise(key: str, std: Any, mode: Any) -> tuple[Noise, list[str]]:

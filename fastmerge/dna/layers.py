@@ -233,6 +233,7 @@ def _layer_tensor(draft: Draft, model: Anatomy, name: str, to: str, value: float
     if value is not None:
         draft.copy(to, Constant(value, source.dtype, source.shape))
     elif noise.std:
-        draft.add([to], Replicate(experts=(0,), sigma=(noise.std,)), [source], source.dtype, source.shape)
+        method = Replicate(experts=(0,), sigma=(noise.std,), relative=noise.relative)
+        draft.add([to], method, [source], source.dtype, source.shape)
     else:
         draft.copy(to, source)
