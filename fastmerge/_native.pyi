@@ -213,6 +213,9 @@ def write_some(table: _I64, row: int, done: int) -> tuple[int, int, int]:
 def copy_some(table: _I64, row: int, done: int) -> tuple[int, int, int]:
     """Copies rows (fd in, offset in, fd out, offset out, nbytes) in the kernel; otherwise as :func:`read_some`."""
 
+def move_rows(table: _I64) -> None:
+    """Copies rows (source address, address, nbytes) in memory; no two may overlap."""
+
 def resident(table: _I64) -> _I64:
     """For each row (fd, offset, address, nbytes) 1 where all of it is in the page cache or nobody can tell, else 0."""
 

@@ -140,28 +140,33 @@ def _take(bring: Bring, source: Source, dtype: DType, width: int, rows: npt.NDAr
     if source.dtype is dtype and (len(heads) == 1 or (isinstance(source, FileRange | Memory) and not near)):
         bring(source, np.stack([start[heads], np.add.reduceat(length, heads), to[heads]], axis=1))
         return
-    whole = length == width
-    for e0, n, address in rows[~whole].tolist():
-        raw = brought(bring, source, e0, n, dtype)
-        ctypes.memmove(address, raw.ctypes.data, raw.size)
-    if not whole.any():
-        return
-    nbytes = width * dtype.size
-    start, _, to = rows[whole][np.argsort(start[whole], kind="stable")].T
-    base = int(to.min())
-    place = (to - base) // nbytes
-    unit: npt.DTypeLike = np.uint8 if nbytes % 8 or base % 8 else np.int64  # larger ones are copied faster
-    out = array(base, (int(place.max()) + 1) * nbytes, np.uint8).view(unit).reshape(int(place.max()) + 1, -1)
+    size = dtype.size
+    start, length, to = rows[np.argsort(start, kind="stable")].T
+    most = max(BLOCK, width)
+    raw = np.empty(most * source.dtype.size, np.uint8)
+    wide: npt.NDArray[Any] = raw if source.dtype is dtype else np.empty(most, _NUMPY[dtype])
     at = 0
     while at < len(start):
         first = int(start[at])
-        end = int(np.searchsorted(start, first + max(BLOCK, width)))
-        raw = brought(bring, source, first, int(start[end - 1]) - first + width, dtype).view(unit)
-        raw = raw.reshape(-1, out.shape[1])
-        which = (start[at:end] - first) // width
-        every = len(raw) == len(which) and which[-1] + 1 == len(which) and bool((which[1:] > which[:-1]).all())
-        out[place[at:end]] = raw if every else raw[which]
+        end = int(np.searchsorted(start, first + most - width, "right"))
+        n = int((start[at:end] + length[at:end]).max()) - first  # a row may be there twice, once in part
+        bring(source, np.array([[first, n, raw.ctypes.data]], np.int64))
+        if wide is not raw:
+            _widen(raw[: n * source.dtype.size], source.dtype, wide[:n])
+        origin = wide.ctypes.data + (start[at:end] - first) * size
+        _move(np.stack([origin, to[at:end], length[at:end] * size], axis=1))
         at = end
+
+
+def _move(rows: npt.NDArray[np.int64]) -> None:
+    """Copies rows (from, to, bytes) of memory."""
+    try:
+        from fastmerge import _native
+    except ImportError:
+        for start, to, nbytes in rows.tolist():
+            ctypes.memmove(to, start, nbytes)
+        return
+    _native.move_rows(rows)
 
 
 def brought(bring: Bring, source: Source, e0: int, n: int, dtype: DType) -> npt.NDArray[np.uint8]:

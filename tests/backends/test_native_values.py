@@ -119,6 +119,21 @@ def test_other_libraries_float_settings_do_not_matter():
         assert left == 0.0  # and the thread has its setting back
 
 
+def test_rows_are_moved():
+    data = np.random.default_rng(1).integers(0, 256, 30_000, np.uint8)
+    out = np.zeros_like(data)
+    order = np.random.default_rng(2).permutation(60)
+    lengths = np.arange(60) * 7 % 491  # of every alignment, and none
+    table = np.stack([data.ctypes.data + 500 * order, out.ctypes.data + 500 * np.arange(60) + 3, lengths], axis=1)
+    _native.move_rows(table)
+    want = np.zeros_like(data)
+    for i, (row, length) in enumerate(zip(order.tolist(), lengths.tolist(), strict=True)):
+        want[500 * i + 3 : 500 * i + 3 + length] = data[500 * row : 500 * row + length]
+    assert np.array_equal(out, want)
+    with pytest.raises(ValueError, match="table row 1: nbytes must not be negative"):
+        _native.move_rows(np.array([[0, 0, 0], [0, 0, -1]]))
+
+
 def test_transfers(tmp_path):
     source, copy = tmp_path / "a", tmp_path / "b"
     data = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8)
