@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
 
+# The suite starts some hundred processes, each of which would compile the package (0.3 s) where that is not kept.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test conformance check fix bench beside gpu test-big test-arm64 mergekit-suite build clean
 
 $(STAMP): $(NATIVE)
