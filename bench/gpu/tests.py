@@ -22,7 +22,7 @@ from bench.gpu.plan import ROOT, Context, Cut, Item, Row, Turn
 PROCESSES = 16
 """At most: what takes long is compiling kernels, which cores do; all share the one GPU."""
 
-LIGHT = "tests/test_style.py"
+LIGHT = "tests/test_sizes.py"
 """What a dry run takes: a file without such tests, which imports little."""
 
 MARGIN = 2.0
