@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastmerge import start
 from fastmerge.commands import display
 from fastmerge.errors import FastMergeError, printable
 from fastmerge.version import __version__
@@ -53,10 +53,7 @@ class _Commands(click.Group):
 @click.version_option(__version__)
 def main() -> None:
     """Merge LLM weights at the speed of the bytes."""
-    # Looking for plugins of pydantic costs time at every start, and there are none that a recipe wants.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    # Nothing here calls BLAS, whose threads numpy would start at import and let spin, one per core.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    start.quickly()
     _log()
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastmerge"
 
 ROOMS = [
-    {"errors", "dtypes", "version"},
+    {"errors", "dtypes", "version", "start"},
     {"tensors", "keys", "philox"},
     {"sizes"},
     {"ops", "checkpoint"},
@@ -135,7 +135,7 @@ def test_kernels_cannot_be_imported_twice():
     assert "ImportError" in done.stderr
 
 
-HEAVY = {"torch", "transformers", "huggingface_hub", "rich", "asyncio"}
+HEAVY = {"torch", "transformers", "huggingface_hub", "rich", "asyncio", "email", "importlib.metadata"}
 """What no command loads that merges files on the CPU to no terminal."""
 
 NUMBERS = HEAVY | {"numpy", "concurrent.futures", "fastmerge.runtime.stream", "fastmerge.checkpoint.writer"}
@@ -143,8 +143,6 @@ NUMBERS = HEAVY | {"numpy", "concurrent.futures", "fastmerge.runtime.stream", "f
 
 ANYTHING = NUMBERS | {
     "pydantic",
-    "email",
-    "importlib.metadata",
     "socket",
     "json",
     "logging",
@@ -187,6 +185,17 @@ def test_commands_load_no_more_than_they_need(paths, tmp_path, words, unwanted):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout != ""
     assert set(done.stderr.split()) & unwanted == set()
+
+
+def test_what_stands_in_for_plugins_of_pydantic_becomes_the_search_for_them():
+    code = (
+        "from fastmerge import start\nstart.quickly()\nimport sys, pydantic\n"
+        "class A(pydantic.BaseModel):\n    x: int\n"
+        "stand_in = sys.modules[start._LOADER]\n"
+        "print(A(x=1).x, 'email' in sys.modules, stand_in.get_plugins(), stand_in._plugins, 'email' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1 False () None True\n"
 
 
 def test_public_names_are_sorted_and_exist():

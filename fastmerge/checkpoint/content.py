@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 64
 SAMPLE_BYTES = 4096
-_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_BLOB = r"[0-9a-f]{40}|[0-9a-f]{64}"
 
 
 def of(paths: Iterable[Path]) -> str:
@@ -34,7 +34,7 @@ def of(paths: Iterable[Path]) -> str:
     h = hashlib.sha256()
     for path in paths:
         real = Path(os.path.realpath(path))
-        if real.parent.name == "blobs" and _BLOB.fullmatch(real.name):
+        if real.parent.name == "blobs" and re.fullmatch(_BLOB, real.name):
             h.update(f"blob {real.name}\n".encode())
             continue
         try:

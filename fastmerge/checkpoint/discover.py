@@ -20,11 +20,11 @@ MAX_JSON = 100_000_000
 """Bytes of an index or a config."""
 
 SINGLE = "model.safetensors"
-_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors")
+_NUMBERED = r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors"
 _INDEX = ".safetensors.index.json"
 _ADAPTER = "adapter_model.safetensors"
 _PATH = frozenset("/\\\0")
-_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
+_BLOB = r"[0-9a-f]{2}/[0-9a-f]{64}"
 
 
 @dataclass
@@ -78,7 +78,7 @@ def contained(path: Path, directory: Path) -> bool:
     if real.parent == repo / "blobs":
         return True
     shared = repo.parent / "blobs"
-    return real.is_relative_to(shared) and _BLOB.fullmatch(str(real.relative_to(shared))) is not None
+    return real.is_relative_to(shared) and re.fullmatch(_BLOB, str(real.relative_to(shared))) is not None
 
 
 def read_json(path: Path, *, strict: bool) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _plain(found: Found, weights: list[str]) -> None:
     path = found.directory
     sets: dict[tuple[str, int], set[int]] = defaultdict(set)
     for name in weights:
-        match = _NUMBERED.fullmatch(name)
+        match = re.fullmatch(_NUMBERED, name)
         if match:
             sets[match["stem"], int(match["count"])].add(int(match["number"]))
     for (stem, count), numbers in sets.items():
@@ -157,7 +157,7 @@ def _plain(found: Found, weights: list[str]) -> None:
     if SINGLE in weights:
         chosen = [SINGLE]
     elif sets:
-        chosen = [n for n in weights if _NUMBERED.fullmatch(n)]
+        chosen = [n for n in weights if re.fullmatch(_NUMBERED, n)]
     rest = [n for n in weights if n not in chosen]
     if rest:
         found.warnings.append(f"{path}: not used, as they are not part of {chosen[0]}: {listing(rest)}")

@@ -37,9 +37,9 @@ _DIRECTORIES = ("[!0-9a]*/*", "[0-9][!_]*/*", "a/*", "a[!d]*/*")
 IGNORED = (*_DIRECTORIES, "*.py", "*.bin", "*.pt", "*.pth", "*.onnx", "*.gguf", "consolidated*.safetensors")
 """Never fetched, whatever the patterns say: code, pickles, other formats, second copies, other directories."""
 
-_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,255}))?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]+|(?i:bearer)\s+\S+")
+_ID = r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,255}))?"
+_COMMIT = r"[0-9a-f]{40}"
+_PRIVATE = r"\bhf_[A-Za-z0-9_]+|(?i:bearer)\s+\S+"
 
 
 class Snapshot(NamedTuple):
@@ -58,7 +58,7 @@ class Snapshot(NamedTuple):
 
 def looks_like_id(ref: str) -> bool:
     """Whether a reference that is no path on this machine can be a hub id."""
-    match = _ID.fullmatch(ref)
+    match = re.fullmatch(_ID, ref)
     return match is not None and ".." not in ref
 
 
@@ -112,7 +112,7 @@ def resolve(ref: str, *, revision: str | None = None) -> Snapshot:
     Raises:
         CheckpointError: not a hub id, not found, gated, or the hub is out of reach.
     """
-    match = _ID.fullmatch(ref)
+    match = re.fullmatch(_ID, ref)
     if match is None:
         raise CheckpointError(f"{ref}: expected a path or a hub id org/name[@revision]")
     repo, said = match["repo"], match["revision"]
@@ -123,7 +123,7 @@ def resolve(ref: str, *, revision: str | None = None) -> Snapshot:
     hub = _library(ref)
     offline = _offline()
     try:
-        if offline or (revision and _COMMIT.fullmatch(revision)):
+        if offline or (revision and re.fullmatch(_COMMIT, revision)):
             commit = revision
         else:
             commit = hub.HfApi().model_info(repo, revision=revision).sha
@@ -140,7 +140,7 @@ def resolve(ref: str, *, revision: str | None = None) -> Snapshot:
         known = _cached(repo) if offline and revision else []
         raise CheckpointError(_explain(ref, error, known, offline=offline)) from None
     # In the cache a snapshot's directory is named by its commit, also where only a branch was asked for.
-    commit = path.name if _COMMIT.fullmatch(path.name) else commit or path.name
+    commit = path.name if re.fullmatch(_COMMIT, path.name) else commit or path.name
     return Snapshot(f"{repo}@{commit}", path, commit)
 
 
@@ -183,4 +183,4 @@ def _explain(ref: str, error: Exception, known: Sequence[str], *, offline: bool)
     if offline:
         return f"{ref}: not a path, and not in the local cache (HF_HUB_OFFLINE is set): {kind}"
     first = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{ref}: no such path here, and the hub could not be reached: {kind}: {_TOKEN.sub('***', first)[:300]}"
+    return f"{ref}: no such path here, and the hub could not be reached: {kind}: {re.sub(_PRIVATE, '***', first)[:300]}"

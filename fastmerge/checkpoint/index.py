@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from fastmerge.checkpoint.header import TensorInfo
     from fastmerge.checkpoint.model import ShardFile
 
-_NUMBER = re.compile(r"\d+")
-_LAYER = re.compile(r"\.(\d+)\.")
-_DRAFT = re.compile(r"(?:^|[._])(?:mtp|nextn|eagle|medusa|draft)")
+_NUMBER = r"\d+"
+_LAYER = r"\.(\d+)\."
+_DRAFT = r"(?:^|[._])(?:mtp|nextn|eagle|medusa|draft)"
 """Heads that guess further tokens: checkpoints keep them or lose them, and every loader does without."""
 
-_BUFFER = re.compile(r"(?:\.rotary_emb\.inv_freq|\.attn\.(?:masked_)?bias|\.attention\.(?:masked_)?bias|position_ids)$")
-_NEEDED = re.compile(r"(?:^|[._])(?:norm|layer_?norm|ln_f|embed\w*|word_embeddings|wte|wpe|shared)(?:\.|$)")
+_BUFFER = r"(?:\.rotary_emb\.inv_freq|\.attn\.(?:masked_)?bias|\.attention\.(?:masked_)?bias|position_ids)$"
+_NEEDED = r"(?:^|[._])(?:norm|layer_?norm|ln_f|embed\w*|word_embeddings|wte|wpe|shared)(?:\.|$)"
 """What a model has once and cannot do without."""
 
 _HEADS = frozenset({"lm_head.weight", "embed_out.weight", "output.weight", "proj_out.weight"})
@@ -73,7 +73,7 @@ def compare(
 
 def _harmless(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Callable[[str], bool]:
     """Whether a model is whole without a tensor that its index names."""
-    kinds = {_NUMBER.sub("#", name) for name in tensors}
+    kinds = {re.sub(_NUMBER, "#", name) for name in tensors}
     tops = {name.partition(".")[0] for name in tensors}
     text = config.get("text_config")
     text = text if isinstance(text, dict) else {}
@@ -81,17 +81,17 @@ def _harmless(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> C
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
 
     def harmless(name: str) -> bool:
-        if _DRAFT.search(name) or _BUFFER.search(name):
+        if re.search(_DRAFT, name) or re.search(_BUFFER, name):
             return True
-        layer = _LAYER.search(name)
+        layer = re.search(_LAYER, name)
         if layer and isinstance(depth, int) and int(layer[1]) >= depth:
             return True
-        if _NUMBER.sub("#", name) in kinds:
+        if re.sub(_NUMBER, "#", name) in kinds:
             return False  # other layers have it
         if name in _HEADS:
             return tied is not False
         top, _, rest = name.partition(".")
         # A part of which nothing is there was left out on purpose, or is missed by the other models.
-        return not _NEEDED.search(name) or (top not in tops and "." in rest)
+        return not re.search(_NEEDED, name) or (top not in tops and "." in rest)
 
     return harmless

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from fastmerge.ops.spec import Spec
 
 
+@functools.lru_cache(256)
 def left(schedule: str, t: float) -> float:
     """The learning rate at share t of a decay, 1 at its start and 0 at its end."""
     import numpy as np

@@ -39,7 +39,7 @@ OTHERS = (
 _NEVER = (".py", ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".onnx", ".gguf", ".msgpack", ".h5")
 """Endings that no pattern takes: weights, and code that only a configuration may name."""
 
-_MODULE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_MODULE_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
 _MOST_JSON = 16 << 20
 _MOST_FILES = 1000
 
@@ -129,7 +129,7 @@ def _names(directory: Path) -> list[str]:
     """Names of the ordinary files of a directory that are safe to write."""
     try:
         with os.scandir(directory) as entries:
-            names = sorted(e.name for e in entries if _MODULE_PART.fullmatch(e.name) and e.is_file())
+            names = sorted(e.name for e in entries if re.fullmatch(_MODULE_PART, e.name) and e.is_file())
     except OSError:
         return []
     return names[:_MOST_FILES]
@@ -164,7 +164,7 @@ def _modules(donor: Checkpoint, warnings: list[str]) -> dict[str, Path | bytes]:
         if not isinstance(said, str) or not said.strip("/"):
             continue
         parts = PurePosixPath(said).parts
-        if len(parts) > 3 or not all(_MODULE_PART.fullmatch(p) for p in parts):
+        if len(parts) > 3 or not all(re.fullmatch(_MODULE_PART, p) for p in parts):
             warnings.append(f"modules.json names {said!r}, which is no plain directory of the model; not copied")
             continue
         directory = "/".join(parts)

@@ -18,15 +18,15 @@ MOST = 4 << 20
 FILES = 200
 """Files of code of one model."""
 
-_REFERENCE = re.compile(r"(?P<module>[A-Za-z_]\w{0,199})\.(?P<name>[A-Za-z_]\w{0,199})")
-_IMPORTS = re.compile(r"^\s*(?:from\s+\.([A-Za-z_]\w*)[\w.]*\s+import\b|import\s+\.([A-Za-z_]\w*))", re.MULTILINE)
-_FROM_HERE = re.compile(r"^\s*from\s+\.\s+import\s+\(?([\w\s,]+)", re.MULTILINE)
-_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
+_REFERENCE = r"(?P<module>[A-Za-z_]\w{0,199})\.(?P<name>[A-Za-z_]\w{0,199})"
+_IMPORTS = r"(?m)^\s*(?:from\s+\.([A-Za-z_]\w*)[\w.]*\s+import\b|import\s+\.([A-Za-z_]\w*))"
+_FROM_HERE = r"(?m)^\s*from\s+\.\s+import\s+\(?([\w\s,]+)"
+_CACHED = r"models--([\w.-]+?)--([\w.-]+)/snapshots/"
 
 
 def hub_id(path: Path) -> str | None:
     """The ``org/name`` of a model in the Hugging Face cache, by its path there; None for other directories."""
-    found = _CACHED.search(f"{path}/")
+    found = re.search(_CACHED, f"{path}/")
     return f"{found[1]}/{found[2]}" if found else None
 
 
@@ -57,13 +57,13 @@ class Code:
         """
         repository = hub_id(model.path)
         if repository is not None:
-            mapped = _each(auto_map, lambda text: f"{repository}--{text}" if _REFERENCE.fullmatch(text) else text)
+            mapped = _each(auto_map, lambda text: f"{repository}--{text}" if re.fullmatch(_REFERENCE, text) else text)
             if mapped != auto_map:
                 self._say(f"{place} refers to custom code (auto_map), which stays at {repository} on the hub")
             return mapped
         texts: list[str] = []
         _each(auto_map, texts.append)
-        wanted = [found["module"] for found in map(_REFERENCE.fullmatch, texts) if found]
+        wanted = [found["module"] for found in [re.fullmatch(_REFERENCE, t) for t in texts] if found]
         taken, missing = self._closure(model, wanted)
         if taken:
             self._say(f"{place} refers to custom code (auto_map): copied, never run: {', '.join(taken)}")
@@ -88,8 +88,8 @@ class Code:
             if other != path and isinstance(other, Path) and other.read_bytes() != path.read_bytes():
                 self._say(f"{name}: {path} differs from {other}, which is copied")
             text = path.read_text("utf-8", errors="replace")
-            imports = [a or b for a, b in _IMPORTS.findall(text)]
-            imports += [w.split()[0] for group in _FROM_HERE.findall(text) for w in group.split(",") if w.strip()]
+            imports = [a or b for a, b in re.findall(_IMPORTS, text)]
+            imports += [w.split()[0] for group in re.findall(_FROM_HERE, text) for w in group.split(",") if w.strip()]
             todo += [m for m in dict.fromkeys(imports) if m not in todo][: FILES - len(todo)]
         return taken, missing
 

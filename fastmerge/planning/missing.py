@@ -64,22 +64,23 @@ def decide(method: type[Method], present: Sequence[bool], base: int | None) -> D
     return "drop" if base is not None and not pair else "error"
 
 
-_BUFFER = re.compile(
-    r"(^|\.)(inv_freq|position_ids|(cos|sin)_cached|num_batches_tracked|final_logits_bias)$|(attn|attention)\.masked_bias$"
+_BUFFER = (
+    r"(^|\.)(inv_freq|position_ids|(cos|sin)_cached|num_batches_tracked|final_logits_bias)$"
+    r"|(attn|attention)\.masked_bias$"
 )
-_MASK = re.compile(r"(attn|attention)\.bias$")
-_VALUE_HEAD = re.compile(r"(^|\.)(v_head|value_head)\.")
-_PREDICTION = re.compile(r"(^|\.)mtp\.")
+_MASK = r"(attn|attention)\.bias$"
+_VALUE_HEAD = r"(^|\.)(v_head|value_head)\."
+_PREDICTION = r"(^|\.)mtp\."
 
 
 def buffer(name: str, info: TensorInfo) -> bool:
     """Whether a tensor is one that models make for themselves: rotary tables, masks, position numbers, counters."""
-    return bool(_BUFFER.search(name) or (len(info.shape) == 4 and _MASK.search(name)))
+    return bool(re.search(_BUFFER, name) or (len(info.shape) == 4 and re.search(_MASK, name)))
 
 
 def value_head(name: str) -> bool:
     """Whether a tensor belongs to the value head that trainers put beside a model (TRL's ``v_head``)."""
-    return bool(_VALUE_HEAD.search(name))
+    return bool(re.search(_VALUE_HEAD, name))
 
 
 def optional(name: str, info: TensorInfo, structure: Structure) -> str | None:
@@ -96,7 +97,7 @@ def optional(name: str, info: TensorInfo, structure: Structure) -> str | None:
         return "a value head, which is no part of the model"
     main = structure.main
     split = main.split(name) if main is not None else None
-    if _PREDICTION.search(name) or (main is not None and split is not None and split[0] >= main.count):
+    if re.search(_PREDICTION, name) or (main is not None and split is not None and split[0] >= main.count):
         return "a layer beyond the configured ones (multi-token prediction)"
     return None
 

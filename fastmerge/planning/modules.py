@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from fastmerge.planning.rows import Models, Row
 
 TEXT, VISION, AUDIO, BETWEEN = "text_decoder", "vision_tower", "audio_tower", "multi_modal_projector"
-_BETWEEN = re.compile(r"projector|connector|merger|mm_proj|aligner|resampler|perceiver|(vision|visual|text)_projection")
-_VISION = re.compile(r"vision|visual|image|video|vit$|siglip|^clip")
-_AUDIO = re.compile(r"audio|speech|sound")
-_LANGUAGE = re.compile(r"text|language|llm")
+_BETWEEN = r"projector|connector|merger|mm_proj|aligner|resampler|perceiver|(vision|visual|text)_projection"
+_VISION = r"vision|visual|image|video|vit$|siglip|^clip"
+_AUDIO = r"audio|speech|sound"
+_LANGUAGE = r"text|language|llm"
 
 
 class Modules:
@@ -105,7 +105,7 @@ def known_parts(names: Sequence[str], root: str) -> dict[str, list[str]]:
         names: of all tensors.
         root: the module that holds the layers of the language model and of nothing else; empty where that is all.
     """
-    ends = [{*name.split(".")[:2]} for name in names if not _VISION.search(name) and not _AUDIO.search(name)]
+    ends = [{*name.split(".")[:2]} for name in names if not re.search(_VISION, name) and not re.search(_AUDIO, name)]
     two = any("encoder" in e for e in ends) and any("decoder" in e for e in ends)
     out: dict[str, list[str]] = {}
     for name in names:
@@ -115,11 +115,11 @@ def known_parts(names: Sequence[str], root: str) -> dict[str, list[str]]:
 
 def _part(name: str, root: str, *, two: bool) -> str:
     path = name.split(".")
-    if any(map(_BETWEEN.search, path)):
+    if any(re.search(_BETWEEN, p) for p in path):
         return BETWEEN
-    if any(map(_VISION.search, path)):
+    if any(re.search(_VISION, p) for p in path):
         return VISION
-    if any(map(_AUDIO.search, path)):
+    if any(re.search(_AUDIO, p) for p in path):
         return AUDIO
     if two:
         return next((p for p in path[:2] if p in ("encoder", "decoder")), "shared")
@@ -134,6 +134,6 @@ def meant(module: str, names: Sequence[str], parts: Mapping[str, list[str]]) -> 
     under = [n for n in names if f".{module}." in f".{n}."]
     word = module.lower().rpartition(".")[2]
     for part, like in ((BETWEEN, _BETWEEN), (VISION, _VISION), (AUDIO, _AUDIO), (TEXT, _LANGUAGE)):
-        if not under and like.search(word):
+        if not under and re.search(like, word):
             return parts.get(part, [])
     return under

@@ -21,17 +21,13 @@ TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config"
 EXTRA_LAYERS = 4
 """At most so many layers beyond the configured count (multi-token prediction) are not part of the stack."""
 
-_OTHER_TOWER = re.compile(
-    r"(^|\.)mtp\.|feature_extractor|vision|visual|image|video|audio|speech|vit\b|whisper|siglip|clip"
-)
-_EXPERTS = re.compile(r"(^|[._])experts?$")
+_OTHER_TOWER = r"(^|\.)mtp\.|feature_extractor|vision|visual|image|video|audio|speech|vit\b|whisper|siglip|clip"
+_EXPERTS = r"(^|[._])experts?$"
 _INDEX = re.compile(r"\.(0|[1-9][0-9]{0,5})(?=\.)")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|mtp)(\.|$)")
-_NORM = re.compile(r"(^|\.)embed\w*_?norm(\.|$)")
-_PRE = re.compile(r"embed|wte|wpe|word_emb|tok_emb|position|pos_emb")
-_POST = re.compile(
-    r"(^|\.)(output|output_layer|head|score|classifier|pooler|cls|norm|norm_f|ln_f|ln_out)(\.|$)|final|logit"
-)
+_HEAD = r"(^|\.)(lm_head|embed_out|mtp)(\.|$)"
+_NORM = r"(^|\.)embed\w*_?norm(\.|$)"
+_PRE = r"embed|wte|wpe|word_emb|tok_emb|position|pos_emb"
+_POST = r"(^|\.)(output|output_layer|head|score|classifier|pooler|cls|norm|norm_f|ln_f|ln_out)(\.|$)|final|logit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +100,7 @@ def structure(names: Iterable[str], config: Mapping[str, Any]) -> Structure:
     def free(prefix: str) -> bool:
         return not any(prefix == p or prefix.startswith(p + ".") or p.startswith(prefix + ".") for p in chosen)
 
-    by_depth = [p for p in by_depth if not _EXPERTS.search(p)]
+    by_depth = [p for p in by_depth if not re.search(_EXPERTS, p)]
     for prefix in by_depth:
         if max(indices[prefix]) + 1 in counts and free(prefix):
             chosen[prefix] = max(indices[prefix]) + 1
@@ -121,7 +117,7 @@ def structure(names: Iterable[str], config: Mapping[str, Any]) -> Structure:
     stacks = tuple(sorted((Stack(p, n, tensors[p]) for p, n in chosen.items()), key=lambda s: -s.tensors))
     fitting = stacks[:1] if primary is None else tuple(s for s in stacks if s.count == primary)
     if len(fitting) > 1:  # a vision tower, or layers that predict further tokens, of the same number
-        fitting = tuple(s for s in fitting if not _OTHER_TOWER.search(s.prefix.lower()))
+        fitting = tuple(s for s in fitting if not re.search(_OTHER_TOWER, s.prefix.lower()))
     if config.get("is_encoder_decoder"):
         fitting = ()
     main = fitting[0] if len(fitting) == 1 else None
@@ -147,21 +143,21 @@ def is_pre(name: str, *, before_layers: bool, other_tower: bool, last_norm: bool
         return False
     if other_tower:
         return True
-    if last_norm and _NORM.search(lower):
+    if last_norm and re.search(_NORM, lower):
         return False
-    if _PRE.search(lower):
+    if re.search(_PRE, lower):
         return True
     return not is_post(name) and before_layers
 
 
 def is_head(name: str) -> bool:
     """Whether a name is one of a head of a language model, or of what predicts further tokens."""
-    return bool(_HEAD.search(name.lower()))
+    return bool(re.search(_HEAD, name.lower()))
 
 
 def is_post(name: str) -> bool:
     """Whether a name is one of a norm, a head or a classifier."""
-    return bool(_POST.search(name.lower()))
+    return bool(re.search(_POST, name.lower()))
 
 
 def counting(config: Mapping[str, Any], stack: Stack) -> list[tuple[str, ...]]:
@@ -183,9 +179,9 @@ def counting(config: Mapping[str, Any], stack: Stack) -> list[tuple[str, ...]]:
 def is_last_norm(name: str) -> bool | None:
     """Whether a tensor outside the layers is surely the last norm; None for a norm that is named after embeddings."""
     lower = name.lower()
-    if _NORM.search(lower):
+    if re.search(_NORM, lower):
         return None
-    return bool(re.search(r"(^|\.)(\w*norm\w*|ln_f|ln_out)(\.|$)", lower)) and not _PRE.search(lower)
+    return bool(re.search(r"(^|\.)(\w*norm\w*|ln_f|ln_out)(\.|$)", lower)) and not re.search(_PRE, lower)
 
 
 def roots(structure: Structure) -> dict[str, str]:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import yaml
 
-_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
-_INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]+")
-_MARKUP = re.compile(r"([\\`*_{}\[\]()#+.!|<>&~$:=-])")
-_TICKS = re.compile(r"`+")
+_ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}"
+_INVISIBLE = "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]+"
+_MARKUP = r"([\\`*_{}\[\]()#+.!|<>&~$:=-])"
+_TICKS = r"`+"
 
 
 def card(name: str, method: str, formula: str, paper: str, models: Sequence[tuple[str, bool]], recipe: str) -> str:
@@ -31,7 +31,7 @@ def card(name: str, method: str, formula: str, paper: str, models: Sequence[tupl
     ids: list[str] = []
     shown: list[str] = []
     for model, on_hub in models:
-        if on_hub and _ID.fullmatch(model):
+        if on_hub and re.fullmatch(_ID, model):
             ids.append(model)
             shown.append(f"[{model}](https://huggingface.co/{model})")
         else:
@@ -58,7 +58,7 @@ def adapter_card(name: str, base: str, model: str, holds: str) -> str:
         holds: what is in it.
     """
     front: dict[str, object] = {"library_name": "peft", "tags": ["mergekit", "peft", "fastmerge"]}
-    if _ID.fullmatch(base):
+    if re.fullmatch(_ID, base):
         front = {"base_model": base, **front}
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {_text(name)}\n\n"
@@ -69,12 +69,12 @@ def adapter_card(name: str, base: str, model: str, holds: str) -> str:
 
 def _line(text: str) -> str:
     """Text without line breaks and characters that cannot be seen."""
-    return _INVISIBLE.sub(" ", text).strip() or "model"
+    return re.sub(_INVISIBLE, " ", text).strip() or "model"
 
 
 def _text(text: str) -> str:
     """One line in which nothing is markup; letters, digits and what no markup knows stay as they are."""
-    return _MARKUP.sub(r"\\\1", _line(text)).replace(r"\-", "-").replace(r"\.", ".").replace(r"\_", "_")
+    return re.sub(_MARKUP, r"\\\1", _line(text)).replace(r"\-", "-").replace(r"\.", ".").replace(r"\_", "_")
 
 
 def _code(text: str) -> str:
@@ -93,4 +93,4 @@ def _block(text: str, language: str) -> str:
 
 
 def _longest(text: str) -> int:
-    return max(map(len, _TICKS.findall(text)), default=0)
+    return max(map(len, re.findall(_TICKS, text)), default=0)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint
     from fastmerge.recipe import ModelRef, Recipe
 
-_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([\w.-]+)/")
+_CACHED = r"models--([\w.-]+?)--([\w.-]+)/snapshots/([\w.-]+)/"
 
 
 class Names:
@@ -46,7 +46,7 @@ class Names:
     def _named(self, ref: ModelRef, checkpoint: Checkpoint) -> ModelRef:
         if checkpoint.alike is not None:
             return ref  # a stage, by the name of its document
-        cached = _CACHED.search(f"{checkpoint.path}/")
+        cached = re.search(_CACHED, f"{checkpoint.path}/")
         if cached is None:
             named = replace(ref, path=self._last(ref.path, checkpoint.path), revision=None)
         else:

@@ -7,10 +7,10 @@ times as long as the merge of a small model.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
+from fastmerge import start
 from fastmerge.adapters.mergekit import check_version, install
 from fastmerge.errors import FastMergeError, printable
 
@@ -47,9 +47,7 @@ def _fast(words: Sequence[str]) -> str | None:
         return "its command line has more than a merge"
     if parsed.options.quiet or parsed.options.verbosity:
         logging.getLogger("fastmerge").setLevel(logging.ERROR if parsed.options.quiet else logging.INFO)
-    # As the command line does: no plugins of pydantic, no threads of BLAS that nothing calls.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    start.quickly()
     from fastmerge.adapters.mergekit.merges import attempt
 
     return attempt(parsed.config, parsed.out, parsed.options)
