@@ -24,7 +24,8 @@ ROOMS = [
     {"backends"},
     {"runtime"},
     {"api"},
-    {"commands", "adapters"},
+    {"commands"},
+    {"adapters"},
     {"cli"},
     {"__main__"},
 ]
