@@ -156,7 +156,7 @@ def _take(bring: Bring, source: Source, dtype: DType, width: int, rows: npt.NDAr
         if wide is not raw:
             _widen(raw[: n * source.dtype.size], source.dtype, wide[:n])
         origin = wide.ctypes.data + (start[at:end] - first) * size
-        _native.move_rows(np.stack([origin, to[at:end], length[at:end] * size], axis=1))
+        _native.move_some(np.stack([origin, to[at:end], length[at:end] * size], axis=1), 0, 0)
         at = end
 
 
