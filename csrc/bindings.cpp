@@ -347,15 +347,6 @@ py::tuple transfer(const py::array& table, int64_t row, int64_t done) {
   return py::make_tuple(row, done, error);
 }
 
-void move(const py::array& table) {
-  const int64_t* t = data<int64_t>(table, "table", {-1, 3});
-  const int64_t rows = table.shape(0);
-  for (int64_t i = 0; i < rows; ++i)
-    if (t[3 * i + 2] < 0) fail_at(i, "nbytes must not be negative");
-  py::gil_scoped_release release;
-  move_rows(t, rows);
-}
-
 py::array_t<int64_t> resident(const py::array& table) {
   const int64_t* t = data<int64_t>(table, "table", {-1, 4});
   py::array_t<int64_t> flags(table.shape(0));
@@ -414,7 +405,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("read_some", transfer<read_some, 4>, arg("table"), arg("row"), arg("done"));
   m.def("write_some", transfer<write_some, 4>, arg("table"), arg("row"), arg("done"));
   m.def("copy_some", transfer<copy_some, 5>, arg("table"), arg("row"), arg("done"));
-  m.def("move_rows", move, arg("table"));
+  m.def("move_some", transfer<move_some, 3>, arg("table"), arg("row"), arg("done"));
   m.def("resident", resident, arg("table"));
   m.def("read_past", transfer<read_past, 5>, arg("table"), arg("row"), arg("done"));
   m.def("header_rows", read_rows, arg("raw"), arg("data_start"), arg("file"), arg("row"), arg("kind"));

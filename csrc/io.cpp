@@ -56,17 +56,18 @@ int copy_some(const int64_t* table, int64_t rows, int64_t& row, int64_t& done) {
 #endif
 }
 
-void move_rows(const int64_t* table, int64_t rows) {
+int move_some(const int64_t* table, int64_t rows, int64_t& row, int64_t& done) {
   // Rows of 512 to 2048 bytes to random places: 1.2 to 1.5 times as fast as without looking ahead.
   constexpr int64_t kAhead = 4, kLine = 64;
-  for (int64_t i = 0; i < rows; ++i) {
-    if (i + kAhead < rows) {
-      const int64_t* next = table + 3 * (i + kAhead);
-      for (int64_t at = 0; at < next[2]; at += kLine) __builtin_prefetch(reinterpret_cast<char*>(next[1]) + at, 1);
+  return walk(table, rows, 3, row, done, [&](const int64_t* r, int64_t at) -> int64_t {
+    if (row + kAhead < rows) {
+      const int64_t* next = r + 3 * kAhead;
+      for (int64_t i = 0; i < next[2]; i += kLine) __builtin_prefetch(reinterpret_cast<char*>(next[1]) + i, 1);
     }
-    const int64_t* r = table + 3 * i;
-    std::memcpy(reinterpret_cast<void*>(r[1]), reinterpret_cast<const void*>(r[0]), static_cast<size_t>(r[2]));
-  }
+    std::memcpy(reinterpret_cast<char*>(r[1]) + at, reinterpret_cast<const char*>(r[0]) + at,
+                static_cast<size_t>(r[2] - at));
+    return r[2] - at;
+  });
 }
 
 }  // namespace fastmerge

@@ -277,9 +277,7 @@ class PlainFloat {
 int read_some(const int64_t* table, int64_t rows, int64_t& row, int64_t& done);
 int write_some(const int64_t* table, int64_t rows, int64_t& row, int64_t& done);
 int copy_some(const int64_t* table, int64_t rows, int64_t& row, int64_t& done);
-
-// Rows (source address, address, nbytes) that do not overlap: memory to memory.
-void move_rows(const int64_t* table, int64_t rows);
+int move_some(const int64_t* table, int64_t rows, int64_t& row, int64_t& done);
 
 // Past the page cache (past.cpp). Which rows (fd, offset, address, nbytes) are in the cache as a whole; and rows
 // (fd, offset, direct fd, address, nbytes), with the blocks around them, otherwise as read_some.

@@ -213,8 +213,8 @@ def write_some(table: _I64, row: int, done: int) -> tuple[int, int, int]:
 def copy_some(table: _I64, row: int, done: int) -> tuple[int, int, int]:
     """Copies rows (fd in, offset in, fd out, offset out, nbytes) in the kernel; otherwise as :func:`read_some`."""
 
-def move_rows(table: _I64) -> None:
-    """Copies rows (source address, address, nbytes) in memory; no two may overlap."""
+def move_some(table: _I64, row: int, done: int) -> tuple[int, int, int]:
+    """Copies rows (source address, address, nbytes) in memory; none overlap; otherwise as :func:`read_some`."""
 
 def resident(table: _I64) -> _I64:
     """For each row (fd, offset, address, nbytes) 1 where all of it is in the page cache or nobody can tell, else 0."""

@@ -26,7 +26,8 @@ ROOMS = [
     {"api"},
     {"search"},
     {"dna"},
-    {"commands", "adapters"},
+    {"commands"},
+    {"adapters"},
     {"cli"},
     {"__main__"},
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -49,26 +49,28 @@ class Elementwise(Method):
     """Methods that say in numpy what becomes of an element; that is their definition and their program."""
 
     needs = ("elementwise",)
-    counts: ClassVar[bool] = False
-    """Whether :meth:`counted` is asked before."""
 
     @abstractmethod
     def merged(self, op: Op, xs: list[Array], counts: I64) -> Array:
         """The result of a block ``[n]`` of each input, base first; in the work type, before the rounding."""
 
     def counted(self, op: Op, xs: list[Array]) -> I64:
-        """Numbers of elements of a block, which add up over the tensor; none where a method does not count."""
+        """Numbers of elements of a block, which add up over the tensor; a method that has its own is asked before."""
         return np.zeros(0, np.int64)
+
+    @classmethod
+    def _count(cls) -> family.Count | None:
+        return count if cls.counted is not Elementwise.counted else None
 
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """Block by block."""
-        return family.reference(op, inputs, merge, count if self.counts else None)
+        return family.reference(op, inputs, merge, self._count())
 
     @classmethod
     def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
         """The same on host memory, without torch."""
-        return family.ElementwiseProgram(ops, kernels, merge, count if cls.counts else None)
+        return family.ElementwiseProgram(ops, kernels, merge, cls._count())
 
     def grain(self, spec: Spec) -> Grain:
         """An element; what is counted is counted in the tensor."""
-        return "tensor" if self.counts else "element"
+        return "tensor" if self._count() else "element"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -77,8 +77,6 @@ class RamPlusTensorLocal(Ram):
     paper = "https://arxiv.org/abs/2601.13572"
     contract = Contract("required")
     cases = ({}, {"r": 0.5, "alpha": 3.0, "epsilon": 2e-3, "models": 4})
-
-    counts: ClassVar[bool] = True
 
     r: float = shared("how much sharing enlarges", 0.1)
     alpha: float = shared("largest ratio of shared to unshared changes", 0.2, low=0.0)

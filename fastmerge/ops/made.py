@@ -166,7 +166,7 @@ def _move(rows: npt.NDArray[np.int64]) -> None:
         for start, to, nbytes in rows.tolist():
             ctypes.memmove(to, start, nbytes)
         return
-    _native.move_rows(rows)
+    _native.move_some(rows, 0, 0)
 
 
 def brought(bring: Bring, source: Source, e0: int, n: int, dtype: DType) -> npt.NDArray[np.uint8]:

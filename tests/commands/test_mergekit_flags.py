@@ -112,7 +112,15 @@ def test_devices(words, device):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("5B", "5GB"), ("250m", "250MB"), ("7K", "7kB"), ("5GB", "5GB"), ("512MiB", "512MiB"), ("9", "9")],
+    [
+        ("5B", "5GB"),
+        ("250m", "250MB"),
+        ("7K", "7kB"),
+        ("1.5B", "1.5GB"),
+        ("5GB", "5GB"),
+        ("512MiB", "512MiB"),
+        ("9", "9"),
+    ],
 )
 def test_shard_sizes_of_both_kinds(text, size):
     assert settings_of("--out-shard-size", text)[0].shard_size == size

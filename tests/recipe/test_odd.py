@@ -32,6 +32,10 @@ ODD = {
     ),
     "normalize at the top": (TIES + "normalize: false\n", ["normalize: ignored here: 'normalize' is a parameter"]),
     "density beside model": (TIES.replace("{model: b,", "{model: b, density: 1,"), ["models[1].density: ignored here"]),
+    "density above 1": (
+        TIES.replace("density: 0.5", "density: 1.5"),
+        ["models[0].parameters.density: 1.5 is taken for 1, as in mergekit: everything is kept"],
+    ),
     "dtype among the parameters": (
         TIES + "parameters: {dtype: float16, out_dtype: bfloat16}\n",
         ["parameters.dtype: ignored here: this key belongs to the recipe itself", "parameters.out_dtype: ignored here"],

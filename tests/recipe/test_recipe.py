@@ -41,7 +41,7 @@ base_model: a+lora+b
 dtype: bf16
 models:
   - model: x
-    parameters: {density: 1.5, wieght: 1}
+    parameters: {density: -1.5, wieght: 1}
   - model: x@1@2
     parameter: {weight: .nan}
 parameters:
@@ -66,7 +66,7 @@ seed: x
         "did you mean 'models'?",
         "expected one model[+adapter]",
         "did you mean 'bfloat16'?",
-        "expected a number in 0 .. 1; got 1.5",
+        "expected a number in 0 .. 1; got -1.5",
         "did you mean 'weight'?",
         "expected one path[@revision]",
         "did you mean 'parameters'?",

@@ -84,7 +84,7 @@ WRONG = [
     ),
     (LINEAR.replace("weight: 2", "weight: {fliter: x, value: 1}"), 4, "fliter: unknown key (did you mean 'filter'?)"),
     (LINEAR.replace("weight: 2", "weight: {value: {value: 1}}"), 4, "weight.value: expected a value"),
-    (TIES.replace("0.5", "1.5"), 5, "density: expected a number in 0 .. 1; got 1.5"),
+    (TIES.replace("0.5", "[1.5, 0.5]"), 5, "expected a number in 0 .. 1; got 1.5"),
     (TIES + "parameters: {ties: al}\n", 8, "expected one of index, all, spread; got 'al' (did you mean 'all'?)"),
     (TIES + "preset: papre\n", 8, "'ties' has no preset 'papre' (did you mean 'paper'?)"),
     (

@@ -58,7 +58,7 @@ def attempt(recipe: str | Mapping[str, Any], out: str, options: Any) -> str | No
     Args:
         recipe: a file, or the same as a mapping.
         out: the output directory.
-        options: mergekit's, or :class:`fastmerge.adapters.mergekit.options.Options`.
+        options: mergekit's, or those of :func:`fastmerge.adapters.mergekit.options.parse`.
 
     Returns:
         None where that is done; else why mergekit is to do it, and nothing was written.

@@ -41,7 +41,7 @@ class Flag(NamedTuple):
 def shard_size(_: click.Context, __: click.Parameter, text: str) -> str:
     """A size as mergekit writes it (``5B`` is 5 billion bytes), or as ``--shard-size`` takes it (``5GB``)."""
     unit = {"k": "kB", "m": "MB", "b": "GB"}.get(text[-1:].lower())
-    return text[:-1] + unit if unit and text[:-1].isdecimal() else text
+    return text[:-1] + unit if unit and text[:-1].replace(".", "", 1).isdecimal() else text
 
 
 FLAGS = (
@@ -131,16 +131,15 @@ def shared(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             return body(settings=_settings(ctx, name, mine), **values)
 
         command.__doc__ = body.__doc__
-        command.__click_params__ = getattr(body, "__click_params__", [])  # type: ignore[attr-defined]
-        decorated: Callable[..., Any] = command
-        for option in reversed([*map(_option, FLAGS, [name] * len(FLAGS)), *_own()]):
-            decorated = option(decorated)
-        return decorated
+        options = [*map(option, FLAGS, [name] * len(FLAGS)), *_own()]
+        command.__click_params__ = [*getattr(body, "__click_params__", []), *reversed(options)]  # type: ignore[attr-defined]
+        return command
 
     return decorate
 
 
-def _option(flag: Flag, name: str) -> Callable[[Any], Any]:
+def option(flag: Flag, name: str) -> click.Option:
+    """A flag as an option of one of the commands."""
     works = flag.fate == "works" and name in flag.commands
     says = flag.text if works else f"{'No effect' if flag.fate != 'refused' else 'Refused'}: {_why(flag, name)}."
     more: dict[str, Any] = {"count": True} if flag.type == "count" else {"type": flag.type}
@@ -148,7 +147,7 @@ def _option(flag: Flag, name: str) -> Callable[[Any], Any]:
         more = {"is_flag": True}
     if flag.field == "out_shard_size":
         more["callback"] = shard_size
-    return click.option(*flag.names, default=flag.default, help=says, **more)
+    return click.Option(flag.names, default=flag.default, help=says, **more)
 
 
 def _why(flag: Flag, name: str) -> str:
@@ -158,13 +157,13 @@ def _why(flag: Flag, name: str) -> str:
 _OWN = ("overwrite", "resume", "strict", "memory", "max_vram")
 
 
-def _own() -> list[Callable[[Any], Any]]:
+def _own() -> list[click.Option]:
     return [
-        click.option("--overwrite", is_flag=True, help="Replace an existing output, at the end and at once."),
-        click.option("--resume", is_flag=True, help="Continue an interrupted merge of the same recipe."),
-        click.option("--strict", is_flag=True, help="Refuse a recipe with keys or parameters that nothing reads."),
-        click.option("--memory", help="Budget for data in flight, e.g. 8GB.  [default: 8GB or half of what is free]"),
-        click.option("--max-vram", help="Budget for slots on each GPU.  [default: a third of what is free]"),
+        click.Option(["--overwrite"], is_flag=True, help="Replace an existing output, at the end and at once."),
+        click.Option(["--resume"], is_flag=True, help="Continue an interrupted merge of the same recipe."),
+        click.Option(["--strict"], is_flag=True, help="Refuse a recipe with keys or parameters that nothing reads."),
+        click.Option(["--memory"], help="Budget for data in flight, e.g. 8GB.  [default: 8GB or half of what is free]"),
+        click.Option(["--max-vram"], help="Budget for slots on each GPU.  [default: a third of what is free]"),
     ]
 
 
