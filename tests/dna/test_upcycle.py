@@ -330,6 +330,8 @@ def test_the_balancing_loss_is_that_of_transformers_and_counts_once(tmp_path):
     again = attach_moe_aux_loss(zoo.load(tmp_path / "out"))
     again(ids, attention_mask=mask)
     torch.testing.assert_close(again.get_moe_aux_loss(), mine)
+    attach_moe_aux_loss(again, 0.06)
+    torch.testing.assert_close(again.get_moe_aux_loss(), 2 * mine)
     with pytest.raises(ShapeError, match="expected a mixture of experts"):
         attach_moe_aux_loss(dense)
 
