@@ -19,12 +19,13 @@ if TYPE_CHECKING:
         plan_depth_growth,
         plan_depth_upscale,
     )
-    from fastmerge.dna.growth import GrowthMethod, ModelGrowthConfig
+    from fastmerge.dna.growth import GrowthMethod, Initialization, ModelGrowthConfig, NewUnits, WidthMode
     from fastmerge.dna.layers import LayerSelection, choose_layers, plan_layers
     from fastmerge.dna.parent import Parent
     from fastmerge.dna.pipeline import create_dna_transfer_pipeline
     from fastmerge.dna.results import Made
     from fastmerge.dna.upcycling import UpcyclingConfig, plan_upcycle, upcycle_dense_to_moe
+    from fastmerge.dna.upcycling.balance import attach_moe_aux_loss
     from fastmerge.dna.width import fresh_rms, grow_model_width, plan_width
     from fastmerge.search.evolutionary import EvolutionaryMergeConfig, MergeStrategy, evolutionary_merge
 
@@ -34,13 +35,17 @@ _LAZY = {
     "EvolutionaryMergeConfig": "search.evolutionary",
     "GrowthMethod": "dna.growth",
     "IDUSType": "dna.depth",
+    "Initialization": "dna.growth",
     "LayerSelection": "dna.layers",
     "Made": "dna.results",
     "MergeStrategy": "search.evolutionary",
     "ModelGrowthConfig": "dna.growth",
+    "NewUnits": "dna.growth",
     "Parent": "dna.parent",
     "SparsificationMethod": "api.deltas",
     "UpcyclingConfig": "dna.upcycling",
+    "WidthMode": "dna.growth",
+    "attach_moe_aux_loss": "dna.upcycling.balance",
     "choose_layers": "dna.layers",
     "create_dna_transfer_pipeline": "dna.pipeline",
     "depth_upscale": "dna.depth",
@@ -65,13 +70,17 @@ __all__ = [
     "EvolutionaryMergeConfig",
     "GrowthMethod",
     "IDUSType",
+    "Initialization",
     "LayerSelection",
     "Made",
     "MergeStrategy",
     "ModelGrowthConfig",
+    "NewUnits",
     "Parent",
     "SparsificationMethod",
     "UpcyclingConfig",
+    "WidthMode",
+    "attach_moe_aux_loss",
     "choose_layers",
     "create_dna_transfer_pipeline",
     "depth_upscale",

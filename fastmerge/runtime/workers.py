@@ -138,7 +138,8 @@ class Runner:
         t0 = time.perf_counter()
         if task.phase == "copy":
             self._store.copy(unit)
-            self.stats.add(write=time.perf_counter() - t0, bytes_written=sum(p[2] for p in unit.pieces), units=1)
+            written = sum(nbytes * len(self._ops[o].targets) for o, _, nbytes in unit.pieces)
+            self.stats.add(write=time.perf_counter() - t0, bytes_written=written, units=1)
             return
         fresh = self._store.reads(unit)
         host = self._store.load(job, unit, buffer, again=task.phase == "statistics")
@@ -157,7 +158,7 @@ class Runner:
             compute=t2 - t1,
             write=t3 - t2,
             bytes_read=elements * sum([d.size for d in host.dtypes]) if fresh else 0,
-            bytes_written=0 if statistics else elements * host.out_dtype.size,
+            bytes_written=0 if statistics else elements * host.outputs * host.out_dtype.size,
             units=1,
         )
 

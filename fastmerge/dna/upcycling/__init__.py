@@ -39,6 +39,8 @@ def upcycle_dense_to_moe(
         RecipeError, CheckpointError: as of :func:`plan_upcycle`, before anything is made.
         OutputError: weights are not finite, or the directory cannot be written.
     """
+    if out is not None:
+        options.setdefault("device", "cpu")  # writing is what takes the time, and GPUs have no kernel in the stream
     draft = plan_upcycle(Parent.open(dense_model, config=model_config), config)
     made = deliver(draft, dense_model, out, **options)
     if hasattr(made, "named_modules"):

@@ -24,7 +24,7 @@ def attach_moe_aux_loss(model: Any, weight: float | None = None) -> Any:
 
     Args:
         model: a module of transformers.
-        weight: coefficient; that of the configuration where absent.
+        weight: coefficient; that of the configuration where absent. A model that has the method gets this one.
 
     Returns:
         The model.
@@ -34,6 +34,10 @@ def attach_moe_aux_loss(model: Any, weight: float | None = None) -> Any:
     """
     if weight is None:
         weight = float(getattr(model.config, "router_aux_loss_coef", 0.0))
+    before = getattr(model, "get_moe_aux_loss", None)
+    if isinstance(before, _Balance):
+        before.weight = weight
+        return model
     routers = [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
     if not routers:
         raise ShapeError(f"{type(model).__name__}: expected a mixture of experts, got a model without routers")

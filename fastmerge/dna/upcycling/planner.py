@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from fastmerge.dna.draft import Draft, Request, Slot
 from fastmerge.dna.parent import Parent
 from fastmerge.dna.upcycling.options import UpcyclingConfig
 from fastmerge.dna.upcycling.router import Uniform
-from fastmerge.dna.upcycling.twins import Twin, config_of, twin_of
+from fastmerge.dna.upcycling.twins import Twin, config_of, problems_of, twin_of
 from fastmerge.dtypes import F32, FLOATS, DType
-from fastmerge.errors import RecipeError
+from fastmerge.errors import CheckpointError, RecipeError
 from fastmerge.keys import tensor_key
 from fastmerge.methods.passthrough import COPY, Passthrough
 from fastmerge.methods.redraw import Redraw
@@ -70,17 +71,18 @@ class _Upcycling:
     def draft(self) -> Draft:
         """Everything."""
         config, twin, dense = self.config, self.twin, self.dense
-        problems = [*self._problems(), *self._types()]
-        if problems:
-            raise RecipeError(problems)
-        shared = self.shared
+        asked, model = [*self._problems(), *self._types()], problems_of(twin, dense)
+        if model:
+            raise CheckpointError([*model, *asked])
+        if asked:
+            raise RecipeError(asked)
         out = config_of(
             twin,
             dense,
             experts=config.num_experts,
             active=config.num_experts_per_token,
             width=self.width,
-            shared_width=0 if shared == "none" else dense.sizes["ffn"],
+            shared_width=0 if self.shared == "none" else dense.sizes["ffn"],
             dense_layers=[i for i in range(dense.layers) if i not in self.sparse],
             scaling=self.factors[3],
             balance=config.auxiliary_loss_weight,
@@ -108,7 +110,7 @@ class _Upcycling:
 
     # ---- what it comes to ------------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def sparse(self) -> list[int]:
         """Layers that get experts."""
         return self.config.chosen(self.dense.layers)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from fastmerge.dna.anatomy import Anatomy, Architecture
 from fastmerge.dna.architectures import ARCHITECTURES
-from fastmerge.errors import CheckpointError, RecipeError, hint
+from fastmerge.errors import RecipeError, hint
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def config_of(
 
     Args:
         twin: the type of mixture.
-        dense: the model that it stands for; its configuration is not changed.
+        dense: the model that it stands for, without :func:`problems_of`; its configuration is not changed.
         experts: how many there are.
         active: how many of them a token passes.
         width: inner size of each.
@@ -246,13 +246,7 @@ def config_of(
         scaling: of the sum of experts, where the router is a sigmoid.
         balance: coefficient of the auxiliary loss.
         jitter: multiplicative noise of the router's input in training (Mixtral).
-
-    Raises:
-        CheckpointError: the model has what a twin cannot have.
     """
-    problems = problems_of(twin, dense)
-    if problems:
-        raise CheckpointError(problems)
     roles = {place.part.role for place in dense.places.values()}
     kind = str(dense.config["model_type"])
     made = {**DEFAULTS[kind], **copy.deepcopy(dict(dense.config))}
