@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastmerge.dna.comparison import Comparison, compare
     from fastmerge.dna.depth import (
         DepthUpscaleConfig,
         IDUSType,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fastmerge.dna.parent import Parent
 
 _LAZY = {
+    "Comparison": "comparison",
     "DepthUpscaleConfig": "depth",
     "GrowthMethod": "growth",
     "IDUSType": "depth",
@@ -27,6 +29,7 @@ _LAZY = {
     "ModelGrowthConfig": "growth",
     "Parent": "parent",
     "choose_layers": "layers",
+    "compare": "comparison",
     "depth_upscale": "depth",
     "get_idus_layer_arrangement": "depth",
     "grow_model_depth": "depth",
@@ -36,6 +39,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Comparison",
     "DepthUpscaleConfig",
     "GrowthMethod",
     "IDUSType",
@@ -43,6 +47,7 @@ __all__ = [
     "ModelGrowthConfig",
     "Parent",
     "choose_layers",
+    "compare",
     "depth_upscale",
     "get_idus_layer_arrangement",
     "grow_model_depth",
