@@ -258,6 +258,42 @@ def test_wrong_kinds_of_layers_fail_the_gate(tmp_path):
     assert zoo.difference(model, zoo.load(tmp_path / "grown")) > 1e-3
 
 
+CONCISE = {
+    "gemma2": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    "gemma3_text": {"sliding_window_pattern": 2},
+    "smollm3": {"no_rope_layer_interval": 2},
+}
+"""Configurations as older files have them: the kinds of layers follow from their places, or from a period."""
+
+
+def concise_unlike(kind, path):
+    """How far growth is from exact where config.json has no list of layers."""
+    zoo.saved(kind, path / "model", num_hidden_layers=3)
+    file = path / "model" / "config.json"
+    config = {**json.loads(file.read_text()), **CONCISE[kind]}
+    for key in ("layer_types", "no_rope_layers", "_sliding_window_pattern"):
+        config.pop(key, None)
+    file.write_text(json.dumps(config))
+    model = zoo.load(path / "model")
+    grow_model_depth(path / "model", ModelGrowthConfig(insertion_positions=[0, 1]), out=path / "grown")
+    new = zoo.load(path / "grown")
+    if getattr(model.config, "layer_types", None):
+        assert new.config.layer_types == [model.config.layer_types[i] for i in (0, 0, 1, 1, 2)]
+    return zoo.difference(model, new)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "qwen2"])
+def test_kinds_of_layers_that_follow_from_their_places_are_kept(tmp_path, kind):
+    assert concise_unlike(kind, tmp_path) == 0
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("kind", ["gemma3_text", "smollm3"])
+def test_kinds_of_layers_that_follow_from_a_period_are_kept(tmp_path, kind):
+    assert concise_unlike(kind, tmp_path) == 0
+
+
 def test_noise_is_that_of_its_seed_and_goes_to_copies_alone(tmp_path):
     zoo.saved("qwen2", tmp_path / "model", dtype=torch.bfloat16)
     parent = Parent.open(tmp_path / "model")
