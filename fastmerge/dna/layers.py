@@ -15,7 +15,6 @@ from fastmerge.dtypes import FLOATS
 from fastmerge.errors import CheckpointError, RecipeError
 from fastmerge.methods.replicate import Replicate
 from fastmerge.ops.made import Constant
-from fastmerge.ops.replicate import MOST_SIGMA
 from fastmerge.planning.restack import SourceLayer, restack
 
 _OUTPUTS = frozenset({"o", "down", "shared_down"})
@@ -49,12 +48,6 @@ class Noise(NamedTuple):
 
     std: float = 0.0
     relative: bool = True
-
-    def problems(self, key: str, mode_key: str = "noise_mode") -> list[str]:
-        """What is wrong with it, as options of these names."""
-        if isinstance(self.std, int | float) and 0 <= self.std <= MOST_SIGMA:
-            return []
-        return [f"{key}: expected a number from 0 to 2**100 ({mode_key}), got {self.std!r:.80}"]
 
 
 class LayerSelection(Enum):

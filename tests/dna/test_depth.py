@@ -20,6 +20,7 @@ from fastmerge.dna import (
     plan_depth_growth,
     plan_depth_upscale,
 )
+from fastmerge.dna.depth import InsertionMethod
 from fastmerge.dna.results import Made, plan, state_dict, write
 from fastmerge.errors import CheckpointError, RecipeError
 from tests.dna import zoo
@@ -179,7 +180,7 @@ def layers_of(n, **settings):
         (3, {"insertion_method": "stack"}, [0, 1, 2, 0, 1, 2]),
         (4, {"insertion_method": "stack", "scale_factor": 2.5}, [0, 1, 2, 3, 0, 1, 2, 3, 2, 3]),
         (6, {"insertion_method": "idus_original", "idus_overlap_start": 2}, [0, 1, 2, 3, 2, 3, 4, 5]),
-        (6, {"insertion_method": IDUSType.ORIGINAL, "target_layers": 9}, [0, 1, 2, 3, 4, 2, 3, 4, 5]),
+        (6, {"insertion_method": InsertionMethod.IDUS_ORIGINAL, "target_layers": 9}, [0, 1, 2, 3, 4, 2, 3, 4, 5]),
         (6, {"insertion_method": "idus_interlocked_1", "idus_overlap_start": 2}, [0, 2, 1, 3, 2, 4, 3, 5]),
         (6, {"insertion_method": "idus_interlocked_8", "target_layers": 8}, [0, 1, 2, 3, 2, 3, 4, 5]),
         (3, {"arrangement": (2, 0)}, [2, 0]),
@@ -312,9 +313,12 @@ def test_noise_is_that_of_its_seed_and_goes_to_copies_alone(tmp_path):
             assert 0.05 < share < 0.2, name
     assert unlike(relative, made()) == []
     assert len(unlike(relative, made(seed=1))) == 3 * 12
+    weight = "model.layers.{}.mlp.down_proj.weight"
+    for noise, expected in ((0.001, 0.22), (0.01, 0.83)):
+        few = state_dict(plan_depth_upscale(parent, DepthUpscaleConfig(init_noise=noise)))
+        assert (few[weight.format(1)] != old[weight.format(0)]).float().mean() == pytest.approx(expected, abs=0.02)
     absolute = made(noise_mode="absolute")
-    name = "model.layers.1.mlp.down_proj.weight"
-    added = absolute[name].double() - old["model.layers.0.mlp.down_proj.weight"].double()
+    added = absolute[weight.format(1)].double() - old[weight.format(0)].double()
     assert 0.095 < added.square().mean().sqrt() < 0.105
 
 
@@ -356,13 +360,13 @@ def test_unchanged_tensors_are_copied_by_the_kernel(tmp_path):
     inside = [op.inputs[0].info.name for op in ops if ".layers." in op.name]
     assert sorted(inside) == sorted(2 * list(dict.fromkeys(inside)))
     code = (
-        "import sys; from fastmerge.dna import *\n"
+        "import sys, fastmerge.dna; print('numpy' in sys.modules)\nfrom fastmerge.dna import *\n"
         "depth_upscale(sys.argv[1], DepthUpscaleConfig(preserve_output=True), out=sys.argv[2])\n"
         "print({'torch', 'transformers'} & set(sys.modules))"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "out")]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
-    assert done.stdout == "set()\n"
+    assert done.stdout == "False\nset()\n"
     assert len(tensors_of(tmp_path / "out")) == 3 + 6 * 9
 
 
