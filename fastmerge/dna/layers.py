@@ -188,12 +188,13 @@ def relayered(
     inside: dict[int | None, list[tuple[str, Located]]] = {}
     for name, place in model.places.items():
         inside.setdefault(place.layer, []).append((name, place))
-    outside = inside.get(None, [])
+    outside, filled = inside.get(None, []), dict[str, float]()
     embeddings = [name for name, place in outside if place.part.role == "embed"]
     for name in embeddings:
         draft.copy(name, model.parent.tensors[name])
     for i, layer in enumerate(layers):
         silent = _silent(model, inside[layer.source]) if layer.silent else {}
+        filled |= {model.places[name].part.role: value for name, value in silent.items()}
         skip = len(f"{model.arch.layers}.{layer.source}.")
         for name, _ in inside[layer.source]:
             to = f"{model.arch.layers}.{i}.{name[skip:]}"
@@ -206,6 +207,8 @@ def relayered(
         marked = [i for i, layer in enumerate(layers) if getattr(layer, what)]
         if marked and (what == "silent" or noise.std):
             draft.facts[f"{what}_layers"] = marked
+    if filled:
+        draft.facts["silent_by"] = filled
     return draft
 
 

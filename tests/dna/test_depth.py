@@ -347,6 +347,7 @@ def test_a_report_says_what_became_of_the_layers(tmp_path):
     assert report["operation"] == "grow-depth"
     assert report["layers"] == [0, 1, 2, 2]
     assert report["silent_layers"] == report["noisy_layers"] == [3]
+    assert report["silent_by"] == {"o": 0, "down": 0}
     assert report["seed"] == 7
     assert report["options"]["method"] == "net2wider"
 
@@ -420,6 +421,19 @@ def test_wrong_growth_is_refused(settings, match):
     parent = Parent.open(zoo.model("llama"))
     with pytest.raises(RecipeError, match=match):
         plan_depth_growth(parent, ModelGrowthConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("kind", "filled"),
+    [
+        ("llama biased", {"o": 0, "o_bias": 0, "down": 0, "down_bias": 0}),
+        ("olmo2", {"attention_norm": 0, "output_norm": 0}),
+        ("gemma2", {"attention_norm": -1, "output_norm": -1}),
+    ],
+)
+def test_what_makes_a_layer_silent(kind, filled):
+    draft = plan_depth_growth(Parent.open(zoo.model(kind)), ModelGrowthConfig(num_new_layers=1))
+    assert draft.facts["silent_by"] == filled
 
 
 def test_kinds_of_layers_that_no_configuration_can_say_are_refused():
