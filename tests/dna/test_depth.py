@@ -295,6 +295,25 @@ def test_kinds_of_layers_that_follow_from_a_period_are_kept(tmp_path, kind):
     assert concise_unlike(kind, tmp_path) == 0
 
 
+@pytest.mark.conformance
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("qwen2_moe", {"mlp_only_layers": [1]}),
+        ("qwen3_moe", {"decoder_sparse_step": 2}),
+        ("dots1", {"first_k_dense_replace": 2}),
+    ],
+    ids=str,
+)
+def test_dense_layers_among_sparse_ones_are_kept(kind, settings):
+    model = zoo.model(kind, **settings)
+    new = grow_model_depth(model, ModelGrowthConfig(insertion_positions=[0, 1]))
+    assert [hasattr(layer.mlp, "gate") for layer in new.model.layers] == [
+        hasattr(model.model.layers[i].mlp, "gate") for i in (0, 0, 1, 1, 2)
+    ]
+    assert zoo.difference(model, new) == 0
+
+
 def test_noise_is_that_of_its_seed_and_goes_to_copies_alone(tmp_path):
     zoo.saved("qwen2", tmp_path / "model", dtype=torch.bfloat16)
     parent = Parent.open(tmp_path / "model")
