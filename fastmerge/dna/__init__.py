@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastmerge.api.deltas import ConsensusMethod, SparsificationMethod, get_consensus_mask, sparsify_delta
+    from fastmerge.dna.comparison import Comparison, compare
     from fastmerge.dna.depth import (
         DepthUpscaleConfig,
         IDUSType,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from fastmerge.search.evolutionary import EvolutionaryMergeConfig, MergeStrategy, evolutionary_merge
 
 _LAZY = {
+    "Comparison": "dna.comparison",
     "ConsensusMethod": "api.deltas",
     "DepthUpscaleConfig": "dna.depth",
     "EvolutionaryMergeConfig": "search.evolutionary",
@@ -47,6 +49,7 @@ _LAZY = {
     "WidthMode": "dna.growth",
     "attach_moe_aux_loss": "dna.upcycling.balance",
     "choose_layers": "dna.layers",
+    "compare": "dna.comparison",
     "create_dna_transfer_pipeline": "dna.pipeline",
     "depth_upscale": "dna.depth",
     "evolutionary_merge": "search.evolutionary",
@@ -65,6 +68,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Comparison",
     "ConsensusMethod",
     "DepthUpscaleConfig",
     "EvolutionaryMergeConfig",
@@ -82,6 +86,7 @@ __all__ = [
     "WidthMode",
     "attach_moe_aux_loss",
     "choose_layers",
+    "compare",
     "create_dna_transfer_pipeline",
     "depth_upscale",
     "evolutionary_merge",

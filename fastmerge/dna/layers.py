@@ -15,7 +15,6 @@ from fastmerge.dtypes import FLOATS
 from fastmerge.errors import CheckpointError, RecipeError
 from fastmerge.methods.replicate import Replicate
 from fastmerge.ops.made import Constant
-from fastmerge.ops.replicate import MOST_SIGMA
 from fastmerge.planning.restack import SourceLayer, restack
 
 _OUTPUTS = frozenset({"o", "down", "shared_down"})
@@ -49,12 +48,6 @@ class Noise(NamedTuple):
 
     std: float = 0.0
     relative: bool = True
-
-    def problems(self, key: str, mode_key: str = "noise_mode") -> list[str]:
-        """What is wrong with it, as options of these names."""
-        if isinstance(self.std, int | float) and 0 <= self.std <= MOST_SIGMA:
-            return []
-        return [f"{key}: expected a number from 0 to 2**100 ({mode_key}), got {self.std!r:.80}"]
 
 
 class LayerSelection(Enum):
@@ -195,12 +188,13 @@ def relayered(
     inside: dict[int | None, list[tuple[str, Located]]] = {}
     for name, place in model.places.items():
         inside.setdefault(place.layer, []).append((name, place))
-    outside = inside.get(None, [])
+    outside, filled = inside.get(None, []), dict[str, float]()
     embeddings = [name for name, place in outside if place.part.role == "embed"]
     for name in embeddings:
         draft.copy(name, model.parent.tensors[name])
     for i, layer in enumerate(layers):
         silent = _silent(model, inside[layer.source]) if layer.silent else {}
+        filled |= {model.places[name].part.role: value for name, value in silent.items()}
         skip = len(f"{model.arch.layers}.{layer.source}.")
         for name, _ in inside[layer.source]:
             to = f"{model.arch.layers}.{i}.{name[skip:]}"
@@ -213,6 +207,8 @@ def relayered(
         marked = [i for i, layer in enumerate(layers) if getattr(layer, what)]
         if marked and (what == "silent" or noise.std):
             draft.facts[f"{what}_layers"] = marked
+    if filled:
+        draft.facts["silent_by"] = filled
     return draft
 
 

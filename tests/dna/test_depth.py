@@ -20,6 +20,7 @@ from fastmerge.dna import (
     plan_depth_growth,
     plan_depth_upscale,
 )
+from fastmerge.dna.depth import InsertionMethod
 from fastmerge.dna.results import Made, plan, state_dict, write
 from fastmerge.errors import CheckpointError, RecipeError
 from tests.dna import zoo
@@ -179,7 +180,7 @@ def layers_of(n, **settings):
         (3, {"insertion_method": "stack"}, [0, 1, 2, 0, 1, 2]),
         (4, {"insertion_method": "stack", "scale_factor": 2.5}, [0, 1, 2, 3, 0, 1, 2, 3, 2, 3]),
         (6, {"insertion_method": "idus_original", "idus_overlap_start": 2}, [0, 1, 2, 3, 2, 3, 4, 5]),
-        (6, {"insertion_method": IDUSType.ORIGINAL, "target_layers": 9}, [0, 1, 2, 3, 4, 2, 3, 4, 5]),
+        (6, {"insertion_method": InsertionMethod.IDUS_ORIGINAL, "target_layers": 9}, [0, 1, 2, 3, 4, 2, 3, 4, 5]),
         (6, {"insertion_method": "idus_interlocked_1", "idus_overlap_start": 2}, [0, 2, 1, 3, 2, 4, 3, 5]),
         (6, {"insertion_method": "idus_interlocked_8", "target_layers": 8}, [0, 1, 2, 3, 2, 3, 4, 5]),
         (3, {"arrangement": (2, 0)}, [2, 0]),
@@ -258,6 +259,61 @@ def test_wrong_kinds_of_layers_fail_the_gate(tmp_path):
     assert zoo.difference(model, zoo.load(tmp_path / "grown")) > 1e-3
 
 
+CONCISE = {
+    "gemma2": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    "gemma3_text": {"sliding_window_pattern": 2},
+    "smollm3": {"no_rope_layer_interval": 2},
+}
+"""Configurations as older files have them: the kinds of layers follow from their places, or from a period."""
+
+
+def concise_unlike(kind, path):
+    """How far growth is from exact where config.json has no list of layers."""
+    zoo.saved(kind, path / "model", num_hidden_layers=3)
+    file = path / "model" / "config.json"
+    config = {**json.loads(file.read_text()), **CONCISE[kind]}
+    for key in ("layer_types", "no_rope_layers", "_sliding_window_pattern"):
+        config.pop(key, None)
+    file.write_text(json.dumps(config))
+    model = zoo.load(path / "model")
+    grow_model_depth(path / "model", ModelGrowthConfig(insertion_positions=[0, 1]), out=path / "grown")
+    new = zoo.load(path / "grown")
+    if getattr(model.config, "layer_types", None):
+        assert new.config.layer_types == [model.config.layer_types[i] for i in (0, 0, 1, 1, 2)]
+    return zoo.difference(model, new)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "qwen2"])
+def test_kinds_of_layers_that_follow_from_their_places_are_kept(tmp_path, kind):
+    assert concise_unlike(kind, tmp_path) == 0
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("kind", ["gemma3_text", "smollm3"])
+def test_kinds_of_layers_that_follow_from_a_period_are_kept(tmp_path, kind):
+    assert concise_unlike(kind, tmp_path) == 0
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("qwen2_moe", {"mlp_only_layers": [1]}),
+        ("qwen3_moe", {"decoder_sparse_step": 2}),
+        ("dots1", {"first_k_dense_replace": 2}),
+    ],
+    ids=str,
+)
+def test_dense_layers_among_sparse_ones_are_kept(kind, settings):
+    model = zoo.model(kind, **settings)
+    new = grow_model_depth(model, ModelGrowthConfig(insertion_positions=[0, 1]))
+    assert [hasattr(layer.mlp, "gate") for layer in new.model.layers] == [
+        hasattr(model.model.layers[i].mlp, "gate") for i in (0, 0, 1, 1, 2)
+    ]
+    assert zoo.difference(model, new) == 0
+
+
 def test_noise_is_that_of_its_seed_and_goes_to_copies_alone(tmp_path):
     zoo.saved("qwen2", tmp_path / "model", dtype=torch.bfloat16)
     parent = Parent.open(tmp_path / "model")
@@ -276,9 +332,12 @@ def test_noise_is_that_of_its_seed_and_goes_to_copies_alone(tmp_path):
             assert 0.05 < share < 0.2, name
     assert unlike(relative, made()) == []
     assert len(unlike(relative, made(seed=1))) == 3 * 12
+    weight = "model.layers.{}.mlp.down_proj.weight"
+    for noise, expected in ((0.001, 0.22), (0.01, 0.83)):
+        few = state_dict(plan_depth_upscale(parent, DepthUpscaleConfig(init_noise=noise)))
+        assert (few[weight.format(1)] != old[weight.format(0)]).float().mean() == pytest.approx(expected, abs=0.02)
     absolute = made(noise_mode="absolute")
-    name = "model.layers.1.mlp.down_proj.weight"
-    added = absolute[name].double() - old["model.layers.0.mlp.down_proj.weight"].double()
+    added = absolute[weight.format(1)].double() - old[weight.format(0)].double()
     assert 0.095 < added.square().mean().sqrt() < 0.105
 
 
@@ -307,6 +366,7 @@ def test_a_report_says_what_became_of_the_layers(tmp_path):
     assert report["operation"] == "grow-depth"
     assert report["layers"] == [0, 1, 2, 2]
     assert report["silent_layers"] == report["noisy_layers"] == [3]
+    assert report["silent_by"] == {"o": 0, "down": 0}
     assert report["seed"] == 7
     assert report["options"]["method"] == "net2wider"
 
@@ -320,13 +380,13 @@ def test_unchanged_tensors_are_copied_by_the_kernel(tmp_path):
     inside = [op.inputs[0].info.name for op in ops if ".layers." in op.name]
     assert sorted(inside) == sorted(2 * list(dict.fromkeys(inside)))
     code = (
-        "import sys; from fastmerge.dna import *\n"
+        "import sys, fastmerge.dna; print('numpy' in sys.modules)\nfrom fastmerge.dna import *\n"
         "depth_upscale(sys.argv[1], DepthUpscaleConfig(preserve_output=True), out=sys.argv[2])\n"
         "print({'torch', 'transformers'} & set(sys.modules))"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "out")]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
-    assert done.stdout == "set()\n"
+    assert done.stdout == "False\nset()\n"
     assert len(tensors_of(tmp_path / "out")) == 3 + 6 * 9
 
 
@@ -380,6 +440,19 @@ def test_wrong_growth_is_refused(settings, match):
     parent = Parent.open(zoo.model("llama"))
     with pytest.raises(RecipeError, match=match):
         plan_depth_growth(parent, ModelGrowthConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("kind", "filled"),
+    [
+        ("llama biased", {"o": 0, "o_bias": 0, "down": 0, "down_bias": 0}),
+        ("olmo2", {"attention_norm": 0, "output_norm": 0}),
+        ("gemma2", {"attention_norm": -1, "output_norm": -1}),
+    ],
+)
+def test_what_makes_a_layer_silent(kind, filled):
+    draft = plan_depth_growth(Parent.open(zoo.model(kind)), ModelGrowthConfig(num_new_layers=1))
+    assert draft.facts["silent_by"] == filled
 
 
 def test_kinds_of_layers_that_no_configuration_can_say_are_refused():
