@@ -22,6 +22,7 @@ _U64: TypeAlias = npt.NDArray[np.uint64]
 _F32: TypeAlias = npt.NDArray[np.float32]
 _F64: TypeAlias = npt.NDArray[np.float64]
 _Keys: TypeAlias = npt.NDArray[Any]
+_Floats: TypeAlias = npt.NDArray[Any]
 
 def combine(
     table: _I64,
@@ -187,6 +188,9 @@ def cuda_error(status: int) -> str:
 
 def philox_u16(key: int, model: int, op: int, e0: int, n: int) -> _U16:
     """The 16 random bits of the elements e0 .. e0 + n."""
+
+def peel(x: _Floats, replica: _Floats, drawn: npt.NDArray[np.int8], share: float, code: int) -> None:
+    """A replica of each x [n], fp32 (fp64 for code 0), of which the rest stays: :mod:`fastmerge.ops.replicas`."""
 
 def philox4x32(counter: _U32, key: _U32) -> _U32:
     """One block of Philox4x32-10: counter [4], key [2] -> [4]."""
