@@ -27,7 +27,7 @@ class Parent:
         tensors: where each tensor is, by its name on disk. Of tensors that are one (a tied head) there is the first.
         tied: names that are another tensor, with the name of that.
         checkpoint: where it is on disk; None in memory.
-        kept: what must live as long as the sources.
+        kept: its tensors in memory, which live as long as the sources.
     """
 
     ref: str
@@ -35,7 +35,7 @@ class Parent:
     tensors: Mapping[str, Source] = field(repr=False)
     tied: Mapping[str, str] = field(default_factory=dict, repr=False)
     checkpoint: Checkpoint | None = field(default=None, repr=False)
-    kept: object = field(default=None, repr=False)
+    kept: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, model: Any, *, config: Mapping[str, Any] | None = None, at: int = 0) -> Parent:
@@ -64,7 +64,7 @@ class Parent:
             given = getattr(model, "config", None)
             if config is None and hasattr(given, "to_dict"):
                 config = _config_of(model)
-            state = _as_on_disk(model)
+            state = on_disk(model, dict(model.state_dict()))
             ref = type(model).__name__
         elif isinstance(model, Mapping):
             state, ref = dict(model), "the state dictionary"
@@ -83,7 +83,7 @@ class Parent:
 
         tensors: dict[str, Source] = {}
         tied: dict[str, str] = {}
-        kept: list[torch.Tensor] = []
+        kept: dict[str, torch.Tensor] = {}
         owners: dict[tuple[object, ...], str] = {}
         for name, tensor in state.items():
             if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
@@ -97,9 +97,13 @@ class Parent:
                 tied[name] = owner
                 continue
             here = tensor.detach().to("cpu").contiguous()
-            kept.append(here)
+            kept[name] = here
             tensors[name] = Memory(here.data_ptr(), dtype, tuple(here.shape))
         return cls(ref, config, tensors, tied, kept=kept)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors of a model in memory, those that are another one left out."""
+        return dict(self.kept)
 
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """The model on disk, if it is one."""
@@ -123,9 +127,8 @@ def _config_of(model: Any) -> dict[str, Any]:
     return found
 
 
-def _as_on_disk(model: Any) -> dict[str, torch.Tensor]:
-    """The state dictionary with the names that ``save_pretrained`` writes; transformers 5 fuses experts in memory."""
-    state = dict(model.state_dict())
+def on_disk(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a module by the names that ``save_pretrained`` writes; transformers 5 fuses experts in memory."""
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:
