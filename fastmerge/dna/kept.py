@@ -114,6 +114,7 @@ def sizes(
             f"target_num_heads: expected a multiple of the key and value heads, at most {share} for each, got "
             f"{found_heads} for {found_kv}"
         )
+    problems += _fitting(anatomy, found_hidden, found_heads)
     found_experts = _experts(anatomy, experts, problems)
     found_inner = {}
     for axis, most in before.inner.items():
@@ -142,6 +143,27 @@ _KEYS = {
     "expert_ffn": "target_moe_intermediate_size",
     "shared_ffn": "target_shared_intermediate_size",
 }
+
+
+def _fitting(anatomy: Anatomy, hidden: int, heads: int) -> list[str]:
+    """What transformers refuses of a hidden size and a number of heads."""
+    if (hidden, heads) == (anatomy.sizes["hidden"], anatomy.sizes["heads"]):
+        return []
+    kind, head = anatomy.arch.model_type, anatomy.sizes["head_dim"]
+    if kind in _MULTIPLE and hidden % heads:
+        what = f"a multiple of the {heads} heads, which {kind} of transformers asks for"
+        return [f"target_hidden_size: expected {what}, got {hidden} (target_num_heads sets the heads)"]
+    if kind in _SQUARE and hidden != heads * head:
+        what = f"{heads * head}, the length of the norms of queries and keys of {heads} heads, which {kind} has so long"
+        return [f"target_hidden_size: expected {what}, got {hidden} (target_num_heads sets the heads)"]
+    return []
+
+
+_MULTIPLE = frozenset({"llama", "gemma2", "gemma3_text"})
+"""Types whose configurations transformers 5 refuses where the hidden size is no multiple of the heads."""
+
+_SQUARE = frozenset({"olmoe"})
+"""Types whose norms over all heads transformers makes as long as the hidden size."""
 
 
 def _experts(anatomy: Anatomy, given: int | None, problems: list[str]) -> int:

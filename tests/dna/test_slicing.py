@@ -97,11 +97,14 @@ def check_zeros(kind):
     whole = {INNER[axis]: n for axis, n in sizes.inner.items()}  # experts are looked at elsewhere
     inner = whole if found.arch.experts else {"target_intermediate_size": 48}
     heads = {"target_num_heads": 2, "target_kv_heads": 2}
-    for options in (
+    wanted = [
         {"target_hidden_size": 24, **whole},
         {"target_kv_heads": 1, **inner},
         {"target_hidden_size": 20, **heads, **inner},
-    ):
+    ]
+    if kind == "olmoe":  # has norms that are as long as the hidden size
+        wanted = [{"target_hidden_size": 16, **heads, **whole}]
+    for options in wanted:
         draft = drafted(made, **options)
         reference, small = zeroed(zoo.model(kind), draft.facts["kept"]), module(draft)
         assert zoo.difference(reference, small) < TIGHT
@@ -264,6 +267,10 @@ def test_wrong_requests_are_refused_all_at_once(tmp_path):
     refused("target_hidden_size: expected 1 to 32, the model's hidden size, got 33", target_hidden_size=33)
     refused("target_layers: expected 2 or more with preserve_first_last, got 1", target_layers=1)
     refused("target_num_heads: expected a multiple of 2, the query heads of a group, got 3", target_num_heads=3)
+    refused("expected a multiple of the 4 heads, which llama of transformers asks for, got 30", target_hidden_size=30)
+    refused(
+        "expected 32, the length of the norms of queries and keys of 4 heads", zoo.model("olmoe"), target_hidden_size=24
+    )
     refused("at most 2 for each, got 4 for 1", target_num_heads=4, target_kv_heads=1)
     refused("target_experts: llama has no experts, got 2", target_experts=2)
     refused("target_moe_intermediate_size: no layer of llama has such an MLP", target_moe_intermediate_size=8)
