@@ -16,26 +16,33 @@ if TYPE_CHECKING:
         plan_depth_growth,
         plan_depth_upscale,
     )
+    from fastmerge.dna.family import create_model_family
     from fastmerge.dna.growth import GrowthMethod, ModelGrowthConfig
     from fastmerge.dna.layers import LayerSelection, choose_layers, plan_layers
     from fastmerge.dna.parent import Parent
+    from fastmerge.dna.slicing import ImportanceMetric, ModelSlicingConfig, Refit, slice_model
 
 _LAZY = {
     "Comparison": "comparison",
     "DepthUpscaleConfig": "depth",
     "GrowthMethod": "growth",
     "IDUSType": "depth",
+    "ImportanceMetric": "slicing",
     "LayerSelection": "layers",
     "ModelGrowthConfig": "growth",
+    "ModelSlicingConfig": "slicing",
     "Parent": "parent",
+    "Refit": "slicing",
     "choose_layers": "layers",
     "compare": "comparison",
+    "create_model_family": "family",
     "depth_upscale": "depth",
     "get_idus_layer_arrangement": "depth",
     "grow_model_depth": "depth",
     "plan_depth_growth": "depth",
     "plan_depth_upscale": "depth",
     "plan_layers": "layers",
+    "slice_model": "slicing",
 }
 
 __all__ = [
@@ -43,17 +50,22 @@ __all__ = [
     "DepthUpscaleConfig",
     "GrowthMethod",
     "IDUSType",
+    "ImportanceMetric",
     "LayerSelection",
     "ModelGrowthConfig",
+    "ModelSlicingConfig",
     "Parent",
+    "Refit",
     "choose_layers",
     "compare",
+    "create_model_family",
     "depth_upscale",
     "get_idus_layer_arrangement",
     "grow_model_depth",
     "plan_depth_growth",
     "plan_depth_upscale",
     "plan_layers",
+    "slice_model",
 ]
 
 
