@@ -20,11 +20,13 @@ if TYPE_CHECKING:
         plan_depth_growth,
         plan_depth_upscale,
     )
+    from fastmerge.dna.family import create_model_family
     from fastmerge.dna.growth import GrowthMethod, Initialization, ModelGrowthConfig, NewUnits, WidthMode
     from fastmerge.dna.layers import LayerSelection, choose_layers, plan_layers
     from fastmerge.dna.parent import Parent
     from fastmerge.dna.pipeline import create_dna_transfer_pipeline
     from fastmerge.dna.results import Made
+    from fastmerge.dna.slicing import ImportanceMetric, ModelSlicingConfig, Refit, slice_model
     from fastmerge.dna.upcycling import UpcyclingConfig, plan_upcycle, upcycle_dense_to_moe
     from fastmerge.dna.upcycling.balance import attach_moe_aux_loss
     from fastmerge.dna.width import fresh_rms, grow_model_width, plan_width
@@ -37,13 +39,16 @@ _LAZY = {
     "EvolutionaryMergeConfig": "search.evolutionary",
     "GrowthMethod": "dna.growth",
     "IDUSType": "dna.depth",
+    "ImportanceMetric": "dna.slicing",
     "Initialization": "dna.growth",
     "LayerSelection": "dna.layers",
     "Made": "dna.results",
     "MergeStrategy": "search.evolutionary",
     "ModelGrowthConfig": "dna.growth",
+    "ModelSlicingConfig": "dna.slicing",
     "NewUnits": "dna.growth",
     "Parent": "dna.parent",
+    "Refit": "dna.slicing",
     "SparsificationMethod": "api.deltas",
     "UpcyclingConfig": "dna.upcycling",
     "WidthMode": "dna.growth",
@@ -51,6 +56,7 @@ _LAZY = {
     "choose_layers": "dna.layers",
     "compare": "dna.comparison",
     "create_dna_transfer_pipeline": "dna.pipeline",
+    "create_model_family": "dna.family",
     "depth_upscale": "dna.depth",
     "evolutionary_merge": "search.evolutionary",
     "fresh_rms": "dna.width",
@@ -63,6 +69,7 @@ _LAZY = {
     "plan_layers": "dna.layers",
     "plan_upcycle": "dna.upcycling",
     "plan_width": "dna.width",
+    "slice_model": "dna.slicing",
     "sparsify_delta": "api.deltas",
     "upcycle_dense_to_moe": "dna.upcycling",
 }
@@ -74,13 +81,16 @@ __all__ = [
     "EvolutionaryMergeConfig",
     "GrowthMethod",
     "IDUSType",
+    "ImportanceMetric",
     "Initialization",
     "LayerSelection",
     "Made",
     "MergeStrategy",
     "ModelGrowthConfig",
+    "ModelSlicingConfig",
     "NewUnits",
     "Parent",
+    "Refit",
     "SparsificationMethod",
     "UpcyclingConfig",
     "WidthMode",
@@ -88,6 +98,7 @@ __all__ = [
     "choose_layers",
     "compare",
     "create_dna_transfer_pipeline",
+    "create_model_family",
     "depth_upscale",
     "evolutionary_merge",
     "fresh_rms",
@@ -100,6 +111,7 @@ __all__ = [
     "plan_layers",
     "plan_upcycle",
     "plan_width",
+    "slice_model",
     "sparsify_delta",
     "upcycle_dense_to_moe",
 ]

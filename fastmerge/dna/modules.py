@@ -11,6 +11,8 @@ from fastmerge.errors import BackendUnavailable, CheckpointError
 if TYPE_CHECKING:
     import torch
 
+    from fastmerge.dna.parent import Parent
+
 
 def build(config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> torch.nn.Module:
     """The module that ``from_pretrained`` would give for the same files.
@@ -23,27 +25,50 @@ def build(config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> torch
         CheckpointError: tensors are missing, unexpected, or of other shapes than the configuration says.
         BackendUnavailable: transformers is not installed, or does not know the architecture.
     """
+    cls = _class(config)
+    settings = cls.config_class.from_dict(dict(config))
+    dtype = max((t.dtype for t in state.values() if t.is_floating_point()), key=[t.dtype for t in state.values()].count)
+    return _loaded(cls, None, config=settings, state_dict=dict(state), dtype=dtype)
+
+
+def opened(parent: Parent) -> torch.nn.Module:
+    """A module of a model, in evaluation mode; it is read from where it is.
+
+    Raises:
+        CheckpointError: its tensors are not those that transformers expects.
+        BackendUnavailable: transformers is not installed, or does not know the architecture.
+    """
+    if parent.checkpoint is not None:
+        return _loaded(_class(parent.config), parent.checkpoint.path, dtype="auto")
+    return build(parent.config, parent.state_dict())
+
+
+def _class(config: Mapping[str, Any]) -> Any:
+    """The class of transformers that a configuration names."""
     try:
         import transformers
     except ImportError:
         raise BackendUnavailable("a module needs transformers: pip install transformers") from None
     names = config.get("architectures") or [None]
-    cls: Any = getattr(transformers, str(names[0]), None)
+    cls = getattr(transformers, str(names[0]), None)
     if cls is None:
         raise BackendUnavailable(f"transformers {transformers.__version__} has no class {names[0]!r}")
-    settings = cls.config_class.from_dict(dict(config))
-    dtype = max((t.dtype for t in state.values() if t.is_floating_point()), key=[t.dtype for t in state.values()].count)
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+    return cls
+
+
+def _loaded(cls: Any, path: Any, **how: Any) -> Any:
+    """``from_pretrained`` without a progress bar, and complete."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        model, said = cls.from_pretrained(
-            None, config=settings, state_dict=dict(state), dtype=dtype, output_loading_info=True
-        )
+        model, said = cls.from_pretrained(path, output_loading_info=True, **how)
     finally:
         if shown:
-            transformers.utils.logging.enable_progress_bar()
+            logging.enable_progress_bar()
     problems = [f"{what}: {listing(sorted(map(str, said[what])))}" for what in said if said[what]]
     if problems:
-        raise CheckpointError([f"the made tensors are not those of {names[0]}: {p}" for p in problems])
+        raise CheckpointError([f"the tensors are not those of {cls.__name__}: {p}" for p in problems])
     model.eval()
     return model

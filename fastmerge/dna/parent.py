@@ -64,7 +64,7 @@ class Parent:
             given = getattr(model, "config", None)
             if config is None and hasattr(given, "to_dict"):
                 config = config_of(model)
-            state = _as_on_disk(model)
+            state = on_disk(model, dict(model.state_dict()))
             ref = type(model).__name__
         elif isinstance(model, Mapping):
             state, ref = dict(model), "the state dictionary"
@@ -102,6 +102,10 @@ class Parent:
             tensors[name] = Memory(here.data_ptr(), dtype, tuple(here.shape))
         return cls(ref, config, tensors, tied, kept=kept)
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors of a model in memory, those that are another one left out."""
+        return dict(self.kept)
+
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """The model on disk, if it is one."""
         return () if self.checkpoint is None else (self.checkpoint,)
@@ -124,9 +128,8 @@ def config_of(model: Any) -> dict[str, Any]:
     return found
 
 
-def _as_on_disk(model: Any) -> dict[str, torch.Tensor]:
-    """The state dictionary with the names that ``save_pretrained`` writes; transformers 5 fuses experts in memory."""
-    state = dict(model.state_dict())
+def on_disk(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a module by the names that ``save_pretrained`` writes; transformers 5 fuses experts in memory."""
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:

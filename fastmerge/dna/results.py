@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.checkpoint import Checkpoint, Layout, Place, layout
 from fastmerge.dna.draft import Draft
-from fastmerge.dna.parent import checkpoints
+from fastmerge.dna.parent import Parent, checkpoints
 from fastmerge.errors import CheckpointError
 from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op, Target
@@ -167,11 +167,8 @@ def deliver(draft: Draft, given: Any, out: str | os.PathLike[str] | None = None,
     Raises:
         CheckpointError: ``out`` is there for a model in memory, or is not for one on disk.
     """
-    on_disk = draft.parents[0].checkpoint is not None
-    if on_disk != (out is not None):
-        where = "out: the directory to write" if on_disk else "no out: a model in memory gives one in memory"
-        raise CheckpointError(f"{draft.parents[0].ref}: expected {where}")
-    for text in draft.warnings if not on_disk else ():
+    check_out(draft.parents[0], out)
+    for text in draft.warnings if out is None else ():
         log.warning("%s", text)
     if out is not None:
         return write(draft, out, **options)
@@ -179,6 +176,18 @@ def deliver(draft: Draft, given: Any, out: str | os.PathLike[str] | None = None,
         return Made(state_dict(draft, **options), draft.config)
     device = next((p.device for p in given.parameters()), None)
     return module(draft, **options).to(device)
+
+
+def check_out(parent: Parent, out: str | os.PathLike[str] | None) -> None:
+    """Holds that there is a directory to write for a model on disk, and for that alone.
+
+    Raises:
+        CheckpointError: it is the other way round.
+    """
+    on_disk = parent.checkpoint is not None
+    if on_disk != (out is not None):
+        where = "out: the directory to write" if on_disk else "no out: a model in memory gives one in memory"
+        raise CheckpointError(f"{parent.ref}: expected {where}")
 
 
 def _placed(draft: Draft, place: Callable[[str, int, Op], Target]) -> Sequence[Op]:
