@@ -264,6 +264,7 @@ for _place, _commands in {
     "mergekit.commands": {
         "mergekit-yaml": "Merge a recipe, with mergekit's flags.",
         "mergekit-multi": "Merge recipes that use each other's results.",
+        "mergekit-moe": "Merge dense models into a mixture of experts.",
         "mergekit-pytorch": "Merge files of tensors, name by name.",
         "mergekit-extract-lora": "Extract a LoRA adapter from a fine-tune.",
     },
