@@ -272,6 +272,10 @@ for _place, _commands in {
         "upcycle": "Make a mixture of experts of a dense model.",
         "depth-upscale": "Make a deeper model by repeating layers.",
         "grow": "Make a wider or deeper model that computes the same.",
+        "slice": "Make a smaller model of parts of one.",
+        "family": "Make models of several sizes of one.",
+        "experts": "Make mixtures larger, smaller, or one of several.",
+        "compare": "Run two models, and say whether they compute the same.",
     },
 }.items():
     for _name, _text in _commands.items():

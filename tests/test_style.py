@@ -15,7 +15,7 @@ PACKAGE = ROOT / "fastmerge"
 
 ROOMS = [
     {"errors", "dtypes", "version", "start"},
-    {"tensors", "keys", "philox"},
+    {"tensors", "keys", "philox", "choices"},
     {"sizes"},
     {"ops", "checkpoint"},
     {"methods"},

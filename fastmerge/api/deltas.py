@@ -7,10 +7,11 @@ they run on, so that selection is exact and random masks are the same on every m
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fastmerge.api.tensors import merge_tensors
-from fastmerge.errors import RecipeError, ShapeError, hint
+from fastmerge.choices import chosen
+from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.tensors import check
 
 if TYPE_CHECKING:
@@ -42,23 +43,6 @@ _METHODS = {
     SparsificationMethod.MAGNITUDE_OUTLIERS: "breadcrumbs",
     SparsificationMethod.DELLA_MAGPRUNE: "della_linear",
 }
-
-Choice = TypeVar("Choice", bound=Enum)
-
-
-def choice(kind: type[Choice], given: Any, what: str) -> Choice:
-    """A member of an enumeration, given as such or by its value.
-
-    Raises:
-        RecipeError: there is no such member.
-    """
-    if isinstance(given, kind):
-        return given
-    known = {str(m.value): m for m in kind}
-    found = known.get(str(given).lower()) if isinstance(given, str) else None
-    if found is None:
-        raise RecipeError(f"{what}: expected one of {', '.join(known)}, got {given!r:.80}{hint(str(given), known)}")
-    return found
 
 
 def sparsify_delta(
@@ -102,7 +86,7 @@ def sparsify_delta(
     """
     import torch
 
-    how = choice(SparsificationMethod, method, "method")
+    how = chosen("method", SparsificationMethod, method)
     check("delta", delta)
     if isinstance(density, bool) or not isinstance(density, int | float) or not 0 <= density <= 1:
         raise RecipeError(f"density: expected a number from 0 to 1, got {density!r:.80}")
@@ -149,7 +133,7 @@ def get_consensus_mask(
     """
     import torch
 
-    how = choice(ConsensusMethod, method, "method")
+    how = chosen("method", ConsensusMethod, method)
     parts = list(deltas)
     if not parts:
         raise ShapeError("deltas: expected at least one, got none")

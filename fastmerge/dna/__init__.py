@@ -20,12 +20,12 @@ if TYPE_CHECKING:
         plan_depth_growth,
         plan_depth_upscale,
     )
-    from fastmerge.dna.family import create_model_family
+    from fastmerge.dna.family import create_model_family, draft_family
     from fastmerge.dna.growth import GrowthMethod, Initialization, ModelGrowthConfig, NewUnits, WidthMode
     from fastmerge.dna.layers import LayerSelection, choose_layers, plan_layers
     from fastmerge.dna.mixtures.dense import plan_moe_merge
     from fastmerge.dna.mixtures.document import Expert, MoEMergeConfig, TrunkConfig
-    from fastmerge.dna.mixtures.fewer import FewerExpertsConfig, fewer_experts, plan_fewer_experts
+    from fastmerge.dna.mixtures.fewer import FewerExpertsConfig, draft_fewer_experts, fewer_experts, plan_fewer_experts
     from fastmerge.dna.mixtures.join import JoinExpertsConfig, join_experts, plan_join_experts
     from fastmerge.dna.mixtures.moe import merge_to_moe
     from fastmerge.dna.mixtures.more import MoreExpertsConfig, more_experts, plan_more_experts
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fastmerge.dna.parent import Parent
     from fastmerge.dna.pipeline import create_dna_transfer_pipeline
     from fastmerge.dna.results import Made
-    from fastmerge.dna.slicing import ImportanceMetric, ModelSlicingConfig, Refit, slice_model
+    from fastmerge.dna.slicing import ImportanceMetric, ModelSlicingConfig, Refit, Study, draft_slice, slice_model
     from fastmerge.dna.upcycling import UpcyclingConfig, plan_upcycle, upcycle_dense_to_moe
     from fastmerge.dna.upcycling.balance import attach_moe_aux_loss
     from fastmerge.dna.width import fresh_rms, grow_model_width, plan_width
@@ -62,6 +62,7 @@ _LAZY = {
     "Parent": "dna.parent",
     "Refit": "dna.slicing",
     "SparsificationMethod": "api.deltas",
+    "Study": "dna.slicing",
     "TrunkConfig": "dna.mixtures.document",
     "UpcyclingConfig": "dna.upcycling",
     "WidthMode": "dna.growth",
@@ -71,6 +72,9 @@ _LAZY = {
     "create_dna_transfer_pipeline": "dna.pipeline",
     "create_model_family": "dna.family",
     "depth_upscale": "dna.depth",
+    "draft_family": "dna.family",
+    "draft_fewer_experts": "dna.mixtures.fewer",
+    "draft_slice": "dna.slicing",
     "evolutionary_merge": "search.evolutionary",
     "fewer_experts": "dna.mixtures.fewer",
     "fresh_rms": "dna.width",
@@ -119,6 +123,7 @@ __all__ = [
     "Parent",
     "Refit",
     "SparsificationMethod",
+    "Study",
     "TrunkConfig",
     "UpcyclingConfig",
     "WidthMode",
@@ -128,6 +133,9 @@ __all__ = [
     "create_dna_transfer_pipeline",
     "create_model_family",
     "depth_upscale",
+    "draft_family",
+    "draft_fewer_experts",
+    "draft_slice",
     "evolutionary_merge",
     "fewer_experts",
     "fresh_rms",

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
+from fastmerge.choices import chosen
 from fastmerge.dna.anatomy import Anatomy, anatomy
 from fastmerge.dna.architectures import ARCHITECTURES
 from fastmerge.dna.draft import Draft, Request
 from fastmerge.dna.growth import GrowthMethod, ModelGrowthConfig
 from fastmerge.dna.layers import Layer, Noise, checked, relayered
-from fastmerge.dna.options import chosen
 from fastmerge.dna.parent import Parent
 from fastmerge.dna.results import deliver
 from fastmerge.errors import RecipeError

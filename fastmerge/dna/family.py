@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastmerge.choices import chosen
 from fastmerge.dna.cutting import Mended, plan_slicing
 from fastmerge.dna.draft import Draft
 from fastmerge.dna.kept import Sizes, choose
 from fastmerge.dna.layers import LayerSelection
-from fastmerge.dna.options import chosen
 from fastmerge.dna.parent import Parent
 from fastmerge.dna.slicing import ModelSlicingConfig, Refit, Study, finish, request_of
 from fastmerge.errors import OutputError, RecipeError

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
+from fastmerge.choices import chosen
 from fastmerge.dna.anatomy import Anatomy, Located, anatomy
 from fastmerge.dna.draft import Draft, Request
-from fastmerge.dna.options import chosen
 from fastmerge.dna.parent import Parent
 from fastmerge.dtypes import FLOATS
 from fastmerge.errors import CheckpointError, RecipeError

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fastmerge.choices import chosen
 from fastmerge.errors import RecipeError, hint
 
 TYPES = ("upcycle", "depth_upscale", "grow", "slice", "family", "merge")
@@ -54,19 +55,18 @@ def create_dna_transfer_pipeline(
             raise RecipeError("sizes: expected pairs (layers, hidden size), got none")
         config = _config(dna.ModelSlicingConfig, settings)
         return dna.create_model_family(source_model, sizes, config=config, **options)
-    run: Callable[..., Any]
     if kind == "grow":
         config = _config(dna.ModelGrowthConfig, settings)
-        deeper = str(getattr(config.method, "value", config.method)).lower() == "net2deeper"
-        run = dna.grow_model_depth if deeper else dna.grow_model_width
-    else:
-        classes, run = {
-            "upcycle": (dna.UpcyclingConfig, dna.upcycle_dense_to_moe),
-            "depth_upscale": (dna.DepthUpscaleConfig, dna.depth_upscale),
-            "slice": (dna.ModelSlicingConfig, dna.slice_model),
-        }[kind]
-        config = _config(classes, settings)
-    return run(source_model, config, **options)
+        if chosen("method", dna.GrowthMethod, config.method) is dna.GrowthMethod.NET2DEEPER:
+            return dna.grow_model_depth(source_model, config, **options)
+        return dna.grow_model_width(source_model, config, **options)
+    kinds: dict[str, tuple[Any, Callable[..., Any]]] = {
+        "upcycle": (dna.UpcyclingConfig, dna.upcycle_dense_to_moe),
+        "depth_upscale": (dna.DepthUpscaleConfig, dna.depth_upscale),
+        "slice": (dna.ModelSlicingConfig, dna.slice_model),
+    }
+    configuration, run = kinds[kind]
+    return run(source_model, _config(configuration, settings), **options)
 
 
 def _config(kind: Any, settings: Mapping[str, Any]) -> Any:

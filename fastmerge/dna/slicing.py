@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastmerge.choices import chosen
 from fastmerge.dna import importance
 from fastmerge.dna.anatomy import Anatomy, anatomy
 from fastmerge.dna.cutting import Mended, check_rotation, plan_slicing
@@ -18,7 +19,6 @@ from fastmerge.dna.draft import Draft, Request
 from fastmerge.dna.importance import Scores
 from fastmerge.dna.kept import Kept, Sizes, choose, given_experts, sizes
 from fastmerge.dna.layers import LayerSelection
-from fastmerge.dna.options import chosen
 from fastmerge.dna.parent import Parent
 from fastmerge.dna.refit import DAMPING, Rotation, components, refit_down
 from fastmerge.errors import RecipeError

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from enum import Enum
 from typing import Any
 
+from fastmerge.choices import chosen
 from fastmerge.dna.anatomy import Anatomy, anatomy
 from fastmerge.dna.axes import Growth, channels, heads, units
 from fastmerge.dna.draft import Draft, Request
 from fastmerge.dna.growth import GrowthMethod, Initialization, ModelGrowthConfig, NewUnits, WidthMode
-from fastmerge.dna.options import chosen
 from fastmerge.dna.parent import Parent
 from fastmerge.dna.results import deliver
 from fastmerge.dna.widening import Widening

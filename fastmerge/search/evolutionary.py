@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.api.deltas import choice
 from fastmerge.api.tensors import merge_state_dicts
+from fastmerge.choices import chosen
 from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.planning.structure import Stack, structure
 from fastmerge.search.genetic import Genetic, Genome
@@ -95,7 +95,7 @@ def evolutionary_merge(
         ShapeError: the models differ, or have no such layers.
     """
     config = config or EvolutionaryMergeConfig()
-    how = choice(MergeStrategy, config.strategy, "strategy")
+    how = chosen("strategy", MergeStrategy, config.strategy)
     if len(models) < 2:
         raise RecipeError(f"models: expected two or more, got {len(models)}")
     if how is MergeStrategy.EVOLUTIONARY:

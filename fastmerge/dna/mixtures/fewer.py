@@ -241,6 +241,19 @@ def fewer_experts(
     Raises:
         FastMergeError: as of :func:`plan_fewer_experts`, and of writing.
     """
+    draft = draft_fewer_experts(model, config, scores=scores, calibration=calibration, model_config=model_config)
+    return results.deliver(draft, model, out, **options)
+
+
+def draft_fewer_experts(
+    model: Any,
+    config: FewerExpertsConfig,
+    *,
+    scores: Scores | None = None,
+    calibration: Iterable[Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+) -> Draft:
+    """What :func:`fewer_experts` makes, with all that it takes to find out which experts stay."""
     parent = Parent.open(model, config=model_config)
     found = mixture(parent)
     _check(config, found, found.sizes["experts"], active(found.config, parent.ref))
@@ -254,4 +267,4 @@ def fewer_experts(
     elif calibration is not None:
         raise RecipeError(f"calibration: has no effect with keep_by: {config.keep_by}")
     weighed = weigh(parent) if config.keep_by == "norm" or config.rest == "merge" else None
-    return results.deliver(plan_fewer_experts(parent, config, scores=scores, weighed=weighed), model, out, **options)
+    return plan_fewer_experts(parent, config, scores=scores, weighed=weighed)
