@@ -1,5 +1,6 @@
 """The examples of the README run as they stand."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ import fastmerge as fm
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
+SIZES = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES |= {"rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 128, "tie_word_embeddings": False}
 TEXT = (ROOT / "README.md").read_text()
 
 
@@ -31,6 +34,8 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     for name, source in (("base", "base"), ("math", "a"), ("code", "b")):
         shutil.copytree(paths[source], tmp_path / "models" / name)
+        config = tmp_path / "models" / name / "config.json"
+        config.write_text(json.dumps(SIZES | json.loads(config.read_text())))
     for seed, name in enumerate(("chat", "maths")):
         tiny.adapter(tmp_path / "adapters" / name, "model.layers.0.self_attn.q_proj", 64, 64, seed=seed)
     (tmp_path / "recipe.yml").write_text(blocks("yaml")[0])

@@ -71,12 +71,45 @@ def test_wrong_requests_write_nothing(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["upcycle", "depth-upscale", "grow"])
-def test_every_option_says_what_it_does(command):
+def test_slices_families_and_mixtures(model, tmp_path):
+    path, dense = model
+    tokens = tmp_path / "tokens.jsonl"
+    tokens.write_text("[3, 4, 5, 6]\n\n" + json.dumps({"input_ids": zoo.tokens(1, 20)[0].tolist()}))
+    sliced = ("slice", path, tmp_path / "small", "--target-layers", 2, "--target-intermediate-size", 40)
+    run(*sliced, "--calibration", tokens, "--quiet")
+    assert zoo.load(tmp_path / "small").config.intermediate_size == 40
+    run("family", path, tmp_path / "family", "--size", "3x32", "--size", "2x16", "--quiet")
+    assert zoo.difference(dense, zoo.load(tmp_path / "family" / "3L_32D")) == 0
+    assert zoo.load(tmp_path / "family" / "2L_16D").config.hidden_size == 16
+    moe = tmp_path / "moe"
+    run("upcycle", path, moe, "--num-experts", 4, "--quiet")
+    run("experts", "more", moe, tmp_path / "eight", "--quiet")
+    same = json.loads(run("compare", moe, tmp_path / "eight", "--json"))
+    assert same["same"] is True
+    run("experts", "fewer", moe, tmp_path / "two", "--num-experts", 2, "--rest", "merge", "--quiet")
+    assert "of the largest logit" in run("compare", moe, tmp_path / "two", "--calibration", tokens, code=1)
+    run("experts", "join", moe, tmp_path / "two", tmp_path / "six", "--quiet")
+    assert zoo.load(tmp_path / "six").config.num_local_experts == 6
+
+
+def test_wrong_sizes_and_tokens_are_said(model, tmp_path):
+    path, _ = model
+    tokens = tmp_path / "tokens.jsonl"
+    tokens.write_text('[3, 4]\n{"words": 3}\n[-1]\n')
+    text = run("slice", path, tmp_path / "out", "--target-layers", 2, "--calibration", tokens, code=2)
+    assert "line 2: expected token ids" in text
+    assert "line 3: expected token ids" in text
+    assert "expected LAYERSxHIDDEN" in run("family", path, tmp_path / "out", "--size", "3-32", code=2)
+    assert "expected --num-experts" in run("experts", "fewer", path, tmp_path / "out", code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_option_says_what_it_does():
     import click
 
-    from fastmerge.commands.dna.commands import ALL
+    from fastmerge.commands.dna.commands import ALL, experts
 
-    for option in ALL[command].params:
-        if isinstance(option, click.Option):
-            assert len(option.help or "") > 8, option.name
+    for command in (*ALL.values(), *experts.commands.values()):
+        for option in command.params:
+            if isinstance(option, click.Option) and not isinstance(option.type, click.Choice):
+                assert len(option.help or "") > 8, (command.name, option.name)
