@@ -41,7 +41,7 @@ class UpcyclingConfig:
         noise_mode: ``relative``: noise in units of the root mean square of the tensor; ``absolute``: as it is.
         first_clean: the first copy of the MLP gets no noise, and loses nothing.
         drop_ratio: share of each expert's inner units that are drawn anew, with the mean and the deviation of the
-            weights that they replace (Drop-Upcycling).
+            weights that they replace (Drop-Upcycling); the others get the noise.
         independent: draw other units for gate, up and down, as the paper's code does, which loses more of them.
         router_init: ``normal``, ``uniform`` or ``zero``.
         router_scale: half the width of the uniform distribution; 1 / sqrt(hidden size) where absent.
