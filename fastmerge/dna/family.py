@@ -34,9 +34,9 @@ def create_model_family(
     of the model's sizes a member is the model. With calibration data each gets corrections of its own.
 
     In a nested family every axis is put in the order of its ranks instead, and a member keeps the beginning of it: each
-    tensor is the beginning of that of a larger member, in all of its dimensions, so that members can share memory and
-    be trained together. (Where the architecture scales embeddings by the hidden size, they and the last norm differ by
-    a constant.) There is no refit, rotation or correction of norms then.
+    tensor (of a fused one each part) is the beginning of that of a larger member, in all of its dimensions, so that
+    members can share memory and be trained together. (Where the architecture scales embeddings by the hidden size, they
+    and the last norm differ by a constant.) There is no refit, rotation or correction of norms then.
 
     Args:
         base_model: a transformers module, a state dictionary, or a path or hub id.
@@ -99,7 +99,7 @@ def draft_family(
             of,
             wanted[name],
             scores,
-            selection=member.layer_selection,
+            selection=study.selection,
             preserve_first_last=member.preserve_first_last,
             ranked=ranked,
         )

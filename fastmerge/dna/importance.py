@@ -70,6 +70,17 @@ class Scores:
     experts: dict[int, Array] = field(default_factory=dict)
     energy: dict[str, Array] = field(default_factory=dict)
 
+    def check(self, ref: str) -> None:
+        """Refuses scores that rank nothing.
+
+        Raises:
+            CheckpointError: one is NaN or infinite.
+        """
+        inside = (self.inner, self.heads, self.groups, self.experts)
+        every = [x for x in (self.layers, self.hidden) if x is not None] + [x for by in inside for x in by.values()]
+        if not all(np.isfinite(x).all() for x in every):
+            raise CheckpointError(f"{ref}: {self.metric}: expected finite scores, got NaN or infinity")
+
 
 class Mlp(NamedTuple):
     """One MLP of a model: a dense one, an expert or a shared one.

@@ -234,3 +234,5 @@ def test_norms_make_up_for_what_is_left_out(llama):
         assert np.isclose(drafts[True].facts["norm_gains"][name], factor)
         close((with_[name] / without[name]).numpy(), torch.full((24,), factor))
     assert "norm_gains" not in drafts[False].facts
+    by_weights = ModelSlicingConfig(importance_metric="weight_norm", **options)
+    assert len(draft_slice(Study(Parent.open(llama), llama, by_weights), by_weights).facts["norm_gains"]) == 7

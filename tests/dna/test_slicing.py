@@ -288,6 +288,10 @@ def test_wrong_requests_are_refused_all_at_once(tmp_path):
     assert len(caught.value.problems) == 3
     sparse = zoo.model("gpt_oss")
     refused("expected 2 .num_experts_per_tok. to 4", sparse, target_experts=1)
+    refused("expert_scores: expected target_experts", sparse, target_intermediate_size=8, expert_scores={})
+    refused("refit: lstsq is for dense layers", sparse, refit="lstsq", target_layers=2, calibration_data=zoo.tokens())
+    refused("damping: expected a number from 0, got -1", target_layers=2, damping=-1)
+    refused("seed: expected a 64-bit", target_layers=2, seed=1 << 64)
     refused("expert_scores: layer 1: expected 4 finite numbers", sparse, target_experts=2, expert_scores={0: [1] * 4})
     zoo.saved("llama", tmp_path / "model")
     with pytest.raises(CheckpointError, match="expected out: the directory to write"):
