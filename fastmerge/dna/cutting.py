@@ -277,6 +277,7 @@ def _digest(values: npt.NDArray[Any]) -> str:
 def _config(anatomy: Anatomy, kept: Kept) -> tuple[dict[str, Any], list[str]]:
     """The configuration of the result, and warnings."""
     config, warnings = restacked(anatomy, kept.layers)
+    config["architectures"] = config.get("architectures") or [anatomy.arch.head]
     sizes, changed = kept.sizes, kept.sizes.changed(Sizes.of(anatomy))
     if "hidden" in changed:
         config["hidden_size"] = sizes.hidden

@@ -229,10 +229,12 @@ class Study:
     @property
     def module(self) -> Any:
         """The model as a module."""
-        if self._module is None:
+        if self._module is None and hasattr(self._given, "state_dict"):
+            self._module = self._given
+        elif self._module is None:
             from fastmerge.dna.modules import opened
 
-            self._module = self._given if hasattr(self._given, "state_dict") else opened(self.anatomy.parent)
+            self._module = opened(self.anatomy.parent, self.anatomy.arch.head)
         return self._module
 
     def scores(self) -> Scores:

@@ -90,7 +90,9 @@ def zeroed(model, kept):
     return model
 
 
-def check_zeros(kind):
+def slices_and_zeros(kind):
+    """How far slices are from models with zeros, and from the model."""
+    found_differences = []
     made = zoo.model(kind)
     found = anatomy(Parent.open(made))
     sizes = Sizes.of(found)
@@ -107,8 +109,8 @@ def check_zeros(kind):
     for options in wanted:
         draft = drafted(made, **options)
         reference, small = zeroed(zoo.model(kind), draft.facts["kept"]), module(draft)
-        assert zoo.difference(reference, small) < TIGHT
-        assert zoo.difference(made, small) > 100 * TIGHT
+        found_differences.append((zoo.difference(reference, small), zoo.difference(made, small)))
+    return np.array(found_differences).T
 
 
 INNER = {
@@ -120,13 +122,17 @@ INNER = {
 
 @pytest.mark.parametrize("kind", FEW)
 def test_a_slice_computes_what_zeros_compute(kind):
-    check_zeros(kind)
+    near, far = slices_and_zeros(kind)
+    assert near.max() < TIGHT
+    assert far.min() > 100 * TIGHT
 
 
 @pytest.mark.conformance
 @pytest.mark.parametrize("kind", ALL)
 def test_a_slice_computes_what_zeros_compute_everywhere(kind):
-    check_zeros(kind)
+    near, far = slices_and_zeros(kind)
+    assert near.max() < TIGHT
+    assert far.min() > 100 * TIGHT
 
 
 def indexed(state, kept):
@@ -235,7 +241,7 @@ def test_fewer_experts_of_their_own_names(tmp_path):
     assert {small.config[k] for k in ("num_experts", "num_local_experts") if k in small.config} == {2}
     loaded = zoo.load(tmp_path / "small")
     zoo.generated(loaded)
-    state, whole = Parent.open(loaded).state_dict(), parent.state_dict()
+    state, whole = Parent.open(loaded).kept, parent.kept
     for new, old in ((0, 1), (1, 3)):
         f = numbers(facts["kept"]["expert_ffn"][f"2.{old}"])
         there, here = (f"model.layers.2.mlp.experts.{e}." for e in (old, new))
