@@ -76,18 +76,29 @@ def measuring(model: Any) -> Iterator[None]:
 
 
 class _Tokens:
-    """Which tokens of the batch at hand count: all but padding."""
+    """The batch at hand: its shape, and which of its tokens count (all but padding)."""
 
+    shape: tuple[int, ...] = ()
     mask: torch.Tensor | None = None
 
+    def of(self, batch: Batch) -> None:
+        """Takes a batch."""
+        mask = batch.get("attention_mask")
+        self.shape = tuple(batch["input_ids"].shape)
+        self.mask = None if mask is None else mask.bool()
+
+    def _whole(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, T, n]`` in fp32; some modules get all tokens in a row."""
+        return x.detach().float().reshape(*self.shape, -1)
+
     def flat(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, T, n]`` as ``[tokens, n]`` in fp32."""
-        x = x.detach().float()
-        return x.reshape(-1, x.shape[-1]) if self.mask is None else x[self.mask]
+        """Tokens that count, ``[tokens, n]``."""
+        x = self._whole(x)
+        return x.flatten(0, 1) if self.mask is None else x[self.mask]
 
     def means(self, x: torch.Tensor) -> torch.Tensor:
         """Mean magnitude over the tokens of each sequence, ``[B, n]``."""
-        x = x.detach().float().abs()
+        x = self._whole(x).abs()
         if self.mask is None:
             return x.mean(dim=1)
         weight = self.mask[..., None].float()
@@ -108,8 +119,7 @@ def _run(model: Any, data: Sequence[Batch], tokens: _Tokens, looks: Mapping[str,
             handles += [module.register_forward_pre_hook(hook(f), with_kwargs=True) for f in functions]
         with measuring(model), torch.no_grad():
             for batch in moved(data, model):
-                mask = batch.get("attention_mask")
-                tokens.mask = None if mask is None else mask.bool()
+                tokens.of(batch)
                 model(**batch, use_cache=False)
     finally:
         for handle in handles:
@@ -121,12 +131,13 @@ def _module(name: str | None) -> str:
     return name.removesuffix(".weight")
 
 
-def _mlp_of(anatomy: Anatomy, layer: int) -> str:
-    """The module that is the MLP of a layer, dense or sparse."""
+def _mlp_of(anatomy: Anatomy, model: Any, layer: int) -> str:
+    """The module that is the MLP of a layer, dense or sparse; in memory Mixtral's has another name."""
     name = anatomy.find("router", layer) or anatomy.find("gate", layer) or anatomy.find("gate_up", layer)
     assert name is not None
     prefix = f"{anatomy.arch.layers}.{layer}."
-    return prefix + name.removeprefix(prefix).partition(".")[0]
+    found = name.removeprefix(prefix).partition(".")[0]
+    return prefix + (found if hasattr(model.get_submodule(prefix[:-1]), found) else "mlp")
 
 
 def _attention_of(anatomy: Anatomy, layer: int) -> str:
@@ -189,7 +200,7 @@ def measure(anatomy: Anatomy, model: Any, data: Sequence[Batch]) -> Scores:
     for layer in range(anatomy.layers):
         looks.setdefault(f"{anatomy.arch.layers}.{layer}", []).append(turn(layer))
         looks.setdefault(_attention_of(anatomy, layer), []).append(mean("hidden"))
-        looks.setdefault(_mlp_of(anatomy, layer), []).append(mean("hidden"))
+        looks.setdefault(_mlp_of(anatomy, model, layer), []).append(mean("hidden"))
         looks.setdefault(_module(anatomy.find("o", layer)), []).append(mean(f"heads {layer}"))
     looks.setdefault(_module(anatomy.find("final_norm")), []).append(turn(anatomy.layers))
     dense = {mlp.key: f"{mlp.prefix}down" for mlp in mlps(anatomy) if mlp.key[2] is None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Mapping
@@ -177,16 +178,23 @@ class _Cut:
         """A tensor in other coordinates of the residual stream, if there are some."""
         if self.mended.rotation is None or "hidden" not in part.axes:
             return source
-        basis = self.mended.rotation.basis[:, : self.kept.sizes.hidden]
         channel = part.axes.index("hidden")
         if part.side(channel) == "reads":
             norm = norm_before(self.anatomy, part.role, layer)
             assert norm is not None
             gain = self.anatomy.parent.tensors[norm]
-            return TurnedColumns(source, np.ascontiguousarray(basis), gain, self.anatomy.arch.plus_one)
-        if part.role == "embed":
-            return TurnedColumns(source, np.ascontiguousarray(basis))
-        return TurnedRows(source, np.ascontiguousarray(basis.T))
+            return TurnedColumns(source, self._basis, gain, self.anatomy.arch.plus_one)
+        return TurnedColumns(source, self._basis) if part.role == "embed" else TurnedRows(source, self._basis_rows)
+
+    @functools.cached_property
+    def _basis(self) -> Array:
+        """The coordinates that are kept, ``[D, D']``; all tensors share it."""
+        assert self.mended.rotation is not None
+        return np.ascontiguousarray(self.mended.rotation.basis[:, : self.kept.sizes.hidden])
+
+    @functools.cached_property
+    def _basis_rows(self) -> Array:
+        return np.ascontiguousarray(self._basis.T)
 
     def _norm(self, name: str, to: str, source: Source, part: Part, index: Index | None) -> None:
         """A norm: its gains cut, and corrected for what does not go into it any more."""
@@ -269,6 +277,7 @@ def _digest(values: npt.NDArray[Any]) -> str:
 def _config(anatomy: Anatomy, kept: Kept) -> tuple[dict[str, Any], list[str]]:
     """The configuration of the result, and warnings."""
     config, warnings = restacked(anatomy, kept.layers)
+    config["architectures"] = config.get("architectures") or [anatomy.arch.head]
     sizes, changed = kept.sizes, kept.sizes.changed(Sizes.of(anatomy))
     if "hidden" in changed:
         config["hidden_size"] = sizes.hidden

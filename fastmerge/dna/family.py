@@ -23,23 +23,26 @@ def create_model_family(
     sizes: Sequence[tuple[int, int]],
     *,
     config: ModelSlicingConfig | None = None,
-    nested: bool = True,
+    nested: bool = False,
     model_config: Mapping[str, Any] | None = None,
     out: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Models of several sizes out of one.
 
-    What counts is found once, for all of them. In a nested family every axis is put in the order of its ranks, and a
-    member keeps the beginning of it: each tensor of a member is the beginning of that of a larger one with the same
-    layer, in all of its dimensions. (Where the architecture scales embeddings by the hidden size, they and the last
-    norm differ by a constant.) Members that are not nested get corrections of their own.
+    What counts is found once, for all of them, so that smaller members keep a part of what larger ones keep; with all
+    of the model's sizes a member is the model. With calibration data each gets corrections of its own.
+
+    In a nested family every axis is put in the order of its ranks instead, and a member keeps the beginning of it: each
+    tensor (of a fused one each part) is the beginning of that of a larger member, in all of its dimensions, so that
+    members can share memory and be trained together. (Where the architecture scales embeddings by the hidden size, they
+    and the last norm differ by a constant.) There is no refit, rotation or correction of norms then.
 
     Args:
         base_model: a transformers module, a state dictionary, or a path or hub id.
         sizes: numbers of layers and hidden sizes; ``(16, 2048)`` becomes the member ``16L_2048D``.
         config: how to slice; its targets hold for all members but those of layers and hidden size, which are not given.
-        nested: whether members share their weights; there is no refit, rotation or correction of norms then.
+        nested: whether members share their weights.
         model_config: of a state dictionary: config.json as a mapping.
         out: directory that gets a directory for each member, for a model on disk.
         options: of :func:`fastmerge.dna.results.write`.
@@ -96,7 +99,7 @@ def draft_family(
             of,
             wanted[name],
             scores,
-            selection=member.layer_selection,
+            selection=study.selection,
             preserve_first_last=member.preserve_first_last,
             ranked=ranked,
         )

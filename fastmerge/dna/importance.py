@@ -30,7 +30,6 @@ from fastmerge.dna.parent import Parent
 from fastmerge.errors import CheckpointError
 from fastmerge.keys import tensor_key
 from fastmerge.ops.made import BLOCK, load
-from fastmerge.ops.row_lengths import squares
 from fastmerge.ops.sources import Bring
 from fastmerge.ops.spec import Source
 
@@ -70,6 +69,17 @@ class Scores:
     groups: dict[int, Array] = field(default_factory=dict)
     experts: dict[int, Array] = field(default_factory=dict)
     energy: dict[str, Array] = field(default_factory=dict)
+
+    def check(self, ref: str) -> None:
+        """Refuses scores that rank nothing.
+
+        Raises:
+            CheckpointError: one is NaN or infinite.
+        """
+        inside = (self.inner, self.heads, self.groups, self.experts)
+        every = [x for x in (self.layers, self.hidden) if x is not None] + [x for by in inside for x in by.values()]
+        if not all(np.isfinite(x).all() for x in every):
+            raise CheckpointError(f"{ref}: {self.metric}: expected finite scores, got NaN or infinity")
 
 
 class Mlp(NamedTuple):
@@ -134,7 +144,7 @@ def read(bring: Bring, source: Source) -> Array:
 
 
 def squared(bring: Bring, source: Source) -> Sums:
-    """Sums of squares in fp64, every sum in a fixed order; a panel of rows is in memory at a time."""
+    """Sums of squares in fp64; a panel of rows is in memory at a time, the same ones always."""
     *lead, height, width = source.shape
     experts = int(np.prod(lead, dtype=np.int64))
     rows, columns = np.zeros((experts, height)), np.zeros((experts, width))
@@ -142,11 +152,11 @@ def squared(bring: Bring, source: Source) -> Sums:
     for e in range(experts):
         for row in range(0, height, step):
             count = min(step, height - row)
-            panel = load(bring, source, (e * height + row) * width, count * width).reshape(count, width)
-            rows[e, row : row + count] = squares(panel)
-            panel = panel.astype(np.float64)
+            panel = load(bring, source, (e * height + row) * width, count * width).astype(np.float64)
             np.multiply(panel, panel, panel)
-            columns[e] = np.add.reduce(np.concatenate([columns[e : e + 1], panel]), axis=0)
+            panel = panel.reshape(count, width)
+            rows[e, row : row + count] = np.add.reduce(panel, axis=1)
+            columns[e] += np.add.reduce(panel, axis=0)
     return Sums(rows, columns)
 
 

@@ -31,16 +31,21 @@ def build(config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> torch
     return _loaded(cls, None, config=settings, state_dict=dict(state), dtype=dtype)
 
 
-def opened(parent: Parent) -> torch.nn.Module:
+def opened(parent: Parent, head: str) -> torch.nn.Module:
     """A module of a model, in evaluation mode; it is read from where it is.
+
+    Args:
+        parent: the model.
+        head: name of the class, where the configuration has none.
 
     Raises:
         CheckpointError: its tensors are not those that transformers expects.
         BackendUnavailable: transformers is not installed, or does not know the architecture.
     """
+    config = {**parent.config, "architectures": parent.config.get("architectures") or [head]}
     if parent.checkpoint is not None:
-        return _loaded(_class(parent.config), parent.checkpoint.path, dtype="auto")
-    return build(parent.config, parent.state_dict())
+        return _loaded(_class(config), parent.checkpoint.path, dtype="auto")
+    return build(config, parent.kept)
 
 
 def _class(config: Mapping[str, Any]) -> Any:

@@ -27,7 +27,7 @@ class Parent:
         tensors: where each tensor is, by its name on disk. Of tensors that are one (a tied head) there is the first.
         tied: names that are another tensor, with the name of that.
         checkpoint: where it is on disk; None in memory.
-        kept: of a model in memory the tensors that the sources are of, by name.
+        kept: tensors of a model in memory by their names on disk, which live as long as the sources.
     """
 
     ref: str
@@ -101,10 +101,6 @@ class Parent:
             kept[name] = here
             tensors[name] = Memory(here.data_ptr(), dtype, tuple(here.shape))
         return cls(ref, config, tensors, tied, kept=kept)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The tensors of a model in memory, those that are another one left out."""
-        return dict(self.kept)
 
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """The model on disk, if it is one."""

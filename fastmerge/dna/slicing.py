@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,11 @@ from fastmerge.dna.cutting import Mended, check_rotation, plan_slicing
 from fastmerge.dna.draft import Draft, Request
 from fastmerge.dna.importance import Scores
 from fastmerge.dna.kept import Kept, Sizes, choose, given_experts, sizes
-from fastmerge.dna.layers import LayerSelection
+from fastmerge.dna.layers import LayerSelection, choose_layers
 from fastmerge.dna.parent import Parent
 from fastmerge.dna.refit import DAMPING, Rotation, components, refit_down
 from fastmerge.errors import RecipeError
+from fastmerge.keys import checked_seed
 
 if TYPE_CHECKING:
     from fastmerge.dna.activations import Batch
@@ -113,7 +114,7 @@ class ModelSlicingConfig:
         targets = {f.name: getattr(self, f.name) for f in fields(self) if f.name.startswith("target_")}
         if all(t is None for t in targets.values()) and not self.rotate:
             raise RecipeError(f"nothing to slice: expected one of {', '.join(targets)}")
-        return sizes(
+        found = sizes(
             of,
             layers=self.target_layers,
             hidden=self.target_hidden_size,
@@ -126,6 +127,16 @@ class ModelSlicingConfig:
                 "shared_ffn": self.target_shared_intermediate_size,
             },
         )
+        if found.layers < of.layers:  # what is wrong with that is said before anything is scored
+            equal = [0.0] * of.layers
+            choose_layers(
+                of.layers,
+                found.layers,
+                self.layer_selection,
+                scores=equal,
+                preserve_first_last=self.preserve_first_last,
+            )
+        return found
 
 
 def slice_model(
@@ -166,6 +177,8 @@ class Study:
         anatomy: of the model.
         config: what is asked for.
         metric: that scores are found by.
+        refit: what makes up for neurons.
+        selection: of layers.
         data: calibration batches; empty for none.
     """
 
@@ -177,7 +190,8 @@ class Study:
         self._module: Any = None
         metric = chosen("importance_metric", ImportanceMetric, config.importance_metric)
         self.refit = chosen("refit", Refit, config.refit)
-        chosen("layer_selection", LayerSelection, config.layer_selection)
+        self.selection = chosen("layer_selection", LayerSelection, config.layer_selection)
+        checked_seed(config.seed)
         self.data: list[Batch] = []
         if config.calibration_data is not None:
             from fastmerge.dna.activations import batches
@@ -196,18 +210,31 @@ class Study:
             for key, value in wants.items()
             if value and not self.data
         ]
+        if not isinstance(config.damping, int | float) or not 0 <= config.damping < float("inf"):
+            problems.append(f"damping: expected a number from 0, got {config.damping!r:.80}")
+        if self.refit is Refit.LSTSQ and not self._dense(range(self.anatomy.layers)):
+            problems.append("refit: lstsq is for dense layers, of which there are none: expected none")
+        if config.expert_scores is not None and config.target_experts is None:
+            problems.append("expert_scores: expected target_experts with them, got none")
         if problems:
             raise RecipeError(problems)
+        self._experts = None if config.expert_scores is None else given_experts(self.anatomy, config.expert_scores)
         if config.rotate:
             check_rotation(self.anatomy)
+
+    def _dense(self, layers: Iterable[int]) -> list[int]:
+        """Layers that have no experts."""
+        return [i for i in layers if not self.anatomy.is_sparse(i)]
 
     @property
     def module(self) -> Any:
         """The model as a module."""
-        if self._module is None:
+        if self._module is None and hasattr(self._given, "state_dict"):
+            self._module = self._given
+        elif self._module is None:
             from fastmerge.dna.modules import opened
 
-            self._module = self._given if hasattr(self._given, "state_dict") else opened(self.anatomy.parent)
+            self._module = opened(self.anatomy.parent, self.anatomy.arch.head)
         return self._module
 
     def scores(self) -> Scores:
@@ -227,8 +254,13 @@ class Study:
                 scores.experts = rest.experts
         else:
             scores = importance.gradient_scores(of, self.module, self.data, self.metric.value)
-        if self.config.expert_scores is not None:
-            scores.experts = given_experts(of, self.config.expert_scores)
+        if self._experts is not None:
+            scores.experts = self._experts
+        scores.check(of.parent.ref)
+        if self.data and self.config.norm_correction and not scores.energy:
+            from fastmerge.dna.activations import measure
+
+            scores.energy = measure(of, self.module, self.data).energy
         if self.config.rotate:
             scores.hidden = None
         return scores
@@ -246,12 +278,8 @@ class Study:
     def fitted(self, kept: Kept) -> dict[int, Any]:
         """Weights of ``down_proj`` that are fitted to the neurons kept, of dense layers that lose some."""
         fits = self.refit is Refit.LSTSQ or (self.refit is Refit.AUTO and bool(self.data))
-        if not fits or "ffn" not in kept.sizes.changed(Sizes.of(self.anatomy)):
-            return {}
-        layers = [i for i in kept.layers if not self.anatomy.is_sparse(i)]
-        if not layers and self.refit is Refit.LSTSQ:
-            raise RecipeError("refit: lstsq: every layer is a mixture of experts: expected dense layers, or none")
-        if not layers:
+        layers = self._dense(kept.layers)
+        if not fits or not layers or "ffn" not in kept.sizes.changed(Sizes.of(self.anatomy)):
             return {}
         from fastmerge.dna.activations import grams
 
@@ -274,10 +302,9 @@ def draft_slice(study: Study, config: ModelSlicingConfig) -> Draft:
     of = study.anatomy
     wanted = config.sizes(of)
     changed = wanted.changed(Sizes.of(of))
-    selected = chosen("layer_selection", LayerSelection, config.layer_selection)
-    needed = changed - ({"layers"} if selected is not LayerSelection.IMPORTANCE else set())
-    scores = study.scores() if needed else Scores("none")
-    kept = choose(of, wanted, scores, selection=selected, preserve_first_last=config.preserve_first_last)
+    chosen_by_score = changed - ({"layers"} if study.selection is not LayerSelection.IMPORTANCE else set())
+    scores = study.scores() if chosen_by_score - ({"hidden"} if config.rotate else set()) else Scores("none")
+    kept = choose(of, wanted, scores, selection=study.selection, preserve_first_last=config.preserve_first_last)
     energy = scores.energy if config.norm_correction else {}
     mended = Mended(energy, study.fitted(kept), study.rotation())
     draft = plan_slicing(of, kept, request_of(of, config, wanted), mended)
@@ -291,7 +318,7 @@ def finish(draft: Draft, study: Study, scores: Scores, kept: Kept) -> None:
     draft.facts["metric"] = scores.metric
     if scores.layers is not None:
         draft.facts["layer_scores"] = [float(f"{s:.6g}") for s in scores.layers]
-    ranked = len(kept.layers) < study.anatomy.layers and "importance" in str(study.config.layer_selection).lower()
+    ranked = len(kept.layers) < study.anatomy.layers and study.selection is LayerSelection.IMPORTANCE
     if ranked and scores.metric == importance.WEIGHT_NORM:
         draft.warnings.append(
             "layers were ranked by the lengths of their weights, which say little of what layers do: calibration_data "

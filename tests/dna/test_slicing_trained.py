@@ -12,6 +12,8 @@ from tests.demo_fixture import fixture
 
 from skills import DIGITS, lines  # isort: skip  the fixture puts the demo on the path
 
+torch.set_num_threads(1)  # as the other tests of models this small
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 

@@ -84,11 +84,11 @@ def test_tensors_that_were_computed_are_as_they_are():
     assert np.array_equal(filled(Held(values), np.float32, [2, 9]), values)
 
 
-@pytest.mark.parametrize("height", [1, 64, 150])
+@pytest.mark.parametrize("height", [1, 130])
 def test_products_have_the_same_bytes_in_any_runs(height):
     values = RNG.standard_normal((height, 300)).astype(np.float32)
     gains = RNG.standard_normal(300).astype(np.float32)
-    right, left = RNG.standard_normal((300, 37)), RNG.standard_normal((90, height))
+    right, left = RNG.standard_normal((300, 7)), RNG.standard_normal((70, height))
     source, gain = Memory(values.ctypes.data, F32, values.shape), Memory(gains.ctypes.data, F32, (300,))
     wide = values.astype(np.float64)
     for made, expected in (
@@ -99,7 +99,7 @@ def test_products_have_the_same_bytes_in_any_runs(height):
     ):
         whole = filled(made, np.float64, [])
         assert np.allclose(whole, expected, rtol=1e-12, atol=1e-12)
-        for _ in range(4):
+        for _ in range(2):
             assert np.array_equal(filled(made, np.float64, cuts(whole.size)), whole)
     bias = Memory(values.ctypes.data, F32, (height,))
     assert np.allclose(filled(TurnedRows(bias, left), np.float64, [3]), left @ wide.reshape(-1)[:height])
