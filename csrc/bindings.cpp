@@ -321,24 +321,6 @@ py::array_t<uint16_t> philox_lanes(uint64_t key, uint32_t model, uint32_t op, in
   return out;
 }
 
-template <class T>
-void peel_as(const py::array& x, const py::array& replica, const py::array& drawn, double share, int32_t code) {
-  PeelArgs a;
-  a.n = x.size();
-  a.x = data<T>(x, "x", {a.n}, true);
-  a.replica = data<T>(replica, "replica", {a.n}, true);
-  a.drawn = data<int8_t>(drawn, "drawn", {a.n});
-  a.share = share;
-  a.code = code;
-  run(kernels().peel, a);
-}
-
-void peel(const py::array& x, const py::array& replica, const py::array& drawn, double share, int32_t code) {
-  check_code(code, "code");
-  return code == kF64 ? peel_as<double>(x, replica, drawn, share, code)
-                      : peel_as<float>(x, replica, drawn, share, code);
-}
-
 py::array_t<uint32_t> philox_words(const py::array& counter, const py::array& key) {
   const uint32_t* c = data<uint32_t>(counter, "counter", {4});
   const uint32_t* k = data<uint32_t>(key, "key", {2});
@@ -416,11 +398,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("cuda_error", cuda_error, arg("status"));
 #endif
   m.def("philox_u16", philox_lanes, arg("key"), arg("model"), arg("op"), arg("e0"), arg("n"));
-  m.def("peel", peel, arg("x"), arg("replica"), arg("drawn"), arg("share"), arg("code"));
   m.def("philox4x32", philox_words, arg("counter"), arg("key"));
   using free = py::call_guard<py::gil_scoped_release>;
   m.def("count_nonfinite", count_nonfinite, arg("address"), arg("n"), arg("code"), free());
   m.def("apart", apart, arg("x"), arg("x_code"), arg("y"), arg("y_code"), arg("n"), free());
+  m.def("peel", peel, arg("x"), arg("replica"), arg("drawn"), arg("share"), arg("n"), arg("code"), free());
   m.def("read_some", transfer<read_some, 4>, arg("table"), arg("row"), arg("done"));
   m.def("write_some", transfer<write_some, 4>, arg("table"), arg("row"), arg("done"));
   m.def("copy_some", transfer<copy_some, 5>, arg("table"), arg("row"), arg("done"));

@@ -22,7 +22,6 @@ _U64: TypeAlias = npt.NDArray[np.uint64]
 _F32: TypeAlias = npt.NDArray[np.float32]
 _F64: TypeAlias = npt.NDArray[np.float64]
 _Keys: TypeAlias = npt.NDArray[Any]
-_Floats: TypeAlias = npt.NDArray[Any]
 
 def combine(
     table: _I64,
@@ -189,9 +188,6 @@ def cuda_error(status: int) -> str:
 def philox_u16(key: int, model: int, op: int, e0: int, n: int) -> _U16:
     """The 16 random bits of the elements e0 .. e0 + n."""
 
-def peel(x: _Floats, replica: _Floats, drawn: npt.NDArray[np.int8], share: float, code: int) -> None:
-    """A replica of each x [n], fp32 (fp64 for code 0), of which the rest stays: :mod:`fastmerge.ops.replicas`."""
-
 def philox4x32(counter: _U32, key: _U32) -> _U32:
     """One block of Philox4x32-10: counter [4], key [2] -> [4]."""
 
@@ -202,6 +198,12 @@ def apart(x: int, x_code: int, y: int, y_code: int, n: int) -> tuple[int, int, f
     """Unequal pairs, pairs with NaN or Inf, the largest ``|x - y|``, and sums of x x, x y, y y and (x - y)^2, in fp64.
 
     From the addresses and types of two streams of ``n`` values. Pairs with NaN or Inf enter no sum.
+    """
+
+def peel(x: int, replica: int, drawn: int, share: float, n: int, code: int) -> None:
+    """A replica of each of n numbers, of which the rest stays in x: :mod:`fastmerge.ops.replicas`.
+
+    Addresses of fp32, fp64 for code 0, and of int8.
     """
 
 def read_some(table: _I64, row: int, done: int) -> tuple[int, int, int]:

@@ -36,7 +36,7 @@ class _Step(NamedTuple):
     number: int
     left: int
     old: I64
-    to: I64
+    to: slice | I64
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ class Split:
         return 64 * panel_rows(width) * width + 128 * sum(self.shape) + workspace(self.source)
 
     @functools.cached_property
-    def _steps(self) -> tuple[list[_Step], I64, I64]:
+    def _steps(self) -> tuple[list[_Step], I64, slice | I64]:
         """The peels; the number of each replica; the place of each original's last replica."""
         number = np.empty(len(self.index), np.int64)
         order = np.argsort(self.index, kind="stable")
@@ -96,8 +96,8 @@ class Split:
         for k in range(int(counts.max(initial=1)) - 1):
             for n in np.unique(counts[counts > k + 1]).tolist():
                 old = np.flatnonzero(counts == n)
-                steps.append(_Step(k, n - k, old, order[starts[old] + k]))
-        return steps, number, order[starts + counts - 1]
+                steps.append(_Step(k, n - k, old, _slice(order[starts[old] + k])))
+        return steps, number, _slice(order[starts + counts - 1])
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """Whole rows at a time."""
@@ -120,10 +120,10 @@ class Split:
             every = len(old) == rest.shape[1]
             x = rest if every else np.take(rest, old, axis=1)
             drawn = None if self.even else _drawn(self.key, i, rows.start * len(old), x.size)
-            _narrow(_peel(x, drawn, left, self.dtype), self.dtype, panel, _slice(to))
+            _narrow(_peel(x, drawn, left, self.dtype), self.dtype, panel, to)
             if not every:
                 rest[:, old] = x
-        _narrow(rest, self.dtype, panel, _slice(last))
+        _narrow(rest, self.dtype, panel, last)
 
     def _split_rows(self, rest: npt.NDArray[Any], rows: range) -> None:
         """Every row is peeled as often as its replicas before it were, and then gets its own part."""
@@ -171,14 +171,14 @@ def _peel(x: npt.NDArray[Any], drawn: npt.NDArray[np.int8] | None, left: int, dt
 
     Args:
         x: fp32, or fp64, contiguous.
-        drawn: of each; None for halves.
+        drawn: of each, contiguous; None for halves.
         left: how many replicas are to be made, with this one.
         dtype: that holds the numbers, and shall hold their parts.
     """
     share = 2.0 / (256 * left)
     if _native is not None and drawn is not None:
         replica = np.empty_like(x)
-        _native.peel(x.reshape(-1), replica.reshape(-1), np.ascontiguousarray(drawn), share, dtype.code)
+        _native.peel(x.ctypes.data, replica.ctypes.data, drawn.ctypes.data, share, x.size, dtype.code)
         return replica
     kind = x.dtype.type
     half = np.zeros(1, x.dtype) + kind(0.5)

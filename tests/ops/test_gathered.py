@@ -49,7 +49,14 @@ def test_parts_are_runs(dtype):
 def test_columns(dtype):
     x, y = random((13, 5), dtype), random((13, 4), dtype, seed=1)
     whole = torch.cat([x, y, torch.zeros(13, 1, dtype=x.dtype)], dim=1)
-    for index in (UNEVEN, MIXED, np.r_[np.arange(9), [-1] * 5], np.arange(9)[::-1], np.arange(200) % 9, np.arange(3)):
+    for index in (
+        UNEVEN,
+        MIXED,
+        np.r_[np.arange(9), [-1] * 5],
+        np.arange(9)[::-1].copy(),
+        np.arange(200) % 9,
+        np.arange(3),
+    ):
         source = Columns((memory(x), memory(y)), index)
         assert source.shape == (13, len(index))
         assert unlike(source, whole[:, index]) == []
