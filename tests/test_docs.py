@@ -15,8 +15,8 @@ import fastmerge as fm
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
-SIZES |= {"rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 128, "tie_word_embeddings": False}
+SIZES = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 192, "tie_word_embeddings": False}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 128}
 TEXT = (ROOT / "README.md").read_text()
 
 

@@ -97,8 +97,7 @@ def slice_(model: str, out: str, calibration: str | None, **options: Any) -> Non
 @click.argument("out", type=click.Path())
 @click.option("--size", "sizes", multiple=True, required=True, metavar="LAYERSxHIDDEN",
               help="Of a member, as 24x2048; once for each.")  # fmt: skip
-@click.option("--nested/--independent", default=True, show_default=True,
-              help="Smaller members are the beginning of larger ones, or each has corrections of its own.")  # fmt: skip
+@click.option("--nested", is_flag=True, help="Smaller members are the beginning of larger ones: they share weights.")
 @fields(dna.ModelSlicingConfig, leave=(*_SLICED, "target_layers", "target_hidden_size"))
 @_CALIBRATION
 @io
