@@ -6,17 +6,46 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastmerge.dna.mixtures.fewer import FewerExpertsConfig, fewer_experts, plan_fewer_experts
+    from fastmerge.dna.mixtures.join import JoinExpertsConfig, join_experts, plan_join_experts
+    from fastmerge.dna.mixtures.more import MoreExpertsConfig, more_experts, plan_more_experts
+    from fastmerge.dna.mixtures.routing import router_statistics
     from fastmerge.dna.upcycling import UpcyclingConfig, plan_upcycle, upcycle_dense_to_moe
     from fastmerge.dna.upcycling.balance import attach_moe_aux_loss
 
 _LAZY = {
+    "FewerExpertsConfig": "mixtures.fewer",
+    "JoinExpertsConfig": "mixtures.join",
+    "MoreExpertsConfig": "mixtures.more",
     "UpcyclingConfig": "upcycling",
     "attach_moe_aux_loss": "upcycling.balance",
+    "fewer_experts": "mixtures.fewer",
+    "join_experts": "mixtures.join",
+    "more_experts": "mixtures.more",
+    "plan_fewer_experts": "mixtures.fewer",
+    "plan_join_experts": "mixtures.join",
+    "plan_more_experts": "mixtures.more",
     "plan_upcycle": "upcycling",
+    "router_statistics": "mixtures.routing",
     "upcycle_dense_to_moe": "upcycling",
 }
 
-__all__ = ["UpcyclingConfig", "attach_moe_aux_loss", "plan_upcycle", "upcycle_dense_to_moe"]
+__all__ = [
+    "FewerExpertsConfig",
+    "JoinExpertsConfig",
+    "MoreExpertsConfig",
+    "UpcyclingConfig",
+    "attach_moe_aux_loss",
+    "fewer_experts",
+    "join_experts",
+    "more_experts",
+    "plan_fewer_experts",
+    "plan_join_experts",
+    "plan_more_experts",
+    "plan_upcycle",
+    "router_statistics",
+    "upcycle_dense_to_moe",
+]
 
 
 def __getattr__(name: str) -> Any:

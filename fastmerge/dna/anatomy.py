@@ -217,6 +217,8 @@ def _sizes(parent: Parent, arch: Architecture) -> dict[str, int]:
     problems = []
     for axis, key in keys.items():
         value = config.get(key)
+        if axis == "experts" and value is None:  # transformers 4 and 5 differ in which they write
+            value = config.get({"num_experts": "num_local_experts", "num_local_experts": "num_experts"}.get(key, key))
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             found[axis] = value
         elif key != "intermediate_size":

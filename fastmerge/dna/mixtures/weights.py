@@ -1,0 +1,92 @@
+"""What weights say of the experts of a layer: their norms, and how much they are alike. Read a panel at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Self
+
+from fastmerge.checkpoint import Files
+from fastmerge.dna.anatomy import Anatomy
+from fastmerge.dna.mixtures.layout import expert, parts
+from fastmerge.dna.parent import Parent, checkpoints
+from fastmerge.errors import CheckpointError
+from fastmerge.ops.made import load
+from fastmerge.ops.spec import Source
+from fastmerge.runtime.stores import OpStore
+
+PANEL_BYTES = 64 << 20
+"""Of fp64 numbers that are looked at at a time: of all experts together."""
+
+F64 = npt.NDArray[np.float64]
+
+
+class Reader:
+    """Reads runs of the sources of some parents.
+
+    Args:
+        parents: whose sources; those on disk were opened with their positions among them.
+    """
+
+    def __init__(self, parents: Sequence[Parent]) -> None:
+        self._files = Files(checkpoints(parents))
+        self._store = OpStore([], self._files)
+
+    def __enter__(self) -> Self:
+        """Files are opened when they are first read."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Closes them."""
+        self._files.__exit__(kind, error, at)
+
+    def read(self, source: Source, first: int = 0, n: int | None = None) -> npt.NDArray[Any]:
+        """A run of a source as fp32 (fp64 stays); all of it, in its shape, where no length is given."""
+        if n is None:
+            return load(self._store.bring, source, first, prod(source.shape)).reshape(source.shape)
+        return load(self._store.bring, source, first, n)
+
+
+def grams(reader: Reader, model: Anatomy, layer: int) -> list[F64]:
+    """Inner products of the experts of a layer, ``[E, E]`` for each kind of matrix; biases do not count.
+
+    Memory: :data:`PANEL_BYTES`, and as much again while a panel is multiplied.
+    """
+    experts = model.sizes["experts"]
+    found = []
+    for pattern, part in parts(model, layer):
+        if part.role.endswith("_bias"):
+            continue
+        sources = [expert(model, layer, pattern, e) for e in range(experts)]
+        n, step = prod(sources[0].shape), max(1, PANEL_BYTES // (8 * experts))
+        gram = np.zeros((experts, experts))
+        for e0 in range(0, n, step):
+            panel = np.stack([reader.read(s, e0, min(step, n - e0)).astype(np.float64) for s in sources])
+            gram += panel @ panel.T
+        if not np.isfinite(gram).all():
+            raise CheckpointError(f"{model.arch.layers}.{layer}.{pattern}: NaN or Inf; expected finite values")
+        found.append(gram)
+    return found
+
+
+def norms(given: Sequence[F64]) -> F64:
+    """``[E]``: the product of the norms of an expert's matrices, which scaling one up and another down leaves alone."""
+    return np.asarray(np.prod([np.sqrt(np.diagonal(g)) for g in given], axis=0), np.float64)
+
+
+def likeness(given: Sequence[F64]) -> F64:
+    """``[E, E]``: the mean over the kinds of matrix of the cosine between two experts, to nine places.
+
+    BLAS sums in an order of its own: rounded, a choice by it is the same on all machines but at exact ties.
+    """
+    cosines = []
+    for gram in given:
+        norm = np.sqrt(np.diagonal(gram))
+        scale = np.outer(norm, norm)
+        cosines.append(np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0))
+    return np.asarray(np.round(np.mean(cosines, axis=0), 9), np.float64)
