@@ -267,6 +267,7 @@ for _name, _text in {
     "mergekit-yaml": "Merge a recipe, with mergekit's flags.",
     "mergekit-multi": "Merge recipes that use each other's results.",
     "mergekit-pytorch": "Merge files of tensors, name by name.",
+    "mergekit-moe": "Merge dense models into a mixture of experts.",
     "mergekit-extract-lora": "Extract a LoRA adapter from a fine-tune.",
 }.items():
     main.add_command(_Later(_name, help=_text))

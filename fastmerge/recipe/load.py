@@ -85,7 +85,8 @@ def build(
     foreign = next((key for key in OTHER_COMMANDS if key in tree), None)
     if foreign and "merge_method" not in tree:
         command = OTHER_COMMANDS[foreign]
-        problems.add((foreign,), f"this is a file for {command}, which merges by no 'merge_method': not supported yet")
+        there = "not supported yet" if command == "mergekit-evolve" else f"'fastmerge {command}' takes it"
+        problems.add((foreign,), f"this is a file for {command}, which merges by no 'merge_method': {there}")
         return None, problems
     hoist(tree, problems)
     wanted = tree.get("merge_method")

@@ -21,6 +21,7 @@ THEIRS = {
     "mergekit-yaml": "run_yaml",
     "mergekit-multi": "multimerge",
     "mergekit-pytorch": "merge_raw_pytorch",
+    "mergekit-moe": "moe",
     "mergekit-extract-lora": "extract_lora",
 }
 
@@ -53,6 +54,7 @@ def test_every_flag_of_mergekit_is_known(name):
     theirs = importlib.import_module(f"mergekit.scripts.{THEIRS[name]}").main
     mine, given = spelled(ALL[name]), spelled(theirs)
     renamed = {"exclude_regexes": "exclude_regex", "include_regexes": "include_regex"}
+    renamed["i_understand_this_is_not_useful_without_training"] = "untrained"
     wanted = {o: (renamed.get(n, n), *kind) for o, (n, *kind) in given.items()}
     assert {o: mine.get(o) for o in wanted} == wanted
     assert arguments(ALL[name]) == arguments(theirs)

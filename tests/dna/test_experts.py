@@ -221,7 +221,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read():
     with pytest.raises(CheckpointError, match="model_type mixtral, got qwen2_moe"):
         plan_join_experts([made, Parent.open(zoo.model("qwen2_moe"))])
     other = Parent.open(zoo.model("mixtral", rope_theta=5e5, num_experts_per_tok=1))
-    with pytest.raises(CheckpointError, match="rope_parameters: expected"):
+    with pytest.raises(CheckpointError, match="rope_theta: expected"):
         plan_join_experts([made, other])
     with pytest.raises(RecipeError, match=r"the models have different ones: \[1, 2\]"):
         plan_join_experts([made, Parent.open(zoo.model("mixtral", num_experts_per_tok=1))])

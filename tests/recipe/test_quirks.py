@@ -96,7 +96,8 @@ def test_a_file_of_another_command_is_named():
     text = "base_model: a\nexperts:\n  - {source_model: a, positive_prompts: [x]}\ngate_mode: hidden\ndtype: float16\n"
     (said,) = problems(text)
     assert said == (
-        "recipe:2: experts: this is a file for mergekit-moe, which merges by no 'merge_method': not supported yet"
+        "recipe:2: experts: this is a file for mergekit-moe, which merges by no 'merge_method': "
+        "'fastmerge mergekit-moe' takes it"
     )
     assert "mergekit-evolve" in problems("genome: {models: [a], merge_method: ties}\ntasks: []\n")[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from fastmerge.commands.mergekit.flags import LORA, MULTI, PYTORCH, YAML, Settings, shared
+from fastmerge.commands.mergekit.flags import LORA, MOE, MULTI, PYTORCH, YAML, Settings, shared
 
 _CONFIG = click.argument("config", type=click.Path(exists=True, dir_okay=False))
 _OUT = click.argument("out", type=click.Path())
@@ -61,6 +61,35 @@ def pytorch(
     raw.merge(config, out, settings, intersection=tensor_intersection, union=tensor_union, allow_pickle=allow_pickle)
 
 
+@click.command(MOE)
+@_CONFIG
+@_OUT
+@click.option("--load-in-4bit", is_flag=True,
+              help="No effect: prompts are run in the base's own type; gate_mode: cheap_embed runs none.")  # fmt: skip
+@click.option("--load-in-8bit", is_flag=True, help="No effect: see --load-in-4bit.")
+@click.option("--i-understand-this-is-not-useful-without-training", "untrained", is_flag=True,
+              help="Take models or prompts that are the same for all experts.")  # fmt: skip
+@click.option("--router", type=click.Choice(["centred", "mergekit"]),
+              help="Whose rows the routers get.  [default: what CONFIG says, else centred]")  # fmt: skip
+@shared(MOE)
+def moe(
+    config: str,
+    out: str,
+    load_in_4bit: bool,
+    load_in_8bit: bool,
+    untrained: bool,
+    router: str | None,
+    settings: Settings,
+) -> None:
+    """Merge the dense models of CONFIG into one mixture of experts, as mergekit's command does.
+
+    Hidden states of prompts take torch and transformers; gate_mode: cheap_embed and random ones do not.
+    """
+    from fastmerge.commands.mergekit import moe as command
+
+    command.merge(config, out, settings, router=router, allow_same=untrained, quantised=load_in_4bit or load_in_8bit)
+
+
 @click.command(LORA)
 @click.option("--model", required=True, help="The fine-tune.")
 @click.option("--base-model", required=True, help="What it was tuned from.")
@@ -85,4 +114,4 @@ def extract_lora(settings: Settings, **options: object) -> None:
     extract.command(extract.Options(**options), settings)  # type: ignore[arg-type]
 
 
-ALL = {command.name: command for command in (yaml, multi, pytorch, extract_lora)}
+ALL = {command.name: command for command in (yaml, multi, pytorch, moe, extract_lora)}

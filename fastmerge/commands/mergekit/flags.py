@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 import click
 
 YAML, MULTI, PYTORCH, LORA = "mergekit-yaml", "mergekit-multi", "mergekit-pytorch", "mergekit-extract-lora"
-MERGES = (YAML, MULTI, PYTORCH)
+MOE = "mergekit-moe"
+MERGES = (YAML, MULTI, PYTORCH, MOE)
 COMMANDS = (*MERGES, LORA)
 
 
@@ -64,15 +65,16 @@ FLAGS = (
          default=False),
     Flag(("--out-shard-size",), "works", "Largest output file in bytes: 5B or 5GB.", str, "5B", MERGES),
     Flag(("--copy-tokenizer/--no-copy-tokenizer",), "works",
-         "Copy tokenizer files where the recipe asks for no tokenizer.", default=True, commands=(YAML, MULTI)),
+         "Copy tokenizer files where the recipe asks for no tokenizer.", default=True, commands=(YAML, MULTI, MOE)),
     Flag(("--clone-tensors/--no-clone-tensors",), "no effect", "layers may occur several times as it is",
          default=False),
     Flag(("--trust-remote-code/--no-trust-remote-code",), "no effect",
          "code of models is never run; it is carried along as data", default=False),
     Flag(("--random-seed",), "works", "Seed of the random methods.  [default: the recipe's, else 0]", int),
     Flag(("--lazy-unpickle/--no-lazy-unpickle",), "no effect", "pickles are not read", default=False),
-    Flag(("--write-model-card/--no-write-model-card",), "works", "Write README.md and mergekit_config.yml.",
-         default=True, commands=(YAML, MULTI, LORA)),
+    Flag(("--write-model-card/--no-write-model-card",), "works",
+         "Write README.md and mergekit_config.yml (mergekit-moe: mergekit_moe_config.yml).",
+         default=True, commands=(YAML, MULTI, LORA, MOE)),
     Flag(("--safe-serialization/--no-safe-serialization",), "refused",
          "results are safetensors, and never pickles", default=True),
     Flag(("-v", "verbosity"), "works", "Say more; twice for all.", "count", 0),
@@ -221,8 +223,8 @@ def markdown() -> str:
     """docs/mergekit.md: what each flag does here."""
     head = """# mergekit's flags
 
-`fastmerge mergekit-yaml`, `mergekit-multi`, `mergekit-pytorch` and `mergekit-extract-lora` take every flag of
-mergekit 0.1.5. What differs is here; a flag that has no effect is accepted, and one line says why.
+`fastmerge mergekit-yaml`, `mergekit-multi`, `mergekit-pytorch`, `mergekit-moe` and `mergekit-extract-lora` take every
+flag of mergekit 0.1.5. What differs is here; a flag that has no effect is accepted, and one line says why.
 This page is made by `python -m fastmerge.commands.mergekit.flags`.
 
 An output that exists is not overwritten in place: it is refused, and `--overwrite` replaces it, at the end and at

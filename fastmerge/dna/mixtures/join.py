@@ -25,6 +25,7 @@ from fastmerge.dna.mixtures.layout import (
 from fastmerge.dna.mixtures.trunk import Trunk, place
 from fastmerge.dna.parent import Parent
 from fastmerge.errors import CheckpointError, RecipeError
+from fastmerge.planning.compare import differences, others
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,7 @@ class JoinExpertsConfig:
     seed: int = 0
 
 
-ABOUT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "output_router_logits"}
-"""Keys of config.json that say nothing of what a model computes."""
-
-COUNTS = {*EXPERTS, *ACTIVE}
+COUNTS = {*EXPERTS, *ACTIVE, "output_router_logits"}
 """Keys in which the configurations of mixtures that are joined may differ."""
 
 
@@ -136,12 +134,12 @@ def _unlike(models: Sequence[Anatomy]) -> list[str]:
                 f"{other.parent.ref}: expected model_type {first.arch.model_type}, got {other.arch.model_type}"
             )
             continue
-        keys = sorted((first.config.keys() | other.config.keys()) - COUNTS - ABOUT)
+        mine, theirs = first.config, other.config
+        unlike = [*differences(mine, theirs), *[(key, mine[key], theirs[key]) for key in others(mine, theirs)]]
         problems += [
-            f"{other.parent.ref}: config.json: {key}: expected {first.config.get(key)!r} as in {first.parent.ref}, "
-            f"got {other.config.get(key)!r}"
-            for key in keys
-            if first.config.get(key) != other.config.get(key)
+            f"{other.parent.ref}: config.json: {key}: expected {x!r}, as in {first.parent.ref}, got {y!r}"
+            for key, x, y in unlike
+            if key not in COUNTS
         ]
         gone = [n for n, found in first.places.items() if found.expert is None and n not in other.places]
         more = [n for n, found in other.places.items() if found.expert is None and n not in first.places]

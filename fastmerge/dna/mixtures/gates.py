@@ -1,0 +1,199 @@
+"""Rows of routers, from prompts or random numbers. Only states of prompts need torch, and transformers."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fastmerge.dna.anatomy import Anatomy, anatomy
+from fastmerge.dna.mixtures.document import Expert, MoEMergeConfig
+from fastmerge.dna.mixtures.weights import Reader
+from fastmerge.dna.parent import Parent
+from fastmerge.dtypes import F32, DType
+from fastmerge.errors import BackendUnavailable, CheckpointError, RecipeError
+from fastmerge.keys import tensor_key
+from fastmerge.ops.made import Rows, array
+from fastmerge.ops.sources import Bring
+from fastmerge.ops.spec import Source
+from fastmerge.philox import NOISE, normal, u16
+
+F64 = npt.NDArray[np.float64]
+Gates = npt.NDArray[np.float32]
+
+NEAR = 0.95
+"""Cosine of two experts' rows from which they are called alike."""
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """Numbers that are there, as a source."""
+
+    array: npt.NDArray[np.float32]
+
+    dtype: ClassVar[DType] = F32
+    inputs: ClassVar[tuple[Source, ...]] = ()
+    workspace: ClassVar[int] = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return self.array.shape
+
+    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
+        """Copies a run."""
+        array(address, n, np.float32)[:] = self.array.reshape(-1)[e0 : e0 + n]
+
+
+def router_rows(
+    config: MoEMergeConfig, base: Parent, model: Any = None, *, tokenizer: Any = None, device: str = "cpu"
+) -> Gates:
+    """The rows of every layer's router, and below them that of the shared expert's switch, if there is a shared one.
+
+    Args:
+        config: what is wanted.
+        base: the base model.
+        model: it as it was given: a transformers module, or a path, which is loaded for states of prompts.
+        tokenizer: of transformers; that beside the base model where absent.
+        device: on which the model runs.
+
+    Returns:
+        fp32 ``[layers, experts + shared, hidden]``. States of prompts depend on the machine in their last bits, all
+        else does not.
+
+    Raises:
+        CheckpointError: prompts that the router cannot tell apart from all others, or no tokenizer.
+        BackendUnavailable: transformers or tokenizers is needed, and not installed.
+    """
+    found = anatomy(base)
+    if not config.prompted:
+        return _random(config, found)
+    theirs = config.router == "mergekit"
+    states: Callable[[tuple[str, ...]], F64]
+    if config.gate_mode == "cheap_embed":
+        numbers = _numbers(base, tokenizer)
+        states = _Embeddings(base, found, numbers, theirs=theirs)
+    else:
+        from fastmerge.dna.mixtures.states import States
+
+        states = States(base, found, model, tokenizer, device, mode=config.gate_mode, theirs=theirs)
+    known = functools.cache(states)
+    experts = [*config.experts, *config.shared_experts]
+    rows = [_row(known, one, (found.layers, found.sizes["hidden"])) for one in experts]
+    out = np.stack(rows, axis=1)
+    e = len(config.experts)
+    if not theirs and e > 1:
+        out -= out[:, :e].mean(axis=1, keepdims=True)
+    length = np.linalg.norm(out, axis=2, keepdims=True)
+    lost = sorted({i for i in range(e) if (length[:, i] < 1e-8).any()})
+    if lost and not config.allow_same:
+        raise CheckpointError(
+            f"experts {lost}: their prompts give the mean of all experts' states, so that nothing would be sent to "
+            "them; expected prompts that differ"
+        )
+    out = out / np.maximum(length, 1e-8) * (1.0 if theirs else config.router_scale)
+    return np.asarray(out, np.float32)
+
+
+def alike(gates: Gates, experts: int) -> list[tuple[int, int, list[int]]]:
+    """Pairs of experts whose rows are nearly the same, and the layers."""
+    rows = gates[:, :experts].astype(np.float64)
+    rows /= np.maximum(np.linalg.norm(rows, axis=2, keepdims=True), 1e-30)
+    cosines = rows @ rows.transpose(0, 2, 1)
+    pairs = [(i, j) for i in range(experts) for j in range(i)]
+    found = [(j, i, np.flatnonzero(cosines[:, i, j] > NEAR).tolist()) for i, j in pairs]
+    return [one for one in found if one[2]]
+
+
+def _row(states: Callable[[tuple[str, ...]], F64], expert: Expert, shape: tuple[int, int]) -> F64:
+    """``[layers, hidden]``: states of the prompts for an expert, less those of the prompts against it."""
+    row = states(tuple(expert.positive_prompts)) if expert.positive_prompts else np.zeros(shape)
+    return row - states(tuple(expert.negative_prompts)) if expert.negative_prompts else row.copy()
+
+
+def _random(config: MoEMergeConfig, model: Anatomy) -> Gates:
+    """Philox numbers, by (seed, name of the router, expert, element)."""
+    hidden, e = model.sizes["hidden"], len(config.experts)
+    out = np.empty((model.layers, e + len(config.shared_experts), hidden), np.float32)
+    scale = config.router_scale / np.sqrt(hidden)
+    for layer in range(model.layers):
+        key = tensor_key(config.seed, f"{model.arch.layers}.{layer}.router")
+        for i in range(out.shape[1]):
+            if config.gate_mode == "random":
+                std = 1.0 if config.router == "mergekit" else scale
+                out[layer, i] = normal(key, i, NOISE, 0, hidden) * np.float32(std)
+            else:
+                bits = u16(key, i, NOISE, 0, hidden).astype(np.float64)
+                out[layer, i] = (bits - 32767.5) / 32768 * scale
+    return out
+
+
+def tokenizer_of(base: Parent) -> Any:
+    """The tokenizer of a model on disk, as transformers has it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if base.checkpoint is None:
+        raise RecipeError(f"{base.ref} is in memory: expected tokenizer=, for prompts")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(base.checkpoint.path))
+    except (OSError, ValueError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise CheckpointError(f"{base.ref}: no tokenizer, which prompts need: {first}") from None
+
+
+def _numbers(base: Parent, tokenizer: Any) -> Callable[[str], list[int]]:
+    """Numbers of the tokens of a prompt, with the token that texts begin with in front."""
+    path = base.checkpoint.path / "tokenizer.json" if base.checkpoint is not None else None
+    if tokenizer is None and path is not None and os.path.isfile(path):  # noqa: PTH113  without transformers
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise BackendUnavailable("cheap_embed needs tokenizers: pip install tokenizers") from None
+        from fastmerge.planning import tokens
+
+        assert base.checkpoint is not None
+        first = tokens.special(base.checkpoint).get("bos_token_id", ("", 0))[0]
+        found = Tokenizer.from_file(str(path))
+        return lambda text: list(found.encode(first + text, add_special_tokens=False).ids)
+    given = tokenizer_of(base) if tokenizer is None else tokenizer
+    return lambda text: list(given((given.bos_token or "") + text, add_special_tokens=False)["input_ids"])
+
+
+class _Embeddings:
+    """States of prompts, as far as the embedding tells them: as a layer's norm would have them."""
+
+    def __init__(self, base: Parent, model: Anatomy, numbers: Callable[[str], list[int]], *, theirs: bool) -> None:
+        self._base, self._model, self._numbers, self._theirs = base, model, numbers, theirs
+
+    def __call__(self, prompts: Sequence[str]) -> F64:
+        ids = [self._numbers(p) for p in prompts]
+        name = self._model.find("embed")
+        assert name is not None
+        embed, layers = self._base.tensors[name], self._model.layers
+        used = sorted({i for one in ids for i in one})
+        if not used or used[-1] >= embed.shape[0]:
+            raise CheckpointError(
+                f"{self._base.ref}: the tokenizer gives tokens {used[-3:]}, and {name} has {embed.shape[0]} rows"
+            )
+        with Reader([self._base]) as reader:
+            rows = reader.read(Rows((embed,), np.array(used))).astype(np.float64)
+            norms = [self._model.find("mlp_norm", i) for i in range(layers)]
+            gains = [np.ones(1) if n is None else reader.read(self._base.tensors[n]).astype(np.float64) for n in norms]
+        if self._theirs:
+            total = sum(rows[np.searchsorted(used, one)].sum(axis=0) for one in ids)
+            return np.repeat((total / max(np.linalg.norm(total), 1e-8))[None], layers, axis=0)
+        if norms[0] is not None:
+            eps = float(self._base.config.get("rms_norm_eps", 1e-6))
+            rows /= np.sqrt(np.square(rows).mean(axis=1, keepdims=True) + eps)
+        mean = np.mean([rows[np.searchsorted(used, one)].mean(axis=0) for one in ids], axis=0)
+        plus = 1.0 if self._model.arch.plus_one else 0.0
+        return np.stack([mean * (gain + plus) for gain in gains])
