@@ -189,7 +189,7 @@ def test_statistics_are_those_of_the_definition(kind):
                 e = index[t, j]
                 one = part.experts(x[t : t + 1], e.reshape(1, 1), torch.ones(1, 1))
                 y[e] += one.double().norm() * weights[t, j]
-        torch.testing.assert_close(torch.from_numpy(found.outputs[i]), y, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(torch.from_numpy(found.outputs[i]), y, rtol=1e-4, atol=1e-6)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_read():
@@ -257,6 +257,6 @@ def test_the_nearest_are_merged_by_their_scores():
     gate = old["model.layers.0.mlp.gate.weight"]
     down = old["model.layers.0.mlp.experts.down_proj"]
     expected = torch.stack([(4 * gate[0] + gate[3]) / 5, (3 * gate[2] + gate[1]) / 4])
-    torch.testing.assert_close(new["model.layers.0.block_sparse_moe.gate.weight"], expected, rtol=1e-6, atol=1e-7)
+    assert torch.allclose(new["model.layers.0.block_sparse_moe.gate.weight"], expected, rtol=1e-6, atol=1e-7)
     mixed = new["model.layers.0.block_sparse_moe.experts.1.w2.weight"]
-    torch.testing.assert_close(mixed, (3 * down[2] + down[1]) / 4, rtol=1e-6, atol=1e-7)
+    assert torch.allclose(mixed, (3 * down[2] + down[1]) / 4, rtol=1e-6, atol=1e-7)

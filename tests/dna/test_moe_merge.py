@@ -99,8 +99,8 @@ def test_a_mixture_of_one_model_computes_what_it_does(kind):
     mixture = merge_to_moe(MoEMergeConfig(made, [Expert(made)] * 3, **options))
     assert zoo.difference(made, mixture) <= CLOSE
     assert torch.equal(zoo.generated(made), zoo.generated(mixture))
-    half = [Expert(made, residual_scale=0.5)] * 3
-    assert zoo.difference(made, merge_to_moe(MoEMergeConfig(made, half, **options))) > 100 * CLOSE
+    turned = [Expert(made, residual_scale=-0.5)] * 3  # a norm behind the experts, as in OLMo-2, takes a factor out
+    assert zoo.difference(made, merge_to_moe(MoEMergeConfig(made, turned, **options))) > 100 * CLOSE
 
 
 def normed_inputs(path, texts, *, last):
@@ -133,7 +133,7 @@ def test_rows_are_the_states_that_the_router_sees_told_apart(family, mode):
     states = torch.stack([normed_inputs(paths[0], p, last=mode == "hidden") for p in PROMPTS], dim=1)
     apart = states - states.mean(1, keepdim=True)
     expected = 2 * apart / apart.norm(dim=2, keepdim=True)
-    torch.testing.assert_close(torch.from_numpy(found).double(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(torch.from_numpy(found).double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_negative_prompts_count_against_and_embeddings_stand_for_states(family):
@@ -154,8 +154,8 @@ def test_negative_prompts_count_against_and_embeddings_stand_for_states(family):
         rows.append(torch.stack(mean).mean(0))
     gain = state["model.layers.1.post_attention_layernorm.weight"].double()
     row = (rows[0] - rows[1]) * gain
-    torch.testing.assert_close(torch.from_numpy(found[1, 0]).double(), row / row.norm(), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(found[1, 1], -found[1, 0], rtol=1e-5)
+    assert torch.allclose(torch.from_numpy(found[1, 0]).double(), row / row.norm(), rtol=1e-5, atol=1e-6)
+    assert np.allclose(found[1, 1], -found[1, 0], rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -376,13 +376,20 @@ def test_random_rows_and_embeddings_take_no_torch(tmp_path, family):
         "import sys\nfrom fastmerge.dna.mixtures.moe import merge_to_moe\n"
         "from fastmerge.dna.mixtures.document import Expert, MoEMergeConfig\n"
         f"experts = [Expert({paths[0]!r}, ['merge']), Expert({paths[1]!r}, ['story'])]\n"
-        "for mode in ('random', 'cheap_embed'):\n"
-        f"    merge_to_moe(MoEMergeConfig({paths[0]!r}, experts, mode), {str(tmp_path)!r} + '/' + mode, device='cpu')\n"
+        f"paths = [{str(tmp_path)!r} + '/' + mode for mode in ('random', 'cheap_embed')]\n"
+        "for mode, path in zip(('random', 'cheap_embed'), paths):\n"
+        f"    merge_to_moe(MoEMergeConfig({paths[0]!r}, experts, mode), path, device='cpu')\n"
+        "from fastmerge.dna import FewerExpertsConfig, fewer_experts, join_experts, more_experts\n"
+        "join_experts(paths, out=paths[0] + '-joined', device='cpu')\n"
+        "more_experts(paths[0], out=paths[0] + '-more', device='cpu')\n"
+        "fewer_experts(paths[0] + '-more', FewerExpertsConfig(2), out=paths[0] + '-fewer', device='cpu')\n"
         "print({'torch', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
-    assert (tmp_path / "cheap_embed" / "model.safetensors").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("cheap_embed", "random", "random-fewer", "random-joined", "random-more")
+    ]
 
 
 def test_a_merge_that_was_stopped_goes_on_only_with_the_same_rows(tmp_path, family):

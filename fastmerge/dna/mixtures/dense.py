@@ -299,6 +299,8 @@ class _Merge:
         count = len(config.experts)
         if count & (count - 1):
             found.append(f"{count} experts: not a power of two, which llama.cpp wants")
+        if self.twin.arch.post_norm and any(one.residual_scale != 1 for one in config.experts):
+            found.append(f"residual_scale: {self.twin.target} norms the sum of the experts, so only ratios count")
         if self.twin.shared != "none" and not config.shared_experts:
             found.append(f"{self.twin.target} has a shared expert, and none was given: its output is zero")
         return found

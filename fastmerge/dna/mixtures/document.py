@@ -40,6 +40,15 @@ class Expert:
     noise_scale: float = 0.0
     residual_scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Takes lists for tuples, and nothing for what mergekit has there."""
+        for key, nothing in (("noise_scale", 0.0), ("residual_scale", 1.0)):
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, nothing)
+        for key in ("positive_prompts", "negative_prompts"):
+            given = getattr(self, key)
+            object.__setattr__(self, key, () if given is None else tuple(given) if isinstance(given, list) else given)
+
 
 @dataclass(frozen=True)
 class TrunkConfig:
@@ -135,6 +144,9 @@ class MoEMergeConfig:
             found.append(f"shared_experts: expected one at most, got {len(self.shared_experts)}")
         for where, experts in (("experts", self.experts), ("shared_experts", self.shared_experts)):
             found += [f"{where}[{i}]: {p}" for i, one in enumerate(experts) for p in _problems_of(one)]
+        trunk: object = self.trunk
+        if trunk is not None and not isinstance(trunk, TrunkConfig):
+            found.append(f"trunk: expected a TrunkConfig, got {type(trunk).__name__}")
         return found or self._same()
 
     def _same(self) -> list[str]:
@@ -199,11 +211,13 @@ def _plain(expert: Expert) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
 
-def _problems_of(expert: Expert) -> list[str]:
+def _problems_of(expert: object) -> list[str]:
+    if not isinstance(expert, Expert):
+        return [f"expected an Expert, got {type(expert).__name__}"]
     found = []
     for key in ("positive_prompts", "negative_prompts"):
         given = getattr(expert, key)
-        if isinstance(given, str) or not all(isinstance(p, str) and p.strip() for p in given):
+        if not isinstance(given, tuple) or not all(isinstance(p, str) and p.strip() for p in given):
             found.append(f"{key}: expected a list of texts, got {given!r:.80}")
     if not _number(expert.noise_scale) or expert.noise_scale < 0:
         found.append(f"noise_scale: expected a number of 0 or more, got {expert.noise_scale!r:.80}")
@@ -281,9 +295,6 @@ def _expert(problems: Problems, given: Any, loc: Loc) -> Expert:
         return Expert("")
     _stray(problems, given, loc, set(known))
     found = {k: v for k, v in given.items() if k in known and v is not None}
-    for key in ("positive_prompts", "negative_prompts"):
-        if key in found:
-            found[key] = tuple(found[key]) if isinstance(found[key], list) else found[key]
     found["source_model"] = _model(problems, found.get("source_model"), (*loc, "source_model"))
     return Expert(**found)
 

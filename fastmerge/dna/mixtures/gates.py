@@ -79,8 +79,10 @@ def router_rows(
         numbers = _numbers(base, tokenizer)
         states = _Embeddings(base, found, numbers, theirs=theirs)
     else:
-        from fastmerge.dna.mixtures.states import States
-
+        try:
+            from fastmerge.dna.mixtures.states import States
+        except ImportError:
+            raise BackendUnavailable(f"gate_mode {config.gate_mode} needs torch; cheap_embed does not") from None
         states = States(base, found, model, tokenizer, device, mode=config.gate_mode, theirs=theirs)
     known = functools.cache(states)
     experts = [*config.experts, *config.shared_experts]
@@ -141,8 +143,10 @@ def tokenizer_of(base: Parent) -> Any:
     """
     if base.checkpoint is None:
         raise RecipeError(f"{base.ref} is in memory: expected tokenizer=, for prompts")
-    from transformers import AutoTokenizer
-
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise BackendUnavailable("prompts need transformers: pip install transformers") from None
     try:
         return AutoTokenizer.from_pretrained(str(base.checkpoint.path))
     except (OSError, ValueError) as error:
