@@ -13,6 +13,7 @@ from fastmerge.dna import cuts
 from fastmerge.dna.anatomy import Anatomy, Part, anatomy
 from fastmerge.dna.draft import Draft, Slot
 from fastmerge.dna.parent import Parent
+from fastmerge.dna.upcycling.twins import TWINS
 from fastmerge.errors import CheckpointError
 from fastmerge.methods.linear import Linear
 from fastmerge.methods.replicate import Replicate
@@ -79,8 +80,10 @@ def groups(config: Mapping[str, Any]) -> int:
 
 
 def set_experts(config: dict[str, Any], model: Anatomy, experts: int, k: int) -> None:
-    """Writes both counts, under every key that the configuration has for them."""
-    for key in {*[k for k in EXPERTS if k in config], model.arch.sizes["experts"]}:
+    """Writes both counts, under every key that the configuration or a reader of its type has for them."""
+    kind = model.arch.model_type
+    known = [key for twin in TWINS if twin.target == kind for key in twin.counts]
+    for key in dict.fromkeys([*[key for key in EXPERTS if key in config], model.arch.sizes["experts"], *known]):
         config[key] = experts
     for key in [k for k in ACTIVE if k in config] or ACTIVE[:1]:
         config[key] = k
