@@ -202,6 +202,20 @@ def test_experts_that_no_token_gets_are_dropped_without_a_trace():
     assert zoo.difference(made, fewer_experts(made, FewerExpertsConfig(3, rest="drop"))) > CLOSE
 
 
+def test_a_model_on_disk_is_calibrated_as_one_in_memory(tmp_path):
+    made = zoo.saved("mixtral", tmp_path / "model")
+    config = FewerExpertsConfig(2, num_experts_per_token=1, keep_by="saliency", rest="merge", merge_router=True)
+    small = fewer_experts(made, config, calibration=[zoo.tokens()])
+    fewer_experts(tmp_path / "model", config, calibration=[zoo.tokens()], out=tmp_path / "out")
+    assert small.config.num_experts_per_tok == 1
+    assert same(small.state_dict(), zoo.load(tmp_path / "out").state_dict())
+    facts = json.loads((tmp_path / "out" / "fastmerge_report.json").read_text())
+    found = router_statistics(made, [zoo.tokens()]).scores("saliency")
+    for layer, clusters in facts["experts"]["merged"].items():
+        assert sorted(e for c in clusters for e in c) == [0, 1, 2, 3]
+        assert {c[0] for c in clusters} == set(found[int(layer)].argsort()[-2:].tolist())
+
+
 @matrix("mixtral")
 def test_statistics_are_those_of_the_definition(kind):
     made = zoo.model(kind)
