@@ -60,6 +60,46 @@ def test_copies_are_exact_with_groups_and_without_normalised_weights(kind, norma
     assert zoo.difference(made, larger) <= CLOSE
 
 
+@pytest.mark.conformance
+def test_fused_experts_get_noise_of_their_own(tmp_path):
+    made = zoo.saved("granitemoe", tmp_path / "model")
+    config = MoreExpertsConfig(noise=0.1)
+    draft = plan_more_experts(Parent.open(tmp_path / "model"), config)
+    write(draft, tmp_path / "out")
+    there = load_file(tmp_path / "out" / "model.safetensors")
+    assert same(state_dict(draft), there)
+    assert same(state_dict(plan_more_experts(Parent.open(made), config)), there)
+    old, new = (d["model.layers.0.block_sparse_moe.output_linear.weight"] for d in (state_dict_of(tmp_path), there))
+    noise = new[1::2] - old
+    assert torch.equal(new[::2], old)
+    assert 0.05 < (noise / old.square().mean().sqrt()).std() < 0.15
+    assert abs(torch.corrcoef(noise.flatten(1))[0, 1]) < 0.1
+
+
+def state_dict_of(path):
+    return load_file(path / "model" / "model.safetensors")
+
+
+def test_configurations_of_transformers_4_are_read_and_both_keys_written(tmp_path):
+    zoo.saved("mixtral", tmp_path / "model")
+    state = state_dict_of(tmp_path)
+    mixtral = json.loads((tmp_path / "model" / "config.json").read_text())
+    moe = {n.replace("block_sparse_moe", "mlp"): t for n, t in state.items()}
+    for old, name in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+        moe = {n.replace(f".{old}.", f".{name}."): t for n, t in moe.items()}
+    norms = {f"model.layers.{i}.self_attn.{q}_norm.weight": torch.ones(8) for i in range(3) for q in "qk"}
+    config = {**mixtral, "model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 80, "head_dim": 8}
+    del config["num_local_experts"]
+    made = more_experts({**moe, **norms}, model_config=config)
+    assert (made.config["num_experts"], made.config["num_local_experts"], made.config["num_experts_per_tok"]) == (
+        8,
+        8,
+        4,
+    )
+    assert made.state_dict["model.layers.2.mlp.experts.7.up_proj.weight"].shape == (80, 32)
+    assert config.get("num_local_experts") is None
+
+
 def test_noise_leaves_the_first_copy_and_is_the_same_on_disk_and_in_memory(tmp_path):
     made = zoo.saved("mixtral", tmp_path / "model", dtype=torch.bfloat16)
     config = MoreExpertsConfig(noise=0.1, seed=3)
@@ -113,7 +153,7 @@ def test_the_trunk_is_merged_by_any_method(tmp_path):
 def test_copies_merge_back_into_what_they_were(tmp_path, kind):
     made = zoo.model(kind)
     more_experts(made).save_pretrained(tmp_path / "large")
-    config = FewerExpertsConfig(4, num_experts_per_token=2, keep_by="given")
+    config = FewerExpertsConfig(4, num_experts_per_token=2, keep_by="given", rest="merge")
     sparse = len(weigh(Parent.open(made)))
     fewer_experts(tmp_path / "large", config, scores=[[2, 1] * 4] * sparse, out=tmp_path / "small")
     small = zoo.load(tmp_path / "small")
@@ -160,6 +200,20 @@ def test_experts_that_no_token_gets_are_dropped_without_a_trace():
         small = fewer_experts(made, FewerExpertsConfig(4, keep_by=by, rest="drop"), calibration=[zoo.tokens()])
         assert zoo.difference(made, small) <= CLOSE
     assert zoo.difference(made, fewer_experts(made, FewerExpertsConfig(3, rest="drop"))) > CLOSE
+
+
+def test_a_model_on_disk_is_calibrated_as_one_in_memory(tmp_path):
+    made = zoo.saved("mixtral", tmp_path / "model")
+    config = FewerExpertsConfig(2, num_experts_per_token=1, keep_by="saliency", rest="merge", merge_router=True)
+    small = fewer_experts(made, config, calibration=[zoo.tokens()])
+    fewer_experts(tmp_path / "model", config, calibration=[zoo.tokens()], out=tmp_path / "out")
+    assert small.config.num_experts_per_tok == 1
+    assert same(small.state_dict(), zoo.load(tmp_path / "out").state_dict())
+    facts = json.loads((tmp_path / "out" / "fastmerge_report.json").read_text())
+    found = router_statistics(made, [zoo.tokens()]).scores("saliency")
+    for layer, clusters in facts["experts"]["merged"].items():
+        assert sorted(e for c in clusters for e in c) == [0, 1, 2, 3]
+        assert {c[0] for c in clusters} == set(found[int(layer)].argsort()[-2:].tolist())
 
 
 @matrix("mixtral")
@@ -251,8 +305,13 @@ def test_the_nearest_are_merged_by_their_scores():
     likeness[1, 2] = likeness[2, 1] = 0.9
     likeness[3, 0] = likeness[0, 3] = 0.5
     given = {i: Weighed(w.norms, likeness) for i, w in found.items()}
-    config = FewerExpertsConfig(2, keep_by="given", merge_router=True)
-    new = state_dict(plan_fewer_experts(parent, config, scores=[[4, 1, 3, 1]] * 3, weighed=given))
+    config = FewerExpertsConfig(2, keep_by="given", rest="merge", merge_router=True)
+    draft = plan_fewer_experts(parent, config, scores=[[4, 1, 3, 1]] * 3, weighed=given)
+    assert draft.warnings == []
+    likeness[0, 3] = 0.4
+    (said,) = plan_fewer_experts(parent, config, scores=[[4, 1, 3, 1]] * 3, weighed=given).warnings
+    assert "3 of 6 merged experts are unlike the kept ones" in said
+    new = state_dict(draft)
     old = made.state_dict()
     gate = old["model.layers.0.mlp.gate.weight"]
     down = old["model.layers.0.mlp.experts.down_proj"]

@@ -103,6 +103,12 @@ def test_a_mixture_of_one_model_computes_what_it_does(kind):
     assert zoo.difference(made, merge_to_moe(MoEMergeConfig(made, turned, **options))) > 100 * CLOSE
 
 
+def across(rows, common):
+    """Rows without their component along a vector."""
+    unit = common / common.norm(dim=-1, keepdim=True)
+    return rows - (rows * unit).sum(-1, keepdim=True) * unit
+
+
 def normed_inputs(path, texts, *, last):
     """What the MLPs of a dense model see: the output of the norm before them. An oracle beside the package's hooks."""
     from transformers import AutoTokenizer
@@ -131,9 +137,23 @@ def test_rows_are_the_states_that_the_router_sees_told_apart(family, mode):
     wanted = config(paths, gate_mode=mode, router_scale=2.0)
     found = router_rows(wanted, open_models(wanted)[0])
     states = torch.stack([normed_inputs(paths[0], p, last=mode == "hidden") for p in PROMPTS], dim=1)
-    apart = states - states.mean(1, keepdim=True)
+    apart = across(states - states.mean(1, keepdim=True), states.mean(1, keepdim=True))
     expected = 2 * apart / apart.norm(dim=2, keepdim=True)
     assert torch.allclose(torch.from_numpy(found).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_goes_to_its_own_expert_in_every_layer():
+    made, words = zoo.model("llama", vocab_size=300, num_hidden_layers=6), standins.tokenizer(False)
+    texts = [p for prompts in PROMPTS for p in prompts]
+    wanted = MoEMergeConfig(made, [Expert(made, [t]) for t in texts], allow_same=True)
+    mixture = merge_to_moe(wanted, tokenizer=words)
+    chosen = []
+    for layer in mixture.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda m, i, said: chosen.append(int(said[0][-1].argmax())))
+    with torch.no_grad():
+        for text in texts:
+            mixture(torch.tensor([words.encode("<s>" + text, add_special_tokens=False)]))
+    assert chosen == [e for e in range(len(texts)) for _ in range(6)]
 
 
 def test_negative_prompts_count_against_and_embeddings_stand_for_states(family):
@@ -153,7 +173,7 @@ def test_negative_prompts_count_against_and_embeddings_stand_for_states(family):
             mean.append((x / (x.square().mean(1, keepdim=True) + eps).sqrt()).mean(0))
         rows.append(torch.stack(mean).mean(0))
     gain = state["model.layers.1.post_attention_layernorm.weight"].double()
-    row = (rows[0] - rows[1]) * gain
+    row = across((rows[0] - rows[1]) * gain, (rows[0] + rows[1]) * gain)
     assert torch.allclose(torch.from_numpy(found[1, 0]).double(), row / row.norm(), rtol=1e-5, atol=1e-6)
     assert np.allclose(found[1, 1], -found[1, 0], rtol=1e-5)
 

@@ -80,9 +80,9 @@ class MoEMergeConfig:
         experts_per_token: how many experts a token passes.
         shared_experts: one at most, which every token passes, where the architecture has such a one.
         architecture: of the result: ``mixtral``, ``qwen``, ``qwen3`` or a ``model_type``; the first that fits.
-        router: ``centred``: the states are those that the router will see, and each row is an expert's mean state less
-            the mean of all experts' rows, with length ``router_scale``; ``mergekit``: its 0.1.5's rows, which are of
-            the input of the layer, of length 1 (random ones: of standard deviation 1).
+        router: ``centred``: the states are those that the router will see, and a row of length ``router_scale`` is an
+            expert's mean state without what all of them have in common; ``mergekit``: its 0.1.5's rows, of the input of
+            the layer, in bf16, of length 1 (random ones: of standard deviation 1).
         router_scale: length of a row: how decided the router is.
         trunk: a method that merges everything but the experts; the base model's where absent.
         allow_same: take prompts or models that are the same for all experts: such a mixture wants training.

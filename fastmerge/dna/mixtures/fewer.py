@@ -42,7 +42,7 @@ class FewerExpertsConfig:
     num_experts: int
     num_experts_per_token: int | None = None
     keep_by: Literal["norm", "counts", "weights", "saliency", "given"] = "norm"
-    rest: Literal["drop", "merge"] = "merge"
+    rest: Literal["drop", "merge"] = "drop"
     merge_weights: Literal["scores", "equal"] = "scores"
     merge_router: bool = False
 
@@ -52,6 +52,10 @@ _WORDS = {
     "rest": ("drop", "merge"),
     "merge_weights": ("scores", "equal"),
 }
+
+
+UNLIKE = 0.5
+"""Cosine of two experts below which their neurons do not match: copies with noise of their own size have 0.7."""
 
 
 class Weighed(NamedTuple):
@@ -91,7 +95,8 @@ def plan_fewer_experts(
     """A mixture of the ``num_experts`` experts of each layer with the highest scores, equal ones by their numbers.
 
     A merged expert is the mean of its members by ``merge_weights``: fp32, rounded once. Their neurons are matched by
-    position, which fits experts that come from one dense model; nothing is permuted. With groups of experts
+    position, which fits experts that come from one dense model; nothing is permuted, and a warning counts merged
+    experts whose weights point elsewhere (cosine below :data:`UNLIKE`). With groups of experts
     (``n_group``) each group keeps as many, and merges within itself.
 
     Args:
@@ -114,11 +119,14 @@ def plan_fewer_experts(
     new = dict(model.config)
     set_experts(new, model, config.num_experts, chosen)
     draft = Draft(Request("fewer-experts", (parent.ref,), asdict(config)), (parent,), new)
-    layers, told = {}, {}
+    layers, told, far, merged = {}, {}, 0, 0
     for i in sparse:
         like = weighed[i].likeness if weighed is not None and config.rest == "merge" else None
         clusters = _clusters(by_layer[i], config.num_experts, groups(new), like)
         layers[i] = [_blend(cluster, by_layer[i], config) for cluster in clusters]
+        if like is not None:
+            cosines = [like[c[0], e] for c in clusters for e in c[1:]]
+            far, merged = far + sum(one < UNLIKE for one in cosines), merged + len(cosines)
         told[str(i)] = [list(c) for c in clusters] if like is not None else [c[0] for c in clusters]
     assemble(draft, [model], layers, lambda name: draft.copy(name, parent.tensors[name]))
     draft.facts |= {
@@ -130,6 +138,11 @@ def plan_fewer_experts(
         "num_experts_per_token": chosen,
         "scores": {str(i): [float(f"{s:.6g}") for s in by_layer[i]] for i in sparse},
     }
+    if far:
+        draft.warnings.append(
+            f"rest: merge: {far} of {merged} merged experts are unlike the kept ones (cosine below {UNLIKE}), so that "
+            "their neurons are averaged with strangers; rest: drop does less harm"
+        )
     if config.keep_by == "norm":
         draft.warnings.append(
             "keep_by: norm says little of what an expert does; calibration batches and keep_by: saliency say more"

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmerge.dna.anatomy import Anatomy, anatomy
-from fastmerge.dna.mixtures.document import Expert, MoEMergeConfig
+from fastmerge.dna.mixtures.document import MoEMergeConfig
 from fastmerge.dna.mixtures.weights import Reader
 from fastmerge.dna.parent import Parent
 from fastmerge.dtypes import F32, DType
@@ -85,14 +85,16 @@ def router_rows(
             raise BackendUnavailable(f"gate_mode {config.gate_mode} needs torch; cheap_embed does not") from None
         states = States(base, found, model, tokenizer, device, mode=config.gate_mode, theirs=theirs)
     known = functools.cache(states)
-    experts = [*config.experts, *config.shared_experts]
-    rows = [_row(known, one, (found.layers, found.sizes["hidden"])) for one in experts]
-    out = np.stack(rows, axis=1)
-    e = len(config.experts)
+    every, nothing = [*config.experts, *config.shared_experts], np.zeros((found.layers, found.sizes["hidden"]))
+    towards = np.stack([known(one.positive_prompts) if one.positive_prompts else nothing for one in every], axis=1)
+    against = np.stack([known(one.negative_prompts) if one.negative_prompts else nothing for one in every], axis=1)
+    out, e = towards - against, len(config.experts)
     if not theirs and e > 1:
-        out -= out[:, :e].mean(axis=1, keepdims=True)
+        out = _apart(out, e, towards[:, :e].mean(axis=1, keepdims=True))
+        out[:, [i for i, one in enumerate(every) if not one.positive_prompts]] = 0.0
     length = np.linalg.norm(out, axis=2, keepdims=True)
-    lost = sorted({i for i in range(e) if (length[:, i] < 1e-8).any()})
+    small = 1e-7 * np.linalg.norm(towards, axis=2, keepdims=True)
+    lost = [i for i in range(e) if (length[:, i] <= small[:, i]).any()]
     if lost and not config.allow_same:
         raise CheckpointError(
             f"experts {lost}: their prompts give the mean of all experts' states, so that nothing would be sent to "
@@ -112,10 +114,15 @@ def alike(gates: Gates, experts: int) -> list[tuple[int, int, list[int]]]:
     return [one for one in found if one[2]]
 
 
-def _row(states: Callable[[tuple[str, ...]], F64], expert: Expert, shape: tuple[int, int]) -> F64:
-    """``[layers, hidden]``: states of the prompts for an expert, less those of the prompts against it."""
-    row = states(tuple(expert.positive_prompts)) if expert.positive_prompts else np.zeros(shape)
-    return row - states(tuple(expert.negative_prompts)) if expert.negative_prompts else row.copy()
+def _apart(rows: F64, experts: int, common: F64) -> F64:
+    """What tells rows apart: less their mean, and less what lies along the state that all prompts have in common.
+
+    A state is ``x_e = c + d_e`` with a large ``c``. Along ``c`` a row would add the same to every token's logit, and so
+    send all of them to one expert. Across it, and of one length, row ``e`` has the largest product with ``x_e``.
+    """
+    rows = rows - rows[:, :experts].mean(axis=1, keepdims=True)
+    along = (rows * common).sum(axis=2, keepdims=True) / np.maximum(np.square(common).sum(axis=2, keepdims=True), 1e-30)
+    return np.asarray(rows - along * common, np.float64)
 
 
 def _random(config: MoEMergeConfig, model: Anatomy) -> Gates:

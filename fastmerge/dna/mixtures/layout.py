@@ -13,8 +13,10 @@ from fastmerge.dna import cuts
 from fastmerge.dna.anatomy import Anatomy, Part, anatomy
 from fastmerge.dna.draft import Draft, Slot
 from fastmerge.dna.parent import Parent
+from fastmerge.dna.upcycling.twins import TWINS
 from fastmerge.errors import CheckpointError
 from fastmerge.methods.linear import Linear
+from fastmerge.methods.passthrough import COPY
 from fastmerge.methods.replicate import Replicate
 from fastmerge.ops.made import Rows
 from fastmerge.ops.spec import Source
@@ -79,8 +81,10 @@ def groups(config: Mapping[str, Any]) -> int:
 
 
 def set_experts(config: dict[str, Any], model: Anatomy, experts: int, k: int) -> None:
-    """Writes both counts, under every key that the configuration has for them."""
-    for key in {*[k for k in EXPERTS if k in config], model.arch.sizes["experts"]}:
+    """Writes both counts, under every key that the configuration or a reader of its type has for them."""
+    kind = model.arch.model_type
+    known = [key for twin in TWINS if twin.target == kind for key in twin.counts]
+    for key in dict.fromkeys([*[key for key in EXPERTS if key in config], model.arch.sizes["experts"], *known]):
         config[key] = experts
     for key in [k for k in ACTIVE if k in config] or ACTIVE[:1]:
         config[key] = k
@@ -167,22 +171,27 @@ def _router(draft: Draft, models: Sequence[Anatomy], layer: int, blends: Sequenc
 def _experts(
     draft: Draft, models: Sequence[Anatomy], layer: int, pattern: str, part: Part, blends: Sequence[Blend]
 ) -> None:
-    """One kind of tensor of all experts of a layer."""
+    """One kind of tensor of all experts of a layer; what several are copies of is read once."""
     prefix = f"{models[0].arch.layers}.{layer}."
     sample = expert(models[0], layer, pattern, 0)
     dtype, shape = sample.dtype, sample.shape
-    if "*" not in pattern:
-        draft.tensor(prefix + pattern, dtype, (len(blends), *shape[1:]))
+    if "*" in pattern:
+        slots = [Slot(draft.tensor(prefix + pattern.replace("*", str(e)), dtype, shape)) for e in range(len(blends))]
+    else:
+        name = draft.tensor(prefix + pattern, dtype, (len(blends), *shape[1:]))
+        slots = [Slot(name, e * prod(shape)) for e in range(len(blends))]
+    copies: dict[tuple[int, int], list[int]] = {}
     for e, blend in enumerate(blends):
-        name = prefix + pattern.replace("*", str(e))
-        to: str | Slot = name if "*" in pattern else Slot(name, e * prod(shape))
+        if len(blend.members) == 1:
+            copies.setdefault(blend.members[0], []).append(e)
+            continue
         inputs = [expert(models[m], layer, pattern, number) for m, number in blend.members]
-        if len(inputs) > 1:
-            draft.add([to], Linear(weight=blend.weights, normalize=True), inputs, dtype, shape)
-        elif blend.noise and not part.role.endswith("_bias"):
-            noisy = Replicate(experts=(e,), sigma=(blend.noise,), relative=blend.relative)
-            draft.add([to], noisy, inputs, dtype, shape, key=name)
-        elif inputs[0].dtype is dtype:
-            draft.copy(to, inputs[0])
+        draft.add([slots[e]], Linear(weight=blend.weights, normalize=True), inputs, dtype, shape)
+    for (m, number), numbers in copies.items():
+        source, to = expert(models[m], layer, pattern, number), [slots[e] for e in numbers]
+        sigma = tuple([0.0 if part.role.endswith("_bias") else blends[e].noise for e in numbers])
+        if any(sigma) or source.dtype is not dtype:
+            noisy = Replicate(experts=tuple(numbers), sigma=sigma, relative=any(sigma) and blends[numbers[0]].relative)
+            draft.add(to, noisy, [source], dtype, shape, key=prefix + pattern)
         else:
-            draft.make(to, inputs[0], dtype)
+            draft.add(to, COPY, [source], dtype, shape)
