@@ -18,7 +18,7 @@ def model(tmp_path_factory):
 def run(*arguments, code=0):
     found = CliRunner().invoke(main, [str(a) for a in arguments])
     assert found.exit_code == code, found.output
-    return found.output
+    return found.stdout if code == 0 else found.output
 
 
 def test_a_dry_run_shows_what_would_be_made(model, tmp_path):

@@ -182,7 +182,9 @@ def test_the_pipeline_merges_as_well(specialists):
     from fastmerge.errors import RecipeError
 
     first, *others = specialists
-    made = create_dna_transfer_pipeline(first, {"type": "merge", "models": others, "method": "task_arithmetic"})
+    made = create_dna_transfer_pipeline(
+        first, {"type": "merge", "models": others, "method": "task_arithmetic", "parameters": {"weight": 0.5}}
+    )
     assert torch.isfinite(zoo.logits(made)).all()
     with pytest.raises(RecipeError, match=r"type: expected one of .*got 'slices' \(did you mean 'slice'"):
         create_dna_transfer_pipeline(first, {"type": "slices"})
