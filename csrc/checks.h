@@ -174,4 +174,13 @@ inline std::tuple<int64_t, int64_t, double, double, double, double, double> apar
   return {a.differ, a.nonfinite, a.most, a.xx, a.xy, a.yy, a.dd};
 }
 
+// Addresses of fp32 (fp64 for fp64) x and replica, and of random bytes.
+inline void peel(int64_t x, int64_t replica, int64_t drawn, double share, int64_t n, int code) {
+  check_code(code, "code");
+  if (n < 0 || (n && (!x || !replica || !drawn))) fail("x, replica or drawn: no address");
+  const PlainFloat plain;
+  kernels().peel({reinterpret_cast<void*>(x), reinterpret_cast<void*>(replica), reinterpret_cast<const int8_t*>(drawn),
+                  share, n, code});
+}
+
 }  // namespace fastmerge

@@ -201,6 +201,16 @@ struct Apart {
   double xx, xy, yy, dd;      // sums of products, and of (x - y)^2
 };
 
+// A replica of each of n numbers, of which the rest stays: fastmerge/ops/replicas.py.
+struct PeelArgs {
+  void* x;              // fp32, or fp64 where the type is
+  void* replica;        // the same
+  const int8_t* drawn;  // random
+  double share;
+  int64_t n;
+  int32_t code;  // the type that holds the numbers, and shall hold their parts
+};
+
 // One instruction set's kernels.
 struct Kernels {
   const char* name;
@@ -216,6 +226,7 @@ struct Kernels {
   int64_t (*count_nonfinite)(const void* data, int64_t n, int32_t code);
   Apart (*apart)(int64_t x, int32_t x_code, int64_t y, int32_t y_code, int64_t n);
   void (*replicate)(const ReplicateArgs&);
+  void (*peel)(const PeelArgs&);
 };
 
 #define FM_DECLARE_KERNELS(isa)                                                                 \
@@ -232,6 +243,7 @@ struct Kernels {
   int64_t count_nonfinite(const void* data, int64_t n, int32_t code);                           \
   Apart apart(int64_t x, int32_t x_code, int64_t y, int32_t y_code, int64_t n);                 \
   void replicate(const ReplicateArgs&);                                                         \
+  void peel(const PeelArgs&);                                                                   \
   }
 
 #if defined(__aarch64__)

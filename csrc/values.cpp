@@ -1,5 +1,5 @@
-// Kernels on single streams of values: the counter generator, the count of values that are not finite, and how far two
-// streams are apart.
+// Kernels on single streams of values: the counter generator, the count of values that are not finite, replicas whose
+// sum is exact, and how far two streams are apart.
 #include "kernels.h"
 #include "tile.h"
 
@@ -21,6 +21,53 @@ int64_t count_nonfinite(const void* data, int64_t n, int32_t code) {
       return nonfinite_block(static_cast<const float*>(data), n);
     default:
       return nonfinite_block(static_cast<const double*>(data), n);
+  }
+}
+
+namespace {
+
+// A number in the type that a code says, as it is here: bf16 towards zero, which keeps it in x / 2 .. x as well.
+template <int32_t kCode>
+FM_HD float part_of(float x) {
+  if (kCode == kBF16) return float_of(bits_of(x) & 0xffff0000u);
+  if (kCode != kF16) return x;
+  Fp16 h;
+  round_to(x, h);
+  return widen(h);
+}
+template <int32_t kCode>
+FM_HD double part_of(double x) {
+  return x;
+}
+
+template <int32_t kCode, class T>
+void peel_all(const PeelArgs& a) {
+  T* __restrict__ x = static_cast<T*>(a.x);
+  T* __restrict__ replica = static_cast<T*>(a.replica);
+  const T share = static_cast<T>(a.share);
+  FM_LOOP for (int64_t i = 0; i < a.n; ++i) {
+    const T s = (static_cast<T>(a.drawn[i]) + static_cast<T>(128.5)) * share, other = 1 - s, w = x[i];
+    const bool small = s < static_cast<T>(0.5);
+    const T part = part_of<kCode>((small ? other : s) * w), rest = w - part;
+    const bool finite = w - w == 0;
+    const T mine = small ? rest : part, left = small ? part : rest;
+    replica[i] = finite ? mine : w;
+    x[i] = finite ? left : w;
+  }
+}
+
+}  // namespace
+
+void peel(const PeelArgs& a) {
+  switch (a.code) {
+    case kBF16:
+      return peel_all<kBF16, float>(a);
+    case kF16:
+      return peel_all<kF16, float>(a);
+    case kF32:
+      return peel_all<kF32, float>(a);
+    default:
+      return peel_all<kF64, double>(a);
   }
 }
 

@@ -200,6 +200,12 @@ def apart(x: int, x_code: int, y: int, y_code: int, n: int) -> tuple[int, int, f
     From the addresses and types of two streams of ``n`` values. Pairs with NaN or Inf enter no sum.
     """
 
+def peel(x: int, replica: int, drawn: int, share: float, n: int, code: int) -> None:
+    """A replica of each of n numbers, of which the rest stays in x: :mod:`fastmerge.ops.replicas`.
+
+    Addresses of fp32, fp64 for code 0, and of int8.
+    """
+
 def read_some(table: _I64, row: int, done: int) -> tuple[int, int, int]:
     """Reads rows (fd, offset, address, nbytes) in order from byte ``done`` of ``row`` on.
 

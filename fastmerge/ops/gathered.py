@@ -25,7 +25,7 @@ from fastmerge.ops.made import array, brought, load
 from fastmerge.ops.sources import Bring, workspace
 from fastmerge.ops.spec import Source
 
-PANEL = 1 << 16
+PANEL = 1 << 18
 """Elements of a result that are computed at a time, and one row at least: they stay in the cache."""
 
 RUNS = 64

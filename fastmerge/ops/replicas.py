@@ -17,19 +17,26 @@ from fastmerge.ops.sources import Bring, workspace
 from fastmerge.ops.spec import Source
 from fastmerge.philox import SPLIT, u16
 
+try:
+    from fastmerge import _native
+except ImportError:  # everything is here in numpy as well
+    _native = None  # type: ignore[assignment]
+
 
 class _Step(NamedTuple):
-    """One peel: rows or columns with more than ``number + 1`` replicas.
+    """One peel, of rows or columns with equally many replicas to be made.
 
     Attributes:
-        old: those of the original, ascending.
-        to: where their replicas of this number are.
-        share: 2 / (256 n) for the n replicas that are still to be made, each.
+        number: of the replica that is made.
+        left: how many are to be made, with that one.
+        old: the originals, ascending.
+        to: where the replicas are.
     """
 
+    number: int
+    left: int
     old: I64
-    to: I64
-    share: npt.NDArray[np.float64]
+    to: slice | I64
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +85,7 @@ class Split:
         return 64 * panel_rows(width) * width + 128 * sum(self.shape) + workspace(self.source)
 
     @functools.cached_property
-    def _steps(self) -> tuple[list[_Step], I64, I64]:
+    def _steps(self) -> tuple[list[_Step], I64, slice | I64]:
         """The peels; the number of each replica; the place of each original's last replica."""
         number = np.empty(len(self.index), np.int64)
         order = np.argsort(self.index, kind="stable")
@@ -87,9 +94,10 @@ class Split:
         number[order] = np.arange(len(order)) - starts[self.index[order]]
         steps = []
         for k in range(int(counts.max(initial=1)) - 1):
-            old = np.flatnonzero(counts > k + 1)
-            steps.append(_Step(old, order[starts[old] + k], 2.0 / (256 * (counts[old] - k))))
-        return steps, number, order[starts + counts - 1]
+            for n in np.unique(counts[counts > k + 1]).tolist():
+                old = np.flatnonzero(counts == n)
+                steps.append(_Step(k, n - k, old, _slice(order[starts[old] + k])))
+        return steps, number, _slice(order[starts + counts - 1])
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """Whole rows at a time."""
@@ -108,31 +116,29 @@ class Split:
 
     def _split_columns(self, rest: npt.NDArray[Any], rows: range, panel: npt.NDArray[Any]) -> None:
         steps, _, last = self._steps
-        for k, (old, to, share) in enumerate(steps):
+        for i, (_, left, old, to) in enumerate(steps):
             every = len(old) == rest.shape[1]
             x = rest if every else np.take(rest, old, axis=1)
-            drawn = None if self.even else _drawn(self.key, k, rows.start * len(old), x.size).reshape(x.shape)
-            _narrow(_peel(x, self.dtype, drawn, share), self.dtype, panel, _slice(to))
+            drawn = None if self.even else _drawn(self.key, i, rows.start * len(old), x.size)
+            _narrow(_peel(x, drawn, left, self.dtype), self.dtype, panel, to)
             if not every:
                 rest[:, old] = x
-        _narrow(rest, self.dtype, panel, _slice(last))
+        _narrow(rest, self.dtype, panel, last)
 
     def _split_rows(self, rest: npt.NDArray[Any], rows: range) -> None:
         """Every row is peeled as often as its replicas before it were, and then gets its own part."""
         steps, number, _ = self._steps
         mine, numbers = self.index[rows.start : rows.stop], number[rows.start : rows.stop]
         width = rest.shape[1]
-        for k, (old, _, share) in enumerate(steps):
+        for i, (k, left, old, _) in enumerate(steps):
             at = np.flatnonzero((numbers >= k) & np.isin(mine, old))
             if not len(at):
                 continue
-            place, x, drawn = np.searchsorted(old, mine[at]), rest[at], None
+            x, drawn = rest[at], None
             if not self.even:
-                drawn = np.empty(x.shape, np.int8)
-                for first, of, length in _neighbours(place):
-                    some = _drawn(self.key, k, of * width, length * width)
-                    drawn[first : first + length] = some.reshape(length, width)
-            replica = _peel(x, self.dtype, drawn, share[place][:, None])
+                runs = _neighbours(np.searchsorted(old, mine[at]))
+                drawn = np.concatenate([_drawn(self.key, i, of * width, n * width) for _, of, n in runs])
+            replica = _peel(x, drawn, left, self.dtype)
             rest[at] = np.where((numbers[at] == k)[:, None], replica, x)
 
 
@@ -156,42 +162,42 @@ def _slice(index: I64) -> slice | I64:
 def _drawn(key: int, step: int, e0: int, n: int) -> npt.NDArray[np.int8]:
     """One random byte each for elements ``e0 .. e0 + n``: half of the 16 bits of element ``e / 2``, low half first."""
     first, last = e0 >> 1, (e0 + n + 1) >> 1
-    return u16(key, step, SPLIT, first, last - first).astype("<u2", copy=False).view(np.int8)[e0 & 1 :][:n]
+    draw = u16 if _native is None else _native.philox_u16
+    return draw(key, step, SPLIT, first, last - first).astype("<u2", copy=False).view(np.int8)[e0 & 1 :][:n]
 
 
-def _peel(
-    x: npt.NDArray[Any], dtype: DType, drawn: npt.NDArray[np.int8] | None, share: npt.NDArray[np.float64]
-) -> npt.NDArray[Any]:
-    """A replica of each number, of which the rest is left in ``x``."""
+def _peel(x: npt.NDArray[Any], drawn: npt.NDArray[np.int8] | None, left: int, dtype: DType) -> npt.NDArray[Any]:
+    """A replica of each number, of which the rest stays in ``x``; infinities, and what is no number, stay and are it.
+
+    Args:
+        x: fp32, or fp64, contiguous.
+        drawn: of each, contiguous; None for halves.
+        left: how many replicas are to be made, with this one.
+        dtype: that holds the numbers, and shall hold their parts.
+    """
+    share = 2.0 / (256 * left)
+    if _native is not None and drawn is not None:
+        replica = np.empty_like(x)
+        _native.peel(x.ctypes.data, replica.ctypes.data, drawn.ctypes.data, share, x.size, dtype.code)
+        return replica
     kind = x.dtype.type
-    if drawn is None:
-        replica = _part(x * kind(0.5), dtype)
-        rest = x - replica
-    else:
-        factor = np.add(drawn, kind(128.5), dtype=kind)
-        factor *= kind(share.flat[0]) if len(np.unique(share)) == 1 else share.astype(kind)
-        small = factor < kind(0.5)
-        part = _part(np.maximum(factor, kind(1) - factor) * x, dtype)
-        rest = x - part
-        replica = np.where(small, rest, part)
-        np.copyto(rest, part, where=small)
+    half = np.zeros(1, x.dtype) + kind(0.5)
+    s = half if drawn is None else (drawn.reshape(x.shape) + kind(128.5)).astype(x.dtype) * kind(share)
+    small = s < kind(0.5)
     with np.errstate(invalid="ignore"):
-        if np.isnan(rest.max(initial=0)) or np.isnan(replica.max(initial=0)):  # infinity, or no number: all are that
-            odd = ~np.isfinite(x)
-            np.copyto(rest, x, where=odd)
-            np.copyto(replica, x, where=odd)
-    x[...] = rest
+        part = _part(np.where(small, kind(1) - s, s) * x, dtype)
+        rest = x - part
+    finite = np.isfinite(x)
+    replica = np.where(finite, np.where(small, rest, part), x)
+    np.copyto(x, np.where(small, part, rest), where=finite)
     return replica
 
 
 def _part(x: npt.NDArray[Any], dtype: DType) -> npt.NDArray[Any]:
-    """Numbers in a type, as fp32: bf16 towards zero, which is as good here and one operation."""
+    """Numbers in a type, as fp32: bf16 towards zero, which keeps ``x / 2 .. x`` as well."""
     if dtype is BF16:
-        bits = x.view(np.uint32)
-        np.bitwise_and(bits, np.uint32(0xFFFF0000), bits)
-    elif dtype is F16:
-        return x.astype(np.float16).astype(np.float32)
-    return x
+        return (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    return x.astype(np.float16).astype(np.float32) if dtype is F16 else x
 
 
 def _narrow(x: npt.NDArray[Any], dtype: DType, panel: npt.NDArray[Any], to: slice | I64) -> None:
