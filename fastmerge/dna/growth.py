@@ -22,7 +22,8 @@ class WidthMode(Enum):
     """Ways to grow the residual stream, D to D' channels. All keep what the model computes."""
 
     AUTO = "auto"
-    """``duplicate`` for whole multiples, else ``zero``."""
+    """``duplicate`` for whole multiples, else ``zero``; ``scaled`` for OLMo 2 and 3, where rms_norm_eps is also that of
+    norms of queries and keys, which do not grow (1e-5 of the largest logit)."""
     DUPLICATE = "duplicate"
     """Every channel m times; what reads them is split, exactly in any type. Whole multiples alone."""
     ZERO = "zero"
@@ -69,8 +70,7 @@ class ModelGrowthConfig:
         num_key_value_heads: of the wider model.
         moe_intermediate_size: of experts.
         shared_expert_intermediate_size: of the expert that every token passes.
-        mode: how the hidden size grows, a :class:`WidthMode` or its value; ``auto`` is ``duplicate`` for whole
-            multiples and ``zero`` for others.
+        mode: how the hidden size grows, a :class:`WidthMode` or its value.
         units: what new units of MLPs and new heads are, a :class:`NewUnits` or its value.
         initialization: of ``bert2bert``, an :class:`Initialization` or its value.
     """

@@ -85,7 +85,8 @@ class Parent:
         tied: dict[str, str] = {}
         kept: list[torch.Tensor] = []
         owners: dict[tuple[object, ...], str] = {}
-        for name, tensor in state.items():
+        # Of a tied pair the embedding comes first, as in files; transformers sorts the names of what it has loaded.
+        for name, tensor in sorted(state.items(), key=lambda item: item[0].endswith("lm_head.weight")):
             if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
                 raise ShapeError(f"{name}: expected a dense tensor with data, got {type(tensor).__name__}")
             dtype = BY_NAME.get(str(tensor.dtype).removeprefix("torch."))

@@ -41,6 +41,9 @@ FIELDS_OF = {axis: key for key, axis in FIELDS.items()}
 DIVIDES = ("llama", "gemma2", "gemma3_text")
 """Types of models whose hidden size transformers wants to be a multiple of the number of heads."""
 
+NO_HEAD_DIM = ("olmoe",)
+"""Types of models whose heads are hidden_size / num_attention_heads large, whatever their head_dim says."""
+
 
 def plan_width(parent: Parent, config: ModelGrowthConfig, *, rms: Mapping[str, float] | None = None) -> Draft:
     """The model that :func:`grow_model_width` makes. Reads headers only.
@@ -160,7 +163,8 @@ def _widening(model: Anatomy, config: ModelGrowthConfig, rms: Mapping[str, float
     inexact = _heads(model, sizes, explicit, growths, problems, copies=words["units"] == "copy")
     if "hidden" in sizes:
         old, new = model.sizes["hidden"], sizes["hidden"]
-        mode = ("zero" if new % old else "duplicate") if mode == "auto" else mode
+        if mode == "auto":
+            mode = "duplicate" if new % old == 0 else "scaled" if model.arch.post_norm else "zero"
         if mode == "duplicate" and new % old:
             inexact.append(f"mode duplicate: expected a multiple of hidden_size {old}, got {new}; zero and scaled fit")
         growths["hidden"] = channels(old, new, mode)
@@ -171,6 +175,11 @@ def _widening(model: Anatomy, config: ModelGrowthConfig, rms: Mapping[str, float
     if model.arch.model_type in DIVIDES and hidden % total:
         wants = f"transformers wants that of {model.arch.model_type}"
         problems.append(f"hidden_size: expected a multiple of num_attention_heads {total} ({wants}), got {hidden}")
+    if model.arch.model_type in NO_HEAD_DIM and hidden != total * model.sizes["head_dim"]:
+        problems.append(
+            f"hidden_size: expected num_attention_heads {total} x {model.sizes['head_dim']} "
+            f"({model.arch.model_type} knows no head_dim), got {hidden}"
+        )
     if words["initialization"] == "aki":
         inexact.append("initialization aki: new units are from the next layer, so the model computes something else")
     growths = {axis: growth for axis, growth in growths.items() if not growth.identity}

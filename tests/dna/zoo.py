@@ -6,6 +6,8 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+torch.set_num_threads(1)  # models this small gain nothing from a second thread, which waits spinning
+
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,
