@@ -26,7 +26,7 @@ TIES = 1
 NOISE = 2
 """Op tag of additive noise."""
 
-SPLIT = 3
+SPLIT = 4
 """Op tag of the shares of replicas."""
 
 _MUL0 = np.uint64(0xD2511F53)
