@@ -106,8 +106,8 @@ def grow_model_width(
     Shares are random, of each element by itself, so that replicas learn different things (equal ones with
     ``noise_std`` 0). How the stream grows to a size that is no multiple says :class:`~fastmerge.dna.growth.WidthMode`.
     Logits are the same but for the rounding of sums in another order: within 2e-6 of the largest in fp32, and in bf16,
-    for whole multiples, mostly bit for bit. Gemma multiplies its embedding by sqrt(D), in the weights' type: there
-    the stream of a bf16 model grows exactly by four alone, and else within the accuracy of bf16.
+    for whole multiples, bit for bit but for a last place now and then. Gemma multiplies its embedding by sqrt(D), in
+    the weights' type: there the stream of a bf16 model grows exactly by four alone, else within bf16's accuracy.
 
     Args:
         model: a transformers module, a state dictionary, or where a model is on disk; it is not changed.
