@@ -103,9 +103,11 @@ def grow_model_width(
 
         W x = W'_1 x + W'_2 x + ...        W'_1 + W'_2 + ... = W without any rounding
 
-    By random shares of each element, so that replicas learn different things (equal ones with ``noise_std`` 0). How
-    the stream grows to sizes that are no multiple is said by :class:`~fastmerge.dna.growth.WidthMode`. In bf16, whole
-    multiples give the same logits bit for bit, but for Gemma, where sqrt(D) is a factor of the embedding.
+    Shares are random, of each element by itself, so that replicas learn different things (equal ones with
+    ``noise_std`` 0). How the stream grows to a size that is no multiple says :class:`~fastmerge.dna.growth.WidthMode`.
+    Logits are the same but for the rounding of sums in another order: within 2e-6 of the largest in fp32, and in bf16,
+    for whole multiples, bit for bit but for a last place now and then. Gemma multiplies its embedding by sqrt(D), in
+    the weights' type: there the stream of a bf16 model grows exactly by four alone, else within bf16's accuracy.
 
     Args:
         model: a transformers module, a state dictionary, or where a model is on disk; it is not changed.
@@ -217,6 +219,8 @@ def _words(config: ModelGrowthConfig) -> dict[str, str]:
     words["noise_mode"] = str(given.value if isinstance(given, Enum) else given)
     if words["noise_mode"] not in ("relative", "absolute"):
         problems.append(f"noise_mode: expected relative or absolute, got {given!r:.80}")
+    if not isinstance(config.seed, int) or isinstance(config.seed, bool):
+        problems.append(f"seed: expected a whole number, got {config.seed!r:.80}")
     if not _number(config.noise_std) or not 0 <= config.noise_std <= MOST_SIGMA:
         problems.append(f"noise_std: expected a number from 0 to 2**100, got {config.noise_std!r:.80}")
     if problems:

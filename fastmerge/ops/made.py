@@ -111,22 +111,22 @@ class Rows:
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """Neighbouring rows are read together, and rows that lie close in any order."""
-        width = math.prod(self.shape[1:])
+        width, dtype = math.prod(self.shape[1:]), self.dtype
         for first in range(e0 // width, -(-(e0 + n) // width), PART) if n and width else ():
             rows = np.arange(first, min(first + PART, -(-(e0 + n) // width)))
             begin = np.maximum(rows * width, e0)
             length = np.minimum((rows + 1) * width, e0 + n) - begin
             of = self.index[rows[0] : rows[-1] + 1]
-            to = address + (begin - e0) * self.dtype.size
+            to = address + (begin - e0) * dtype.size
             for i in np.flatnonzero(of < 0).tolist():
-                ctypes.memset(int(to[i]), 0, int(length[i]) * self.dtype.size)
+                ctypes.memset(int(to[i]), 0, int(length[i]) * dtype.size)
             above = 0
             for source in self.sources:
                 mine = np.flatnonzero((of >= above) & (of < above + source.shape[0]))
                 if len(mine):
                     start = of[mine] - above
                     start = start * width + (begin - rows * width)[mine]
-                    _take(bring, source, self.dtype, width, np.stack([start, length[mine], to[mine]], axis=1))
+                    _take(bring, source, dtype, width, np.stack([start, length[mine], to[mine]], axis=1))
                 above += source.shape[0]
 
 
@@ -377,17 +377,30 @@ class Noise:
     shape: tuple[int, ...]
 
     inputs: ClassVar[tuple[Source, ...]] = ()
-    workspace: ClassVar[int] = 64 * PANEL  # what a panel of random bits becomes on its way
+    workspace: ClassVar[int] = 64 * PANEL  # what a panel of random bits becomes on its way, and the table of normals
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """The numbers of the run, a panel at a time."""
-        from fastmerge.philox import NOISE, normal
+        from fastmerge.philox import NOISE, u16
 
+        try:
+            from fastmerge._native import philox_u16 as draw
+        except ImportError:
+            draw = u16
         work = _NUMPY[self.dtype]
         out = array(address, n, work)
         for at in range(0, n, PANEL):
             part = out[at : at + PANEL]
-            np.multiply(normal(self.key, self.index, NOISE, e0 + at, part.size), work(self.sigma), part, dtype=work)
+            drawn = draw(self.key & 0xFFFFFFFFFFFFFFFF, self.index, NOISE, e0 + at, part.size)
+            np.multiply(_normals()[drawn], work(self.sigma), part, dtype=work)
+
+
+@functools.cache
+def _normals() -> npt.NDArray[np.float32]:
+    """The normal number of each value of 16 bits: looking it up takes a tenth of the time of computing it."""
+    from fastmerge.philox import normal_of
+
+    return normal_of(np.arange(1 << 16).astype(np.uint16))
 
 
 def rounded(value: float, dtype: DType) -> npt.NDArray[Any]:

