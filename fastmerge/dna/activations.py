@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmerge.dna.anatomy import Anatomy
-from fastmerge.dna.importance import ACTIVATION, Scores, mlps
+from fastmerge.dna.importance import ACTIVATION, Scores, mlps, read, reading
 from fastmerge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -149,7 +149,8 @@ def measure(anatomy: Anatomy, model: Any, data: Sequence[Batch]) -> Scores:
 
     Channels are looked at where attention and MLP read them, behind the norms, and their squares are summed over all
     these places; neurons at the input of ``down_proj``, heads at that of ``o_proj``. A layer has its block influence,
-    ``1 - mean cos(x, layer(x))``. MLPs of experts are not seen, and have no scores.
+    ``1 - mean cos(x, layer(x))``, an expert the share of tokens that are routed to it. Neurons of experts are not seen,
+    and have no scores.
 
     Args:
         anatomy: of the model.
@@ -202,6 +203,9 @@ def measure(anatomy: Anatomy, model: Any, data: Sequence[Batch]) -> Scores:
         looks.setdefault(_attention_of(anatomy, layer), []).append(mean("hidden"))
         looks.setdefault(_mlp_of(anatomy, model, layer), []).append(mean("hidden"))
         looks.setdefault(_module(anatomy.find("o", layer)), []).append(mean(f"heads {layer}"))
+    routed = _routed(anatomy, tokens)
+    for layer, (look, _) in routed.items():
+        looks[_mlp_of(anatomy, model, layer)].append(look)
     looks.setdefault(_module(anatomy.find("final_norm")), []).append(turn(anatomy.layers))
     dense = {mlp.key: f"{mlp.prefix}down" for mlp in mlps(anatomy) if mlp.key[2] is None}
     for (axis, layer, _), role in dense.items():
@@ -219,8 +223,44 @@ def measure(anatomy: Anatomy, model: Any, data: Sequence[Batch]) -> Scores:
         inner={key: np.sqrt(means[f"{key[0]} {key[1]}"]) for key in dense},
         heads={i: np.sqrt(x) for i, x in each.items()},
         groups={i: np.sqrt(x.reshape(groups, -1).sum(axis=1)) for i, x in each.items()},
+        experts={i: counts / max(turns, 1) for i, (_, counts) in routed.items()},
         energy={name: x / max(count[name], 1) for name, x in energy.items()},
     )
+
+
+def _routed(anatomy: Anatomy, tokens: _Tokens) -> dict[int, tuple[Look, Array]]:
+    """For each sparse layer what looks at the input of its router, and how many tokens went to each expert."""
+    import torch
+
+    found = {}
+    sources = anatomy.parent.tensors
+    with reading(anatomy.parent) as bring:
+        for layer in filter(anatomy.is_sparse, range(anatomy.layers)):
+            weight, bias = (
+                None if name is None else torch.from_numpy(read(bring, sources[name])).float()
+                for name in (anatomy.find("router", layer), anatomy.find("router_bias", layer))
+            )
+            assert weight is not None
+            counts = np.zeros(len(weight))
+            selects = anatomy.arch.sizes["experts"] == "n_routed_experts"  # the bias only selects, behind a sigmoid
+            found[layer] = _count(tokens, counts, weight, bias, selects, anatomy.config["num_experts_per_tok"]), counts
+    return found
+
+
+def _count(
+    tokens: _Tokens, counts: Array, weight: torch.Tensor, bias: torch.Tensor | None, selects: bool, top: int
+) -> Look:
+    def look(x: torch.Tensor) -> None:
+        flat = tokens.flat(x)
+        logits = flat @ weight.to(flat.device).T
+        if selects:
+            logits = logits.sigmoid()
+        if bias is not None:
+            logits = logits + bias.to(flat.device)
+        chosen = logits.topk(top, dim=-1).indices.flatten()
+        counts[:] += chosen.bincount(minlength=len(counts)).cpu().numpy()
+
+    return look
 
 
 def grams(anatomy: Anatomy, model: Any, data: Sequence[Batch], layers: Sequence[int]) -> Iterator[tuple[int, Array]]:

@@ -67,6 +67,10 @@ def create_model_family(
             raise OutputError(f"{', '.join(there)}: already there; overwrite=True replaces them")
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
+    said: set[str] = set()
+    for draft in drafts.values() if out is None else ():  # each in one report on disk, but once in the log
+        draft.warnings = [w for w in draft.warnings if w not in said]
+        said.update(draft.warnings)
     return {name: deliver(draft, base_model, where[name], **options) for name, draft in drafts.items()}
 
 

@@ -78,7 +78,8 @@ class ModelSlicingConfig:
         target_num_heads: query heads; groups that share keys and values stay whole.
         target_kv_heads: groups; together with ``target_num_heads`` groups may become smaller.
         target_experts: experts of each layer.
-        expert_scores: scores of experts by layer, in place of the lengths of the router's rows.
+        expert_scores: scores of experts by layer, in place of those by the metric: lengths of the router's rows, or
+            shares of the tokens.
         refit: a :class:`Refit`, or its value.
         damping: ridge of the refit, in units of the mean energy of a neuron that is kept.
         rotate: keep principal components of the residual stream in place of channels; needs calibration data.
@@ -249,9 +250,7 @@ class Study:
 
             scores = measure(of, self.module, self.data)
             if of.arch.experts:
-                rest = importance.weight_scores(of)
-                scores.inner = rest.inner | scores.inner
-                scores.experts = rest.experts
+                scores.inner = importance.weight_scores(of).inner | scores.inner
         else:
             scores = importance.gradient_scores(of, self.module, self.data, self.metric.value)
         if self._experts is not None:

@@ -87,6 +87,11 @@ def test_layers_alone_leave_channels_in_their_order():
     assert all(torch.equal(t, made.state_dict()[n]) for n, t in family["3L_32D"].state_dict().items())
 
 
+def test_what_holds_of_several_members_is_said_once(caplog):
+    create_model_family(zoo.model("llama"), [(2, 32), (2, 24), (2, 16)])
+    assert [r.getMessage().startswith("layers were ranked by the lengths") for r in caplog.records] == [True]
+
+
 def test_members_of_their_own_are_corrected():
     made = zoo.model("llama")
     config = ModelSlicingConfig(calibration_data=zoo.tokens())

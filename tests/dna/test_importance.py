@@ -87,6 +87,31 @@ def test_scores_by_activations_are_those_of_minitron(llama):
     assert close(found.energy["model.layers.1.input_layernorm.weight"], x.square().mean(0))
 
 
+@torch.no_grad()
+def routed(kind):
+    """Shares of tokens by expert of each layer as scored, and as the model routes them."""
+    made, ids = zoo.model(kind), zoo.tokens()
+    found = measure(anatomy(Parent.open(made)), made, batches(ids)).experts
+    logits = made(input_ids=ids, output_router_logits=True).router_logits
+    shares = [x.topk(2, dim=-1).indices.flatten().bincount(minlength=4) / ids.numel() for x in logits]
+    return found, shares
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe"])
+def test_experts_have_the_share_of_tokens_that_go_to_them(kind):
+    found, shares = routed(kind)
+    assert all(close(found[i], share) for i, share in enumerate(shares))
+    assert np.isclose(found[0].sum(), 2)
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "olmoe", "flex_olmo", "granitemoe"])
+def test_experts_have_the_share_of_tokens_that_go_to_them_everywhere(kind):
+    found, shares = routed(kind)
+    assert all(close(found[i], share) for i, share in enumerate(shares))
+    assert np.isclose(found[0].sum(), 2)
+
+
 def test_scores_by_gradients_are_those_of_the_loss(llama):
     ids = zoo.tokens()
     llama.zero_grad()
