@@ -127,3 +127,17 @@ def test_make_targets_of_the_readme_exist():
     targets = set(re.findall(r"^make (\w+)", TEXT, re.MULTILINE))
     assert {"demo", "test", "gpu"} <= targets
     assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_the_page_of_dna_transfer_runs_and_lists_what_there_is(place):
+    from fastmerge.dna.architectures import ARCHITECTURES
+    from fastmerge.dna.upcycling.twins import TWINS
+
+    page = (ROOT / "docs" / "dna.md").read_text()
+    run(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0])
+    assert {"twice-as-wide", "four-experts"} <= {p.name for p in place.iterdir()}
+    known = page.split("Known types: ")[1].split(". Any other")[0]
+    assert set(re.findall(r"\b[a-z][a-z0-9_]+\b", known)) - {"and", "of", "mixtures"} == set(ARCHITECTURES)
+    rows = re.findall(r"^\| ([\w, ]+) \| ([\w, ]+) \|$", page.split("| dense |")[1].split("\n\n")[0], re.MULTILINE)
+    listed = {(d, m) for dense, mixtures in rows for d in dense.split(", ") for m in mixtures.split(", ")}
+    assert listed == {(source, twin.target) for twin in TWINS for source in twin.sources}
