@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmerge.dna.anatomy import Anatomy
-from fastmerge.dna.importance import ACTIVATION, Scores, mlps, read, reading
+from fastmerge.dna.importance import ACTIVATION, Scores, mlps, read
+from fastmerge.dna.reading import Reader
 from fastmerge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -234,7 +235,8 @@ def _routed(anatomy: Anatomy, tokens: _Tokens) -> dict[int, tuple[Look, Array]]:
 
     found = {}
     sources = anatomy.parent.tensors
-    with reading(anatomy.parent) as bring:
+    with Reader([anatomy.parent]) as reader:
+        bring = reader.bring
         for layer in filter(anatomy.is_sparse, range(anatomy.layers)):
             weight, bias = (
                 None if name is None else torch.from_numpy(read(bring, sources[name])).float()

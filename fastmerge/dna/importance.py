@@ -16,7 +16,6 @@ With gradients each of them has the sum over all of its weights, of ``|dL/dw|`` 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +25,7 @@ import numpy.typing as npt
 
 from fastmerge.checkpoint.header import listing
 from fastmerge.dna.anatomy import Anatomy, Axis
-from fastmerge.dna.parent import Parent
+from fastmerge.dna.reading import Reader
 from fastmerge.errors import CheckpointError
 from fastmerge.keys import tensor_key
 from fastmerge.ops.made import BLOCK, load
@@ -126,17 +125,6 @@ class Sums(NamedTuple):
     columns: Array
 
 
-@contextlib.contextmanager
-def reading(parent: Parent) -> Iterator[Bring]:
-    """Brings runs of a parent's tensors to memory."""
-    from fastmerge.checkpoint import Files
-    from fastmerge.runtime.stores import OpStore
-
-    with contextlib.ExitStack() as stack:
-        files = stack.enter_context(Files(parent.checkpoints())) if parent.checkpoint else None
-        yield OpStore((), files).bring
-
-
 def read(bring: Bring, source: Source) -> Array:
     """A small tensor as fp64."""
     size = int(np.prod(source.shape, dtype=np.int64))
@@ -164,7 +152,8 @@ def weight_scores(anatomy: Anatomy) -> Scores:
     """Scores by the lengths of weights; reads every tensor once."""
     sums: dict[str, Sums] = {}
     gains: dict[str, Array] = {}
-    with reading(anatomy.parent) as bring:
+    with Reader([anatomy.parent]) as reader:
+        bring = reader.bring
         for name, (part, _, _) in anatomy.places.items():
             source = anatomy.parent.tensors[name]
             if part.role.endswith("_norm"):

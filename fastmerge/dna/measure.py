@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from fastmerge.checkpoint import Files
-from fastmerge.dna.parent import Parent, checkpoints
+from fastmerge.dna.parent import Parent
+from fastmerge.dna.reading import Reader
 from fastmerge.errors import CheckpointError
-from fastmerge.ops.made import load
 from fastmerge.ops.row_lengths import squares
-from fastmerge.runtime.stores import OpStore
 
 PANEL = 1 << 20
 """Elements that are looked at at a time."""
@@ -23,12 +21,11 @@ def root_mean_squares(parent: Parent, names: Iterable[str]) -> dict[str, float]:
         CheckpointError: one holds NaN or Inf.
     """
     found = {}
-    with Files(checkpoints([parent])) as files:
-        store = OpStore([], files)
+    with Reader([parent]) as reader:
         for name in names:
             source = parent.tensors[name]
             n = math.prod(source.shape)
-            panels = (load(store.bring, source, e0, min(PANEL, n - e0)) for e0 in range(0, n, PANEL))
+            panels = (reader.read(source, e0, min(PANEL, n - e0)) for e0 in range(0, n, PANEL))
             total = math.fsum(float(squares(panel.reshape(1, -1))[0]) for panel in panels)
             if not math.isfinite(total):
                 raise CheckpointError(f"{name}: NaN or Inf; expected finite values")

@@ -20,6 +20,7 @@ from fastmerge.dna.importance import Scores
 from fastmerge.dna.kept import Kept, Sizes, choose, given_experts, sizes
 from fastmerge.dna.layers import LayerSelection, choose_layers
 from fastmerge.dna.parent import Parent
+from fastmerge.dna.reading import Reader
 from fastmerge.dna.refit import DAMPING, Rotation, components, refit_down
 from fastmerge.errors import RecipeError
 from fastmerge.keys import checked_seed
@@ -283,7 +284,8 @@ class Study:
         from fastmerge.dna.activations import grams
 
         found = {}
-        with importance.reading(self.anatomy.parent) as bring:
+        with Reader([self.anatomy.parent]) as reader:
+            bring = reader.bring
             for layer, gram in grams(self.anatomy, self.module, self.data, layers):
                 name = self.anatomy.find("down", layer)
                 assert name is not None

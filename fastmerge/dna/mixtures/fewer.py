@@ -13,8 +13,9 @@ from fastmerge.dna import results
 from fastmerge.dna.anatomy import Anatomy
 from fastmerge.dna.draft import Draft, Request
 from fastmerge.dna.mixtures.layout import Blend, active, assemble, check_active, groups, mixture, set_experts
-from fastmerge.dna.mixtures.weights import F64, Reader, grams, likeness, norms
+from fastmerge.dna.mixtures.weights import F64, grams, likeness, norms
 from fastmerge.dna.parent import Parent
+from fastmerge.dna.reading import Reader
 from fastmerge.errors import RecipeError
 
 if TYPE_CHECKING:

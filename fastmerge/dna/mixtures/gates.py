@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from fastmerge.dna.anatomy import Anatomy, anatomy
 from fastmerge.dna.mixtures.document import MoEMergeConfig
-from fastmerge.dna.mixtures.weights import Reader
 from fastmerge.dna.parent import Parent
+from fastmerge.dna.reading import Reader
 from fastmerge.dtypes import F32, DType
 from fastmerge.errors import BackendUnavailable, CheckpointError, RecipeError
 from fastmerge.keys import tensor_key

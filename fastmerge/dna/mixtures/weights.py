@@ -4,52 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import Self
 
-from fastmerge.checkpoint import Files
 from fastmerge.dna.anatomy import Anatomy
 from fastmerge.dna.mixtures.layout import expert, parts
-from fastmerge.dna.parent import Parent, checkpoints
+from fastmerge.dna.reading import Reader
 from fastmerge.errors import CheckpointError
-from fastmerge.ops.made import load
-from fastmerge.ops.spec import Source
-from fastmerge.runtime.stores import OpStore
 
 PANEL_BYTES = 64 << 20
 """Of fp64 numbers that are looked at at a time: of all experts together."""
 
 F64 = npt.NDArray[np.float64]
-
-
-class Reader:
-    """Reads runs of the sources of some parents.
-
-    Args:
-        parents: whose sources; those on disk were opened with their positions among them.
-    """
-
-    def __init__(self, parents: Sequence[Parent]) -> None:
-        self._files = Files(checkpoints(parents))
-        self._store = OpStore([], self._files)
-
-    def __enter__(self) -> Self:
-        """Files are opened when they are first read."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Closes them."""
-        self._files.__exit__(kind, error, at)
-
-    def read(self, source: Source, first: int = 0, n: int | None = None) -> npt.NDArray[Any]:
-        """A run of a source as fp32 (fp64 stays); all of it, in its shape, where no length is given."""
-        if n is None:
-            return load(self._store.bring, source, first, prod(source.shape)).reshape(source.shape)
-        return load(self._store.bring, source, first, n)
 
 
 def grams(reader: Reader, model: Anatomy, layer: int) -> list[F64]:
