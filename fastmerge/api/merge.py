@@ -109,6 +109,7 @@ def merge(
     """
     from fastmerge.checkpoint import Writer
     from fastmerge.checkpoint.content import inputs
+    from fastmerge.checkpoint.past import in_cache
     from fastmerge.report import Report
     from fastmerge.runtime.making import host
 
@@ -132,10 +133,11 @@ def merge(
     )
     for text in planned.warnings:
         log.warning("%s", text)
+    warm = in_cache({file.path for checkpoint in planned.checkpoints for file in checkpoint.files})
     again = resume
     while True:
         try:
-            with place(planned.ops, chosen, budget) as placed:
+            with place(planned.ops, chosen, budget, warm=warm) as placed:
                 # After the budgets were found to do: a new run discards what an interrupted one left.
                 writer = Writer(
                     out,

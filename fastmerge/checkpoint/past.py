@@ -16,9 +16,11 @@ import numpy as np
 
 from fastmerge.checkpoint import io as _io
 from fastmerge.checkpoint import system
+from fastmerge.checkpoint.content import SAMPLES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
 
     from fastmerge.checkpoint.io import I64, Io
 
@@ -27,6 +29,41 @@ SWITCH = "FASTMERGE_DIRECT"
 
 LEAST = 64 << 10
 """Bytes of a row below which it is read through the cache: past it, each would be a request to the disk of its own."""
+
+MISSING = 1 / 16
+"""Share of the inputs that may be on the disk only where they are said to be in the page cache."""
+
+BEYOND = 4 << 20
+"""Bytes past the end of a file where no cache has a page of it, whatever the size of its pages."""
+
+
+def in_cache(paths: Iterable[Path], io: Io | None = None) -> bool:
+    """Whether the page cache holds files, as far as 64 pages of each tell, between those that :mod:`.content` reads.
+
+    Args:
+        paths: of the files.
+        io: the primitive; the extension's by default.
+
+    Returns:
+        False where the kernel does not tell, and where a file cannot be opened.
+    """
+    io = io or _io.native()
+    total, found = 0, 0.0
+    for path in paths:
+        try:
+            fd = system.open_regular(path)
+        except OSError:
+            return False
+        try:
+            size = os.fstat(fd).st_size
+            places = [size * (2 * i + 1) // (2 * SAMPLES) for i in range(SAMPLES)]
+            *held, beyond = io.resident(np.array([(fd, at, 0, 1) for at in (*places, size + BEYOND)])).tolist()
+        finally:
+            os.close(fd)
+        if beyond:  # of files that a process may not write, some kernels say this of every page
+            return False
+        total, found = total + size, found + size * sum(held) / SAMPLES
+    return found >= (1 - MISSING) * total
 
 
 def open_past(fd: int) -> int:

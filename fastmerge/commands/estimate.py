@@ -47,6 +47,7 @@ def estimate(
 
     Returns:
         Passes over the input, memory in bytes, the bottleneck and an estimate of the seconds for warm files.
+        There are fewer workers and slots for those (``cached``) than for files that are on the disk only.
     """
     ops = planned.ops
     gpus = expected_gpus(device_for(device, ops, backend), backend)
@@ -57,17 +58,17 @@ def estimate(
         wants = budgets.need(ops, elements=cuda.UNIT_ELEMENTS)
         slots = gpu_slots(wants, len(gpus), Budget(budget), vram)
         jobs = schedule(ops, slot=slots.nbytes, elements=cuda.UNIT_ELEMENTS)
-        keeps = 0
+        keeps, warm = 0, slots
     else:
         chosen = cpu_backend(backend)
         name, read_rate = chosen.name, READ_RATE
         whole = uncut(ops, chosen)
         wants = budgets.need(ops, whole=whole, made=making(chosen))
-        slots = cpu_slots(wants, budget, workers(chosen))
+        slots, warm = (cpu_slots(wants, budget, workers(chosen), warm=warm) for warm in (False, True))
         jobs = schedule(ops, slot=slots.nbytes, elements=budgets.UNIT_ELEMENTS, whole=whole)
         keeps = math.prod(room(ops, jobs, beside(wants, slots, budget)))
     units = sum(len(j.units) for j in jobs)
-    n = max(1, min(slots.number, units) if gpus else slots.number)
+    n, cached = (max(1, min(s.number, units) if gpus else s.number) for s in (slots, warm))
     reads = elements_time = 0.0
     again = writes = 0
     for job in jobs:
@@ -84,16 +85,19 @@ def estimate(
             if passes > 1:
                 again, kept = again + nbytes - min(nbytes, keeps - kept), min(keeps, kept + nbytes)
             elements_time += spec.numel / (GPU_ELEMENT_RATE / passes if gpus else ELEMENT_RATE[spec.grain])
-    stages = {"read": reads / read_rate / n, "compute": elements_time / (len(gpus) or n), "write": writes / WRITE_RATE}
+    stages = {"read": reads / read_rate / cached, "compute": elements_time / (len(gpus) or cached)}
+    stages["write"] = writes / WRITE_RATE
     seconds = 0.25 + stages["write"] + max(stages["read"], stages["compute"])
     return {
         "backend": name,
         "workers": n,
+        "workers_cached": cached,
         "units": units,
         "bytes_read": int(reads),
         "bytes_read_twice": again,
         "memory_budget": budget,
         "memory_slots": n * slots.nbytes,
+        "memory_cached": cached * warm.nbytes,
         "bottleneck": max(stages, key=lambda s: stages[s]),
         "seconds_estimated": round(seconds, 2),
     }

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastmerge.checkpoint import Checkpoint, Files, system
+from fastmerge.checkpoint import Checkpoint, Files, content, system
 from fastmerge.checkpoint import io as _io
-from fastmerge.checkpoint.past import LEAST, SWITCH, open_past
+from fastmerge.checkpoint.past import BEYOND, LEAST, SWITCH, in_cache, open_past
 from fastmerge.errors import CheckpointError
 from tests.checkpoint.shim import FaultyIo, PosixIo, primitives, save, tensor
 
@@ -148,6 +148,49 @@ def test_what_is_resident_is_known(file):
     file.evict(4 << 20, 2 << 20)
     assert io.resident(rows).tolist() == [0, 0, 1, 1]
     assert io.resident(np.array([[-1, 0, 0, 9]])).tolist() == [1], "whoever does not know reads as ever"
+
+
+class Holding(PosixIo):
+    """A kernel whose page cache holds what is before and behind a range of every file."""
+
+    def __init__(self, start, stop, *, tells=True):
+        self.missing, self.tells, self.asked = range(start, stop), tells, []
+
+    def resident(self, table):
+        self.asked = [at for _, at, _, _ in table.tolist()]
+        end = os.fstat(table[0, 0]).st_size
+        return np.array([at not in self.missing and (at < end or not self.tells) for at in self.asked], np.int64)
+
+
+def test_files_are_in_the_cache_but_for_a_sixteenth(file, tmp_path):
+    small = tmp_path / "small"
+    small.write_bytes(b"x" * 1000)
+    for paths in ([file.path, small], [small, file.path]):
+        assert in_cache(paths, Holding(SIZE // 2, SIZE * 36 // 64))
+        assert not in_cache(paths, Holding(SIZE // 2, SIZE * 37 // 64)), "the small one is no half of both"
+    assert not in_cache([small], Holding(0, 100))
+    assert not in_cache([tmp_path / "none"]), "reading it will say so"
+    assert in_cache([])
+
+
+def test_a_kernel_that_does_not_tell_is_found_out(file):
+    """Some call every page resident to those who may not write a file."""
+    tells, silent = Holding(0, 0), Holding(0, 0, tells=False)
+    assert in_cache([file.path], tells)
+    assert not in_cache([file.path], silent)
+    assert silent.asked == [*(SIZE * i // 128 for i in range(1, 128, 2)), SIZE + BEYOND]
+
+
+def test_what_tells_contents_apart_brings_none_of_the_pages_that_are_looked_at(file):
+    file.path.read_bytes()
+    assert in_cache([file.path])
+    file.evict()
+    content.of([file.path])
+    assert sum(file.resident()) > content.SAMPLES // 2
+    assert not in_cache([file.path])
+    fds = os.listdir("/proc/self/fd")  # noqa: PTH208  names only
+    in_cache([file.path])
+    assert os.listdir("/proc/self/fd") == fds  # noqa: PTH208  names only
 
 
 @pytest.mark.parametrize("seed", range(5))

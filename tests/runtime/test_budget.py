@@ -34,6 +34,17 @@ def test_less_memory_means_smaller_slots_then_fewer_then_a_clear_refusal():
         cpu_slots(wants, wants.least - 1, 8)
 
 
+def test_workers_that_wait_for_reads_go_before_slots_get_smaller():
+    wants = need([op(0, (4_000_000,), "element")])
+    assert cpu_slots(wants, None, 22) == cpu_slots(wants, 22 * wants.best, 22) == (wants.best, 22)
+    for memory in (18 * wants.best, 22 * wants.best, None):
+        assert cpu_slots(wants, memory, 22, warm=True) == (wants.best, 18), "no read waits for the disk"
+    for warm in (False, True):
+        assert cpu_slots(wants, 18 * wants.best, 22, warm=warm) == (wants.best, 18)
+        assert cpu_slots(wants, 18 * wants.best - 1, 22, warm=warm) == (wants.best - 1, 18)
+        assert cpu_slots(wants, None, 3, warm=warm).number == 3
+
+
 def test_the_stated_minimum_counts_the_tables_of_rows():
     ops = [op(0, (400_000, 64), "row"), op(1, (10_000_000,), "element")]  # 120 MB of tables, for one of them
     wants = need(ops)

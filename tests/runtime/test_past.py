@@ -13,6 +13,8 @@ from fastmerge.checkpoint import io as _io
 from fastmerge.checkpoint.past import LEAST, SWITCH
 from fastmerge.commands.estimate import estimate
 from fastmerge.errors import BudgetError
+from fastmerge.runtime import placement
+from fastmerge.runtime.devices import Buffer
 from tests.checkpoint.shim import evict, raw, save
 
 
@@ -131,6 +133,21 @@ def test_slots_without_room_for_blocks_give_the_same_bytes(models, tmp_path, io)
     for memory in (least, least + 5000, least + 20_000, 3 * least):
         evict(models)
         assert merged(models, tmp_path / f"{memory}", memory=memory) == want
+
+
+def test_workers_wait_for_the_disk_where_inputs_are_on_it_only(models, tmp_path, io, monkeypatch):
+    monkeypatch.setattr(placement, "cores", lambda: 2)
+    slots = []
+    monkeypatch.setattr(Buffer, "allocate", lambda n, real=Buffer.allocate: slots.append(n) or real(n))
+    want = merged(models, tmp_path / "warm")
+    expected = estimate(fm.plan(recipe_of(models, "linear")), memory=None, device="cpu", backend="native")
+    assert merged.report.devices == ("cpu",) * expected["workers_cached"]
+    assert sum(slots) == expected["memory_cached"]
+    evict(models[1:2])
+    slots.clear()
+    assert merged(models, tmp_path / "cold") == want
+    assert merged.report.devices == ("cpu",) * expected["workers"]
+    assert sum(slots) == expected["memory_slots"] == 2 * expected["memory_cached"]
 
 
 def test_the_cache_stays_cold(models, tmp_path, io):
