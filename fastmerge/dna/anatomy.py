@@ -183,6 +183,10 @@ def anatomy(parent: Parent) -> Anatomy:
             f"{', '.join(sorted(ARCHITECTURES))}; an entry says which tensors read and write the residual stream, "
             "which norms there are, how heads are laid out, and which keys of config.json count them"
         )
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"{parent.ref}: config.json: quantization_config: expected weights that are not quantized"
+        )
     sizes = _sizes(parent, arch)
     layers = sizes["layers"]
     places: dict[str, Located] = {}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from fastmerge.dna.draft import MOST_COPIES
 from fastmerge.errors import RecipeError, hint
 
 WORDS = {
@@ -96,8 +97,8 @@ class UpcyclingConfig:
                 found.append(f"{key}: expected one of {', '.join(words)}, got {given!r:.80}{near}")
         for key, least in (("num_experts", 2), ("num_experts_per_token", 1), ("granularity", 1)):
             given = getattr(self, key)
-            if type(given) is not int or given < least:
-                found.append(f"{key}: expected a whole number of {least} or more, got {given!r:.80}")
+            if type(given) is not int or not least <= given <= MOST_COPIES:
+                found.append(f"{key}: expected a whole number from {least} to {MOST_COPIES}, got {given!r:.80}")
         bounds = {"drop_ratio": 1, "jitter_noise": 1}
         for key in ("expert_init_noise", "router_init_std", "jitter_noise", "auxiliary_loss_weight", "drop_ratio"):
             given, most = getattr(self, key), bounds.get(key, 1_000_000)
