@@ -318,7 +318,8 @@ def _originals(sources: Sequence[int], n: int, *, in_order: bool) -> set[int] | 
 
 def _positions(config: ModelGrowthConfig, model: Anatomy) -> list[int]:
     """The layers that new ones follow."""
-    if len(config.insertion_positions):
+    given = config.insertion_positions
+    if not hasattr(given, "__len__") or len(given):
         return sorted(checked("insertion_positions", config.insertion_positions, model.layers))
     k, n = config.num_new_layers, model.layers
     if not _whole(k) or not 1 <= k <= MOST_COPIES:

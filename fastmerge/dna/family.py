@@ -132,7 +132,7 @@ def _members(sizes: Sequence[tuple[int, int]], config: ModelSlicingConfig) -> di
         if value is not None
     ]
     found: dict[str, ModelSlicingConfig] = {}
-    for size in sizes:
+    for size in sizes or ():
         try:
             layers, hidden = size
         except (TypeError, ValueError):

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from fastmerge.checkpoint import Files
 from fastmerge.dna.parent import Parent, checkpoints
+from fastmerge.dtypes import FLOATS
 from fastmerge.errors import CheckpointError
 from fastmerge.ops.made import load
 from fastmerge.ops.row_lengths import squares
@@ -27,6 +28,8 @@ def root_mean_squares(parent: Parent, names: Iterable[str]) -> dict[str, float]:
         store = OpStore([], files)
         for name in names:
             source = parent.tensors[name]
+            if source.dtype not in FLOATS:
+                raise CheckpointError(f"{name}: expected floating-point numbers, got {source.dtype.name}")
             n = math.prod(source.shape)
             panels = (load(store.bring, source, e0, min(PANEL, n - e0)) for e0 in range(0, n, PANEL))
             total = math.fsum(float(squares(panel.reshape(1, -1))[0]) for panel in panels)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from fastmerge import dna
@@ -89,6 +90,7 @@ def test_models_that_transformers_cannot_load_are_not_compared(models, tmp_path)
     ("lines", "code", "why"),
     [
         (b"[1, 9223372036854775808]\n", 2, "line 1: expected token ids"),
+        (b"[1, 97]\n", 2, "calibration_data: expected tokens from 0 to 96, got 97"),
         (b"\xff\n", 2, "expected UTF-8"),
         (b'{"text": "hello"}\n', 3, "no tokenizer"),
     ],
@@ -98,3 +100,47 @@ def test_calibration_files(models, tmp_path, lines, code, why):
     options = ("--target-layers", 2, "--calibration", tmp_path / "data")
     assert asked("slice", models / "llama", tmp_path / "out", *options)[0] == code
     assert why in asked("slice", models / "llama", tmp_path / "out", *options)[1]
+
+
+def test_tokens_of_no_vocabulary_are_not_routed(models, tmp_path):
+    (tmp_path / "data").write_text("[97]")
+    options = ("--num-experts", 2, "--keep-by", "counts", "--calibration", tmp_path / "data")
+    code, said = asked("experts", "fewer", models / "mixtral", tmp_path / "out", *options)
+    assert code == 2
+    assert "expected tokens from 0 to 96, got 97" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_key_value_heads", "2"), ("num_key_value_heads", 0), ("head_dim", -8), ("intermediate_size", None),
+     ("rope_parameters", 5)],
+)  # fmt: skip
+def test_configurations_are_checked(key, value):
+    model = zoo.model("llama")
+    config = {**model.config.to_dict(), key: value}
+    with pytest.raises(CheckpointError, match=f"config.json: {key}: expected"):
+        dna.upcycle_dense_to_moe(model.state_dict(), dna.UpcyclingConfig(), model_config=config)
+
+
+def test_arguments_of_other_types_are_refused():
+    model = zoo.model("llama")
+    state, config = model.state_dict(), model.config.to_dict()
+    deeper = {"method": "net2deeper", "insertion_positions": None}
+    for make, why in (
+        (lambda: dna.upcycle_dense_to_moe(model, dna.UpcyclingConfig(seed=1.5)), "seed: expected a 64-bit"),
+        (lambda: dna.upcycle_dense_to_moe(model, dna.UpcyclingConfig(layers=None)), "layers: expected all"),
+        (lambda: dna.grow_model_depth(model, dna.ModelGrowthConfig(**deeper)), "insertion_positions: expected numbers"),
+        (lambda: dna.create_model_family(model, None), "sizes: expected at least one pair"),
+        (lambda: dna.create_dna_transfer_pipeline(model, ["slice"]), "target_config: expected a mapping"),
+        (lambda: dna.create_dna_transfer_pipeline(model, {1: 2}), "1: UpcyclingConfig has no such field"),
+    ):
+        with pytest.raises(RecipeError, match=why):
+            make()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    small = {**state, name: state[name].to(torch.float8_e4m3fn)}
+    with pytest.raises(CheckpointError, match=f"{name}: expected floating-point numbers, got float8_e4m3fn"):
+        dna.slice_model(small, dna.ModelSlicingConfig(target_layers=2), model_config=config)
+    with pytest.raises(CheckpointError, match=f"{name}: expected floating-point numbers, got float8_e4m3fn"):
+        dna.grow_model_width(small, dna.ModelGrowthConfig(width_multiplier=1.5), model_config=config)
+    with pytest.raises(CheckpointError, match="5: expected the name of a tensor"):
+        dna.slice_model({**state, 5: state[name]}, dna.ModelSlicingConfig(target_layers=2), model_config=config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -82,7 +82,7 @@ class UpcyclingConfig:
             given = getattr(self, key)
             if isinstance(given, Enum):
                 object.__setattr__(self, key, given.value)
-        if not isinstance(self.layers, str | int):
+        if isinstance(self.layers, Iterable) and not isinstance(self.layers, str):
             object.__setattr__(self, "layers", tuple(self.layers))
         problems = list(self._problems())
         if problems:
@@ -138,6 +138,8 @@ class UpcyclingConfig:
             if isinstance(given, bool) or not 1 <= given <= layers:
                 raise RecipeError(f"layers: expected every n-th of {layers}, got n = {given!r}")
             return list(range(given - 1, layers, given))
+        if not isinstance(given, tuple):
+            raise RecipeError(f"layers: expected all, every_n or numbers of layers, got {given!r:.80}")
         wrong = [i for i in given if type(i) is not int or not 0 <= i < layers]
         if wrong or not given or len(set(given)) < len(given):
             raise RecipeError(f"layers: expected different numbers from 0 to {layers - 1}, got {list(given)!r:.80}")
