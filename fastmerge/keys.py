@@ -37,8 +37,8 @@ def checked_seed(seed: int) -> int:
     Raises:
         RecipeError: where it does not fit 64 bits.
     """
-    if not -(2**63) <= seed < 2**63:
-        raise RecipeError(f"seed: expected a 64-bit signed integer, got {seed}")
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise RecipeError(f"seed: expected a 64-bit signed integer, got {seed!r:.80}")
     return seed
 
 

@@ -57,10 +57,29 @@ def batches(data: object) -> list[Batch]:
     return found
 
 
+def in_vocabulary(ids: torch.Tensor, model: Any) -> None:
+    """Holds that tokens are of the vocabulary of a model; an embedding reads past its end on some devices.
+
+    Raises:
+        RecipeError: they are not.
+    """
+    words = model.get_input_embeddings().weight.shape[0]
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= words:
+        raise RecipeError(
+            f"calibration_data: expected tokens from 0 to {words - 1}, got {least if least < 0 else most}"
+        )
+
+
 def moved(data: Sequence[Batch], model: Any) -> Iterator[Batch]:
-    """Batches on the device of a model."""
+    """Batches on the device of a model.
+
+    Raises:
+        RecipeError: tokens that are not of its vocabulary.
+    """
     device = next(model.parameters()).device
     for batch in data:
+        in_vocabulary(batch["input_ids"], model)
         yield {key: t.to(device) for key, t in batch.items()}
 
 

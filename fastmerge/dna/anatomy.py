@@ -183,6 +183,10 @@ def anatomy(parent: Parent) -> Anatomy:
             f"{', '.join(sorted(ARCHITECTURES))}; an entry says which tensors read and write the residual stream, "
             "which norms there are, how heads are laid out, and which keys of config.json count them"
         )
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"{parent.ref}: config.json: quantization_config: expected weights that are not quantized"
+        )
     sizes = _sizes(parent, arch)
     layers = sizes["layers"]
     places: dict[str, Located] = {}
@@ -221,16 +225,23 @@ def _sizes(parent: Parent, arch: Architecture) -> dict[str, int]:
             value = config.get({"num_experts": "num_local_experts", "num_local_experts": "num_experts"}.get(key, key))
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             found[axis] = value
-        elif key != "intermediate_size":
-            problems.append(f"{parent.ref}: config.json: {key}: expected a whole number above 0, got {value!r}")
+        elif key != "intermediate_size" or value is not None or not arch.experts:
+            problems.append(f"{parent.ref}: config.json: {key}: expected a whole number above 0, got {value!r:.80}")
+    heads = found.get("heads", 1)
+    others = {"num_key_value_heads": heads, "head_dim": found.get("hidden", 0) // heads}
+    for key, default in others.items():
+        value = config.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            problems.append(f"{parent.ref}: config.json: {key}: expected a whole number above 0, got {value!r:.80}")
+        others[key] = value or default
+    if not isinstance(config.get("rope_parameters") or {}, Mapping):
+        problems.append(f"{parent.ref}: config.json: rope_parameters: expected an object")
     if problems:
         raise CheckpointError(problems)
-    heads = found["heads"]
-    found["kv_heads"] = config.get("num_key_value_heads") or heads
-    found["head_dim"] = config.get("head_dim") or found["hidden"] // heads
+    found["kv_heads"], found["head_dim"] = others["num_key_value_heads"], others["head_dim"]
     found["q"], found["kv"] = heads * found["head_dim"], found["kv_heads"] * found["head_dim"]
     embed = parent.tensors.get(arch.name("embed"))
-    found["vocab"] = embed.shape[0] if embed is not None and embed.shape else int(config.get("vocab_size") or 0)
+    found["vocab"] = embed.shape[0] if embed is not None and embed.shape else 0
     if "shared_ffn" in found and arch.sizes.get("shared_ffn") == "n_shared_experts":
         found["shared_ffn"] *= found["expert_ffn"]
     return found

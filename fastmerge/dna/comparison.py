@@ -162,9 +162,12 @@ def _read(model: str | os.PathLike[str], dtype: str | None) -> Any:
     except ImportError:
         raise BackendUnavailable("models are run by transformers: pip install transformers") from None
     path = Checkpoint.open(model).path
-    made, said = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype or "auto", output_loading_info=True, attn_implementation="eager", local_files_only=True
-    )
+    try:
+        made, said = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", output_loading_info=True, attn_implementation="eager", local_files_only=True
+        )
+    except Exception as error:  # of any class, for a configuration that transformers does not take
+        raise CheckpointError(f"{model}: transformers cannot load it: {error}") from error
     problems = [f"{model}: {what}: {listing(sorted(map(str, said[what])))}" for what in said if said[what]]
     if problems:
         raise CheckpointError(problems)

@@ -11,8 +11,8 @@ from typing import Any
 from fastmerge.choices import chosen
 from fastmerge.dna.anatomy import Anatomy, anatomy
 from fastmerge.dna.architectures import ARCHITECTURES
-from fastmerge.dna.draft import Draft, Request
-from fastmerge.dna.growth import GrowthMethod, ModelGrowthConfig
+from fastmerge.dna.draft import MOST_COPIES, Draft, Request
+from fastmerge.dna.growth import FIELDS, GrowthMethod, ModelGrowthConfig
 from fastmerge.dna.layers import Layer, Noise, checked, relayered
 from fastmerge.dna.parent import Parent
 from fastmerge.dna.results import deliver
@@ -202,6 +202,7 @@ def plan_depth_growth(parent: Parent, config: ModelGrowthConfig) -> Draft:
     """
     model = anatomy(parent)
     noise, problems = _noise("noise_std", config.noise_std, config.noise_mode)
+    problems += [f"{key}: new layers are as wide as the others" for key in FIELDS if getattr(config, key) is not None]
     try:
         chosen("method", GrowthMethod, config.method)
         after = _positions(config, model)
@@ -279,6 +280,8 @@ def _arrangement(config: DepthUpscaleConfig, n: int) -> list[int]:
         if not isinstance(factor, int | float) or not 0 < factor < 1e6:
             raise RecipeError(f"scale_factor: expected a number above 1, got {factor!r:.80}")
         target = int(factor * n + 0.5)
+    if target > MOST_COPIES:
+        raise RecipeError(f"expected at most {MOST_COPIES} layers, got {target}")
     if target <= n:
         raise RecipeError(f"expected more than {n} layers, as many as the model has, got {target}")
     if how is InsertionMethod.INTERLEAVE:
@@ -315,11 +318,12 @@ def _originals(sources: Sequence[int], n: int, *, in_order: bool) -> set[int] | 
 
 def _positions(config: ModelGrowthConfig, model: Anatomy) -> list[int]:
     """The layers that new ones follow."""
-    if len(config.insertion_positions):
+    given = config.insertion_positions
+    if not hasattr(given, "__len__") or len(given):
         return sorted(checked("insertion_positions", config.insertion_positions, model.layers))
     k, n = config.num_new_layers, model.layers
-    if not _whole(k) or k < 1:
-        raise RecipeError(f"num_new_layers: expected a whole number above 0, got {k!r:.80}")
+    if not _whole(k) or not 1 <= k <= MOST_COPIES:
+        raise RecipeError(f"num_new_layers: expected a whole number from 1 to {MOST_COPIES}, got {k!r:.80}")
     return [max((2 * (i + 1) * n + k) // (2 * k), 1) - 1 for i in range(k)]
 
 

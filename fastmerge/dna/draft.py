@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from fastmerge.dna.parent import Parent
 from fastmerge.dtypes import DType
-from fastmerge.errors import CheckpointError
+from fastmerge.errors import CheckpointError, RecipeError
 from fastmerge.keys import checked_seed, tensor_key
 from fastmerge.methods.base import Method
 from fastmerge.methods.passthrough import COPY, Passthrough
@@ -18,6 +18,15 @@ from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op, Source, Spec
 
 _ROUND = Passthrough(scale=(None,))
+
+MOST_TENSORS = 1_000_000
+"""Tensors of a result, at about 3 kB of plan each; today's largest models have 100,000."""
+
+MOST_COPIES = 1 << 16
+"""Layers of a result, and experts of a layer."""
+
+MOST_UNITS = 1 << 20
+"""Channels, inner units and heads of a result."""
 
 
 class Slot(NamedTuple):
@@ -113,6 +122,8 @@ class Draft:
         """Names a tensor of the result that several ops fill."""
         if name in self.tensors:
             raise CheckpointError(f"{name}: made twice")
+        if len(self.tensors) == MOST_TENSORS:
+            raise RecipeError(f"expected a result of at most {MOST_TENSORS:,} tensors, got more")
         self.tensors[name] = Tensor(dtype, tuple(shape))
         return name
 

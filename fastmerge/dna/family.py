@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,18 +60,27 @@ def create_model_family(
     parent = Parent.open(base_model, config=model_config)
     check_out(parent, out)
     drafts = draft_family(parent, base_model, sizes, config or ModelSlicingConfig(), nested=nested)
-    where = {name: None if out is None else Path(out, name) for name in drafts}
-    if not (options.get("overwrite") or options.get("resume")):
-        there = [str(p) for p in where.values() if p is not None and p.exists()]
-        if there:
-            raise OutputError(f"{', '.join(there)}: already there; overwrite=True replaces them")
+    where: Mapping[str, Path | None] = dict.fromkeys(drafts)
     if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
+        where = directories(drafts, out, replace=bool(options.get("overwrite") or options.get("resume")))
     said: set[str] = set()
     for draft in drafts.values() if out is None else ():  # each in one report on disk, but once in the log
         draft.warnings = [w for w in draft.warnings if w not in said]
         said.update(draft.warnings)
     return {name: deliver(draft, base_model, where[name], **options) for name, draft in drafts.items()}
+
+
+def directories(drafts: Iterable[str], out: str | os.PathLike[str], *, replace: bool) -> dict[str, Path]:
+    """Where each member goes.
+
+    Raises:
+        OutputError: one is there already, and is not to be replaced or resumed.
+    """
+    where = {name: Path(out, name) for name in drafts}
+    there = [str(path) for path in where.values() if os.path.lexists(path)]
+    if there and not replace:
+        raise OutputError(f"{', '.join(there)}: exists; --overwrite replaces it")
+    return where
 
 
 def draft_family(
@@ -127,7 +136,7 @@ def _members(sizes: Sequence[tuple[int, int]], config: ModelSlicingConfig) -> di
         if value is not None
     ]
     found: dict[str, ModelSlicingConfig] = {}
-    for size in sizes:
+    for size in sizes or ():
         try:
             layers, hidden = size
         except (TypeError, ValueError):

@@ -92,3 +92,16 @@ class ModelGrowthConfig:
     mode: WidthMode | str = "auto"
     units: NewUnits | str = "copy"
     initialization: Initialization | str = "fpi"
+
+
+FIELDS = {
+    "hidden_size": "hidden",
+    "intermediate_size": "ffn",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "moe_intermediate_size": "expert_ffn",
+    "shared_expert_intermediate_size": "shared_ffn",
+}
+"""Axes by the fields of :class:`~fastmerge.dna.growth.ModelGrowthConfig` that give their new sizes."""
+
+FIELDS_OF = {axis: key for key, axis in FIELDS.items()}

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from fastmerge.checkpoint.header import listing
 from fastmerge.dna.anatomy import Anatomy, Axis
 from fastmerge.dna.reading import Reader
+from fastmerge.dtypes import FLOATS
 from fastmerge.errors import CheckpointError
 from fastmerge.keys import tensor_key
 from fastmerge.ops.made import BLOCK, load
@@ -156,6 +157,9 @@ def weight_scores(anatomy: Anatomy) -> Scores:
         bring = reader.bring
         for name, (part, _, _) in anatomy.places.items():
             source = anatomy.parent.tensors[name]
+            if source.dtype not in FLOATS:
+                found = source.dtype.name
+                raise CheckpointError(f"{anatomy.parent.ref}: {name}: expected floating-point numbers, got {found}")
             if part.role.endswith("_norm"):
                 gains[name] = read(bring, source) + float(anatomy.arch.plus_one)
             elif _counts(anatomy, name):

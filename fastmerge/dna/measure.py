@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from fastmerge.dna.parent import Parent
 from fastmerge.dna.reading import Reader
+from fastmerge.dtypes import FLOATS
 from fastmerge.errors import CheckpointError
 from fastmerge.ops.row_lengths import squares
 
@@ -24,6 +25,8 @@ def root_mean_squares(parent: Parent, names: Iterable[str]) -> dict[str, float]:
     with Reader([parent]) as reader:
         for name in names:
             source = parent.tensors[name]
+            if source.dtype not in FLOATS:
+                raise CheckpointError(f"{name}: expected floating-point numbers, got {source.dtype.name}")
             n = math.prod(source.shape)
             panels = (reader.read(source, e0, min(PANEL, n - e0)) for e0 in range(0, n, PANEL))
             total = math.fsum(float(squares(panel.reshape(1, -1))[0]) for panel in panels)

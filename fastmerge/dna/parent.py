@@ -86,7 +86,9 @@ class Parent:
         kept: dict[str, torch.Tensor] = {}
         owners: dict[tuple[object, ...], str] = {}
         # Of a tied pair the embedding comes first, as in files; transformers sorts the names of what it has loaded.
-        for name, tensor in sorted(state.items(), key=lambda item: item[0].endswith("lm_head.weight")):
+        for name, tensor in sorted(state.items(), key=lambda item: str(item[0]).endswith("lm_head.weight")):
+            if not isinstance(name, str):
+                raise ShapeError(f"{name!r:.80}: expected the name of a tensor")
             if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
                 raise ShapeError(f"{name}: expected a dense tensor with data, got {type(tensor).__name__}")
             dtype = BY_NAME.get(str(tensor.dtype).removeprefix("torch."))

@@ -39,7 +39,9 @@ def create_dna_transfer_pipeline(
     """
     from fastmerge import dna
 
-    settings = dict(target_config)
+    if not isinstance(target_config, Mapping):
+        raise RecipeError(f"target_config: expected a mapping, got {target_config!r:.80}")
+    settings = {str(key): value for key, value in target_config.items()}
     kind = settings.pop("type", "upcycle")
     if kind not in TYPES:
         raise RecipeError(

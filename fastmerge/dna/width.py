@@ -13,8 +13,8 @@ from typing import Any
 from fastmerge.choices import chosen
 from fastmerge.dna.anatomy import Anatomy, anatomy
 from fastmerge.dna.axes import Growth, channels, heads, units
-from fastmerge.dna.draft import Draft, Request
-from fastmerge.dna.growth import GrowthMethod, Initialization, ModelGrowthConfig, NewUnits, WidthMode
+from fastmerge.dna.draft import MOST_UNITS, Draft, Request
+from fastmerge.dna.growth import FIELDS, FIELDS_OF, GrowthMethod, Initialization, ModelGrowthConfig, NewUnits, WidthMode
 from fastmerge.dna.parent import Parent
 from fastmerge.dna.results import deliver
 from fastmerge.dna.widening import Widening
@@ -24,19 +24,6 @@ from fastmerge.ops.replicate import MOST_SIGMA
 
 MAP = "growth_map.json"
 """The file that says of which old entry each new one is, so that a trainer can do the same to its own state."""
-
-FIELDS = {
-    "hidden_size": "hidden",
-    "intermediate_size": "ffn",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "kv_heads",
-    "moe_intermediate_size": "expert_ffn",
-    "shared_expert_intermediate_size": "shared_ffn",
-}
-"""Axes by the fields of :class:`~fastmerge.dna.growth.ModelGrowthConfig` that give their new sizes."""
-
-
-FIELDS_OF = {axis: key for key, axis in FIELDS.items()}
 
 DIVIDES = ("llama", "gemma2", "gemma3_text")
 """Types of models whose hidden size transformers wants to be a multiple of the number of heads."""
@@ -155,8 +142,6 @@ def _widening(model: Anatomy, config: ModelGrowthConfig, rms: Mapping[str, float
         problems.append("method: expected net2wider or bert2bert, got net2deeper, which adds layers (grow_model_depth)")
     if words["initialization"] == "aki" and words["method"] != "bert2bert":
         problems.append(f"initialization: aki is of method bert2bert, got {words['method']}")
-    if model.config.get("quantization_config"):
-        problems.append("config.json: quantization_config: expected weights that are not quantized")
     sizes, explicit = _sizes(model, config, problems)
     if problems:
         raise RecipeError(problems)
@@ -238,9 +223,10 @@ def _sizes(model: Anatomy, config: ModelGrowthConfig, problems: list[str]) -> tu
         old = model.sizes.get(axis) if axis in here else None
         if old is None:
             problems.append(f"{FIELDS_OF[axis]}: a {model.arch.model_type} of this kind has no such size to grow")
-        elif not isinstance(size, int) or isinstance(size, bool) or size < old:
+        elif not isinstance(size, int) or isinstance(size, bool) or not old <= size <= MOST_UNITS:
             problems.append(
-                f"{FIELDS_OF[axis]}: expected a whole number from {old} on, which it is now, got {size!r:.80}"
+                f"{FIELDS_OF[axis]}: expected a whole number from {old}, which it is now, to {MOST_UNITS}, "
+                f"got {size!r:.80}"
             )
         else:
             sizes[axis] = size
@@ -251,6 +237,8 @@ def _sizes(model: Anatomy, config: ModelGrowthConfig, problems: list[str]) -> tu
             return {}, False
         exact = {axis: model.sizes[axis] * factor for axis in sorted(here)}
         sizes = {axis: round(size) for axis, size in exact.items()}
+        if max(sizes.values()) > MOST_UNITS:
+            problems.append(f"width_multiplier: expected sizes up to {MOST_UNITS}, got {max(sizes.values())}")
         broken = {axis for axis, size in exact.items() if abs(size - sizes[axis]) > 1e-6}
         if "hidden" in broken:
             problems.append(

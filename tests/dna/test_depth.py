@@ -429,7 +429,7 @@ def test_every_problem_is_said_at_once():
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"num_new_layers": 0}, "num_new_layers: expected a whole number above 0"),
+        ({"num_new_layers": 0}, "num_new_layers: expected a whole number from 1"),
         ({"insertion_positions": [3]}, "insertion_positions: expected layers from 0 to 2, got 3"),
         ({"method": "deeper"}, "method: expected one of net2wider, net2deeper, bert2bert, got 'deeper'"),
         ({"noise_std": float("nan")}, "noise_std: expected a number from 0"),

@@ -251,7 +251,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read():
     dense = Parent.open(zoo.model("llama"))
     with pytest.raises(CheckpointError, match="expected a mixture of experts, got the dense model type llama"):
         plan_more_experts(dense)
-    with pytest.raises(RecipeError, match="expected a multiple of the model's 4, got 6"):
+    with pytest.raises(RecipeError, match="expected a multiple of the model's 4, at most 65536, got 6"):
         plan_more_experts(made, MoreExpertsConfig(6))
     with pytest.raises(RecipeError, match=r"expected a whole number in 1 \.\. 8, got 9"):
         plan_more_experts(made, MoreExpertsConfig(8, 9))

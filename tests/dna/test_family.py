@@ -120,6 +120,6 @@ def test_wrong_families_are_refused_before_anything_is_written(tmp_path):
     refused("rotate: a rotation turns what members share", calibration_data=data, rotate=True)
     refused("uniform keeps other layers", layer_selection="uniform")
     (tmp_path / "family" / "2L_16D").mkdir(parents=True)
-    with pytest.raises(OutputError, match="2L_16D: already there"):
+    with pytest.raises(OutputError, match="2L_16D: exists"):
         create_model_family(tmp_path / "model", SIZES, out=tmp_path / "family")
     assert [p.name for p in (tmp_path / "family").iterdir()] == ["2L_16D"]

@@ -299,7 +299,7 @@ def test_models_that_cannot_grow_are_refused():
     del config["rms_norm_eps"]
     with pytest.raises(RecipeError, match="rms_norm_eps: expected a number, which mode zero scales"):
         grow_model_width(state, ModelGrowthConfig(width_multiplier=1.5), model_config=config)
-    with pytest.raises(RecipeError, match="quantization_config"):
+    with pytest.raises(CheckpointError, match="quantization_config"):
         grow_model_width(state, ModelGrowthConfig(), model_config={**config, "quantization_config": {"bits": 4}})
     parent = Parent.open(model)
     with pytest.raises(RecipeError, match="root mean square of model.layers.0.self_attn.q_proj.weight"):

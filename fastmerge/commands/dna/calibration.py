@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.errors import BackendUnavailable, RecipeError
+from fastmerge.errors import RecipeError
 
 if TYPE_CHECKING:
     import torch
@@ -25,13 +25,18 @@ def batches(file: str, model: str) -> list[torch.Tensor]:
     Raises:
         RecipeError: a line is none of these; all are listed.
         BackendUnavailable: there are texts, and transformers is not installed.
+        CheckpointError: there are texts, and the model has no tokenizer.
     """
     import torch
 
     found: list[torch.Tensor] = []
     problems = []
     tokenizer: Any = None
-    for number, line in enumerate(Path(file).read_text("utf-8").splitlines(), 1):
+    try:
+        text = Path(file).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}: expected UTF-8: {error}") from None
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -43,7 +48,7 @@ def batches(file: str, model: str) -> list[torch.Tensor]:
             value = tokenizer(value["text"], truncation=True, max_length=LENGTH)["input_ids"]
         elif isinstance(value, dict):
             value = value.get("input_ids")
-        if isinstance(value, list) and value and all(type(i) is int and i >= 0 for i in value):
+        if isinstance(value, list) and value and all(type(i) is int and 0 <= i < 2**31 for i in value):
             found.append(torch.tensor([value]))
         else:
             problems.append(f"{file}: line {number}: expected token ids, or an object with input_ids or text")
@@ -53,10 +58,7 @@ def batches(file: str, model: str) -> list[torch.Tensor]:
 
 
 def _tokenizer(model: str) -> Any:
-    from fastmerge.checkpoint import Checkpoint
+    from fastmerge.dna.mixtures.gates import tokenizer_of
+    from fastmerge.dna.parent import Parent
 
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise BackendUnavailable("texts need transformers: pip install transformers") from None
-    return AutoTokenizer.from_pretrained(Checkpoint.open(model).path)
+    return tokenizer_of(Parent.open(model))

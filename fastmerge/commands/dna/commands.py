@@ -10,6 +10,10 @@ from fastmerge import dna
 from fastmerge.commands import display
 from fastmerge.commands.dna.options import fields, given
 from fastmerge.commands.dna.running import io, run
+from fastmerge.errors import RecipeError
+
+WIDER = ("width_multiplier", "mode", "units", "initialization")
+DEEPER = ("num_new_layers", "insertion_positions")
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 _IO = ("memory", "shard_size", "backend", "resume", "overwrite", "dry_run", "as_json", "quiet")
@@ -54,8 +58,14 @@ def grow(model: str, out: str, **options: Any) -> None:
     Method net2wider grows channels, units and heads; net2deeper puts in layers that change nothing at first.
     """
     settings, how = split(options)
-    config, parent = dna.ModelGrowthConfig(**settings), dna.Parent.open(model)
-    if config.method == dna.GrowthMethod.NET2DEEPER.value:
+    config = dna.ModelGrowthConfig(**settings)
+    deeper = config.method == dna.GrowthMethod.NET2DEEPER.value
+    others = [n for n in (WIDER if deeper else DEEPER) if n in settings]
+    if others:
+        why = "is for wider models: leave it out" if deeper else "is for deeper models: expected --method net2deeper"
+        raise RecipeError([f"{name}: {why}" for name in others])
+    parent = dna.Parent.open(model)
+    if deeper:
         run(dna.plan_depth_growth(parent, config), out, **how)
     else:
         # Random units are as large as those that are there, which takes reading the weights; a dry run reads headers.
@@ -105,10 +115,13 @@ def family(model: str, out: str, sizes: tuple[str, ...], nested: bool, calibrati
     """Make models of several sizes of MODEL: a directory for each in OUT."""
     settings, how = split(options)
     config = _slicing(model, calibration, settings)
+    from fastmerge.dna.family import directories
+
     parent = dna.Parent.open(model)
     drafts = dna.draft_family(parent, model, [_size(text) for text in sizes], config, nested=nested)
+    where = directories(drafts, out, replace=how["overwrite"] or how["resume"] or how["dry_run"])
     for name, draft in drafts.items():
-        run(draft, f"{out}/{name}", **how)
+        run(draft, str(where[name]), **how)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fastmerge.dna import results
-from fastmerge.dna.draft import Draft, Request
+from fastmerge.dna.draft import MOST_COPIES, Draft, Request
 from fastmerge.dna.mixtures.layout import Blend, active, assemble, check_active, groups, mixture, set_experts
 from fastmerge.dna.parent import Parent
 from fastmerge.errors import RecipeError
@@ -57,8 +57,10 @@ def plan_more_experts(parent: Parent, config: MoreExpertsConfig | None = None) -
     before, k = model.sizes["experts"], active(model.config, parent.ref)
     wanted = 2 * before if config.num_experts is None else config.num_experts
     problems = []
-    if not isinstance(wanted, int) or wanted < before or wanted % before:
-        problems.append(f"num_experts: expected a multiple of the model's {before}, got {wanted!r}")
+    if not isinstance(wanted, int) or not before <= wanted <= MOST_COPIES or wanted % before:
+        problems.append(
+            f"num_experts: expected a multiple of the model's {before}, at most {MOST_COPIES}, got {wanted!r:.80}"
+        )
     times = wanted // before if not problems else 1
     chosen = k * times if config.num_experts_per_token is None else config.num_experts_per_token
     problems += check_active(chosen, wanted) if not problems else []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fastmerge.dna.activations import in_vocabulary
 from fastmerge.errors import CheckpointError, RecipeError, ShapeError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def router_statistics(model: Any, batches: Iterable[Any], *, outputs: bool = Tru
 
     Raises:
         CheckpointError: no layer of the model has a router.
-        RecipeError: there are no batches.
+        RecipeError: there are no batches, or tokens that are not of the vocabulary.
     """
     import torch
 
@@ -78,6 +79,8 @@ def router_statistics(model: Any, batches: Iterable[Any], *, outputs: bool = Tru
         for batch in batches:
             given = dict(batch) if hasattr(batch, "keys") else {"input_ids": torch.as_tensor(batch)}
             given = {k: v.to(device) for k, v in given.items()}
+            if "input_ids" in given:
+                in_vocabulary(given["input_ids"], model)
             mask = given.get("attention_mask")
             for one in counting.values():
                 one.mask = None if mask is None else mask.reshape(-1).bool()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from fastmerge.dna.draft import MOST_COPIES
 from fastmerge.errors import RecipeError, hint
 
 WORDS = {
@@ -81,7 +82,7 @@ class UpcyclingConfig:
             given = getattr(self, key)
             if isinstance(given, Enum):
                 object.__setattr__(self, key, given.value)
-        if not isinstance(self.layers, str | int):
+        if isinstance(self.layers, Iterable) and not isinstance(self.layers, str):
             object.__setattr__(self, "layers", tuple(self.layers))
         problems = list(self._problems())
         if problems:
@@ -96,8 +97,8 @@ class UpcyclingConfig:
                 found.append(f"{key}: expected one of {', '.join(words)}, got {given!r:.80}{near}")
         for key, least in (("num_experts", 2), ("num_experts_per_token", 1), ("granularity", 1)):
             given = getattr(self, key)
-            if type(given) is not int or given < least:
-                found.append(f"{key}: expected a whole number of {least} or more, got {given!r:.80}")
+            if type(given) is not int or not least <= given <= MOST_COPIES:
+                found.append(f"{key}: expected a whole number from {least} to {MOST_COPIES}, got {given!r:.80}")
         bounds = {"drop_ratio": 1, "jitter_noise": 1}
         for key in ("expert_init_noise", "router_init_std", "jitter_noise", "auxiliary_loss_weight", "drop_ratio"):
             given, most = getattr(self, key), bounds.get(key, 1_000_000)
@@ -137,6 +138,8 @@ class UpcyclingConfig:
             if isinstance(given, bool) or not 1 <= given <= layers:
                 raise RecipeError(f"layers: expected every n-th of {layers}, got n = {given!r}")
             return list(range(given - 1, layers, given))
+        if not isinstance(given, tuple):
+            raise RecipeError(f"layers: expected all, every_n or numbers of layers, got {given!r:.80}")
         wrong = [i for i in given if type(i) is not int or not 0 <= i < layers]
         if wrong or not given or len(set(given)) < len(given):
             raise RecipeError(f"layers: expected different numbers from 0 to {layers - 1}, got {list(given)!r:.80}")

@@ -56,10 +56,10 @@ def plan_upcycle(dense: Parent, config: UpcyclingConfig | None = None) -> Draft:
         CheckpointError: the model is not as its config.json says, or has what its twin cannot have.
     """
     config = config or UpcyclingConfig()
-    kind = str(dense.config.get("model_type"))
-    twin = twin_of(kind, config.target_arch)
     found = anatomy(dense)
-    return _Upcycling(found, twin, config).draft()
+    if found.arch.experts:
+        raise RecipeError(f"{dense.ref}: {found.arch.model_type} has experts already; 'experts more' multiplies them")
+    return _Upcycling(found, twin_of(found.arch.model_type, config.target_arch), config).draft()
 
 
 @dataclass(frozen=True)
