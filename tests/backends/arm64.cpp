@@ -31,6 +31,16 @@ class Arguments {
   int64_t number() { return *next_++; }
   int32_t word() { return static_cast<int32_t>(number()); }
   bool flag() { return number() != 0; }
+  double real() {
+    const int64_t bits = number();
+    double value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+  template <class T>
+  T* address() {
+    return reinterpret_cast<T*>(number());
+  }
   template <class T>
   T* array(int64_t* rows = nullptr, int64_t* columns = nullptr) {
     T* data = reinterpret_cast<T*>(number());
@@ -148,7 +158,9 @@ bool run(const char* name, Arguments a, Answer& answer) {
     const Apart found = k.apart(x, static_cast<int32_t>(x_code), y, static_cast<int32_t>(y_code), a.number());
     static_assert(sizeof found == sizeof answer.results, "seven numbers");
     std::memcpy(answer.results, &found, sizeof found);
-  } else if (is("read_some"))
+  } else if (is("peel"))
+    k.peel({a.address<void>(), a.address<void>(), a.address<const int8_t>(), a.real(), a.number(), a.word()});
+  else if (is("read_some"))
     transfer(read_some, a, answer);
   else if (is("write_some"))
     transfer(write_some, a, answer);

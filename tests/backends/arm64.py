@@ -23,7 +23,7 @@ MISSING = [n for n, there in (("aarch64-linux-gnu-g++", COMPILER), ("qemu-aarch6
 
 ARENA, PAGE, GUARD, FREE = 1 << 40, 4096, 64, b"\xa5"
 TRANSFERS = {"read_some": 2, "write_some": 2, "read_past": 3}
-TABLELESS = ("fold", "philox_u16", "count_nonfinite", "apart")
+TABLELESS = ("fold", "philox_u16", "count_nonfinite", "apart", "peel")
 KERNELS = (
     "combine", "gram", "delta_keys", "count", "kth", "l1", "votes", "consensus", "replicate", *TABLELESS,
 )  # fmt: skip
@@ -65,6 +65,9 @@ class Image:
             given[0] = args[1] * BY_CODE[args[2]].size
         if name == "apart":
             given |= {i: args[4] * BY_CODE[args[i + 1]].size for i in (0, 2)}
+        if name == "peel":
+            work = 8 if BY_CODE[args[5]].size == 8 else 4
+            given |= {0: args[4] * work, 1: args[4] * work, 2: args[4]}
         spans += [(args[i], n) for i, n in given.items()]
         if name == "read_past":  # blocks as a whole
             spans = [(a & -PAGE, -(-(a + n) // PAGE) * PAGE - (a & -PAGE)) for a, n in spans]
@@ -89,6 +92,8 @@ class Image:
         self.end = at + n
 
     def _argument(self, a):
+        if isinstance(a, float):
+            return list(struct.unpack("q", struct.pack("d", a)))
         if not isinstance(a, np.ndarray):
             return [int(a) if a < 2**63 else int(a) - 2**64]
         return [self.there(a.ctypes.data) if a.nbytes else 0, *(*a.shape, 1)[:2]]

@@ -16,7 +16,7 @@ import pytest
 from fastmerge import _native
 from fastmerge.backends.native import NativeKernels
 from tests.backends import arm64, test_native, test_native_consensus, test_native_select, test_native_values
-from tests.ops import test_replicate
+from tests.ops import test_gathered, test_replicate
 
 pytestmark = [
     pytest.mark.arm64,
@@ -88,6 +88,11 @@ def test_values(arm):
     for code in range(4):
         test_native_values.test_count_nonfinite(code)
         test_native_values.test_apart(code, (0, 2, 3, 3)[code])
+    assert arm.unlike() == []
+
+
+def test_splits(arm, monkeypatch):
+    test_gathered.test_the_extension_splits_as_numpy_does(monkeypatch)
     assert arm.unlike() == []
 
 
