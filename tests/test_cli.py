@@ -117,7 +117,7 @@ def test_an_existing_output_is_refused_and_overwritten_on_request(recipe, tmp_pa
     ("change", "code", "words"),
     [
         (("ties", "tise"), 2, ["tise", "ties", ":1:"]),
-        (("density: 0.4", "density: 1.4"), 2, ["density", "1.4"]),
+        (("density: 0.4", "density: -0.4"), 2, ["density", "-0.4"]),
         (("density: 0.4", "densty: 0.4"), 2, ["densty", "density"]),
         (("dtype: bfloat16", "dtype: bf15"), 2, ["bf15"]),
     ],

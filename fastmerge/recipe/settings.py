@@ -83,7 +83,7 @@ def _value(raw: Any, param: Param | None, loc: Loc, problems: Problems) -> Value
         items = [_scalar(item, param, (*loc, i), problems) for i, item in enumerate(raw)]
         good = tuple(item for item in items if item is not None)
         return good if len(good) == len(items) else None
-    if type(raw) in (int, float) and 1 < raw < math.inf and param is not None and param.name in SHARES:
+    if type(raw) in (int, float) and 1 < raw < 1e300 and param is not None and param.name in SHARES:
         problems.warn(loc, f"{raw!r} is taken for 1, as in mergekit: everything is kept")
         raw = 1.0
     return _scalar(raw, param, loc, problems)

@@ -125,7 +125,7 @@ def test_options_are_carried_out(paths, tmp_path, installed, monkeypatch):
     [
         ({}, dict(safe_serialization=False), "safetensors only"),
         ({}, dict(transformers_cache="somewhere"), "org/none"),
-        (dict(parameters={"density": 1.5}, models=None), {}, "density"),
+        (dict(parameters={"density": -0.5}, models=None), {}, "density"),
         (dict(dtype="float64"), {}, "mergekit computes in it"),
         ({"foreign": "notes.txt"}, {}, "holds 'notes.txt'"),
     ],

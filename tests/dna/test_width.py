@@ -274,7 +274,11 @@ def test_the_configuration_and_the_map_say_what_grew(tmp_path):
         ("llama", {"width_multiplier": 1.3}, "whole hidden_size, got 1.3 x 32 = 41.6; hidden_size=42 is near"),
         ("llama", {"width_multiplier": 0.5}, "width_multiplier: expected a number above 1"),
         ("llama", {"width_multiplier": 1.0}, "nothing would grow"),
-        ("llama", {"hidden_size": 16, "intermediate_size": 8.5}, "(?s)hidden_size: .*from 32 on.*intermediate_size: "),
+        (
+            "llama",
+            {"hidden_size": 16, "intermediate_size": 8.5},
+            "(?s)hidden_size: .*from 32, which.*intermediate_size: ",
+        ),
         ("llama", {"hidden_size": 42}, "hidden_size: expected a multiple of num_attention_heads 4"),
         ("llama", {"hidden_size": 48, "mode": "duplicate"}, "mode duplicate: expected a multiple of hidden_size 32"),
         ("llama", {"num_key_value_heads": 3}, "expected a multiple of num_key_value_heads, which is 3, got 4"),
