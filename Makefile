@@ -8,7 +8,7 @@ NATIVE := $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
 # The suite starts some hundred processes, each of which would compile the package (0.3 s) where that is not kept.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test conformance check fix bench beside gpu test-big test-arm64 mergekit-suite build clean
+.PHONY: demo test conformance check fix bench beside gpu test-ray test-page test-big test-arm64 mergekit-suite build clean
 
 # Without isolation what is compiled stays: a change compiles its own files, a wheel none (replicate.cu alone is 70 s).
 $(STAMP): $(NATIVE)
@@ -23,7 +23,7 @@ demo: $(STAMP)  ## train a base and three specialists, merge them, show who know
 	$(BIN)/python demo/run.py
 
 test: $(STAMP)  ## the whole suite: no GPU, no network
-	$(BIN)/python -m pytest -m 'not gpu and not big and not arm64 and not conformance' --numprocesses auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest -m 'not gpu and not big and not arm64 and not conformance and not ray and not page' --numprocesses auto --maxprocesses 8 --dist worksteal
 
 conformance: $(STAMP)  ## recipes as people publish them, by fastmerge and mergekit, and DNA transfer of every architecture
 	$(BIN)/python -m pytest tests/conformance tests/dna --numprocesses auto --maxprocesses 8 --dist worksteal
@@ -45,6 +45,12 @@ bench: $(STAMP)  ## kernels beside memcpy, methods, calls, whole merges beside m
 
 beside: $(STAMP)  ## this build beside that of another work tree, TREE, in one run
 	$(BIN)/python bench/beside.py $(TREE)
+
+test-ray: $(STAMP)  ## farms on a real Ray of two nodes on this machine: a minute
+	$(BIN)/python -m pytest -m ray
+
+test-page: $(STAMP)  ## the pages in a headless Chromium (Debian: chromium)
+	$(BIN)/python -m pytest -m page
 
 test-big: $(STAMP)  ## tensors of more than 2^31 elements, on sparse files: 20 GB of disk, 3 minutes
 	$(BIN)/python -m pytest -m big
