@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastmerge.ops.spec import Op, Spec
@@ -81,16 +81,14 @@ def _content(op: Op) -> tuple[object, ...]:
 
 
 class Bound:
-    """A recipe with its targets.
+    """A plan with its targets.
 
     Attributes:
-        recipe: the one whose numbers are in effect.
-        ops: over memory.
+        ops: over memory, with the numbers in effect.
     """
 
-    def __init__(self, plan: Plan, recipe: Recipe, ops: Sequence[Op], tensors: Sequence[torch.Tensor]) -> None:
-        """Takes the plan of the recipe, its ops over memory, and the tensor that each op writes to."""
-        self.recipe = recipe
+    def __init__(self, plan: Plan, ops: Sequence[Op], tensors: Sequence[torch.Tensor]) -> None:
+        """Takes the plan of a recipe, its ops over memory, and the tensor that each op writes to."""
         self.ops = ops
         self._plan = plan
         self._first = ops
@@ -101,19 +99,19 @@ class Bound:
         """Where each op writes; fewer where some are gone."""
         return [t for ref in self._tensors if (t := ref()) is not None]
 
+    def use(self, specs: Mapping[Spec, Spec]) -> None:
+        """Takes other numbers: for each spec of the plan that they change the new one."""
+        self.ops = [op._replace(spec=specs.get(op.spec, op.spec)) for op in self._first]
+
     def set(self, recipe: Recipe) -> bool:
-        """Takes the numbers of another recipe of the same skeleton; False where only planning again can.
+        """Takes the numbers of a recipe of the same skeleton; False where only planning again can.
 
         Raises:
             RecipeError: where its parameters do not fit.
         """
-        if len(self.tensors) < len(self.ops):  # others may be where they were
+        if self._plan.documents or len(self.tensors) < len(self.ops):  # others may be where the lost ones were
             return False
-        if recipe is self.recipe:
-            return True
-        specs: dict[Spec, Spec] | None = None if self._plan.documents else renumbered(self._plan, recipe)
-        if specs is None:
-            return False
-        self.ops = [op._replace(spec=specs.get(op.spec, op.spec)) for op in self._first]
-        self.recipe = recipe
-        return True
+        specs = renumbered(self._plan, recipe)
+        if specs is not None:
+            self.use(specs)
+        return specs is not None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastmerge import planning
 from fastmerge.backends.choose import choose
 from fastmerge.errors import FastMergeError, RecipeError, ShapeError
-from fastmerge.planning.numbers import skeleton
+from fastmerge.planning.numbers import renumbered, skeleton
 from fastmerge.recipe import Recipe
 from fastmerge.session.binding import Bound, Contents
 from fastmerge.session.models import Models
@@ -24,11 +24,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from fastmerge.ops.spec import Op
+    from fastmerge.planning import Plan
 
 log = logging.getLogger("fastmerge")
 
+T = TypeVar("T")
+
 MOST = 16
-"""Recipes with their targets that a session finds again by itself."""
+"""Plans, and plans with their targets, that a session finds again by itself."""
 
 Wanted = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 """A recipe as :meth:`fastmerge.Recipe.load` takes it."""
@@ -66,6 +69,7 @@ class Session:
         self._sources = Sources(self._models)
         self._statistics = Statistics(self._backend.kernels)
         self._contents = Contents()
+        self._plans: dict[Hashable, tuple[Plan, list[Op]]] = {}
         self._bounds: dict[Hashable, Bound] = {}
         self._closed = False
 
@@ -135,35 +139,42 @@ class Session:
             FastMergeError: as :meth:`render`; nothing is written yet.
         """
         tensors = tensors_of(into)
-        return Binding(self, self._plan(Recipe.load(recipe), tensors, seed), tensors)
+        loaded = Recipe.load(recipe)
+        return Binding(self, loaded, self._bound(loaded, tensors, seed), tensors)
 
     def _target(self, recipe: Recipe, into: Any, seed: int | None) -> tuple[Bound, dict[str, torch.Tensor]]:
         """A recipe with its target: the same as before where only numbers differ."""
         if into is None:
             tensors: dict[str, torch.Tensor] = {}
-            return self._plan(recipe, tensors, seed), tensors
+            return self._bound(recipe, tensors, seed), tensors
         tensors = tensors_of(into)
         key = (skeleton(recipe), seed, *[(name, id(t), t.data_ptr()) for name, t in tensors.items()])
         known = self._bounds.pop(key, None)
         if known is None or not known.set(recipe):
-            known = self._plan(recipe, tensors, seed)
-        self._bounds[key] = known
-        while len(self._bounds) > MOST:
-            self._bounds.pop(next(iter(self._bounds)))
+            known = self._bound(recipe, tensors, seed)
+        _keep(self._bounds, key, known)
         return known, tensors
 
-    def _plan(self, recipe: Recipe, tensors: dict[str, torch.Tensor], seed: int | None) -> Bound:
-        """Plans a recipe for the tensors of a target, which are made where there are none."""
+    def _bound(self, recipe: Recipe, tensors: dict[str, torch.Tensor], seed: int | None) -> Bound:
+        """A recipe with the tensors of a target, which are made where there are none; planned unless numbers differ."""
         self._open()
-        plan = planning.plan(recipe, seed=seed, models=self._models.of(recipe))
-        for text in plan.warnings:
-            log.info("%s", text)
-        ops = self._sources.ops(plan.ops, plan.checkpoints)
-        self._backend.check(ops)
-        check(ops)
+        key = (skeleton(recipe), seed)
+        found = self._plans.pop(key, None)
+        specs = renumbered(found[0], recipe) if found is not None else None
+        if found is None or specs is None:
+            plan = planning.plan(recipe, seed=seed, models=self._models.of(recipe))
+            for text in plan.warnings:
+                log.info("%s", text)
+            found, specs = (plan, self._sources.ops(plan.ops, plan.checkpoints)), {}
+            self._backend.check(found[1])
+            check(found[1])
+        if not recipe.stages:
+            _keep(self._plans, key, found)
         if not tensors:
-            tensors |= allocate(ops)
-        return Bound(plan, recipe, *placed(ops, tensors, self._models.lent))
+            tensors |= allocate(found[1])
+        bound = Bound(found[0], *placed(found[1], tensors, self._models.lent))
+        bound.use(specs)
+        return bound
 
     def write(self, bounds: Sequence[Bound], *, everything: bool) -> None:
         """Computes what targets do not hold; for this package."""
@@ -198,6 +209,7 @@ class Session:
     def close(self) -> None:
         """Gives the models' memory back; what was rendered stays."""
         self._closed = True
+        self._plans.clear()
         self._bounds.clear()
         self._statistics.close()
         self._sources.close()
@@ -210,17 +222,26 @@ class Session:
         self.close()
 
 
+def _keep(kept: dict[Hashable, T], key: Hashable, value: T) -> None:
+    """Puts a value last, and forgets what was not used for longest."""
+    kept[key] = value
+    while len(kept) > MOST:
+        kept.pop(next(iter(kept)))
+
+
 class Binding:
     """A recipe planned for a target: :meth:`Session.bind` makes it.
 
     Args:
         session: that it belongs to.
-        bound: the recipe with its target.
+        recipe: as it was bound.
+        bound: the same with its target.
         tensors: of the target, which live as long as the binding.
     """
 
-    def __init__(self, session: Session, bound: Bound, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, session: Session, recipe: Recipe, bound: Bound, tensors: Mapping[str, torch.Tensor]) -> None:
         self._session = session
+        self._form = skeleton(recipe)
         self._bound = bound
         self._tensors = tensors
 
@@ -237,6 +258,6 @@ class Binding:
         """
         if recipe is not None:
             loaded = Recipe.load(recipe)
-            if skeleton(loaded) != skeleton(self._bound.recipe) or not self._bound.set(loaded):
+            if skeleton(loaded) != self._form or not self._bound.set(loaded):
                 raise RecipeError("expected the bound recipe with other numbers; this one needs a plan of its own")
         self._session.write([self._bound], everything=everything)
