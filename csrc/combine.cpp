@@ -1,11 +1,8 @@
 // combine: out = sum c_i x_i (plain), or b + lambda sum c_i (x_i - b) (delta), one coefficient row per tensor or row.
 //
 // Up to kMost inputs of the output's own type are summed in registers (fused), more than kNamed of them by a loop that
-// counts; rows of the same inputs that follow each other, as candidates of a search do, share what is widened.
-// Everything else goes block by block through the first-level cache: widen, add up to four inputs per pass,
+// counts. Everything else goes block by block through the first-level cache: widen, add up to four inputs per pass,
 // store. Both add in input order.
-#include <algorithm>
-
 #include "kernels.h"
 #include "lanes.h"
 #include "tile.h"
@@ -34,23 +31,23 @@ constexpr int64_t kAhead = 1024;  // elements; a far run fetches its inputs this
 template <class T>
 constexpr int64_t kLine = 64 / sizeof(T);  // elements of a cache line, which a far run fetches once
 
-// A sum of M inputs of a type; M = 0 stands for any number of them.
-template <class In, int M>
+// A sum of M inputs; M = 0 stands for any number of them.
+template <class T, int M>
 struct Terms {
   static constexpr int kSlots = M ? M : kMost;
-  const In* in[kSlots];
+  const T* in[kSlots];
   float coef[kSlots];
   int count;
 };
 
 // Pointers and coefficients are copied to locals: stores could otherwise be thought to change them.
-template <class In, class T, int M, bool kDelta, Scaling kScaling, bool kFar>
-__attribute__((noinline)) int64_t fused_steps(const Terms<In, M>& terms, T* out, int64_t n, Scale<float> s) {
+template <class T, int M, bool kDelta, Scaling kScaling, bool kFar>
+__attribute__((noinline)) int64_t fused_steps(const Terms<T, M>& terms, T* out, int64_t n, Scale<float> s) {
   constexpr int kFrom = kDelta ? 1 : 0;
   constexpr int64_t kSpan = kFar ? kLine<T> : kStep;
   const int count = M ? M : terms.count;
-  const In* x[Terms<In, M>::kSlots];
-  float c[Terms<In, M>::kSlots];
+  const T* x[Terms<T, M>::kSlots];
+  float c[Terms<T, M>::kSlots];
   for (int i = 0; i < count; ++i) x[i] = terms.in[i], c[i] = terms.coef[i];
   Peak peak;
   clear(peak);
@@ -69,17 +66,17 @@ __attribute__((noinline)) int64_t fused_steps(const Terms<In, M>& terms, T* out,
       store16<kFar>(acc, out + j, peak);
     }
   }
+  if (kFar) streamed();
   if (all_finite(peak, out)) return 0;
   for (int64_t j = 0; j < n; ++j) out[j] = store<T>(load<float>(out[j]));  // canonical NaNs
   return nonfinite_block(out, n);
 }
 
-template <class In, class T, int M, bool kDelta, bool kFar>
-int64_t fused_scaled(const Terms<In, M>& terms, T* out, int64_t n, Scale<float> s) {
-  if (s.div != 1.0f) return fused_steps<In, T, M, kDelta, kDivided, kFar>(terms, out, n, s);
-  if (kDelta && s.lambda != 1.0f)
-    return fused_steps<In, T, M, kDelta, kDelta ? kLambda : kUnit, kFar>(terms, out, n, s);
-  return fused_steps<In, T, M, kDelta, kUnit, kFar>(terms, out, n, s);
+template <class T, int M, bool kDelta, bool kFar>
+int64_t fused_scaled(const Terms<T, M>& terms, T* out, int64_t n, Scale<float> s) {
+  if (s.div != 1.0f) return fused_steps<T, M, kDelta, kDivided, kFar>(terms, out, n, s);
+  if (kDelta && s.lambda != 1.0f) return fused_steps<T, M, kDelta, kDelta ? kLambda : kUnit, kFar>(terms, out, n, s);
+  return fused_steps<T, M, kDelta, kUnit, kFar>(terms, out, n, s);
 }
 
 // m < kStep elements.
@@ -88,7 +85,7 @@ __attribute__((noinline)) int64_t fused_few(const Terms<T, M>& terms, T* out, in
   T stage[Terms<T, M>::kSlots][kStep], result[kStep];
   Terms<T, M> staged = terms;
   for (int i = 0; i < terms.count; ++i) staged.in[i] = whole_steps(terms.in[i], m, stage[i]);
-  fused_scaled<T, T, M, kDelta, false>(staged, result, kStep, s);
+  fused_scaled<T, M, kDelta, false>(staged, result, kStep, s);
   memcpy(out, result, static_cast<size_t>(m) * sizeof(T));
   return nonfinite_block(result, m);
 }
@@ -110,18 +107,16 @@ int64_t fused_run(int count, const Segment& s, int64_t at, int64_t n, const doub
     n -= m;
   };
   far = far || n * static_cast<int64_t>(sizeof(T)) >= kFarBytes;
-  for (; far && reinterpret_cast<intptr_t>(out) % 64 != 0; advance()) {
+  for (; far && n > 0 && reinterpret_cast<intptr_t>(out) % 64 != 0; advance()) {
     m = 1;
     bad += fused_few<T, M, kDelta>(terms, out, m, scale);
   }
-  const bool past = far;
   for (; n >= kStep; advance()) {
     far = far && n >= kLine<T>;
     m = n < kRun ? n & -(far ? kLine<T> : kStep) : kRun;
-    bad += far ? fused_scaled<T, T, M, kDelta, true>(terms, out, m, scale)
-               : fused_scaled<T, T, M, kDelta, false>(terms, out, m, scale);
+    bad += far ? fused_scaled<T, M, kDelta, true>(terms, out, m, scale)
+               : fused_scaled<T, M, kDelta, false>(terms, out, m, scale);
   }
-  if (past) streamed();
   return n > 0 ? bad + fused_few<T, M, kDelta>(terms, out, n, scale) : bad;
 }
 
@@ -155,74 +150,6 @@ bool fusable(const CombineArgs& a) {
   for (int32_t i = 0; i < a.table.inputs; ++i)
     if (a.table.codes[i] != a.out_code) return false;
   return true;
-}
-
-// ---- several results of the same inputs -----------------------------------------------------------------
-
-// Rows of the same inputs that follow each other: what is widened is widened once for all of them.
-template <class T, int M, bool kDelta>
-void shared_run(const CombineArgs& a, int64_t from, int64_t to) {
-  alignas(64) float wide[M][kBlock];
-  Terms<float, M> terms;
-  terms.count = M;
-  for (int i = 0; i < M; ++i) terms.in[i] = wide[i];
-  const int64_t length = a.table[from].length;
-  for (int64_t at = 0; at < length; at += kBlock) {
-    const int64_t n = length - at < kBlock ? length - at : kBlock, whole = n & -kLine<T>;
-    for (int i = 0; i < M; ++i) {
-      const T* x = reinterpret_cast<const T*>(a.table[from].in[i]) + at;
-      for (int64_t j = 0; j < whole; j += kStep) {
-        Lanes v;
-        load16(x + j, v);
-        put16(v, wide[i] + j);
-      }
-    }
-    for (int64_t r = from; r < to; ++r) {
-      const Segment& s = a.table[r];
-      const double* coef = a.coef + s.group * M;
-      const Scale<float> scale = {static_cast<float>(a.scale[2 * s.group]),
-                                  static_cast<float>(a.scale[2 * s.group + 1])};
-      for (int i = 0; i < M; ++i) terms.coef[i] = static_cast<float>(coef[i]);
-      T* out = reinterpret_cast<T*>(s.out) + at;
-      const bool far = a.far && reinterpret_cast<intptr_t>(out) % 64 == 0;
-      a.nonfinite[r] += far ? fused_scaled<float, T, M, kDelta, true>(terms, out, whole, scale)
-                            : fused_scaled<float, T, M, kDelta, false>(terms, out, whole, scale);
-      if (whole < n) a.nonfinite[r] += fused<T, kDelta>(M, s, at + whole, n - whole, coef, scale, false);
-    }
-  }
-  if (a.far) streamed();
-}
-
-template <class T, bool kDelta>
-bool shared_by(const CombineArgs& a, int64_t from, int64_t to) {
-  switch (a.table.inputs) {
-    case 2:
-      return shared_run<T, 2, kDelta>(a, from, to), true;
-    case 3:
-      return shared_run<T, 3, kDelta>(a, from, to), true;
-    case 4:
-      return shared_run<T, 4, kDelta>(a, from, to), true;
-    case 5:
-      return shared_run<T, 5, kDelta>(a, from, to), true;
-    default:
-      return false;
-  }
-}
-
-// The rows from one on, up to the first that is not returned, if they could be run together.
-template <bool kDelta>
-int64_t shared(const CombineArgs& a, int64_t from) {
-  int64_t to = from + 1;
-  const Segment& s = a.table[from];
-  const auto same = [&](const Segment& other) {
-    return other.length == s.length && std::equal(s.in, s.in + a.table.inputs, other.in);
-  };
-  while (to < a.table.segments && same(a.table[to])) ++to;
-  if (to == from + 1) return from;
-  const bool done = a.out_code == kBF16  ? shared_by<Bf16, kDelta>(a, from, to)
-                    : a.out_code == kF16 ? shared_by<Fp16, kDelta>(a, from, to)
-                                         : false;
-  return done ? to : from;
 }
 
 // ---- by blocks --------------------------------------------------------------------------------------------
@@ -304,13 +231,6 @@ template <class W, bool kDelta>
 void all(const CombineArgs& a) {
   const bool fuse = fusable(a);
   for (int64_t i = 0; i < a.table.segments; ++i) {
-    if (sizeof(W) == 4 && fuse && !a.per_row) {
-      const int64_t next = shared<kDelta>(a, i);
-      if (next > i) {
-        i = next - 1;
-        continue;
-      }
-    }
     const Segment& s = a.table[i];
     int64_t bad = 0;
     if (!a.per_row) {

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.planning.numbers import renumbered
 
@@ -22,12 +23,12 @@ class Written(NamedTuple):
     Attributes:
         tensor: which one.
         version: torch's count of changes to it, afterwards.
-        content: what was computed.
+        content: what was computed; None where that is not known.
     """
 
     tensor: weakref.ref[torch.Tensor]
     version: int
-    content: tuple[object, ...]
+    content: tuple[object, ...] | None
 
 
 class Contents:
@@ -48,6 +49,7 @@ class Contents:
             known is not None
             and known.tensor() is tensor
             and known.version == _version(tensor)
+            and known.content is not None
             and known.content == _content(op)
         )
 
@@ -74,9 +76,14 @@ def _version(tensor: torch.Tensor) -> int:
     return found
 
 
-def _content(op: Op) -> tuple[object, ...]:
-    """Equal where the bytes are: inputs, method with its numbers (-0.0 is not 0.0), and all else that counts."""
+def _content(op: Op) -> tuple[object, ...] | None:
+    """Equal where the bytes are: inputs, method with its numbers (-0.0 is not 0.0), and all else that counts.
+
+    None where an input is the result of a stage, whose numbers are its own.
+    """
     spec = op.spec
+    if any(type(source) is not Memory for source in op.inputs):
+        return None
     return (op.inputs, repr(spec.method), op.key, spec.out_dtype, spec.has_base, spec.models)
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastmerge import planning
 from fastmerge.backends.choose import choose
-from fastmerge.errors import FastMergeError, RecipeError, ShapeError
+from fastmerge.errors import BackendUnavailable, FastMergeError, RecipeError, ShapeError
+from fastmerge.ops.sources import Memory
 from fastmerge.planning.numbers import renumbered, skeleton
 from fastmerge.recipe import Recipe
 from fastmerge.session.binding import Bound, Contents
@@ -45,13 +46,14 @@ class Session:
         with fm.Session(["base", "math", "code"]) as session:
             session.render({"merge_method": "linear", ...}, into=model)
 
-    Every render has the bytes of the same recipe merged on disk.
+    Every render has the bytes of the same recipe merged on disk; NaN and Inf are passed on, and not counted. A session
+    renders for one thread at a time, on all cores.
 
     Args:
         models: references as recipes write them (paths, hub ids, ``base+adapter``), or a mapping of the names that
             recipes use to references, state dictionaries or modules. Files are read once, into memory of the session's
             own; tensors of a caller are used where they are and must not change.
-        device: ``cpu``; ``auto`` is the same.
+        device: ``cpu``, where models and targets are; ``auto`` is the same.
         backend: ``native``, ``reference`` or None for the best one.
 
     Raises:
@@ -62,13 +64,22 @@ class Session:
     """
 
     def __init__(
-        self, models: Mapping[str, Any] | Sequence[Any], *, device: str = "cpu", backend: str | None = None
+        self,
+        models: Mapping[str, Any] | Sequence[Any],
+        *,
+        device: str | torch.device = "cpu",
+        backend: str | None = None,
     ) -> None:
-        self._backend = choose(device, backend)
+        if str(device) not in ("cpu", "auto"):
+            raise BackendUnavailable(
+                f"device {str(device)!r}: a session holds models and targets on the CPU; expected cpu"
+            )
+        self._backend = choose("cpu", backend)
         self._models = Models(models)
         self._sources = Sources(self._models)
         self._statistics = Statistics(self._backend.kernels)
         self._contents = Contents()
+        self._warned: set[str] = set()
         self._plans: dict[Hashable, tuple[Plan, list[Op]]] = {}
         self._bounds: dict[Hashable, Bound] = {}
         self._closed = False
@@ -163,8 +174,10 @@ class Session:
         specs = renumbered(found[0], recipe) if found is not None else None
         if found is None or specs is None:
             plan = planning.plan(recipe, seed=seed, models=self._models.of(recipe))
-            for text in plan.warnings:
-                log.info("%s", text)
+            for text in dict.fromkeys(plan.warnings):
+                if text not in self._warned:
+                    log.warning("%s", text)
+            self._warned |= set(plan.warnings)
             found, specs = (plan, self._sources.ops(plan.ops, plan.checkpoints)), {}
             self._backend.check(found[1])
             check(found[1])
@@ -192,7 +205,9 @@ class Session:
                 self._run([pair for pair in pairs if pair[0].spec.grain == "model"])
                 some = [pair for pair in some if pair[0].spec.grain != "model"]
             for pair in some:
-                due.setdefault(pair[0].inputs, []).append(pair)
+                inputs = pair[0].inputs
+                there = all(type(source) is Memory for source in inputs)
+                due.setdefault(inputs if there else id(pair[0]), []).append(pair)
         self._run([pair for pairs in due.values() for pair in pairs])
 
     def _run(self, pairs: Sequence[tuple[Op, torch.Tensor]]) -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import fastmerge as fm
-from fastmerge.errors import BudgetError, CheckpointError, RecipeError, ShapeError
+from fastmerge.errors import BackendUnavailable, BudgetError, CheckpointError, RecipeError, ShapeError
 from fastmerge.session import models
 from tests import tiny
 from tests.session.family import different, merged, recipe
@@ -60,9 +60,11 @@ def test_an_adapter_is_applied(paths, tmp_path):
     with fm.Session({"x": paths["a"], "b": paths["b"], "c": paths["c"]}) as session:
         named = recipe({"a": f"x+{adapter}", "b": "b", "c": "c"}, "linear", weight=[0.2, 0.3, 0.5])
         assert different(session.render(named), expected) == []
-        made = session._models._buffers.copy()
+        made = list(session._models._buffers)
         assert different(session.render(named), expected) == []
-        assert session._models._buffers == made  # applied once
+        assert len(session._models._buffers) == len(made)  # applied once
+    with fm.Session({"x": states(paths)["a"], "b": paths["b"], "c": paths["c"]}) as session:
+        assert different(session.render(named), expected) == []
 
 
 def test_other_depths_are_rendered_into_tensors_of_their_own(paths, tmp_path):
@@ -157,6 +159,25 @@ def test_models_that_are_not_there(paths):
 def test_what_is_no_model(given, error, words):
     with pytest.raises(error, match=words):
         fm.Session(given)
+
+
+def test_devices_that_are_not_the_cpu(paths):
+    with pytest.raises(BackendUnavailable, match="device 'cuda:1'.*on the CPU"):
+        fm.Session([paths["a"]], device="cuda:1")
+    with pytest.raises(BackendUnavailable, match="unknown backend 'fast'"):
+        fm.Session([paths["a"]], backend="fast")
+
+
+def test_the_reference_renders_the_same(paths):
+    documents = [
+        recipe(paths, "ties", base="base", weight=w, extra={"parameters": {"density": 0.3}}) for w in (0.2, 0.7)
+    ]
+    opened = [fm.Session(list(paths.values()), backend=backend) for backend in ("reference", "native")]
+    targets = [session.render(documents[0]) for session in opened]
+    for session, target in zip(opened, targets, strict=True):
+        session.render(documents[1], target)
+        session.close()
+    assert different(*targets) == []
 
 
 def test_all_problems_are_listed(paths):
