@@ -79,10 +79,10 @@ def _version(tensor: torch.Tensor) -> int:
 def _content(op: Op) -> tuple[object, ...] | None:
     """Equal where the bytes are: inputs, method with its numbers (-0.0 is not 0.0), and all else that counts.
 
-    None where an input is the result of a stage, whose numbers are its own.
+    None where other numbers count: those of a stage, or of all tensors together.
     """
     spec = op.spec
-    if any(type(source) is not Memory for source in op.inputs):
+    if spec.grain == "model" or any(type(source) is not Memory for source in op.inputs):
         return None
     return (op.inputs, repr(spec.method), op.key, spec.out_dtype, spec.has_base, spec.models)
 

@@ -42,7 +42,6 @@ COPY = 4 << 20
 FAR = 32 << 20
 """Bytes of results beyond which nobody finds them in a cache."""
 
-
 Call = Callable[[], object]
 
 
@@ -62,9 +61,10 @@ def run(ops: Sequence[Op], backend: Backend, known: Statistics) -> None:
     groups: dict[tuple[object, ...], list[Op]] = {}
     for op in ops:
         spec = op.spec
-        if spec.grain == "copy" and type(op.inputs[0]) is Memory:
+        there = all(type(source) is Memory for source in op.inputs)
+        if spec.grain == "copy" and there:
             calls += _copies(op)
-        elif backend.whole(spec) or any(type(s) is not Memory for s in op.inputs):
+        elif not there or spec.grain == "copy" or backend.whole(spec):
             rest.append(op)
         else:
             groups.setdefault((*spec.batch, spec.grain, len(op.inputs), len(op.targets)), []).append(op)
@@ -91,8 +91,8 @@ def check(ops: Sequence[Op]) -> None:
     """
     problems = []
     for op in ops:
-        first, *others = op.inputs if op.spec.grain == "copy" else op.inputs[:1]
-        if type(first) is Memory and any(_bytes(first) != _bytes(cast("Memory", o)) for o in others):
+        there = [source for source in op.inputs if type(source) is Memory] if op.spec.grain == "copy" else []
+        if any(_bytes(there[0]) != _bytes(other) for other in there[1:]):
             kind = op.spec.out_dtype.name
             problems.append(f"{op.name}: {kind} tensors are copied, not merged, and the models differ")
     if problems:

@@ -151,23 +151,24 @@ class Session:
         """
         tensors = tensors_of(into)
         loaded = Recipe.load(recipe)
-        return Binding(self, loaded, self._bound(loaded, tensors, seed), tensors)
+        return Binding(self, loaded, self._bound(loaded, tensors, seed)[0], tensors)
 
     def _target(self, recipe: Recipe, into: Any, seed: int | None) -> tuple[Bound, dict[str, torch.Tensor]]:
         """A recipe with its target: the same as before where only numbers differ."""
         if into is None:
-            tensors: dict[str, torch.Tensor] = {}
-            return self._bound(recipe, tensors, seed), tensors
+            return self._bound(recipe, None, seed)
         tensors = tensors_of(into)
         key = (skeleton(recipe), seed, *[(name, id(t), t.data_ptr()) for name, t in tensors.items()])
         known = self._bounds.pop(key, None)
         if known is None or not known.set(recipe):
-            known = self._bound(recipe, tensors, seed)
+            known, _ = self._bound(recipe, tensors, seed)
         _keep(self._bounds, key, known)
         return known, tensors
 
-    def _bound(self, recipe: Recipe, tensors: dict[str, torch.Tensor], seed: int | None) -> Bound:
-        """A recipe with the tensors of a target, which are made where there are none; planned unless numbers differ."""
+    def _bound(
+        self, recipe: Recipe, tensors: dict[str, torch.Tensor] | None, seed: int | None
+    ) -> tuple[Bound, dict[str, torch.Tensor]]:
+        """A recipe with the tensors of a target, or with new ones; planned where more than numbers differ."""
         self._open()
         key = (skeleton(recipe), seed)
         found = self._plans.pop(key, None)
@@ -183,23 +184,21 @@ class Session:
             check(found[1])
         if not recipe.stages:
             _keep(self._plans, key, found)
-        if not tensors:
-            tensors |= allocate(found[1])
+        if tensors is None:
+            tensors = allocate(found[1])
         bound = Bound(found[0], *placed(found[1], tensors, self._models.lent))
         bound.use(specs)
-        return bound
+        return bound, tensors
 
     def write(self, bounds: Sequence[Bound], *, everything: bool) -> None:
         """Computes what targets do not hold; for this package."""
         self._open()
+        targets = [t.data_ptr() for bound in bounds for t in bound.tensors if t.numel()]
+        if len(set(targets)) < len(targets):
+            raise ShapeError("into: two recipes of a batch have the same tensors as targets")
         due: dict[object, list[tuple[Op, torch.Tensor]]] = {}
-        filled: set[int] = set()
         for bound in bounds:
             pairs = [*zip(bound.ops, bound.tensors, strict=True)]
-            addresses = {t.data_ptr() for _, t in pairs if t.numel()}
-            if not filled.isdisjoint(addresses):
-                raise ShapeError("into: two recipes of a batch have the same tensors as targets")
-            filled |= addresses
             some = [pair for pair in pairs if everything or not self._contents.holds(*pair)]
             if any(op.spec.grain == "model" for op, _ in some):  # which all tensors decide together
                 self._run([pair for pair in pairs if pair[0].spec.grain == "model"])

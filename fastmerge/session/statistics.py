@@ -46,7 +46,10 @@ class Statistics:
     def of(self, ops: Sequence[Op], asks: Sequence[Hashable]) -> list[Any]:
         """What is known of each op, () where nothing was asked; None where a pass must find it."""
         wanted = [(op.inputs, ask) for op, ask in zip(ops, asks, strict=True)]
-        self._tables([(op, ask) for op, ask in zip(ops, asks, strict=True) if self._often((op.inputs, ask))])
+        often = [(op, ask) for op, ask in zip(ops, asks, strict=True) if self._often((op.inputs, ask))]
+        self._tables(
+            list({(op.inputs, ask.round_base): (op, ask) for op, ask in often if isinstance(ask, Trim)}.values())
+        )
         return [self._one(key) for key in wanted]
 
     def keep(self, ops: Sequence[Op], asks: Sequence[Hashable], found: Sequence[Any]) -> None:
@@ -88,7 +91,7 @@ class Statistics:
         seen.add(ask.ranks)
         return len(seen) > AFTER and self._kernels is not None
 
-    def _tables(self, due: Sequence[tuple[Op, Any]]) -> None:
+    def _tables(self, due: Sequence[tuple[Op, Trim]]) -> None:
         """Counts the magnitudes of task vectors, on all cores."""
         work = [(op, ask, e0) for op, ask in due for e0 in range(0, op.spec.numel, TILES * TILE)]
         done = iter(each(self._count, work, threads=cores(), name="count"))

@@ -276,6 +276,35 @@ def test_a_failed_render_is_not_remembered(paths, tmp_path):
     assert different(target, expected) == []
 
 
+def test_a_rank_over_the_whole_model_is_of_the_tensors_that_are_merged(session, paths, tmp_path):
+    def document(last):
+        ranges = ([0, 1], last)
+        sources = [[{"model": str(paths[n]), "layer_range": r} for n in ("base", "a")] for r in ranges]
+        for some in sources:
+            some[1]["parameters"] = {"weight": 0.5, "density": 0.3}
+        shared = {"trim_scope": "model"}
+        slices = [{"sources": some} for some in sources]
+        return {"merge_method": "ties", "base_model": str(paths["base"]), "slices": slices, "parameters": shared}
+
+    target = session.render(document([0, 1]))
+    for last in ([1, 2], [0, 1]):
+        session.render(document(last), target)
+        assert different(target, merged(document(last), tmp_path)) == []
+
+
+def test_a_table_is_made_for_candidates_of_one_batch(session, paths, monkeypatch):
+    documents = [recipe(paths, "ties", base="base", weight=0.5, density=d / 20) for d in range(1, 10)]
+    got = session.render_batch(documents)
+    assert all(ranks is not None for ranks in session._statistics._ranks.values())
+    assert len(session._statistics._ranks) == len(got[0])
+    with fm.Session(list(paths.values())) as other:
+        expected = [other.render(document) for document in documents]
+    assert [different(*pair) for pair in zip(got, expected, strict=True)] == [[]] * len(documents)
+    monkeypatch.setattr(running, "_passes", None)
+    session.render_batch(documents, got, everything=True)
+    assert [different(*pair) for pair in zip(got, expected, strict=True)] == [[]] * len(documents)
+
+
 def test_a_closed_session_says_so(paths):
     session = fm.Session([paths["a"]])
     session.close()

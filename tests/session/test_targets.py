@@ -36,6 +36,7 @@ HEAD, NORM = "lm_head.weight", "model.norm.weight"
         (lambda t: t | {HEAD: t["model.embed_tokens.weight"]}, "the same memory as"),
         (lambda t: t | {NORM: t[HEAD].view(-1)[8:40]}, "overlap"),
         (lambda t: t | {NORM: 3}, "expected a torch tensor"),
+        (lambda _: {}, "into: has no place for"),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_written(held, change, words):
