@@ -106,7 +106,7 @@ def test_several_objectives_spread_over_the_front():
     found = sorted(c[0] for c, _ in made._parents)
     assert -0.05 <= found[0] <= 0.1
     assert 1.9 <= found[-1] <= 2.05
-    gaps = [b - a for a, b in zip(found, found[1:])]
+    gaps = [b - a for a, b in itertools.pairwise(found)]
     assert max(gaps) < 0.4
     state = json.loads(json.dumps(made.state_dict()))
     other = Genetic([(-10.0, 10.0)], population_size=20, seed=9)
