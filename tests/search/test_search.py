@@ -151,6 +151,19 @@ def test_a_larger_budget_goes_further(tmp_path):
         assert lines(parts) == lines(whole)
 
 
+def test_a_finished_search_is_read(tmp_path):
+    whole = run(directory=tmp_path, budget=20)
+    evaluate, session, model = Near(), Notes(), {}
+    how = {"budget": 20, "sampler": {"genetic": {"population_size": 10}}, "directory": tmp_path, "resume": True}
+    again = search(template(), evaluate, model=model, session=session, **how)
+    assert (evaluate.asked, session.rendered) == ([], 1)
+    assert again == whole
+    assert list(model.values()) == list(whole.candidate)  # the best one is in the module all the same
+    (tmp_path / "result.json").unlink()
+    assert search(template(), evaluate, model=model, session=session, **how) == whole
+    assert len(evaluate.asked) == 5
+
+
 def test_another_search_is_refused(tmp_path):
     run(directory=tmp_path, budget=10)
     with pytest.raises(OutputError, match="has a search already; continue it with --resume"):
