@@ -36,12 +36,14 @@ if TYPE_CHECKING:
     from fastmerge.planning import Plan
     from fastmerge.recipe import Recipe
     from fastmerge.report import Report
+    from fastmerge.session import Session
 
 _LAZY = {
     "Checkpoint": "checkpoint",
     "Plan": "planning",
     "Recipe": "recipe",
     "Report": "report",
+    "Session": "session",
     "apply_task_vectors": "api.task_vectors",
     "compute_task_vector": "api.task_vectors",
     "dare_sparsify": "api.task_vectors",
@@ -67,6 +69,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "Session",
     "ShapeError",
     "__version__",
     "apply_task_vectors",

@@ -261,6 +261,7 @@ class _Later(click.Command):
 _PLACES: dict[str, str] = {}
 for _place, _commands in {
     "lora": {"lora": "Merge LoRA adapters with each other, or bake them into their base."},
+    "search": {"search": "Look for the best merge: evolution, CMA-ES, grids."},
     "mergekit.commands": {
         "mergekit-yaml": "Merge a recipe, with mergekit's flags.",
         "mergekit-multi": "Merge recipes that use each other's results.",

@@ -54,12 +54,17 @@ def default_memory(root: str | os.PathLike[str] = "/") -> int:
     Args:
         root: where ``proc`` and ``sys`` are.
     """
-    available = _available(Path(root))
-    return max(min(DEFAULT_MEMORY, available // 2, available - PROCESS), available // 8)
+    free = available(root)
+    return max(min(DEFAULT_MEMORY, free // 2, free - PROCESS), free // 8)
 
 
-def _available(root: Path) -> int:
-    """Bytes that this process may still take: of the machine, and of every control group that it is in."""
+def available(root: str | os.PathLike[str] = "/") -> int:
+    """Bytes that this process may still take: of the machine, and of every control group that it is in.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+    """
+    root = Path(root)
     found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for line in _text(root / "proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):

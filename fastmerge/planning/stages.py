@@ -156,7 +156,7 @@ def join(documents: Documents) -> tuple[tuple[Op, ...], tuple[Checkpoint, ...]]:
     for name, plan in documents:
         positions = []
         for c in plan.checkpoints:
-            stage = made[c.ref] if c.alike is not None else None
+            stage = made.get(c.ref) if c.alike is not None else None  # others are lent by a caller
             at, _ = (-1, c) if stage is not None else opened.setdefault((c.ref, str(c.path)), (len(opened), c))
             positions.append((at, stage))
 
