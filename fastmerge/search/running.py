@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from fastmerge.errors import FastMergeError, RecipeError
 from fastmerge.search import pareto
 from fastmerge.search.baselines import baselines as usual
-from fastmerge.search.evaluation import SCORE, Evaluator, evaluator, measure
+from fastmerge.search.evaluation import SCORE, evaluator, measure
+from fastmerge.search.evaluators import Evaluator
 from fastmerge.search.explore import Exploration, mean
 from fastmerge.search.genes import Candidate
 from fastmerge.search.journal import Evaluation, Journal, written
@@ -117,7 +118,7 @@ def search(
 
     Args:
         space: a :class:`~fastmerge.search.space.Space`, or the recipe that makes one.
-        evaluate: an :class:`~fastmerge.search.evaluation.Evaluator`, or ``eval_fn(model, eval_data) -> float``; the
+        evaluate: an :class:`~fastmerge.search.evaluators.Evaluator`, or ``eval_fn(model, eval_data) -> float``; the
             larger the better.
         model: a module of the shape of the candidates, which is overwritten; None merges the middle of the space on
             disk and loads that with transformers.
@@ -146,7 +147,7 @@ def search(
     """
     made = space if isinstance(space, Space) else Space(space)
     scored = evaluator(evaluate, eval_data)
-    names: tuple[str, ...] = tuple(objectives or getattr(scored, "objectives", None) or SCORE)
+    names: tuple[str, ...] = tuple(objectives or getattr(evaluate, "objectives", None) or SCORE)
     _check(budget, held_out, racing, names)
     taken, aside = _split(len(scored), held_out, seed)
     name, options, fresh = _sampler(sampler, made, seed, len(names))
