@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -287,6 +288,17 @@ def test_scores_that_are_no_numbers_lose(tmp_path):
     assert any(e["scores"]["score"] is None for e in lines(tmp_path))
     again = run(evaluate, directory=tmp_path, sampler="random", budget=40, baselines=False, resume=True)
     assert again.plain() == found.plain()
+
+
+def test_choices_that_do_not_go_together_lose():
+    either = {"choices": ["a", "b"]}
+    models = [{"model": either, "parameters": {"weight": w}} for w in (0.25, 0.75)]
+    space = Space({"merge_method": "linear", "models": models})
+    found = search(
+        space, lambda model: model["a"], model={}, session=Notes(), sampler="grid", budget=9, baselines=False
+    )
+    assert [e.scores[0] for e in found.evaluations] == [-math.inf, 0.25, 0.75, -math.inf]
+    assert [m["model"] for m in found.recipe["models"]] == ["b", "a"]
 
 
 @pytest.mark.parametrize(
