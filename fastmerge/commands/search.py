@@ -34,7 +34,8 @@ def search(
     if dry_run:
         _show(space, wanted)
         return
-    from fastmerge.search.evaluation import imported, named
+    from fastmerge.search.evaluation import imported
+    from fastmerge.search.evaluators import named
     from fastmerge.search.running import search as run
 
     model = None if document.model is None else imported("model", document.model)()

@@ -71,7 +71,15 @@ def measure(evaluate: Evaluator, model: Any, items: Sequence[int], objectives: S
     Raises:
         RecipeError: the evaluator gives other objectives, more or fewer scores than items, or what is no number.
     """
-    given: Any = evaluate(model, items)
+    return rows(evaluate(model, items), len(items), objectives)
+
+
+def rows(given: Any, items: int, objectives: Sequence[str]) -> list[Scores]:
+    """What an evaluator gave for so many items, item by item.
+
+    Raises:
+        RecipeError: as of :func:`measure`.
+    """
     if isinstance(given, Mapping):
         if set(given) != set(objectives):
             raise RecipeError(
@@ -88,8 +96,8 @@ def measure(evaluate: Evaluator, model: Any, items: Sequence[int], objectives: S
             out.append([float(score) for score in column])
         except (TypeError, ValueError):
             raise RecipeError(f"evaluate: {name}: expected a number for each item, got {column!r:.80}") from None
-        if len(out[-1]) != len(items):
-            raise RecipeError(f"evaluate: {name}: expected {len(items)} scores, one for each item, got {len(out[-1])}")
+        if len(out[-1]) != items:
+            raise RecipeError(f"evaluate: {name}: expected {items} scores, one for each item, got {len(out[-1])}")
     return list(zip(*out, strict=True))
 
 
@@ -117,18 +125,6 @@ def imported(key: str, name: Any) -> Any:
         return getattr(found, attribute)
     except AttributeError:
         raise RecipeError(f"{key}: module {module!r} has no {attribute!r}") from None
-
-
-def named(mapping: Mapping[str, Any], *, tokenizer: Any = None) -> Evaluator:
-    """The evaluator of a mapping with one key: ``{"function": "module:function"}``.
-
-    Raises:
-        RecipeError: there is none of that name.
-    """
-    ((name, given),) = mapping.items()
-    if name != "function":
-        raise RecipeError(f"evaluator: expected 'function', got {name!r:.80}")
-    return evaluator(imported("evaluator: function", given))
 
 
 def _takes_one(function: Callable[..., Any]) -> bool:
