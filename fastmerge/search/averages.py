@@ -174,15 +174,14 @@ class Averages:
         if problems:
             raise ShapeError(problems)
         found: dict[str, tuple[Source, ...]] = {}
-        owners: dict[tuple[int, ...], str] = {}
+        made: dict[object, torch.Tensor] = {}  # so that tied tensors stay one
+        self._kept.append(made)
         for n, tensor in first.items():
-            if not tensor.is_floating_point():
-                continue
-            group = [state[n].detach().contiguous() for state in states]
-            self._kept.append(group)
-            place = tuple([t.data_ptr() for t in group])
-            if not tensor.numel() or owners.setdefault(place, n) == n:
-                found[n] = tuple([_memory(t) for t in group])
+            if tensor.is_floating_point():
+                group = [state[n].detach() for state in states]
+                keys = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in group]
+                dense = [made.setdefault(k, t.contiguous()) for k, t in zip(keys, group, strict=True)]
+                found[n] = tuple(map(_memory, dense))
         return found
 
 
@@ -212,7 +211,9 @@ def _placed(
             continue
         owner = filled.setdefault((target.device, target.data_ptr()), name)
         if owner != name and target.numel():
-            problems.append(f"{name}: is one tensor with {owner} in the live model, and two in the models: give into=")
+            if sources != found[owner]:
+                text = f"{name}: is one tensor with {owner} in the live model, and two in the models: give into="
+                problems.append(text)
             continue
         dtype = getattr(torch, first.dtype.name)
         direct = target.dtype == dtype and target.is_contiguous() and str(target.device) == home

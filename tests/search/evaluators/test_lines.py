@@ -98,7 +98,9 @@ def test_a_model_in_bf16_is_scored_in_fp32(tmp_path, token):
 
 def test_of_a_completion_only_its_own_tokens_count(tmp_path, token):
     model = small.model()
-    file = small.write(tmp_path / "t.jsonl", {"prompt": "abcd", "completion": "efg"}, {"prompt": "", "completion": "ab"})
+    file = small.write(
+        tmp_path / "t.jsonl", {"prompt": "abcd", "completion": "efg"}, {"prompt": "", "completion": "ab"}
+    )
     expected = [small.log_p(model, [BOS, *ids("abcdefg")])[-3:].mean(), small.log_p(model, [BOS, *ids("ab")]).mean()]
     assert Perplexity(file, token)(model, [0, 1]) == pytest.approx([float(e) for e in expected], rel=1e-5)
 
