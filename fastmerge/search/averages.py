@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -62,23 +62,24 @@ class Averages:
     Args:
         models: directories or hub ids, or modules, or state dictionaries: all of one kind.
         names: of the models.
-        model: a module, or a dictionary of tensors, that is rendered into.
+        make: gives what is rendered into, a module or a dictionary of tensors, once the models are known to be good.
 
     Attributes:
-        model: the same.
+        model: what it gave.
         count: models in the running sum.
 
     Raises:
         RecipeError, CheckpointError, ShapeError: the models, or ``model``, do not go together; all problems are listed.
     """
 
-    def __init__(self, models: Sequence[Any], names: Sequence[str], model: Any) -> None:
-        self.model, self.count = model, 0
+    def __init__(self, models: Sequence[Any], names: Sequence[str], make: Callable[[], Any]) -> None:
+        self.count = 0
         self._checkpoints: tuple[Checkpoint, ...] = ()
         self._kept: list[Any] = []  # whose addresses are in use
         self._home = "cpu"
         found = self._on_disk(models) if isinstance(models[0], str) else self._in_memory(models, names)
-        self._tensors = _placed(found, _state("into", model), self._home)
+        self.model = make()
+        self._tensors = _placed(found, _state("into", self.model), self._home)
         self._sums: dict[str, torch.Tensor] = {}
 
     def show(self, weights: Sequence[float]) -> None:
@@ -173,15 +174,14 @@ class Averages:
         if problems:
             raise ShapeError(problems)
         found: dict[str, tuple[Source, ...]] = {}
-        owners: dict[tuple[int, ...], str] = {}
+        made: dict[object, torch.Tensor] = {}  # so that tied tensors stay one
+        self._kept.append(made)
         for n, tensor in first.items():
-            if not tensor.is_floating_point():
-                continue
-            group = [state[n].detach().contiguous() for state in states]
-            self._kept.append(group)
-            place = tuple([t.data_ptr() for t in group])
-            if not tensor.numel() or owners.setdefault(place, n) == n:
-                found[n] = tuple([_memory(t) for t in group])
+            if tensor.is_floating_point():
+                group = [state[n].detach() for state in states]
+                keys = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in group]
+                dense = [made.setdefault(k, t.contiguous()) for k, t in zip(keys, group, strict=True)]
+                found[n] = tuple(map(_memory, dense))
         return found
 
 
@@ -211,7 +211,9 @@ def _placed(
             continue
         owner = filled.setdefault((target.device, target.data_ptr()), name)
         if owner != name and target.numel():
-            problems.append(f"{name}: is one tensor with {owner} in the live model, and two in the models: give into=")
+            if sources != found[owner]:
+                text = f"{name}: is one tensor with {owner} in the live model, and two in the models: give into="
+                problems.append(text)
             continue
         dtype = getattr(torch, first.dtype.name)
         direct = target.dtype == dtype and target.is_contiguous() and str(target.device) == home

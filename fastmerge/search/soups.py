@@ -75,7 +75,7 @@ def uniform_soup(models: Models, evaluate: Any = None, *, into: Any = None) -> S
     weights = dict.fromkeys(names, 1.0)
     if evaluate is None and into is None and _on_disk(given):
         return Soup(_recipe(names, given, weights), weights)
-    averages = Averages(given, names, _target(given, into))
+    averages = Averages(given, names, lambda: _target(given, into))
     averages.show(list(weights.values()))
     reached = None if evaluate is None else score(evaluate, averages.model)
     return Soup(_recipe(names, given, weights), weights, averages.model, reached)
@@ -103,7 +103,7 @@ def greedy_soup(
         models: checkpoint directories or hub ids, whose weights are read from disk each time and never all in memory;
             or modules, or state dictionaries; with equal names, shapes and types. By name, or in order: directories
             are then named by themselves, others ``0``, ``1``, ... None is changed.
-        evaluate: an :class:`~fastmerge.search.evaluators.Evaluator`, whose mean over all items counts, or a function of
+        evaluate: an :class:`~fastmerge.search.evaluation.Evaluator`, whose mean over all items counts, or a function of
             a model that gives a number; the larger the better, NaN is the worst. What it is called with is always the
             same live module (for state dictionaries, the same dictionary).
         accept: ``gt`` or ``ge``.
@@ -123,7 +123,7 @@ def greedy_soup(
     if accept not in ("gt", "ge"):
         raise RecipeError(f"accept: expected gt or ge, got {accept!r:.80}")
     names, given = _named(models)
-    averages = Averages(given, names, _target(given, into))
+    averages = Averages(given, names, lambda: _target(given, into))
     alone = []
     for i in range(len(names)):
         averages.show([float(i == j) for j in range(len(names))])
@@ -170,7 +170,7 @@ def category_soup(models: Models, evaluate: Any, *, into: Any = None) -> Soup:
         FastMergeError: as of :func:`greedy_soup`.
     """
     names, given = _named(models)
-    averages = Averages(given, names, _target(given, into))
+    averages = Averages(given, names, lambda: _target(given, into))
     every: dict[str, dict[str, float]] = {}
     for i, name in enumerate(names):
         averages.show([float(i == j) for j in range(len(names))])
@@ -242,17 +242,19 @@ def _loaded(ref: str) -> Any:
     from fastmerge.checkpoint import Checkpoint
     from fastmerge.checkpoint.header import listing
     from fastmerge.errors import BackendUnavailable, CheckpointError
+    from fastmerge.recipe.schema import model_ref
 
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
     except ImportError:
         raise BackendUnavailable("models are run by transformers: pip install transformers; or give into=") from None
-    path = Checkpoint.open(ref).path
+    model = model_ref(ref)  # an adapter on it changes its weights, which are rendered over, but not its shape
+    path = Checkpoint.open(model.path, revision=model.revision).path
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, said = AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
+        made, said = AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{ref}: transformers cannot load it: {error}") from error
     finally:
@@ -260,4 +262,4 @@ def _loaded(ref: str) -> Any:
             logging.enable_progress_bar()
     if problems := [f"{ref}: {what}: {listing(sorted(map(str, said[what])))}" for what in said if said[what]]:
         raise CheckpointError(problems)
-    return model.eval()
+    return made.eval()

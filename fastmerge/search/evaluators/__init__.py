@@ -2,20 +2,8 @@
 
 from __future__ import annotations
 
-from fastmerge.search.evaluators.base import Evaluator, Function, Scores, Served, Subset, means, score
+from fastmerge.search.evaluators.base import Each, Served, Subset, means, score, weights
 from fastmerge.search.evaluators.lines import Accuracy, Perplexity
-from fastmerge.search.evaluators.named import evaluator, named
+from fastmerge.search.evaluators.named import named
 
-__all__ = [
-    "Accuracy",
-    "Evaluator",
-    "Function",
-    "Perplexity",
-    "Scores",
-    "Served",
-    "Subset",
-    "evaluator",
-    "means",
-    "named",
-    "score",
-]
+__all__ = ["Accuracy", "Each", "Perplexity", "Served", "Subset", "means", "named", "score", "weights"]

@@ -1,105 +1,72 @@
-"""The protocol of evaluators, and those that take other people's functions and engines."""
+"""Evaluators that take other people's functions, evaluators and engines."""
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from fastmerge.errors import RecipeError
+from fastmerge.search.evaluation import SCORE, Evaluator, evaluator, rows
+from fastmerge.search.explore import mean
 
 if TYPE_CHECKING:
     import torch
 
-Scores: TypeAlias = "Sequence[float] | Mapping[str, Sequence[float]]"
-"""One number for each item, the larger the better; or, by objective, such a sequence."""
 
+class Each:
+    """An ordinary function as an evaluator of many items: ``function(model, item)`` for each of them.
 
-@runtime_checkable
-class Evaluator(Protocol):
-    """Scores a model on numbered items, each by itself: what racing, held-out items and paired comparisons need."""
-
-    def __len__(self) -> int:
-        """How many items there are."""
-
-    def __call__(self, model: Any, items: Sequence[int]) -> Scores:
-        """The scores of a model.
-
-        Args:
-            model: a live module (or whatever else the search renders into); its weights are not changed.
-            items: which, numbers from 0; each may appear once.
-
-        Returns:
-            The scores, in the order of ``items``.
-        """
-
-
-class Function:
-    """An ordinary function as an evaluator.
-
-    Without ``each`` there is one item: the score of ``function(model, data)`` (``function(model)`` where it takes one
-    argument). With ``each`` an item is an element of ``data``, and the function is called for each.
+    A function that scores everything at once needs none: :func:`~fastmerge.search.evaluation.evaluator` takes it as an
+    evaluator of one item.
 
     Args:
         function: gives a number, the larger the better; or numbers by objective.
-        data: what it is called with.
-        each: whether the elements of ``data`` are items.
+        data: the items.
 
     Raises:
-        RecipeError: ``function`` cannot be called so, or ``data`` has no elements.
+        RecipeError: ``function`` is none, or there are no items.
     """
 
-    def __init__(self, function: Callable[..., Any], data: Any = None, *, each: bool = False) -> None:
+    def __init__(self, function: Callable[[Any, Any], Any], data: Sequence[Any]) -> None:
         if not callable(function):
-            raise RecipeError(f"evaluator: expected a function, got {function!r:.80}")
-        takes = _takes(function)
-        if each and (isinstance(data, str | Mapping) or not isinstance(data, Sequence) or not len(data)):
+            raise RecipeError(f"function: expected a function, got {function!r:.80}")
+        if isinstance(data, str | Mapping) or not hasattr(data, "__getitem__") or not len(data):
             raise RecipeError(f"data: expected a list of items, got {data!r:.80}")
-        if takes == 1 and data is not None:
-            raise RecipeError("function: expected one of (model, data), as there are data; it takes the model alone")
-        self._function, self._data, self._each, self._takes = function, data, each, takes
+        self._function, self._data = function, data
+        self.objectives = getattr(function, "objectives", SCORE)
 
     def __len__(self) -> int:
-        return len(self._data) if self._each else 1
+        return len(self._data)
 
-    def __call__(self, model: Any, items: Sequence[int]) -> Scores:
-        """Calls the function, once for each item.
-
-        Raises:
-            RecipeError: it gave no number, or there is no such item.
-        """
-        found = [self._one(model, i) for i in known_items(items, len(self))]
-        if found and isinstance(found[0], Mapping):
-            return {str(name): [number(one[name]) for one in found] for name in found[0]}
-        return [number(one) for one in found]
-
-    def _one(self, model: Any, item: int) -> Any:
-        if self._takes == 1:
-            return self._function(model)
-        return self._function(model, self._data[item] if self._each else self._data)
+    def __call__(self, model: Any, items: Sequence[int]) -> Any:
+        """The scores, one call for each."""
+        found = [self._function(model, self._data[i]) for i in known_items(items, len(self))]
+        if found and all(isinstance(one, Mapping) for one in found):
+            return {name: [one.get(name) for one in found] for name in found[0]}
+        return found
 
 
 class Subset:
     """Some items of an evaluator, numbered anew.
 
     Args:
-        evaluator: of all items.
+        evaluate: of all items.
         items: which of them.
 
     Raises:
         RecipeError: there is no such item.
     """
 
-    def __init__(self, evaluator: Evaluator, items: Sequence[int]) -> None:
-        self._evaluator, self._items = evaluator, tuple(known_items(items, len(evaluator)))
+    def __init__(self, evaluate: Evaluator, items: Sequence[int]) -> None:
+        self._evaluate, self._items = evaluate, tuple(known_items(items, len(evaluate)))
+        self.objectives = getattr(evaluate, "objectives", SCORE)
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def __call__(self, model: Any, items: Sequence[int]) -> Scores:
+    def __call__(self, model: Any, items: Sequence[int]) -> Any:
         """The scores of these items."""
-        return self._evaluator(model, [self._items[i] for i in known_items(items, len(self))])
+        return self._evaluate(model, [self._items[i] for i in known_items(items, len(self))])
 
 
 class Served:
@@ -118,15 +85,16 @@ class Served:
     def __init__(
         self,
         publish: Callable[[Iterator[tuple[str, torch.Tensor]]], object],
-        scores: Callable[[Sequence[int]], Scores],
+        scores: Callable[[Sequence[int]], Any],
         count: int,
     ) -> None:
         self._publish, self._scores, self._count = publish, scores, count
+        self.objectives = getattr(scores, "objectives", SCORE)
 
     def __len__(self) -> int:
         return self._count
 
-    def __call__(self, model: Any, items: Sequence[int]) -> Scores:
+    def __call__(self, model: Any, items: Sequence[int]) -> Any:
         """Hands the weights over, then asks for the scores.
 
         Raises:
@@ -151,59 +119,38 @@ def weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensor.detach()
 
 
-def means(evaluate: Any, model: Any, items: Sequence[int] | None = None) -> dict[str, float]:
-    """Mean scores by objective; the only one of an evaluator without names is called ``score``.
+def means(evaluate: Any, model: Any) -> dict[str, float]:
+    """Mean scores over all items, by objective; the only one of an evaluator without names is called ``score``.
 
     Args:
-        evaluate: an :class:`Evaluator`, or a function of a model that gives a number or numbers by objective.
+        evaluate: an :class:`~fastmerge.search.evaluation.Evaluator`, or a function of a model that gives a number, or
+            numbers by objective.
         model: what it is called with.
-        items: which; all where absent.
 
     Returns:
-        The exact sums, divided by the number of items; NaN where an item's score is NaN.
+        The means; minus infinity where an item's score is NaN or not finite.
 
     Raises:
         RecipeError: there are more or fewer scores than items, no items at all, or a score is no number.
     """
-    wrapped = evaluate if isinstance(evaluate, Evaluator) else Function(evaluate)
-    asked = list(range(len(wrapped))) if items is None else list(items)
-    if not asked:
-        raise RecipeError("evaluator: expected one item or more, got none")
-    given = wrapped(model, asked)
-    by_name = given if isinstance(given, Mapping) else {"score": given}
-    out = {}
-    for name, some in by_name.items():
-        numbers = [number(s) for s in some]
-        if len(numbers) != len(asked):
-            raise RecipeError(f"evaluator: expected {len(asked)} scores, one for each item, got {len(numbers)}")
-        finite = all(map(math.isfinite, numbers))
-        out[str(name)] = (math.fsum(numbers) if finite else sum(numbers)) / len(numbers)
-    return out
+    scored = evaluator(evaluate)
+    items = range(len(scored))
+    given = scored(model, items)
+    names = tuple(given) if isinstance(given, Mapping) else SCORE
+    columns = zip(*rows(given, len(items), names), strict=True)
+    return {name: mean(0, 0.0, column) for name, column in zip(names, columns, strict=True)}
 
 
-def score(evaluate: Any, model: Any, items: Sequence[int] | None = None) -> float:
-    """The mean score of an evaluator with one objective; NaN, which compares with nothing, counts as the worst.
+def score(evaluate: Any, model: Any) -> float:
+    """The mean score of an evaluator with one objective.
 
     Raises:
         RecipeError: there are several objectives; or as in :func:`means`.
     """
-    found = means(evaluate, model, items)
+    found = means(evaluate, model)
     if len(found) != 1:
-        raise RecipeError(f"evaluator: expected one objective, got {', '.join(found) or 'none'}")
-    (value,) = found.values()
-    return -math.inf if math.isnan(value) else value
-
-
-def number(value: Any) -> float:
-    """A score as a float.
-
-    Raises:
-        RecipeError: it is none.
-    """
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise RecipeError(f"evaluator: expected a number, got {value!r:.80}") from None
+        raise RecipeError(f"evaluate: expected one objective, got {', '.join(found) or 'none'}")
+    return next(iter(found.values()))
 
 
 def known_items(items: Iterable[int], count: int) -> list[int]:
@@ -216,18 +163,3 @@ def known_items(items: Iterable[int], count: int) -> list[int]:
     if wrong := [i for i in out if not 0 <= i < count]:
         raise RecipeError(f"items: expected numbers from 0 to {count - 1}, got {wrong[0]}")
     return out
-
-
-def _takes(function: Callable[..., Any]) -> int:
-    """2 where the function can be called with a model and data, else 1."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # compiled ones may have none
-        return 2
-    for count in (2, 1):
-        try:
-            signature.bind(*[None] * count)
-        except TypeError:
-            continue
-        return count
-    raise RecipeError(f"function: expected one of (model, data) or of (model), got {function.__name__}{signature}")

@@ -98,6 +98,7 @@ def tokenizer_of(given: Any) -> Any:
     if not isinstance(given, str | os.PathLike):
         return given
     from fastmerge.checkpoint import hub
+    from fastmerge.recipe.schema import model_ref
 
     try:
         from transformers import AutoTokenizer
@@ -105,8 +106,9 @@ def tokenizer_of(given: Any) -> Any:
         raise BackendUnavailable("perplexity and accuracy need transformers: pip install transformers") from None
     place = os.fspath(given)
     try:
-        path = Path(place) if os.path.exists(place) else hub.locate(place)[1]  # noqa: PTH110  as recipes do
-        return AutoTokenizer.from_pretrained(str(path))
+        model = model_ref(place)
+        path = hub.locate(model.path, model.revision)[1]
+        return AutoTokenizer.from_pretrained(str(path.parent if path.is_file() else path))
     except (OSError, ValueError) as error:
         first = next(iter(str(error).splitlines()), "")
         raise CheckpointError(f"{place}: no tokenizer, which the evaluator needs: {first}") from None

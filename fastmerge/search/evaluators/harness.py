@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastmerge.errors import BackendUnavailable, RecipeError
-from fastmerge.search.evaluators.base import known_items, number
+from fastmerge.search.evaluators.base import known_items
 from fastmerge.search.evaluators.data import tokenizer_of
 from fastmerge.search.evaluators.lines import evaluating
 
@@ -99,5 +99,7 @@ class Harness:
         if self._metric not in mine[0]["metrics"]:
             known = ", ".join(mine[0]["metrics"])
             raise RecipeError(f"{name}: expected one of its metrics {known}, got {self._metric!r}")
+        if odd := [s[self._metric] for s in mine if not isinstance(s[self._metric], int | float)]:
+            raise RecipeError(f"{name}: {self._metric} is no number of each document, but such as {odd[0]!r:.80}")
         better = self._tasks[name].higher_is_better().get(self._metric, True)
-        return {int(s["doc_id"]): number(s[self._metric]) * (1 if better else -1) for s in mine}
+        return {int(s["doc_id"]): float(s[self._metric]) * (1 if better else -1) for s in mine}
