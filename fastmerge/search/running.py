@@ -192,7 +192,7 @@ def search(
         every = [run.evaluations[i].scores for i in finished]
         best = finished[pareto.middle(every)]
         recipe = made.recipe(run.candidates[best])
-        front = tuple([finished[i] for i in pareto.fronts(every)[0]]) if len(names) > 1 else (best,)
+        front = tuple([finished[i] for i in pareto.front(every)]) if len(names) > 1 else (best,)
         scores_of_best = written(names, run.evaluations[best].scores)
         known = {"best": best, "scores": scores_of_best, "front": list(front)}
         others = usual(made) if baselines is True else dict(baselines or {})
@@ -248,9 +248,7 @@ class _Scene:
         if self._session is None:
             from fastmerge.session import Session
 
-            self._session = self._stack.enter_context(
-                Session([str(ref) for ref in self._space.refs], device=self._device)
-            )
+            self._session = self._stack.enter_context(Session(list(self._space.refs), device=self._device))
         self._session.render(recipe, into=self._model)
         return self._model
 
