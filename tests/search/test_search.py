@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import fastmerge as fm
 from fastmerge.errors import OutputError, RecipeError
-from fastmerge.search import Space, sampler, search
+from fastmerge.search import Space, layer_paths, sampler, search
 from tests import tiny
 from tests.search.helpers import Near, Notes, template
 
@@ -346,4 +346,29 @@ def test_the_best_recipe_has_the_bytes_that_were_scored(tmp_path):
     fm.merge(tmp_path / "out" / "best.yml", tmp_path / "best")
     best = load_file(tmp_path / "best" / "model.safetensors")
     assert set(best) == set(model)
+    assert all(torch.equal(best[n].view(torch.uint8), t.view(torch.uint8)) for n, t in model.items())
+
+
+def test_the_best_layer_path_is_rendered_too(tmp_path):
+    """A stack of four layers out of models of three: the buffers have the output's depth."""
+    paths = tiny.family(tmp_path / "models", models=2, layers=3, hidden=16, vocab=40)
+    space = Space(layer_paths([str(paths["a"]), str(paths["b"])], layers=4, near=0, dtype="bfloat16"))
+    fm.merge(space.recipe(space.middle()), tmp_path / "middle")
+    model = {n: torch.zeros_like(t) for n, t in load_file(tmp_path / "middle" / "model.safetensors").items()}
+    states = {m: {n: t for p in paths[m].glob("*.safetensors") for n, t in load_file(p).items()} for m in "ab"}
+    wanted = [("b", 0), ("a", 1), ("b", 1), ("a", 2)]
+    norm = "input_layernorm.weight"
+
+    def evaluate(live):
+        there = [live[f"model.layers.{i}.{norm}"] for i in range(4)]
+        return sum(torch.equal(t, states[m][f"model.layers.{j}.{norm}"]) for t, (m, j) in zip(there, wanted))
+
+    how = {"sampler": {"genetic": {"population_size": 12}}, "budget": 60, "directory": tmp_path / "out"}
+    found = search(space, evaluate, model=model, **how)
+    assert found.scores == {"score": 4.0}
+    assert found.baselines == {}
+    labels = [g.shown(v) for g, v in zip(space.genes, found.candidate)]
+    assert labels == [f"{paths[m]}:{j}" for m, j in wanted]
+    fm.merge(tmp_path / "out" / "best.yml", tmp_path / "best")
+    best = load_file(tmp_path / "best" / "model.safetensors")
     assert all(torch.equal(best[n].view(torch.uint8), t.view(torch.uint8)) for n, t in model.items())
