@@ -25,7 +25,7 @@ struct Scale {
 // What is done to a sum: nothing, times lambda, or divided as well.
 enum Scaling { kUnit, kLambda, kDivided };
 
-// A far run is one whose output the caches could not hold: it is written past them.
+// A far run is one whose output the caches could not hold, or that the caller calls so: it is written past them.
 constexpr int64_t kFarBytes = 8 << 20;
 constexpr int64_t kAhead = 1024;  // elements; a far run fetches its inputs this much earlier
 template <class T>
@@ -91,7 +91,8 @@ __attribute__((noinline)) int64_t fused_few(const Terms<T, M>& terms, T* out, in
 }
 
 template <class T, int M, bool kDelta>
-int64_t fused_run(int count, const Segment& s, int64_t at, int64_t n, const double* coef, Scale<float> scale) {
+int64_t fused_run(int count, const Segment& s, int64_t at, int64_t n, const double* coef, Scale<float> scale,
+                  bool far) {
   Terms<T, M> terms;
   terms.count = M ? M : count;
   for (int i = 0; i < terms.count; ++i) {
@@ -105,7 +106,7 @@ int64_t fused_run(int count, const Segment& s, int64_t at, int64_t n, const doub
     out += m;
     n -= m;
   };
-  bool far = n * static_cast<int64_t>(sizeof(T)) >= kFarBytes;
+  far = far || n * static_cast<int64_t>(sizeof(T)) >= kFarBytes;
   for (; far && reinterpret_cast<intptr_t>(out) % 64 != 0; advance()) {
     m = 1;
     bad += fused_few<T, M, kDelta>(terms, out, m, scale);
@@ -120,26 +121,26 @@ int64_t fused_run(int count, const Segment& s, int64_t at, int64_t n, const doub
 }
 
 template <class T, bool kDelta>
-int64_t fused(int m, const Segment& s, int64_t at, int64_t n, const double* coef, Scale<float> scale) {
+int64_t fused(int m, const Segment& s, int64_t at, int64_t n, const double* coef, Scale<float> scale, bool far) {
   switch (m) {
     case 1:
-      return fused_run<T, kDelta ? 2 : 1, kDelta>(m, s, at, n, coef, scale);  // delta has two inputs at least
+      return fused_run<T, kDelta ? 2 : 1, kDelta>(m, s, at, n, coef, scale, far);  // delta has two inputs at least
     case 2:
-      return fused_run<T, 2, kDelta>(m, s, at, n, coef, scale);
+      return fused_run<T, 2, kDelta>(m, s, at, n, coef, scale, far);
     case 3:
-      return fused_run<T, 3, kDelta>(m, s, at, n, coef, scale);
+      return fused_run<T, 3, kDelta>(m, s, at, n, coef, scale, far);
     case 4:
-      return fused_run<T, 4, kDelta>(m, s, at, n, coef, scale);
+      return fused_run<T, 4, kDelta>(m, s, at, n, coef, scale, far);
     case 5:
-      return fused_run<T, 5, kDelta>(m, s, at, n, coef, scale);
+      return fused_run<T, 5, kDelta>(m, s, at, n, coef, scale, far);
     case 6:
-      return fused_run<T, 6, kDelta>(m, s, at, n, coef, scale);
+      return fused_run<T, 6, kDelta>(m, s, at, n, coef, scale, far);
     case 7:
-      return fused_run<T, 7, kDelta>(m, s, at, n, coef, scale);
+      return fused_run<T, 7, kDelta>(m, s, at, n, coef, scale, far);
     case kNamed:
-      return fused_run<T, kNamed, kDelta>(m, s, at, n, coef, scale);
+      return fused_run<T, kNamed, kDelta>(m, s, at, n, coef, scale, far);
     default:
-      return fused_run<T, 0, kDelta>(m, s, at, n, coef, scale);
+      return fused_run<T, 0, kDelta>(m, s, at, n, coef, scale, far);
   }
 }
 
@@ -219,9 +220,9 @@ int64_t run(const CombineArgs& a, bool fuse, const Segment& s, int64_t at, int64
   const Scale<W> scale = {static_cast<W>(a.scale[2 * p]), static_cast<W>(a.scale[2 * p + 1])};
   if (sizeof(W) == 4 && fuse) {
     const Scale<float> narrow = {static_cast<float>(scale.lambda), static_cast<float>(scale.div)};
-    if (a.out_code == kBF16) return fused<Bf16, kDelta>(a.table.inputs, s, at, n, coef, narrow);
-    if (a.out_code == kF16) return fused<Fp16, kDelta>(a.table.inputs, s, at, n, coef, narrow);
-    return fused<float, kDelta>(a.table.inputs, s, at, n, coef, narrow);
+    if (a.out_code == kBF16) return fused<Bf16, kDelta>(a.table.inputs, s, at, n, coef, narrow, a.far);
+    if (a.out_code == kF16) return fused<Fp16, kDelta>(a.table.inputs, s, at, n, coef, narrow, a.far);
+    return fused<float, kDelta>(a.table.inputs, s, at, n, coef, narrow, a.far);
   }
   return block_run<W, kDelta>(a, s, at, n, coef, scale);
 }

@@ -57,6 +57,7 @@ struct CombineArgs {
   bool delta;
   bool per_row;        // parameter row = group + e / row
   int64_t* nonfinite;  // [S], added to
+  bool far;            // the caches will not be asked for the results: they are written past them
 };
 
 struct GramArgs {

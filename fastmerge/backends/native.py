@@ -63,7 +63,7 @@ class NativeKernels:
     def combine(self, segments: Segments, coef: F64, scale: F64, *, delta: bool, per_row: bool) -> None:
         """Weighted sums into the output addresses."""
         s = segments
-        self._native.combine(s.table, codes(s), s.out_dtype.code, coef, scale, delta, per_row, nonfinite(s))
+        self._native.combine(s.table, codes(s), s.out_dtype.code, coef, scale, delta, per_row, nonfinite(s), s.far)
 
     def gram(self, segments: Segments, partials: F64, *, delta: bool, diff: bool, per_row: bool) -> None:
         """Inner products of every tile."""

@@ -34,15 +34,12 @@ def search(
     if dry_run:
         _show(space, wanted)
         return
-    from fastmerge.search.evaluation import imported
     from fastmerge.search.evaluators import named
     from fastmerge.search.running import search as run
 
-    model = None if document.model is None else imported("model", document.model)()
     found = run(
         space,
-        named(plain(document.evaluator), tokenizer=str(space.refs[-1])),
-        model=model,
+        named(plain(document.evaluator), tokenizer=space.base.path),
         sampler=plain(document.sampler),
         budget=wanted,
         directory=out,

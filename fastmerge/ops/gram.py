@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,21 @@ class GramProgram(Program):
         self._first = np.cumsum(self._vectors) - self._vectors
         vectors = len(ops[0].spec.dtypes) - delta
         self._columns = vectors * (vectors + 1) // 2 + diff
+        self._stats: F64 | None = None
         self._tables: tuple[F64, F64] | None = None
+
+    def asks(self) -> Sequence[Hashable]:
+        """Inner products depend on the vectors alone."""
+        return [("gram", self._per_row, self._delta, self._diff)] * len(self._ops)
+
+    def found(self) -> Sequence[F64]:
+        """The inner products of each op's vectors."""
+        assert self._stats is not None
+        return [rows.copy() for rows in np.split(self._stats, self._first[1:])]
+
+    def give(self, found: Sequence[F64]) -> None:
+        """Solves at once."""
+        self._finish(np.concatenate(found))
 
     @property
     def ready(self) -> bool:
@@ -134,7 +149,10 @@ class GramProgram(Program):
         """Adds tiles in order, then solves."""
         ordered = gather(partials, self._vectors * self._tiles_each)
         tiles = np.repeat(self._tiles_each, self._vectors)
-        stats = self._kernels.fold(ordered, np.concatenate([[0], np.cumsum(tiles)]))
+        self._finish(self._kernels.fold(ordered, np.concatenate([[0], np.cumsum(tiles)])))
+
+    def _finish(self, stats: F64) -> None:
+        self._stats = stats
         coef, scale = self._solve(self._ops, stats, self._vectors.tolist())
         self._tables = np.ascontiguousarray(coef), np.ascontiguousarray(scale)
 
@@ -144,5 +162,5 @@ class GramProgram(Program):
             raise AssertionError("apply before the statistics are complete")
         table = segments.table.copy()
         table[:, GROUP] = self._first[table[:, GROUP]]
-        moved = Segments(table, segments.dtypes, segments.out_dtype, segments.nonfinite)
+        moved = replace(segments, table=table)
         self._kernels.combine(moved, *self._tables, delta=self._delta, per_row=self._per_row)

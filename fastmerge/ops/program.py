@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastmerge.ops.segments import I64, Segments
@@ -56,6 +56,23 @@ class Program(Protocol):
             segments: every group once, whole, in order.
         """
         return None
+
+    def asks(self) -> Sequence[Hashable] | None:
+        """What the due statistics of each op depend on, beside its inputs.
+
+        Returns:
+            Equal values mean equal statistics of equal inputs; None where they are nothing to keep: where none are
+            due, or where they depend on weights or other tensors.
+        """
+        return None
+
+    def found(self) -> Sequence[Any]:
+        """What the statistics of :meth:`asks` were, for each op, once they are there."""
+        raise AssertionError("a program that asks for nothing finds nothing")
+
+    def give(self, found: Sequence[Any]) -> None:
+        """Takes what an equal program found, in place of its passes."""
+        raise AssertionError("a program that asks for nothing takes nothing")
 
     def resident(self, segments: Segments) -> None:
         """Takes tensors that the segments hold whole, before the first pass, to spare passes; nothing by default."""

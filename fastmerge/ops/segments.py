@@ -43,13 +43,15 @@ class Segments:
     All rows share the input types, the output type and the numbers of inputs and outputs. A piece starts at a multiple
     of the tile, or of the row for methods that work by row, unless a program asked for it otherwise.
     Kernels add their non-finite outputs to ``nonfinite`` ``[S]``, which is empty where nobody asks; on a GPU it is a
-    tensor of the device, so that counting does not wait.
+    tensor of the device, so that counting does not wait. Results that are ``far`` are more than caches hold: kernels
+    may write them past these.
     """
 
     table: I64
     dtypes: tuple[DType, ...]
     out_dtype: DType
     nonfinite: I64 = field(default_factory=_no_counters)
+    far: bool = False
 
     @property
     def outputs(self) -> int:

@@ -75,6 +75,32 @@ class SplitProgram(Program):
         """True once every part is."""
         return all(p.ready for _, p in self._parts)
 
+    def asks(self) -> Sequence[Hashable] | None:
+        """What the parts ask for; None where one that is due has nothing to keep."""
+        out: list[Hashable] = [None] * len(self._part)
+        for members, program in self._parts:
+            asked = program.asks()
+            if asked is None and not program.ready:
+                return None
+            for g, ask in zip(members.tolist(), asked or (), strict=False):
+                out[g] = ask
+        return out
+
+    def found(self) -> Sequence[Any]:
+        """What the parts found; None for ops of which nothing was asked."""
+        out: list[Any] = [None] * len(self._part)
+        for members, program in self._parts:
+            if program.asks() is not None:
+                for g, one in zip(members.tolist(), program.found(), strict=True):
+                    out[g] = one
+        return out
+
+    def give(self, found: Sequence[Any]) -> None:
+        """To each part its own."""
+        for members, program in self._parts:
+            if program.asks() is not None:
+                program.give([found[g] for g in members.tolist()])
+
     def pieces(self) -> I64 | None:
         """What the parts that are due read; None where that is everything."""
         asked = [(members, program.pieces()) for members, program in self._parts if not program.ready]

@@ -171,6 +171,7 @@ def _plan(recipe: Recipe, models: Mapping[str, Checkpoint], seed: int | None, sh
         ),
         ties=outputs.inputs.ties,
         dropped=outputs.inputs.dropped,
+        rows=outputs.rows,
     )
 
 

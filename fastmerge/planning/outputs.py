@@ -90,6 +90,9 @@ class Outputs:
         models: opened.
         seed: in effect.
         vocabulary: of the output, where it is not that of the models.
+
+    Attributes:
+        rows: for each spec whose method the parameters decide, a row that it was made for, and the sources that go in.
     """
 
     def __init__(self, recipe: Recipe, models: Models, seed: int, vocabulary: Vocabulary | None = None) -> None:
@@ -106,6 +109,7 @@ class Outputs:
         parts = recipe.parts
         self.order = tuple(dict.fromkeys(s.model for part in parts for s in part.sources))
         self.parts = [_Part(recipe, part, self) for part in parts]
+        self.rows: dict[Spec, tuple[Row, tuple[int, ...]]] = {}
         self._specs: dict[tuple[object, ...], dict[_Key, Spec | None]] = {}
 
     def build(self, rows: Sequence[Row]) -> tuple[Op, ...]:
@@ -229,6 +233,8 @@ class Outputs:
         has_base = not single and part.base is not None
         models = (0,) if single else tuple([part.index[i] for i in members[has_base:]])
         spec = Spec(method, shape, types, dtype, has_base=has_base, models=models)
+        if not single:
+            self.rows[spec] = row, members
         problems = method.check(spec)
         self.notes.recipe |= dict.fromkeys(f"{row.name}: {p}" for p in problems)
         if not problems:

@@ -13,8 +13,11 @@ from fastmerge.planning.account import Account, Dropped
 from fastmerge.planning.tied import Ties
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fastmerge.checkpoint import Checkpoint, Layout
-    from fastmerge.ops.spec import Op
+    from fastmerge.ops.spec import Op, Spec
+    from fastmerge.planning.rows import Row
 
 
 class Wanted(Protocol):
@@ -49,6 +52,8 @@ class Plan:
         documents: of a recipe with stages, the plan of each document by itself: stages are among its models, by their
             names. Each comes behind those that it uses; the last, which has no name, is that of the result. In this
             plan ``checkpoints`` are the models of all of them, and stages are sources of ``ops``.
+        rows: for each spec whose method the recipe's parameters decide, a row of the recipe that it was made for, and
+            which of its part's sources go in: what :func:`fastmerge.planning.numbers.renumbered` goes by.
     """
 
     recipe: Wanted
@@ -64,6 +69,7 @@ class Plan:
     dropped: Dropped = field(default_factory=dict)
     card: bool = True
     documents: tuple[tuple[str, Plan], ...] = ()
+    rows: Mapping[Spec, tuple[Row, tuple[int, ...]]] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def account(self) -> Account:

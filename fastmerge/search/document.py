@@ -49,7 +49,6 @@ class Document(Value):
         held_out: share of the items that the search does not see.
         racing: rounds of a race; 1 for none.
         objectives: names of the scores where there are several.
-        model: ``module:name`` of a function that makes the module that candidates are rendered into.
     """
 
     recipe: dict[str, Any]
@@ -60,7 +59,6 @@ class Document(Value):
     held_out: Share = HELD_OUT
     racing: Positive = 1
     objectives: tuple[StrictStr, ...] | None = None
-    model: StrictStr | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Document:

@@ -128,7 +128,7 @@ class Exploration:
             columns = list(zip(*some, strict=True))
             before = self._known[candidate, done] if done else (0.0,) * len(columns)
             scores = tuple([mean(done, old, column) for old, column in zip(before, columns, strict=True)])
-            found = Evaluation(number, self._generation, genes, scores, size, time.perf_counter() - started)
+            found = Evaluation(number, self._generation, genes, scores, size, round(time.perf_counter() - started, 6))
             self._journal.add(found)
         self.evaluations.append(found)
         self.candidates.append(candidate)

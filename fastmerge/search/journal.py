@@ -53,7 +53,7 @@ class Evaluation:
             "genes": list(self.genes),
             "scores": written(objectives, self.scores),
             "items": self.items,
-            "seconds": round(self.seconds, 6),
+            "seconds": self.seconds,
         }
 
 
@@ -72,6 +72,7 @@ class Journal:
 
     Attributes:
         recorded: the evaluations of an earlier run, in their order.
+        result: what an earlier run found at its end; empty where none came to it.
 
     Raises:
         OutputError: the directory has a search and ``resume`` is not set, it has another search or is no search,
@@ -82,6 +83,7 @@ class Journal:
         self._facts: dict[str, Any] = json.loads(json.dumps({"version": VERSION, **facts}))
         self._objectives: list[str] = self._facts["objectives"]
         self.recorded: list[Evaluation] = []
+        self.result: dict[str, Any] = {}
         self.directory = None if directory is None else Path(directory)
         self._file: IO[bytes] | None = None
         if self.directory is None:
@@ -91,6 +93,8 @@ class Journal:
         try:
             self._begin(self.directory / SEARCH, resume=resume)
             self._read(self._file)
+            if (self.directory / RESULT).exists():
+                self.result = _json(self.directory / RESULT)
         except BaseException:
             self.close()
             raise

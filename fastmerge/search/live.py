@@ -30,6 +30,10 @@ def live(space: Space, directory: Path | None = None) -> Any:
     place = Path(tempfile.mkdtemp(prefix=".model-", dir=directory))
     try:
         merge(space.recipe(space.middle()), place / "model", nan="warn")
-        return AutoModelForCausalLM.from_pretrained(place / "model", dtype="auto").eval()
+        return (
+            AutoModelForCausalLM.from_pretrained(place / "model", dtype="auto")
+            .eval()
+            .requires_grad_(requires_grad=False)
+        )
     finally:
         shutil.rmtree(place, ignore_errors=True)

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from fastmerge.errors import FastMergeError, RecipeError
 from fastmerge.search import pareto
 from fastmerge.search.baselines import baselines as usual
-from fastmerge.search.evaluation import SCORE, Evaluator, evaluator, measure
+from fastmerge.search.evaluation import SCORE, evaluator, measure
+from fastmerge.search.evaluators import Evaluator
 from fastmerge.search.explore import Exploration, mean
 from fastmerge.search.genes import Candidate
 from fastmerge.search.journal import Evaluation, Journal, written
@@ -117,7 +118,7 @@ def search(
 
     Args:
         space: a :class:`~fastmerge.search.space.Space`, or the recipe that makes one.
-        evaluate: an :class:`~fastmerge.search.evaluation.Evaluator`, or ``eval_fn(model, eval_data) -> float``; the
+        evaluate: an :class:`~fastmerge.search.evaluators.Evaluator`, or ``eval_fn(model, eval_data) -> float``; the
             larger the better.
         model: a module of the shape of the candidates, which is overwritten; None merges the middle of the space on
             disk and loads that with transformers.
@@ -146,7 +147,7 @@ def search(
     """
     made = space if isinstance(space, Space) else Space(space)
     scored = evaluator(evaluate, eval_data)
-    names: tuple[str, ...] = tuple(objectives or getattr(scored, "objectives", None) or SCORE)
+    names: tuple[str, ...] = tuple(objectives or getattr(evaluate, "objectives", None) or SCORE)
     _check(budget, held_out, racing, names)
     taken, aside = _split(len(scored), held_out, seed)
     name, options, fresh = _sampler(sampler, made, seed, len(names))
@@ -178,21 +179,27 @@ def search(
         every = [run.evaluations[i].scores for i in finished]
         best = finished[pareto.middle(every)]
         recipe = made.recipe(run.candidates[best])
+        front = tuple([finished[i] for i in pareto.fronts(every)[0]]) if len(names) > 1 else (best,)
+        scores_of_best = written(names, run.evaluations[best].scores)
+        known = {"best": best, "scores": scores_of_best, "front": list(front)}
         others = usual(made) if baselines is True else dict(baselines or {})
-        beside = {key: scene.beside(key, other, aside or taken) for key, other in others.items()}
-        if aside:
-            held = written(names, scene.mean(recipe, aside))
+        if len(run.evaluations) == len(journal.recorded) and known.items() <= journal.result.items():
+            held, beside = journal.result["held_out"], journal.result["baselines"]
+            if model is not None:
+                scene.render(recipe)
         else:
-            held = {}
-            scene.render(recipe)
+            beside = scene.beside(others, aside or taken)
+            held = written(names, scene.mean(recipe, aside)) if aside else {}
+            if not aside:
+                scene.render(recipe)
         found = Result(
             recipe=recipe,
             candidate=run.candidates[best],
             number=best,
-            scores=written(names, run.evaluations[best].scores),
+            scores=scores_of_best,
             held_out=held,
-            baselines={key: written(names, scores) for key, scores in beside.items() if scores is not None},
-            front=tuple([finished[i] for i in pareto.fronts(every)[0]]) if len(names) > 1 else (best,),
+            baselines=beside,
+            front=front,
             evaluations=tuple(run.evaluations),
             objectives=names,
             items=(len(taken), len(aside)),
@@ -242,13 +249,15 @@ class _Scene:
         """The mean scores of a recipe."""
         return tuple([mean(0, 0.0, column) for column in zip(*self.scores(recipe, items), strict=True)])
 
-    def beside(self, name: str, recipe: Mapping[str, Any], items: Sequence[int]) -> Scores | None:
-        """The mean scores of what the best is compared to; None where that cannot be merged."""
-        try:
-            return self.mean(recipe, items)
-        except FastMergeError as error:
-            log.warning("%s is not compared to: %s", name, error)
-            return None
+    def beside(self, recipes: Mapping[str, Mapping[str, Any]], items: Sequence[int]) -> dict[str, Any]:
+        """The mean scores of what the best is compared to, by name; those that cannot be merged are left out."""
+        out = {}
+        for name, recipe in recipes.items():
+            try:
+                out[name] = written(self._objectives, self.mean(recipe, items))
+            except FastMergeError as error:
+                log.warning("%s is not compared to: %s", name, error)
+        return out
 
 
 def _check(budget: int, held_out: float, racing: int, objectives: Sequence[str]) -> None:

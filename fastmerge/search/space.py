@@ -9,6 +9,7 @@ from typing import Any
 
 from fastmerge.errors import RecipeError, hint
 from fastmerge.recipe import ModelRef, Recipe
+from fastmerge.recipe.schema import model_ref
 from fastmerge.search import groups
 from fastmerge.search.genes import Candidate, Gene, check, told_apart
 
@@ -88,6 +89,12 @@ class Space:
         """What files call a model."""
         return self._names.short(ref)
 
+    @property
+    def base(self) -> ModelRef:
+        """The base model, or the first of the models: its tokenizer is that of the candidates."""
+        given = self.template.get("base_model")
+        return model_ref(given) if isinstance(given, str) else self.refs[0]
+
     def middle(self) -> Candidate:
         """The candidate in the middle of every range, with the first of every choice."""
         return tuple([0 if g.choices else g.low + (g.high - g.low) / 2 for g in self.genes])
@@ -147,7 +154,6 @@ class Space:
         """Names of the output's tensors."""
         if self._tensors is None:
             from fastmerge.checkpoint import Checkpoint
-            from fastmerge.recipe.schema import model_ref
 
             models = self._names.refs
             if not models:

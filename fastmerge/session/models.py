@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -75,6 +77,9 @@ class Models:
         if not self.checkpoints:
             raise RecipeError("models: expected at least one, got none")
         self._read()
+        ranges = sorted((m.address, m.address + m.dtype.nbytes(math.prod(m.shape))) for m in self.places.values())
+        self._starts = [start for start, _ in ranges]
+        self._ends = [*itertools.accumulate((end for _, end in ranges), max)]
 
     def _open(self, name: str, model: Any) -> None:
         if isinstance(model, str | os.PathLike | ModelRef):
@@ -154,7 +159,7 @@ class Models:
         total = sum(c.files[i].size - starts[path] for path, (c, i, _) in files.items())
         if total > (free := available() - PROCESS):
             raise BudgetError(
-                f"models: {show_bytes(total)} of weights do not fit the {show_bytes(max(free, 0))} of memory that are free"
+                f"models: {show_bytes(total)} of weights do not fit the {show_bytes(max(free, 0))} of free memory"
             )
         rows: list[tuple[int, int, int, int]] = []
         with Files(opened) as source:
@@ -202,8 +207,8 @@ class Models:
 
     def lent(self, start: int, end: int) -> bool:
         """Whether a range of addresses has bytes of a model in it."""
-        ranges = [(m.address, m.address + m.dtype.nbytes(_count(m.shape))) for m in self.places.values()]
-        return any(low < end and start < high for low, high in ranges)
+        i = bisect.bisect_left(self._starts, end)
+        return i > 0 and self._ends[i - 1] > start
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -230,10 +235,6 @@ def _written(model: Any) -> str:
         return str(model_ref(model))
     except ValueError:
         return ""  # refused where it is opened
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
 
 
 def _bring(source: Files, rows: list[tuple[int, int, int, int]]) -> None:

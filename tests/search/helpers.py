@@ -21,9 +21,8 @@ def template(models="abc"):
 class Near:
     """Items that agree about which weights are good, and are of different difficulty; counts what it is asked."""
 
-    goal = {"a": 0.3, "b": 0.9, "c": 0.1}
-
     def __init__(self, items=16, noise=0.0):
+        self.goal = {"a": 0.3, "b": 0.9, "c": 0.1}
         self.count, self.noise, self.asked = items, noise, []
 
     def __len__(self):

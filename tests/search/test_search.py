@@ -151,6 +151,19 @@ def test_a_larger_budget_goes_further(tmp_path):
         assert lines(parts) == lines(whole)
 
 
+def test_a_finished_search_is_read(tmp_path):
+    whole = run(directory=tmp_path, budget=20)
+    evaluate, session, model = Near(), Notes(), {}
+    how = {"budget": 20, "sampler": {"genetic": {"population_size": 10}}, "directory": tmp_path, "resume": True}
+    again = search(template(), evaluate, model=model, session=session, **how)
+    assert (evaluate.asked, session.rendered) == ([], 1)
+    assert again == whole
+    assert list(model.values()) == list(whole.candidate)  # the best one is in the module all the same
+    (tmp_path / "result.json").unlink()
+    assert search(template(), evaluate, model=model, session=session, **how) == whole
+    assert len(evaluate.asked) == 5
+
+
 def test_another_search_is_refused(tmp_path):
     run(directory=tmp_path, budget=10)
     with pytest.raises(OutputError, match="has a search already; continue it with --resume"):
@@ -280,9 +293,9 @@ def test_scores_that_are_no_numbers_lose(tmp_path):
     ("how", "said"),
     [
         ({"budget": 0, "racing": 0, "held_out": 1.0}, r"3 problems(.|\n)*budget(.|\n)*racing(.|\n)*held_out"),
-        ({"evaluate": 3}, "expected a function or an evaluator"),
-        ({"evaluate": lambda model, data: "good"}, "expected a number for each item, got"),
-        ({"evaluate": lambda model, data: {"a": 1}}, "expected scores for score; got a"),
+        ({"evaluate": 3}, "evaluator: expected a function, got 3"),
+        ({"evaluate": lambda model, data: "good"}, "expected a number, got 'good'"),
+        ({"evaluate": lambda model, data: {"a": 1}}, "expected scores for score, got a"),
         ({"sampler": {"cma": {}, "random": {}}}, "expected one name with its options"),
         ({"objectives": ("a", "a")}, "objectives: expected different names"),
         ({"eval_data": [1]}, "eval_data: an evaluator has its own items"),

@@ -208,8 +208,8 @@ def test_what_is_wrong_with_a_space_is_said_at_once(paths):
         Space(scaled(paths, 1.0))
     with pytest.raises(RecipeError, match=r"did you mean 'ties'"):
         Space({**scaled(paths, {"low": 0, "high": 1}), "merge_method": {"choices": ["passthrough", "tise"]}})
+    tied = {"model": "a", "parameters": {"weight": 1, "density": {"low": -1, "high": 1}}}
     with pytest.raises(RecipeError, match=r"density.*0 .. 1; got -1"):
-        tied = {"model": "a", "parameters": {"weight": 1, "density": {"low": -1, "high": 1}}}
         Space({"merge_method": "ties", "base_model": "base", "models": [tied]})
     space = Space(scaled(paths, {"low": 0, "high": 1}))
     for candidate, said in (([], "expected 1 values"), ([2.0], "2.0 is none of its values"), (["x"], "'x' is none")):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from fastmerge.errors import RecipeError
 from fastmerge.ops.consensus.rules import Consensus, kept, l1_factor
-from fastmerge.ops.kernels import BLOCK, ELECT, MERGE, U32, ZERO, Deltas, Keep, Kernels, Rules, Votes
+from fastmerge.ops.kernels import BLOCK, ELECT, MERGE, U32, U64, ZERO, Deltas, Keep, Kernels, Rules, Votes
 from fastmerge.ops.per_spec import PerSpec
 from fastmerge.ops.program import Bound, Launches, Program
 from fastmerge.ops.segments import E0, F64, GROUP, I64, LENGTH, TILE, Segments
@@ -21,6 +21,20 @@ from fastmerge.ops.tiles import Partial, gather, number
 
 MOST_DRAWN = 1 << 24
 """Bytes of bits that a program keeps from the sums of magnitudes, so that a merge draws its random numbers once."""
+
+
+class Trim(NamedTuple):
+    """What the thresholds of a tensor depend on, beside its inputs.
+
+    Attributes:
+        ranks: how many elements each model keeps.
+        ties: ``index``, ``all`` or ``spread``.
+        round_base: task vectors are rounded to the base's type.
+    """
+
+    ranks: tuple[int, ...]
+    ties: str
+    round_base: bool
 
 
 def program(ops: Sequence[Op], rules: PerSpec[Consensus], kernels: Kernels) -> Program:
@@ -116,6 +130,24 @@ class ConsensusProgram(Program):
         scale = self._rules.rows(lambda r: (r.lam, r.div, 0.0))
         scale[:, 2] = self._majority
         return Rules(self._votes(), ZERO[self._words.zero], MERGE[self._words.merge], scale)
+
+    def asks(self) -> Sequence[Hashable] | None:
+        """Thresholds depend on the ranks, where no random numbers come before them and no other tensor counts."""
+        words = self._words
+        if not words.trim or words.drop or words.whole_model:
+            return None
+        return [Trim(tuple(row), words.ties, words.round_base) for row in self._ranks().tolist()]
+
+    def found(self) -> Sequence[tuple[U64, I64]]:
+        """Thresholds and cuts, a row of each per op."""
+        return [(thr.copy(), cut.copy()) for thr, cut in zip(self._thr, self._cut, strict=True)]
+
+    def give(self, found: Sequence[tuple[U64, I64]]) -> None:
+        """Selection is over; what follows it is still due."""
+        for g, (thr, cut) in enumerate(found):
+            self._thr[g], self._cut[g] = thr, cut
+        if self._due[:1] == ["select"]:
+            self._next()
 
     @property
     def ready(self) -> bool:

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.errors import RecipeError
-from fastmerge.search.evaluation import Evaluator
-from fastmerge.search.evaluators.base import Subset, known_items
+from fastmerge.search.evaluators.base import Evaluator, Subset, known_items
 from fastmerge.search.evaluators.data import Item, Tokens, read, tokenizer_of
 
 if TYPE_CHECKING:
