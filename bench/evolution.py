@@ -49,7 +49,7 @@ def space(models: Mapping[str, Path], *, together: bool = False) -> dict[str, An
     """Task arithmetic with a gene for each specialist, or ``together`` with one gene for all."""
     gene = {"low": 0.0, "high": HIGH}
     rows = [{"model": str(models[s]), "parameters": {"weight": 1.0 if together else dict(gene)}} for s in SKILLS]
-    recipe = {"merge_method": "task_arithmetic", "base_model": str(models["base"]), "models": rows, "dtype": "bfloat16"}
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(models["base"]), "models": rows, "dtype": "float32"}
     return recipe | {"parameters": {"lambda": gene}} if together else recipe
 
 
@@ -77,7 +77,7 @@ def run(models: Mapping[str, Path], *, seeds: Sequence[int], steps: int, validat
 
     rows: list[Row] = []
     budget, count = steps**3, validation + held_out
-    live = AutoModelForCausalLM.from_pretrained(str(models["base"]), dtype=torch.bfloat16)
+    live = AutoModelForCausalLM.from_pretrained(str(models["base"]), dtype=torch.float32)
     with tempfile.TemporaryDirectory() as place:
         for seed in seeds:
             file = questions(Path(place) / f"{seed}.jsonl", count, seed)
