@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastmerge.api.call import dtype_of
 from fastmerge.dtypes import F64, DType
 from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.methods.base import Contract
@@ -38,19 +39,31 @@ class _Share(Average):
         return self.weight, self.divisor
 
 
-class _Tensor(NamedTuple):
+class _Input(NamedTuple):
     """One tensor of all models.
 
     Attributes:
         sources: of each model.
-        dtype: of each, and of their average.
+        out: type of each by itself, and of their average.
+    """
+
+    sources: tuple[Source, ...]
+    out: DType
+
+
+class _Tensor(NamedTuple):
+    """One tensor of all models, and where it goes.
+
+    Attributes:
+        sources: of each model.
+        wide: type of its running sum.
         shape: of each.
         target: that of the live model.
         out: what the average is written to: ``target``, or a buffer where kernels cannot write that.
     """
 
     sources: tuple[Source, ...]
-    dtype: DType
+    wide: torch.dtype
     shape: tuple[int, ...]
     target: torch.Tensor
     out: torch.Tensor
@@ -106,8 +119,7 @@ class Averages:
         inputs = {}
         for name, tensor in self._tensors.items():
             if not self.count:
-                wide = torch.float64 if tensor.dtype is F64 else torch.float32
-                self._sums[name] = torch.empty(tensor.shape, dtype=wide, device=tensor.out.device)
+                self._sums[name] = torch.empty(tensor.shape, dtype=tensor.wide, device=tensor.out.device)
             before = [self._sum(name)] if self.count else []
             inputs[name] = [*before, tensor.sources[model]]
         self._run(inputs, share, self._sums)
@@ -139,18 +151,37 @@ class Averages:
         if ops:
             run(ops, next(iter(outs.values())).device, checkpoints=self._checkpoints)
 
-    def _on_disk(self, models: Sequence[str]) -> dict[str, tuple[Source, ...]]:
+    def _on_disk(self, models: Sequence[str]) -> dict[str, _Input]:
         """Sources as the planner finds them: adapters, tied heads and layouts are its matter."""
         from fastmerge import planning
         from fastmerge.recipe import Recipe
 
-        rows = [{"model": m, "parameters": {"weight": 1.0}} for m in models]
-        plan = planning.plan(Recipe.load({"merge_method": "linear", "models": rows}))
+        def planned(some: Sequence[str]) -> planning.Plan:
+            rows = [{"model": m, "parameters": {"weight": 1.0}} for m in some]
+            return planning.plan(Recipe.load({"merge_method": "linear", "models": rows}), models=opened)
+
+        opened: dict[str, Checkpoint] = {}
+        plan = planned(models)
         self._checkpoints = plan.checkpoints
         self._kept.append(plan)
-        return {op.name: op.inputs for op in plan.ops if op.spec.dtypes[0].mergeable}
+        found = {op.name: _Input(op.inputs, op.spec.out_dtype) for op in plan.ops if op.spec.dtypes[0].mergeable}
+        if all(s.dtype is out for sources, out in found.values() for s in sources):
+            return found
+        # Adapters make their tensors in fp32: what type a model has by itself is then the planner's to say.
+        opened |= dict(zip(map(str, plan.recipe.refs), plan.checkpoints, strict=False))
+        problems = {}
+        for model in models:
+            for op in planned([model]).ops:
+                if op.name in found and op.spec.out_dtype is not found[op.name].out:
+                    text = (
+                        f"expected {found[op.name].out.name} in all models, got {op.spec.out_dtype.name} in {model!r}"
+                    )
+                    problems[op.name] = f"{op.name}: {text}"
+        if problems:
+            raise ShapeError(list(problems.values()))
+        return found
 
-    def _in_memory(self, models: Sequence[Any], names: Sequence[str]) -> dict[str, tuple[Source, ...]]:
+    def _in_memory(self, models: Sequence[Any], names: Sequence[str]) -> dict[str, _Input]:
         import torch
 
         states = [_state(f"model {name!r}", m) for name, m in zip(names, models, strict=True)]
@@ -169,11 +200,13 @@ class Averages:
                 if a.shape != b.shape or a.device != b.device:
                     shown = f"{tuple(b.shape)} on {b.device} in model {name!r}"
                     problems.append(f"{n}: expected {tuple(a.shape)} on {a.device}, got {shown}")
+                elif a.dtype != b.dtype:
+                    problems.append(f"{n}: expected {a.dtype}, got {b.dtype} in model {name!r}")
                 elif not a.is_floating_point() and not torch.equal(a, b):
                     problems.append(f"{n}: {a.dtype} tensors are copied, not merged, and model {name!r} differs")
         if problems:
             raise ShapeError(problems)
-        found: dict[str, tuple[Source, ...]] = {}
+        found: dict[str, _Input] = {}
         made: dict[object, torch.Tensor] = {}  # so that tied tensors stay one
         self._kept.append(made)
         for n, tensor in first.items():
@@ -181,13 +214,11 @@ class Averages:
                 group = [state[n].detach() for state in states]
                 keys = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in group]
                 dense = [made.setdefault(k, t.contiguous()) for k, t in zip(keys, group, strict=True)]
-                found[n] = tuple(map(_memory, dense))
+                found[n] = _Input(tuple(map(_memory, dense)), dtype_of(tensor.dtype))
         return found
 
 
-def _placed(
-    found: Mapping[str, tuple[Source, ...]], targets: Mapping[str, torch.Tensor], home: str
-) -> dict[str, _Tensor]:
+def _placed(found: Mapping[str, _Input], targets: Mapping[str, torch.Tensor], home: str) -> dict[str, _Tensor]:
     """The tensors with their places in the live model; ``home`` is where the sources are.
 
     Raises:
@@ -197,28 +228,26 @@ def _placed(
 
     problems, out = [], {}
     filled: dict[tuple[torch.device, int], str] = {}
-    for name, sources in found.items():
-        first = sources[0]
-        if odd := [s.dtype.name for s in sources if s.dtype is not first.dtype]:
-            problems.append(f"{name}: expected {first.dtype.name} in all models, got {odd[0]}")
-            continue
+    for name, (sources, kind) in found.items():
+        shape = sources[0].shape
         if name not in targets:
             problems.append(f"{name}: the live model has no such tensor")
             continue
         target = targets[name]
-        if tuple(target.shape) != first.shape or not target.is_floating_point():
-            problems.append(f"{name}: expected {first.shape}, the live model has {tuple(target.shape)} {target.dtype}")
+        if tuple(target.shape) != shape or not target.is_floating_point():
+            problems.append(f"{name}: expected {shape}, the live model has {tuple(target.shape)} {target.dtype}")
             continue
         owner = filled.setdefault((target.device, target.data_ptr()), name)
         if owner != name and target.numel():
-            if sources != found[owner]:
+            if sources != found[owner].sources:
                 text = f"{name}: is one tensor with {owner} in the live model, and two in the models: give into="
                 problems.append(text)
             continue
-        dtype = getattr(torch, first.dtype.name)
+        dtype = getattr(torch, kind.name)
+        wide = torch.float64 if kind is F64 else torch.float32
         direct = target.dtype == dtype and target.is_contiguous() and str(target.device) == home
-        made = target if direct else torch.empty(first.shape, dtype=dtype, device=home)
-        out[name] = _Tensor(sources, first.dtype, first.shape, target, made)
+        made = target if direct else torch.empty(shape, dtype=dtype, device=home)
+        out[name] = _Tensor(sources, wide, shape, target, made)
     for name, target in targets.items():
         known = name in found or (target.device, target.data_ptr()) in filled
         if not known and target.is_floating_point() and target.numel():
@@ -238,6 +267,4 @@ def _state(name: str, model: Any) -> dict[str, torch.Tensor]:
 
 
 def _memory(tensor: torch.Tensor) -> Memory:
-    from fastmerge.dtypes import BY_NAME
-
-    return Memory(tensor.data_ptr(), BY_NAME[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+    return Memory(tensor.data_ptr(), dtype_of(tensor.dtype), tuple(tensor.shape))

@@ -15,8 +15,8 @@ from fastmerge.errors import FastMergeError, RecipeError
 from fastmerge.recipe import Recipe
 from fastmerge.search import pareto
 from fastmerge.search.baselines import baselines as usual
-from fastmerge.search.evaluation import SCORE, Evaluator, evaluator, measure
-from fastmerge.search.evaluators import named
+from fastmerge.search.evaluation import SCORE, evaluator, measure
+from fastmerge.search.evaluators import Evaluator, named
 from fastmerge.search.explore import Exploration, mean
 from fastmerge.search.genes import Candidate
 from fastmerge.search.journal import Evaluation, Journal, written
@@ -120,7 +120,7 @@ def search(
 
     Args:
         space: a :class:`~fastmerge.search.space.Space`, or the recipe that makes one.
-        evaluate: an :class:`~fastmerge.search.evaluation.Evaluator`, the mapping of one
+        evaluate: an :class:`~fastmerge.search.evaluators.Evaluator`, the mapping of one
             (:func:`~fastmerge.search.evaluators.named`), or ``eval_fn(model, eval_data) -> float``; the larger the
             better.
         model: a module of the shape of the candidates, which is overwritten; None merges the middle of the space on

@@ -103,7 +103,7 @@ def greedy_soup(
         models: checkpoint directories or hub ids, whose weights are read from disk each time and never all in memory;
             or modules, or state dictionaries; with equal names, shapes and types. By name, or in order: directories
             are then named by themselves, others ``0``, ``1``, ... None is changed.
-        evaluate: an :class:`~fastmerge.search.evaluation.Evaluator`, whose mean over all items counts, or a function of
+        evaluate: an :class:`~fastmerge.search.evaluators.Evaluator`, whose mean over all items counts, or a function of
             a model that gives a number; the larger the better, NaN is the worst. What it is called with is always the
             same live module (for state dictionaries, the same dictionary).
         accept: ``gt`` or ``ge``.

@@ -305,9 +305,9 @@ def test_choices_that_do_not_go_together_lose():
     ("how", "said"),
     [
         ({"budget": 0, "racing": 0, "held_out": 1.0}, r"3 problems(.|\n)*budget(.|\n)*racing(.|\n)*held_out"),
-        ({"evaluate": 3}, "expected a function or an evaluator, got 3"),
-        ({"evaluate": lambda model, data: "good"}, "expected a number for each item, got"),
-        ({"evaluate": lambda model, data: {"a": 1}}, "expected scores for score; got a"),
+        ({"evaluate": 3}, "evaluator: expected a function, got 3"),
+        ({"evaluate": lambda model, data: "good"}, "expected a number, got 'good'"),
+        ({"evaluate": lambda model, data: {"a": 1}}, "expected scores for score, got a"),
         ({"sampler": {"cma": {}, "random": {}}}, "expected one name with its options"),
         ({"objectives": ("a", "a")}, "objectives: expected different names"),
         ({"eval_data": [1]}, "eval_data: an evaluator has its own items"),

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import fastmerge as fm
 from fastmerge.errors import CheckpointError, RecipeError, ShapeError
 from fastmerge.search import averages
-from fastmerge.search.evaluators import Each
+from fastmerge.search.evaluators import Function
 from fastmerge.search.soups import Step, category_soup, greedy_soup, uniform_soup
 from tests import tiny
 from tests.search import small
@@ -167,6 +167,12 @@ def sum_of(model):
     return 0.0
 
 
+def test_models_of_other_types_on_disk_are_refused(family, tmp_path):
+    wide = str(small.save(tmp_path / "wide", 7, torch.float32))
+    with pytest.raises(ShapeError, match=r"lm_head.weight: expected float32 in all models, got bfloat16 in '.*m0'"):
+        greedy_soup([family[0], wide], sum_of)
+
+
 def test_the_soup_of_the_strongest_of_each_category():
     models = dict(zip("abc", states(3), strict=True))
     w = {k: m["w"] for k, m in models.items()}
@@ -176,7 +182,7 @@ def test_the_soup_of_the_strongest_of_each_category():
 
     table = {"math": {"a": 1, "b": 3, "c": 3}, "code": {"a": 5, "b": 1, "c": 9}, "chat": {"a": 0, "b": 2, "c": 1}}
     by_name = {c: lambda model, c=c: table[c][who(model)] for c in table}
-    objectives = Each(lambda model, item: {c: table[c][who(model)] + item for c in table}, [0, 0])
+    objectives = Function(lambda model, item: {c: table[c][who(model)] + item for c in table}, [0, 0], each=True)
     for evaluate in (by_name, objectives):
         soup = category_soup(models, evaluate)
         assert soup.weights == {"b": 2.0, "c": 1.0}
@@ -206,7 +212,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_evaluated(famil
         ([a, {**b, "v": b["w"]}], ShapeError, "v: not in model '0'"),
         ([a, {"w": b["w"]}], ShapeError, "n: not in model '1'"),
         ([a, {**b, "n": torch.tensor(4)}], ShapeError, "n: .* model '1' differs"),
-        ([a, {**b, "w": b["w"].float()}], ShapeError, "w: expected bfloat16 in all models, got float32"),
+        ([a, {**b, "w": b["w"].float()}], ShapeError, "w: expected torch.bfloat16, got torch.float32 in model '1'"),
         ([a, 3], RecipeError, "model '1': expected a module or a state dictionary"),
         ([{"n": torch.tensor(1)}], ShapeError, "got none"),
     ]:

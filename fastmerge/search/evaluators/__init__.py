@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
-from fastmerge.search.evaluators.base import Each, Served, Subset, means, score, weights
+from fastmerge.search.evaluators.base import Evaluator, Function, Scores, Served, Subset, means, score, weights
 from fastmerge.search.evaluators.lines import Accuracy, Perplexity
-from fastmerge.search.evaluators.named import named
+from fastmerge.search.evaluators.named import evaluator, named
 
-__all__ = ["Accuracy", "Each", "Perplexity", "Served", "Subset", "means", "named", "score", "weights"]
+__all__ = [
+    "Accuracy",
+    "Evaluator",
+    "Function",
+    "Perplexity",
+    "Scores",
+    "Served",
+    "Subset",
+    "evaluator",
+    "means",
+    "named",
+    "score",
+    "weights",
+]

@@ -11,15 +11,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.errors import RecipeError
-from fastmerge.search.evaluation import Evaluator
-from fastmerge.search.evaluators.base import Subset, known_items
+from fastmerge.search.evaluators.base import Evaluator, Subset, known_items
 from fastmerge.search.evaluators.data import Item, Tokens, read, tokenizer_of
 
 if TYPE_CHECKING:
     import torch
 
-LOGITS_BYTES = 256 << 20
-"""Most bytes that the logits of a forward pass take, as fp32."""
+LOGITS_BYTES = 128 << 20
+"""Most bytes that the logits of a forward pass take, as fp32; their softmax takes as many again."""
 
 NORMALISATIONS = ("characters", "tokens", "none")
 
@@ -226,40 +225,45 @@ class _Run:
         """The likelihoods of texts, the longest first."""
         import torch
 
-        first, end = min(t.start for t in texts), len(texts[0].ids)
+        end = len(texts[0].ids)
+        first = min(t.start for t in texts)
         step = max(1, self._positions // len(texts)) if self._keeps else end
-        found = [Likelihood(0.0, 0, greedy=True)] * len(texts)
+        ids = torch.tensor([[*t.ids, *[0] * (end - len(t.ids))] for t in texts], device=self._device)
+        starts = torch.tensor([[t.start] for t in texts], device=self._device)
+        lengths = torch.tensor([[len(t.ids)] for t in texts], device=self._device)
+        log_p = torch.zeros(len(texts), dtype=torch.float64, device=self._device)
+        greedy = torch.ones(len(texts), dtype=torch.bool, device=self._device)
         for begin in range(first, end, step):
             stop = min(begin + step, end)
-            logits = self._logits(texts, begin, stop)
-            for i, text in enumerate(texts):
-                low, high = max(begin, text.start), min(stop, len(text.ids))
-                if low < high:
-                    mine = logits[i, low - begin : high - begin].float()
-                    ids = torch.tensor(text.ids[low:high], device=mine.device)
-                    terms = mine.log_softmax(-1).gather(1, ids[:, None])
-                    greedy = bool((mine.argmax(-1) == ids).all())
-                    before = found[i]
-                    log_p = before.log_p + float(terms.double().sum())
-                    found[i] = Likelihood(log_p, before.tokens + high - low, before.greedy and greedy)
-        return found
+            logits = self._logits(ids[:, :stop], lengths, begin)
+            place = torch.arange(begin, stop, device=self._device)
+            scored = (place >= starts) & (place < lengths)
+            wanted = ids[:, begin:stop]
+            greedy &= ((logits.argmax(-1) == wanted) | ~scored).all(1)
+            terms = logits.float().log_softmax(-1).gather(2, wanted[..., None])[..., 0]
+            # Not a product with the mask: what padding gives may be NaN.
+            log_p += terms.double().masked_fill(~scored, 0.0).sum(1)
+        counts = [len(t.ids) - t.start for t in texts]
+        return list(map(Likelihood, log_p.tolist(), counts, greedy.tolist()))
 
-    def _logits(self, texts: Sequence[Tokens], begin: int, stop: int) -> torch.Tensor:
-        """Of what predicts the tokens from ``begin`` to ``stop``: ``[texts, stop - begin, vocabulary]``."""
+    def _logits(self, ids: torch.Tensor, lengths: torch.Tensor, begin: int) -> torch.Tensor:
+        """Of what predicts the tokens from ``begin`` on: ``[texts, tokens - begin, vocabulary]``.
+
+        Args:
+            ids: ``[texts, tokens]``, padded; nothing behind the last token that is predicted changes what predicts it.
+            lengths: ``[texts, 1]``.
+            begin: 1 or more.
+        """
         import torch
 
-        # Nothing behind the last token that is predicted can change what predicts it.
-        ids = [text.ids[:stop] for text in texts]
-        width = max(map(len, ids))
-        padded = torch.tensor([[*one, *[0] * (width - len(one))] for one in ids], device=self._device)
-        mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in ids], device=self._device)
+        place = torch.arange(ids.shape[1], device=self._device)
         # A cache, which nobody would read, is asked for by default.
-        given: dict[str, Any] = {"input_ids": padded, "attention_mask": mask, "use_cache": False}
+        given = {"input_ids": ids, "attention_mask": (place < lengths).long(), "use_cache": False}
         if self._keeps:
-            given["logits_to_keep"] = torch.arange(begin - 1, stop - 1, device=self._device)
+            given["logits_to_keep"] = place[begin - 1 : -1]
         with torch.no_grad():
             logits: torch.Tensor = self._model(**given).logits
-        return logits if self._keeps else logits[:, begin - 1 : stop - 1]
+        return logits if self._keeps else logits[:, begin - 1 : -1]
 
 
 @contextmanager

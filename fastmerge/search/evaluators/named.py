@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from fastmerge.errors import RecipeError, hint
-from fastmerge.search.evaluation import Evaluator, evaluator, imported
-from fastmerge.search.evaluators.base import Each
+from fastmerge.search.evaluators.base import Evaluator, Function
 from fastmerge.search.evaluators.lines import Accuracy, Perplexity
 
 _LINES = ("data", "tokenizer", "batch_size", "max_length", "separator", "logits_bytes")
@@ -33,9 +37,9 @@ def named(mapping: Mapping[str, Any], *, tokenizer: Any = None) -> Evaluator:
         function: package.module:function
 
     What stands under the key are the arguments of :class:`Perplexity`, :class:`Accuracy` and :class:`Harness`; a path
-    alone is ``data``, a list alone is ``tasks``. ``function`` is ``module:name`` (modules of the working directory
-    count), or a mapping of ``call``, which is that, ``data``, and ``each``: whether the elements of ``data`` are items
-    (:class:`Each`). It names a function of (model) or (model, data), or an evaluator; the code is run.
+    alone is ``data``, a list alone is ``tasks``. ``function`` is ``module:name`` or ``file.py:name``, or a mapping of
+    ``call`` (that) and of the arguments of :class:`Function`; it names a function of (model) or (model, data), or an
+    evaluator. The code that it names is run.
 
     Args:
         mapping: one of these.
@@ -70,13 +74,64 @@ def named(mapping: Mapping[str, Any], *, tokenizer: Any = None) -> Evaluator:
     if name == "accuracy":
         return Accuracy(**given)
     if name == "function":
-        return _function(**given)
+        return evaluator(given.pop("call"), **given)
     from fastmerge.search.evaluators.harness import Harness
 
     return Harness(**given)
 
 
-def _function(call: str, data: Any = None, *, each: bool = False) -> Evaluator:
-    """What ``module:name`` names, as an evaluator."""
-    found = imported("evaluator: function", call)
-    return Each(found, data) if each else evaluator(found, data)
+def evaluator(place: str, data: Any = None, *, each: bool = False) -> Evaluator:
+    """The evaluator or function that ``module:name`` or ``file.py:name`` names, as an evaluator.
+
+    Args:
+        place: an importable module or a Python file, and what it calls it; the module is run.
+        data: as of :class:`Function`.
+        each: as of :class:`Function`.
+
+    Raises:
+        RecipeError: there is no such module or name, or an evaluator was given data.
+    """
+    found = _found(place)
+    if inspect.isclass(found):
+        raise RecipeError(f"function: {place}: expected a function or an evaluator, got the class {found.__name__}")
+    if not isinstance(found, Evaluator):
+        return Function(found, data, each=each)
+    if data is not None or each:
+        raise RecipeError(f"function: {place} is an evaluator, which has its own data")
+    return found
+
+
+def _found(place: str) -> Any:
+    module, _, name = place.rpartition(":") if isinstance(place, str) else ("", "", "")
+    if not module or not name:
+        raise RecipeError(f"function: expected module:name or file.py:name, got {place!r:.80}")
+    try:
+        loaded = _from_file(module) if module.endswith(".py") else importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise RecipeError(f"function: {place}: {error}; a file's name ends in .py") from None
+    except OSError as error:
+        raise RecipeError(f"function: {module}: cannot read: {error.strerror}") from None
+    found: Any = loaded
+    for part in name.split("."):
+        if not hasattr(found, part):
+            there = [n for n in vars(found) if not n.startswith("_")] if hasattr(found, "__dict__") else []
+            raise RecipeError(f"function: {module} has no {name!r}{hint(part, there)}")
+        found = getattr(found, part)
+    return found
+
+
+def _from_file(path: str) -> Any:
+    """A module of its own for a file; the same one whenever it is asked for."""
+    name = f"fastmerge evaluators in {os.path.realpath(path)}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses and pickles look there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastmerge.errors import RecipeError
-from fastmerge.search.evaluators import Accuracy, Each, Perplexity, Served, Subset, means, named, score, weights
+from fastmerge.search.evaluators import Accuracy, Function, Perplexity, Served, Subset, means, named, score, weights
 from fastmerge.search.evaluators.harness import Harness
 from fastmerge.search.evaluators.named import ARGUMENTS
 from tests.search import small
@@ -31,25 +31,28 @@ def with_data(model, data):
     return model + data["more"]
 
 
-EACH = Each(times, [1, 2, 3])
+EACH = Function(times, [1, 2, 3], each=True)
 
 
 def test_a_function_of_each_item():
     assert EACH(10, [2, 0]) == [30, 10]
     assert len(EACH) == 3
     assert score(EACH, 10) == 20.0
-    assert means(Each(both, [1, 2]), 5) == {"up": 6.5, "down": -1.5}
-    assert Each(both, [1]).objectives == ("up", "down")
+    assert means(Function(both, [1, 2], each=True), 5) == {"up": 6.5, "down": -1.5}
+    assert Function(both, [1], each=True).objectives == ("up", "down")
     assert score(plain, 4) == 8.0
+    assert score(lambda model, more=5: model + more, 1) == 6.0, "without data it is called with the model alone"
+    assert Function(with_data, {"more": 2})(1, [0]) == [3]
+    assert Function(max, 5)(7, [0]) == [7.0], "a compiled function may have no signature"
     with pytest.raises(RecipeError, match="one objective, got up, down"):
-        score(Each(both, [1, 2]), 5)
+        score(Function(both, [1, 2], each=True), 5)
     with pytest.raises(RecipeError, match="expected a number"):
         score(lambda model: "good", 1)
     with pytest.raises(RecipeError, match="items: expected numbers from 0 to 2, got 3"):
         EACH(10, [3])
     for data in ([], "abc", {"a": 1}, 3):
         with pytest.raises(RecipeError, match="data: expected a list"):
-            Each(times, data)
+            Function(times, data, each=True)
     assert score(lambda model: float("nan"), 1) == -float("inf")
 
 
@@ -108,6 +111,12 @@ def test_evaluators_by_name(tmp_path):
     assert named({"function": {"call": f"{here}:with_data", "data": {"more": 3}}})(4, [0]) == [7]
     assert named({"function": {"call": f"{here}:times", "data": [5, 6], "each": True}})(2, [1]) == [12]
     assert named({"function": f"{here}:EACH"}) is EACH
+    with pytest.raises(RecipeError, match="has its own data"):
+        named({"function": {"call": f"{here}:EACH", "data": 1}})
+    (tmp_path / "mine.py").write_text("def f(model):\n    return 3 * model\n")
+    place = f"{tmp_path / 'mine.py'}:f"
+    assert named({"function": place})(4, [0]) == [12]
+    assert named({"function": place})._function is named({"function": place})._function
 
 
 @pytest.mark.parametrize(
@@ -120,8 +129,10 @@ def test_evaluators_by_name(tmp_path):
         ({"accuracy": {"date": "x"}}, r"(?s)unknown argument 'date'.*did you mean 'data'.*expected tokenizer.*data"),
         ({"accuracy": 3}, "expected data, a text, got 3"),
         ({"lm_eval": "arc"}, "expected tasks, a list of names, got 'arc'"),
-        ({"function": "nothing"}, "expected 'module:name'"),
-        ({"function": "no_such_module_here:f"}, "no module"),
+        ({"function": "nothing"}, "expected module:name or file.py:name"),
+        ({"function": "no_such_module_here:f"}, "No module named 'no_such_module_here'"),
+        ({"function": "no/such/file.py:f"}, "cannot read"),
+        ({"function": "pathlib:Path"}, "expected a function or an evaluator, got the class Path"),
         ({"function": "math:nothing"}, "has no 'nothing'"),
         ({"function": "math:pi"}, "expected a function"),
         ({"function": {"call": "math:sqrt", "each": True}}, "data: expected a list of items"),
