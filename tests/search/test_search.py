@@ -290,15 +290,21 @@ def test_scores_that_are_no_numbers_lose(tmp_path):
     assert again.plain() == found.plain()
 
 
-def test_choices_that_do_not_go_together_lose():
+class Refused:
+    def render(self, recipe, into):
+        raise RecipeError("weights sum to zero")
+
+
+def test_what_cannot_be_merged_loses():
     either = {"choices": ["a", "b"]}
     models = [{"model": either, "parameters": {"weight": w}} for w in (0.25, 0.75)]
     space = Space({"merge_method": "linear", "models": models})
-    found = search(
-        space, lambda model: model["a"], model={}, session=Notes(), sampler="grid", budget=9, baselines=False
-    )
+    how = {"model": {}, "sampler": "grid", "baselines": False, "budget": 9}
+    found = search(space, lambda model: model["a"], session=Notes(), **how)
     assert [e.scores[0] for e in found.evaluations] == [-math.inf, 0.25, 0.75, -math.inf]
     assert [m["model"] for m in found.recipe["models"]] == ["b", "a"]
+    with pytest.raises(RecipeError, match="weights sum to zero"):  # where nothing can be, that is an error
+        search(space, lambda model: 1.0, session=Refused(), **how)
 
 
 @pytest.mark.parametrize(
