@@ -274,6 +274,8 @@ class _Later(click.Command):
 _PLACES: dict[str, str] = {}
 for _place, _commands in {
     "lora": {"lora": "Merge LoRA adapters with each other, or bake them into their base."},
+    "search": {"search": "Look for the best merge: by evolution, CMA-ES or grids."},
+    "soup": {"soup": "Average models: all, those that do the average good, or the best of each category."},
     "mergekit.commands": {
         "mergekit-yaml": "Merge a recipe, with mergekit's flags.",
         "mergekit-multi": "Merge recipes that use each other's results.",

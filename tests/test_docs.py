@@ -105,7 +105,8 @@ def test_shell_examples_run(place):
 def env():
     import os
 
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+    others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *others])}
 
 
 def test_the_method_table_is_complete():
@@ -141,3 +142,25 @@ def test_the_page_of_dna_transfer_runs_and_lists_what_there_is(place):
     rows = re.findall(r"^\| ([\w, ]+) \| ([\w, ]+) \|$", page.split("| dense |")[1].split("\n\n")[0], re.MULTILINE)
     listed = {(d, m) for dense, mixtures in rows for d in dense.split(", ") for m in mixtures.split(", ")}
     assert listed == {(source, twin.target) for twin in TWINS for source in twin.sources}
+
+
+def test_the_page_of_searches_runs(place, capsys):
+    from click.testing import CliRunner
+
+    from fastmerge.cli import main
+    from fastmerge.search import SAMPLERS
+
+    page = (ROOT / "docs" / "search.md").read_text()
+    run(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0])
+    printed = capsys.readouterr().out
+    assert "best: evaluation" in printed
+    assert "uniform on the same items" in printed
+    assert set(weights(place / "smallest")) == set(weights(place / "models" / "base"))
+    (place / "search.yml").write_text(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0])
+    (place / "score.py").write_text("def score(model, data):\n    return -float(model.lm_head.weight.float().norm())\n")
+    for line in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)[0].splitlines():
+        done = CliRunner().invoke(main, line.split("#")[0].split()[1:])  # here: transformers takes long to load
+        assert done.exit_code == 0, done.output
+    assert set(weights(place / "merged")) == set(weights(place / "models" / "base"))
+    table = page.split("| sampler |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", "".join(r.split("|")[1] for r in table.splitlines()[2:]))) == set(SAMPLERS)
