@@ -34,12 +34,11 @@ def search(
     if dry_run:
         _show(space, wanted)
         return
-    from fastmerge.search.evaluators import named
     from fastmerge.search.running import search as run
 
     found = run(
         space,
-        named(plain(document.evaluator), tokenizer=space.base.path),
+        plain(document.evaluator),
         sampler=plain(document.sampler),
         budget=wanted,
         directory=out,
@@ -72,12 +71,13 @@ class _Progress:
         self._best: dict[int, float] = {}
 
     def __call__(self, evaluation: Evaluation) -> None:
-        score, items = evaluation.scores[0], evaluation.items
-        if items not in self._best or score > self._best[items]:
-            self._best[items] = score
+        scores, items = evaluation.scores, evaluation.items
+        if items not in self._best or scores[0] > self._best[items]:
+            self._best[items] = scores[0]
             on = f"{items} item" + "s" * (items != 1)
+            score = ", ".join([f"{s:.6g}" for s in scores])
             display.say(
-                f"evaluation {evaluation.number}, generation {evaluation.generation}: {score:.6g} on {on}", err=True
+                f"evaluation {evaluation.number}, generation {evaluation.generation}: {score} on {on}", err=True
             )
 
 

@@ -12,7 +12,7 @@ from fastmerge.errors import RecipeError
 from fastmerge.recipe import tree as yamltree
 from fastmerge.recipe.problems import Problems, hint
 from fastmerge.recipe.schema import Integer, Value
-from fastmerge.recipe.tree import Loc, Map, kind
+from fastmerge.recipe.tree import Loc, Map, Odd, kind
 from fastmerge.search.running import HELD_OUT
 
 
@@ -108,7 +108,13 @@ def _message(error: Any, loc: Loc) -> str:
 
 
 def plain(tree: Any) -> Any:
-    """The same as plain dictionaries and lists."""
+    """The same as plain dictionaries and lists.
+
+    Raises:
+        RecipeError: a value is not what its text says.
+    """
+    if isinstance(tree, Odd):
+        raise RecipeError(f"{tree!r}: quote it")
     if isinstance(tree, Map | dict):
         return {key: plain(item) for key, item in tree.items()}
     return [plain(item) for item in tree] if isinstance(tree, list | tuple) else tree

@@ -80,7 +80,9 @@ class Journal:
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None, facts: Mapping[str, Any], *, resume: bool) -> None:
-        self._facts: dict[str, Any] = json.loads(json.dumps({"version": VERSION, **facts}))
+        self._facts: dict[str, Any] = json.loads(
+            json.dumps({"version": VERSION, **facts}, default=lambda value: type(value).__name__)
+        )
         self._objectives: list[str] = self._facts["objectives"]
         self.recorded: list[Evaluation] = []
         self.result: dict[str, Any] = {}

@@ -11,12 +11,13 @@ from fastmerge.errors import BackendUnavailable
 from fastmerge.search.space import Space
 
 
-def live(space: Space, directory: Path | None = None) -> Any:
+def live(space: Space, directory: Path | None = None, device: str = "cpu") -> Any:
     """A model of the candidates' shape, loaded with transformers: the middle of the space, merged on disk.
 
     Args:
         space: whose candidates.
         directory: where the merge lies until it is loaded; None for a temporary place.
+        device: where the module lies; of several the first.
 
     Raises:
         BackendUnavailable: transformers is not there.
@@ -29,11 +30,9 @@ def live(space: Space, directory: Path | None = None) -> Any:
 
     place = Path(tempfile.mkdtemp(prefix=".model-", dir=directory))
     try:
-        merge(space.recipe(space.middle()), place / "model", nan="warn")
-        return (
-            AutoModelForCausalLM.from_pretrained(place / "model", dtype="auto")
-            .eval()
-            .requires_grad_(requires_grad=False)
-        )
+        merge(space.recipe(space.middle()), place / "model")
+        model = AutoModelForCausalLM.from_pretrained(place / "model", dtype="auto")
     finally:
         shutil.rmtree(place, ignore_errors=True)
+    first = "cpu" if device == "auto" else device.partition(",")[0]
+    return model.eval().requires_grad_(requires_grad=False).to(first)

@@ -32,17 +32,27 @@ def fronts(scores: Sequence[Scores]) -> list[list[int]]:
         for j in worse:
             above[j] += 1
     out = []
-    front = [i for i, n in enumerate(above) if not n]
-    while front:
-        out.append(front)
+    found = [i for i, n in enumerate(above) if not n]
+    while found:
+        out.append(found)
         following = []
-        for i in front:
+        for i in found:
             for j in below[i]:
                 above[j] -= 1
                 if not above[j]:
                     following.append(j)
-        front = sorted(following)
+        found = sorted(following)
     return out
+
+
+def front(scores: Sequence[Scores]) -> list[int]:
+    """The first of the :func:`fronts` alone, which takes less: positions, in their order."""
+    found: list[int] = []
+    # What dominates another comes before it in this order, so that nothing leaves the front again.
+    for i in sorted(range(len(scores)), key=lambda i: scores[i], reverse=True):
+        if not any(dominates(scores[j], scores[i]) for j in found):
+            found.append(i)
+    return sorted(found)
 
 
 def crowding(scores: Sequence[Scores]) -> list[float]:
@@ -64,9 +74,9 @@ def crowding(scores: Sequence[Scores]) -> list[float]:
 def order(scores: Sequence[Scores]) -> list[int]:
     """Positions, the best first: by front, within one by room; equal ones stay in their order."""
     out = []
-    for front in fronts(scores):
-        room = crowding([scores[i] for i in front])
-        out += [front[i] for i in sorted(range(len(front)), key=lambda i: -room[i])]
+    for some in fronts(scores):
+        room = crowding([scores[i] for i in some])
+        out += [some[i] for i in sorted(range(len(some)), key=lambda i: -room[i])]
     return out
 
 
@@ -76,16 +86,16 @@ def middle(scores: Sequence[Scores]) -> int:
     Each objective counts from 0, its smallest value in the front, to 1, its largest. With one objective it is the best.
     One with a score that is no number is taken only where all have one.
     """
-    front = fronts(scores)[0]
-    totals = [0.0] * len(front)
+    found = front(scores)
+    totals = [0.0] * len(found)
     for k in range(len(scores[0])):
-        column = [scores[i][k] for i in front]
+        column = [scores[i][k] for i in found]
         low, high = min(column), max(column)
         if high > low and math.isfinite(high - low):
             totals = [t + (v - low) / (high - low) for t, v in zip(totals, column, strict=True)]
         else:
             totals = [t + (v > low) for t, v in zip(totals, column, strict=True)]
-    return front[max(range(len(front)), key=lambda i: (-math.inf not in scores[front[i]], totals[i]))]
+    return found[max(range(len(found)), key=lambda i: (-math.inf not in scores[found[i]], totals[i]))]
 
 
 def numbers(scores: float | Sequence[float]) -> Scores:

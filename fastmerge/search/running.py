@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fastmerge.errors import FastMergeError, RecipeError
+from fastmerge.recipe import Recipe
 from fastmerge.search import pareto
 from fastmerge.search.baselines import baselines as usual
 from fastmerge.search.evaluation import SCORE, evaluator, measure
-from fastmerge.search.evaluators import Evaluator
+from fastmerge.search.evaluators import Evaluator, named
 from fastmerge.search.explore import Exploration, mean
 from fastmerge.search.genes import Candidate
 from fastmerge.search.journal import Evaluation, Journal, written
@@ -118,15 +120,17 @@ def search(
 
     Args:
         space: a :class:`~fastmerge.search.space.Space`, or the recipe that makes one.
-        evaluate: an :class:`~fastmerge.search.evaluators.Evaluator`, or ``eval_fn(model, eval_data) -> float``; the
-            larger the better.
+        evaluate: an :class:`~fastmerge.search.evaluators.Evaluator`, the mapping of one
+            (:func:`~fastmerge.search.evaluators.named`), or ``eval_fn(model, eval_data) -> float``; the larger the
+            better.
         model: a module of the shape of the candidates, which is overwritten; None merges the middle of the space on
             disk and loads that with transformers.
         session: renders; None opens a :class:`fastmerge.Session` of the models of the space.
         sampler: a name of :data:`~fastmerge.search.samplers.SAMPLERS`, ``{name: options}``, or a fresh sampler.
         budget: candidates that are evaluated on all items; one that a race drops costs what it took.
         directory: for the files of the search; None keeps it in memory.
-        resume: go on with the search of that directory, which must be the same; a larger budget goes further.
+        resume: go on with the search of that directory, which must be the same; a larger budget goes further. A
+            function must be the same as well: of one, files do not tell.
         held_out: share of the items that are set aside, chosen by the seed; 0 for none. One item is never set aside.
         racing: rounds of a race: candidates start on ``1 / 2**(racing - 1)`` of the items, all on the same, and the
             better half goes on to twice as many. 1 evaluates all on all items.
@@ -146,7 +150,9 @@ def search(
         OutputError: the directory has another search, or one and ``resume`` is not set.
     """
     made = space if isinstance(space, Space) else Space(space)
-    scored = evaluator(evaluate, eval_data)
+    scored = evaluator(
+        named(evaluate, tokenizer=made.base.path) if isinstance(evaluate, Mapping) else evaluate, eval_data
+    )
     names: tuple[str, ...] = tuple(objectives or getattr(evaluate, "objectives", None) or SCORE)
     _check(budget, held_out, racing, names)
     taken, aside = _split(len(scored), held_out, seed)
@@ -156,6 +162,7 @@ def search(
         "models": list(made.models),
         "genes": [gene.plain() for gene in made.genes],
         "objectives": list(names),
+        **({"evaluator": evaluate} if isinstance(evaluate, Mapping) else {}),
         "sampler": name,
         "sampler_options": options,
         "seed": seed,
@@ -169,7 +176,13 @@ def search(
         scene = _Scene(made, scored, names, model, session, stack, journal, device)
 
         def scores(candidate: Candidate, first: int, last: int) -> list[Scores]:
-            return scene.scores(made.recipe(candidate), taken[first:last])
+            recipe = made.recipe(candidate)
+            try:
+                Recipe.load(recipe)
+            except RecipeError as error:  # choices that do not go together, such as one model twice
+                log.warning("a candidate that is no recipe counts as the worst: %s", error)
+                return [(-math.inf,) * len(names)]
+            return scene.scores(recipe, taken[first:last])
 
         run = Exploration(fresh, made.genes, scores, journal, items=len(taken), rounds=racing, progress=progress)
         run.run(budget)
@@ -179,7 +192,7 @@ def search(
         every = [run.evaluations[i].scores for i in finished]
         best = finished[pareto.middle(every)]
         recipe = made.recipe(run.candidates[best])
-        front = tuple([finished[i] for i in pareto.fronts(every)[0]]) if len(names) > 1 else (best,)
+        front = tuple([finished[i] for i in pareto.front(every)]) if len(names) > 1 else (best,)
         scores_of_best = written(names, run.evaluations[best].scores)
         known = {"best": best, "scores": scores_of_best, "front": list(front)}
         others = usual(made) if baselines is True else dict(baselines or {})
@@ -231,13 +244,11 @@ class _Scene:
         if self._model is None:
             from fastmerge.search.live import live
 
-            self._model = live(self._space, self._directory)
+            self._model = live(self._space, self._directory, self._device)
         if self._session is None:
             from fastmerge.session import Session
 
-            self._session = self._stack.enter_context(
-                Session([str(ref) for ref in self._space.refs], device=self._device)
-            )
+            self._session = self._stack.enter_context(Session(list(self._space.refs), device=self._device))
         self._session.render(recipe, into=self._model)
         return self._model
 

@@ -128,9 +128,10 @@ class Sobol(_Listed):
 
 
 class Grid(_Listed):
-    """All combinations: ``steps`` numbers of each range, both ends among them, and every choice. The last gene moves
-    first.
-    """  # noqa: D205
+    """All combinations of ``steps`` numbers of each range, from its lower to its upper end, and of all choices.
+
+    The last gene moves first.
+    """
 
     def __init__(self, genes: Sequence[Gene], *, seed: int = 0, steps: int = 5, batch: int = BATCH) -> None:
         self._steps = _number("steps", steps, 2)

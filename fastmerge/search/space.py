@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -49,12 +50,12 @@ class Space:
     """
 
     def __init__(self, template: Mapping[str, Any], tensors: Iterable[str] | None = None) -> None:
+        self.given: dict[str, Any] = _plain(template)
         self._problems: list[str] = []
-        self._names = Names(template)
+        self._names = Names(self.given)
         self._tensors = None if tensors is None else list(tensors)
-        self.given: dict[str, Any] = copy.deepcopy(dict(template))
         found: Found = []
-        self.template: dict[str, Any] = self._spelled(copy.deepcopy(dict(template)), (), found)
+        self.template: dict[str, Any] = self._spelled(self.given, (), found)
         if self._problems:
             raise RecipeError(self._problems)
         self._places = [places for places, _ in found]
@@ -114,10 +115,13 @@ class Space:
         return node
 
     def _gene(self, node: Mapping[str, Any], loc: Loc, found: Found) -> Any:
+        if not loc:
+            self._problems.append("recipe: expected one with genes in it, got a gene")
+            return None
         where = ".".join(map(str, loc))
-        for key in node.keys() - KEYS:
+        for key in sorted(map(str, node.keys() - KEYS)):
             known = "a gene has low and high or choices, and layers, modules or each"
-            self._problems.append(f"{where}: unknown key {key!r}{hint(str(key), KEYS)}: {known}")
+            self._problems.append(f"{where}: unknown key {key!r}{hint(key, KEYS)}: {known}")
         if bool(RANGE & node.keys()) == bool(CHOICES & node.keys()):
             self._problems.append(f"{where}: expected either low and high or choices, got {', '.join(map(str, node))}")
             return None
@@ -162,17 +166,23 @@ class Space:
         return self._tensors
 
     def _check_recipes(self) -> None:
-        """Every value of the genes fits the recipe: both ends, and each choice."""
-        most = max([len(g.choices) for g in self.genes] + [2])
+        """Every value fits the recipe, both ends of a range and each choice, with some values of the other genes."""
+        ends = [range(len(g.choices)) if g.choices else (g.low, g.high) for g in self.genes]
+        most = max(map(len, ends))
+        fits: set[tuple[int, int]] = set()
         problems: dict[str, None] = {}
         refs: dict[ModelRef, None] = {}
-        for k in range(most):
-            ends = [min(k, len(g.choices) - 1) if g.choices else (g.low, g.high)[min(k, 1)] for g in self.genes]
-            try:
-                refs |= dict.fromkeys(Recipe.load(self.recipe(ends)).refs)
-            except RecipeError as error:
-                problems |= dict.fromkeys(error.problems)
-        if problems:
+        # All at their k-th value, then each a step further than the one before it: of two models that may be
+        # either of two, equal ones are no recipe.
+        for step in (0, 1):
+            for k in range(most):
+                at = [(k + i) % len(e) if step else min(k, len(e) - 1) for i, e in enumerate(ends)]
+                try:
+                    refs |= dict.fromkeys(Recipe.load(self.recipe([e[n] for e, n in zip(ends, at, strict=True)])).refs)
+                    fits |= set(enumerate(at))
+                except RecipeError as error:
+                    problems |= dict.fromkeys(error.problems)
+        if problems and len(fits) < sum(map(len, ends)):
             raise RecipeError(list(problems))
         self.refs = tuple(refs)
 
@@ -202,8 +212,8 @@ class Names:
         return self._short.get(str(ref), str(ref))
 
     def gene(self, loc: Loc) -> dict[str, Any]:
-        """Model, group and parameter of a value of the recipe."""
-        model, group, layers = "all", "all", "all"
+        """Model, group and parameter of a value of the recipe; in slices groups are layers of the output."""
+        model, group = "all", "all"
         node: Any = self._template
         for part in loc:
             if isinstance(node, Mapping):
@@ -211,31 +221,51 @@ class Names:
                     model = self.short(node["model"])
                 if part == "value":
                     group = str(node.get("filter") or "rest")
-                layers = _layers(node) or layers
             node = node[part]
         names = [p for p in loc if isinstance(p, str) and p != "value"]
         parameter = names[-1] if names else "recipe"
         if isinstance(loc[-1], int) and "parameters" in loc:
             group = f"point.{loc[-1]}" if group == "all" else f"{group}.point.{loc[-1]}"
-        if layers != "all" or loc[0] == "slices":
-            layers = layers if layers != "all" else f"slice.{loc[1]}"
+        if loc[0] == "slices" and len(loc) > 1 and isinstance(loc[1], int):
+            layers = _layers(self._template["slices"], loc[1])
             group = layers if group == "all" else f"{layers}.{group}"
         return {"model": model, "group": group, "parameter": parameter}
 
 
-def _layers(node: Mapping[str, Any]) -> str | None:
-    """``layers.0-3``, of a source of a slice, or of a slice whose sources all take the same layers."""
-    given = [node.get("layer_range")]
-    sources = node.get("sources")
-    if isinstance(sources, Sequence):
-        given = [s.get("layer_range") if isinstance(s, Mapping) else None for s in sources]
-    first = given[0] if given else None
-    if not isinstance(first, Sequence) or len(first) != 2 or any(g != first for g in given):
-        return None
-    begin, end = first
-    if not isinstance(begin, int) or not isinstance(end, int):
-        return None
-    return f"layers.{begin}" if end - begin == 1 else f"layers.{begin}-{end - 1}"
+def _layers(slices: Sequence[Any], number: int) -> str:
+    """``layers.4-7``, the layers of the output that a slice makes; ``slice.1`` where their number is open."""
+    counts = [_count(one) for one in slices[: number + 1]]
+    if not all(counts):
+        return f"slice.{number}"
+    first, end = sum(counts[:-1]), sum(counts)
+    return f"layers.{first}" if end - first == 1 else f"layers.{first}-{end - 1}"
+
+
+def _count(node: Any) -> int:
+    """The layers of a slice: of its ``layer_range``, or of all choices of one; 0 where it is not known."""
+    found = set()
+    for one in _nodes(node):
+        given = one.get("layer_range")
+        for choice in (
+            _listed(given.get("choices")) if isinstance(given, Mapping) else _listed([given] if given else [])
+        ):
+            ends = [end for end in _listed(choice) if isinstance(end, int)]
+            found.add(ends[1] - ends[0] if len(ends) == 2 else 0)
+    return found.pop() if len(found) == 1 else 0
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    """A list as it is; of anything else an empty one."""
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else []
+
+
+def _plain(node: Any) -> Any:
+    """The same of dictionaries, lists, numbers and texts, as JSON has them."""
+    if isinstance(node, Mapping):
+        return {key: _plain(item) for key, item in node.items()}
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        return [_plain(item) for item in node]
+    return os.fspath(node) if isinstance(node, os.PathLike) else node
 
 
 def _nodes(node: Any) -> Iterable[Mapping[str, Any]]:

@@ -30,6 +30,7 @@ def test_fronts_are_those_of_the_definition():
         scores = [tuple(float(source.randrange(6)) for _ in range(objectives)) for _ in range(n)]
         scores[0] = (-math.inf,) * objectives
         assert pareto.fronts(scores) == peeled(scores)
+        assert pareto.front(scores) == peeled(scores)[0]
     assert pareto.fronts([]) == []
 
 

@@ -38,6 +38,17 @@ def test_cma_finds_the_optimum_of_a_quadratic():
     assert turned.best[0] == pytest.approx((0.5, -0.5, 0.0, 0.0), abs=1e-3)
 
 
+def test_cma_finds_choices_beside_numbers():
+    fixed = Gene(choices=("only",), parameter="preset")
+    made = sampler("cma", [*MIXED, fixed], seed=1)
+    run(made, lambda c: -((c[0] - 0.25) ** 2) - (c[1] != 2) - (c[2] - 1.75) ** 2, 50)
+    assert made.best[0] == pytest.approx((0.25, 2, 1.75, 0), abs=1e-2)
+    other = sampler("cma", [*MIXED, fixed], seed=1)
+    other.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    assert other.ask() == made.ask()
+    assert all(g.held(v) for c in made.ask() for g, v in zip(MIXED, c))
+
+
 def test_cma_starts_anew_where_nothing_changes():
     made = sampler("cma", RANGES, population_size=6, seed=0)
     trail = run(made, lambda c: 0.0, 40)
@@ -147,8 +158,8 @@ def test_what_is_wrong_with_samplers_is_said():
         sampler("cmaes", RANGES)
     with pytest.raises(RecipeError, match=r"genetic has no option 'populaton_size' \(did you mean 'population_size'"):
         sampler("genetic", RANGES, populaton_size=3)
-    with pytest.raises(RecipeError, match="takes ranges; 'genetic' takes choices"):
-        sampler("cma", MIXED)
+    with pytest.raises(RecipeError, match="one range or more, got choices alone; 'genetic' takes these"):
+        sampler("cma", MIXED[1:2])
     with pytest.raises(RecipeError, match="one objective, got 2"):
         sampler("cma", RANGES, objectives=2)
     with pytest.raises(RecipeError, match="from 0 to 1"):

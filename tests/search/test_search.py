@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -289,13 +290,24 @@ def test_scores_that_are_no_numbers_lose(tmp_path):
     assert again.plain() == found.plain()
 
 
+def test_choices_that_do_not_go_together_lose():
+    either = {"choices": ["a", "b"]}
+    models = [{"model": either, "parameters": {"weight": w}} for w in (0.25, 0.75)]
+    space = Space({"merge_method": "linear", "models": models})
+    found = search(
+        space, lambda model: model["a"], model={}, session=Notes(), sampler="grid", budget=9, baselines=False
+    )
+    assert [e.scores[0] for e in found.evaluations] == [-math.inf, 0.25, 0.75, -math.inf]
+    assert [m["model"] for m in found.recipe["models"]] == ["b", "a"]
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [
         ({"budget": 0, "racing": 0, "held_out": 1.0}, r"3 problems(.|\n)*budget(.|\n)*racing(.|\n)*held_out"),
-        ({"evaluate": 3}, "evaluator: expected a function, got 3"),
-        ({"evaluate": lambda model, data: "good"}, "expected a number, got 'good'"),
-        ({"evaluate": lambda model, data: {"a": 1}}, "expected scores for score, got a"),
+        ({"evaluate": 3}, "expected a function or an evaluator, got 3"),
+        ({"evaluate": lambda model, data: "good"}, "expected a number for each item, got"),
+        ({"evaluate": lambda model, data: {"a": 1}}, "expected scores for score; got a"),
         ({"sampler": {"cma": {}, "random": {}}}, "expected one name with its options"),
         ({"objectives": ("a", "a")}, "objectives: expected different names"),
         ({"eval_data": [1]}, "eval_data: an evaluator has its own items"),

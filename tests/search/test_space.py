@@ -165,7 +165,24 @@ def test_layer_paths_can_stay_near():
         ("x:4-5", "y:2-3"),
         ("x:6-7", "y:2-3"),
     ]
-    assert [g.group for g in space.genes] == [f"slice.{i}" for i in range(4)]
+    assert [g.group for g in space.genes] == ["layers.0-1", "layers.2-3", "layers.4-5", "layers.6-7"]
+    genes = Space(
+        {
+            "merge_method": "slerp",
+            "base_model": "x",
+            "slices": [
+                {
+                    "sources": [{"model": m, "layer_range": [0, 2]} for m in "xy"],
+                    "parameters": {"t": {"low": 0, "high": 1}},
+                },
+                {
+                    "sources": [{"model": m, "layer_range": [8, 9]} for m in "xy"],
+                    "parameters": {"t": [{"filter": "mlp", "value": {"low": 0, "high": 1}}, {"value": 0.5}]},
+                },
+            ],
+        }
+    ).genes
+    assert [g.name for g in genes] == ["all/layers.0-1/t", "all/layers.2.mlp/t"]
     with pytest.raises(RecipeError, match="blocks: expected a number that divides 8 layers, got 3"):
         layer_paths({"x": 8}, blocks=3)
     with pytest.raises(RecipeError, match="y: 5 layers are no whole blocks of 2"):
@@ -198,6 +215,8 @@ def test_what_is_wrong_with_a_space_is_said_at_once(paths):
         "models.1.parameters.density: unknown key 'layer' (did you mean 'layers'?)",
     ):
         assert said in text
+    with pytest.raises(RecipeError, match="expected one with genes in it, got a gene"):
+        Space({"low": 0, "high": 1})
     with pytest.raises(RecipeError, match="low < high, got 1 and 1"):
         Space(scaled(paths, {"low": 1, "high": 1}))
     with pytest.raises(RecipeError, match="layers: expected the number of groups, from 1 to 5; got 6"):

@@ -18,7 +18,10 @@ from fastmerge.ops.segments import I64
 from fastmerge.ops.selection.select import ALL_TILES
 
 SHARE = 16
-"""A table has at most one entry, of 8 bytes and sometimes a key, for so many elements; or there is none."""
+"""A table has at most one entry, of 8 bytes and sometimes a key, for so many elements, or few; or there is none."""
+
+FEW = 4096
+"""Entries that any table may have."""
 
 Counted = tuple[npt.NDArray[Any], I64]
 """The different keys of a tile, and how often it has each."""
@@ -76,4 +79,4 @@ def counted(keys: npt.NDArray[Any]) -> Counted:
 
 def small(tiles: Sequence[Counted], size: int) -> bool:
     """Whether a table of a tensor of so many elements is worth its memory."""
-    return sum([len(k) for k, _ in tiles]) <= max(size // SHARE, len(tiles))
+    return sum([len(k) for k, _ in tiles]) <= max(size // SHARE, FEW)
