@@ -107,7 +107,7 @@ int64_t fused_run(int count, const Segment& s, int64_t at, int64_t n, const doub
     n -= m;
   };
   far = far || n * static_cast<int64_t>(sizeof(T)) >= kFarBytes;
-  for (; far && reinterpret_cast<intptr_t>(out) % 64 != 0; advance()) {
+  for (; far && n > 0 && reinterpret_cast<intptr_t>(out) % 64 != 0; advance()) {
     m = 1;
     bad += fused_few<T, M, kDelta>(terms, out, m, scale);
   }

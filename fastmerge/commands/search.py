@@ -19,11 +19,8 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Continue the search in OUT; with a larger budget, go further.")
 @click.option("--dry-run", is_flag=True, help="Show the genes and the middle recipe; evaluate and write nothing.")
 @click.option("--budget", type=click.IntRange(1), help="Candidates to evaluate.  [default: that of FILE, else 100]")
-@click.option("--device", help="Where models stay and merges are made: cpu, cuda, cuda:0,cuda:1.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
-def search(
-    file: str, out: str, resume: bool, dry_run: bool, budget: int | None, device: str | None, quiet: bool
-) -> None:
+def search(file: str, out: str, resume: bool, dry_run: bool, budget: int | None, quiet: bool) -> None:
     """Look for the best merge of the space in FILE; OUT takes every evaluation, and the best recipe."""
     from fastmerge.search.document import Document, plain
     from fastmerge.search.space import Space
@@ -47,7 +44,6 @@ def search(
         racing=document.racing,
         objectives=document.objectives,
         seed=document.seed,
-        device=device or "cpu",
         progress=None if quiet else _Progress(),
     )
     if not quiet:

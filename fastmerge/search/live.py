@@ -11,13 +11,12 @@ from fastmerge.errors import BackendUnavailable
 from fastmerge.search.space import Space
 
 
-def live(space: Space, directory: Path | None = None, device: str = "cpu") -> Any:
+def live(space: Space, directory: Path | None = None) -> Any:
     """A model of the candidates' shape, loaded with transformers: the middle of the space, merged on disk.
 
     Args:
         space: whose candidates.
         directory: where the merge lies until it is loaded; None for a temporary place.
-        device: where the module lies; of several the first.
 
     Raises:
         BackendUnavailable: transformers is not there.
@@ -34,5 +33,4 @@ def live(space: Space, directory: Path | None = None, device: str = "cpu") -> An
         model = AutoModelForCausalLM.from_pretrained(place / "model", dtype="auto")
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    first = "cpu" if device == "auto" else device.partition(",")[0]
-    return model.eval().requires_grad_(requires_grad=False).to(first)
+    return model.eval().requires_grad_(requires_grad=False)

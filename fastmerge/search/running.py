@@ -11,8 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fastmerge.errors import FastMergeError, RecipeError
-from fastmerge.recipe import Recipe
+from fastmerge.errors import FastMergeError, OutputError, RecipeError
 from fastmerge.search import pareto
 from fastmerge.search.baselines import baselines as usual
 from fastmerge.search.evaluation import SCORE, evaluator, measure
@@ -110,7 +109,6 @@ def search(
     eval_data: Any = None,
     baselines: bool | Mapping[str, Mapping[str, Any]] = True,
     seed: int = 0,
-    device: str = "cpu",
     progress: Callable[[Evaluation], None] | None = None,
 ) -> Result:
     """Looks for the best merge of a space.
@@ -125,7 +123,7 @@ def search(
             better.
         model: a module of the shape of the candidates, which is overwritten; None merges the middle of the space on
             disk and loads that with transformers.
-        session: renders; None opens a :class:`fastmerge.Session` of the models of the space.
+        session: renders; None opens a :class:`fastmerge.Session` of the models of the space, on the CPU.
         sampler: a name of :data:`~fastmerge.search.samplers.SAMPLERS`, ``{name: options}``, or a fresh sampler.
         budget: candidates that are evaluated on all items; one that a race drops costs what it took.
         directory: for the files of the search; None keeps it in memory.
@@ -139,7 +137,6 @@ def search(
         eval_data: what a function is called with.
         baselines: score every single model and equal weights as well; or other recipes, by name.
         seed: of the sampler and the split of the items.
-        device: of the session that is opened.
         progress: called with every evaluation.
 
     Returns:
@@ -173,16 +170,18 @@ def search(
     with ExitStack() as stack:
         journal = Journal(directory, facts, resume=resume)
         stack.callback(journal.close)
-        scene = _Scene(made, scored, names, model, session, stack, journal, device)
+        scene = _Scene(made, scored, names, model, session, stack, journal)
+
+        refused: list[FastMergeError] = []
 
         def scores(candidate: Candidate, first: int, last: int) -> list[Scores]:
-            recipe = made.recipe(candidate)
             try:
-                Recipe.load(recipe)
-            except RecipeError as error:  # choices that do not go together, such as one model twice
-                log.warning("a candidate that is no recipe counts as the worst: %s", error)
+                scene.render(made.recipe(candidate))
+            except (RecipeError, OutputError) as error:  # one model twice, weights that sum to 0, ...
+                refused.append(error)
+                log.warning("a candidate that cannot be merged counts as the worst: %s", _first(error))
                 return [(-math.inf,) * len(names)]
-            return scene.scores(recipe, taken[first:last])
+            return scene.scores(taken[first:last])
 
         run = Exploration(fresh, made.genes, scores, journal, items=len(taken), rounds=racing, progress=progress)
         run.run(budget)
@@ -191,6 +190,8 @@ def search(
             raise RecipeError(f"budget: {budget} is too small for one race of {racing} rounds")
         every = [run.evaluations[i].scores for i in finished]
         best = finished[pareto.middle(every)]
+        if refused and -math.inf in run.evaluations[best].scores:
+            raise refused[-1]
         recipe = made.recipe(run.candidates[best])
         front = tuple([finished[i] for i in pareto.front(every)]) if len(names) > 1 else (best,)
         scores_of_best = written(names, run.evaluations[best].scores)
@@ -233,32 +234,30 @@ class _Scene:
         session: Renderer | None,
         stack: ExitStack,
         journal: Journal,
-        device: str,
     ) -> None:
-        self._device = device
         self._space, self._evaluate, self._objectives = space, evaluate, objectives
         self._model, self._session, self._stack, self._directory = model, session, stack, journal.directory
 
-    def render(self, recipe: Mapping[str, Any]) -> Any:
-        """The model with the weights of a recipe."""
+    def render(self, recipe: Mapping[str, Any]) -> None:
+        """Gives the model the weights of a recipe."""
         if self._model is None:
             from fastmerge.search.live import live
 
-            self._model = live(self._space, self._directory, self._device)
+            self._model = live(self._space, self._directory)
         if self._session is None:
             from fastmerge.session import Session
 
-            self._session = self._stack.enter_context(Session(list(self._space.refs), device=self._device))
+            self._session = self._stack.enter_context(Session(list(self._space.refs)))
         self._session.render(recipe, into=self._model)
-        return self._model
 
-    def scores(self, recipe: Mapping[str, Any], items: Sequence[int]) -> list[Scores]:
-        """The scores of a recipe on each of some items."""
-        return measure(self._evaluate, self.render(recipe), items, self._objectives)
+    def scores(self, items: Sequence[int]) -> list[Scores]:
+        """The scores of what was rendered on each of some items."""
+        return measure(self._evaluate, self._model, items, self._objectives)
 
     def mean(self, recipe: Mapping[str, Any], items: Sequence[int]) -> Scores:
         """The mean scores of a recipe."""
-        return tuple([mean(0, 0.0, column) for column in zip(*self.scores(recipe, items), strict=True)])
+        self.render(recipe)
+        return tuple([mean(0, 0.0, column) for column in zip(*self.scores(items), strict=True)])
 
     def beside(self, recipes: Mapping[str, Mapping[str, Any]], items: Sequence[int]) -> dict[str, Any]:
         """The mean scores of what the best is compared to, by name; those that cannot be merged are left out."""
@@ -267,7 +266,7 @@ class _Scene:
             try:
                 out[name] = written(self._objectives, self.mean(recipe, items))
             except FastMergeError as error:
-                log.warning("%s is not compared to: %s", name, error)
+                log.warning("%s is not compared to: %s", name, _first(error))
         return out
 
 
@@ -305,6 +304,11 @@ def _sampler(given: Any, space: Space, seed: int, objectives: int) -> tuple[str,
         raise RecipeError(f"sampler: {name}: expected a mapping of options, got {options!r:.80}")
     options = dict(options or {})
     return name, options, sampler(name, space.genes, seed=seed, objectives=objectives, **options)
+
+
+def _first(error: FastMergeError) -> str:
+    """The first of the problems that an error lists."""
+    return str(getattr(error, "problems", [error])[0])
 
 
 def _shown(scores: Mapping[str, float | None]) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.planning.numbers import renumbered
 
@@ -22,12 +23,12 @@ class Written(NamedTuple):
     Attributes:
         tensor: which one.
         version: torch's count of changes to it, afterwards.
-        content: what was computed.
+        content: what was computed; None where that is not known.
     """
 
     tensor: weakref.ref[torch.Tensor]
     version: int
-    content: tuple[object, ...]
+    content: tuple[object, ...] | None
 
 
 class Contents:
@@ -48,6 +49,7 @@ class Contents:
             known is not None
             and known.tensor() is tensor
             and known.version == _version(tensor)
+            and known.content is not None
             and known.content == _content(op)
         )
 
@@ -74,23 +76,26 @@ def _version(tensor: torch.Tensor) -> int:
     return found
 
 
-def _content(op: Op) -> tuple[object, ...]:
-    """Equal where the bytes are: inputs, method with its numbers (-0.0 is not 0.0), and all else that counts."""
+def _content(op: Op) -> tuple[object, ...] | None:
+    """Equal where the bytes are: inputs, method with its numbers (-0.0 is not 0.0), and all else that counts.
+
+    None where an input is the result of a stage, whose numbers are its own.
+    """
     spec = op.spec
+    if any(type(source) is not Memory for source in op.inputs):
+        return None
     return (op.inputs, repr(spec.method), op.key, spec.out_dtype, spec.has_base, spec.models)
 
 
 class Bound:
-    """A recipe with its targets.
+    """A plan with its targets.
 
     Attributes:
-        recipe: the one whose numbers are in effect.
-        ops: over memory.
+        ops: over memory, with the numbers in effect.
     """
 
-    def __init__(self, plan: Plan, recipe: Recipe, ops: Sequence[Op], tensors: Sequence[torch.Tensor]) -> None:
-        """Takes the plan of the recipe, its ops over memory, and the tensor that each op writes to."""
-        self.recipe = recipe
+    def __init__(self, plan: Plan, ops: Sequence[Op], tensors: Sequence[torch.Tensor]) -> None:
+        """Takes the plan of a recipe, its ops over memory, and the tensor that each op writes to."""
         self.ops = ops
         self._plan = plan
         self._first = ops
@@ -101,19 +106,19 @@ class Bound:
         """Where each op writes; fewer where some are gone."""
         return [t for ref in self._tensors if (t := ref()) is not None]
 
+    def use(self, specs: Mapping[Spec, Spec]) -> None:
+        """Takes other numbers: for each spec of the plan that they change the new one."""
+        self.ops = [op._replace(spec=specs.get(op.spec, op.spec)) for op in self._first]
+
     def set(self, recipe: Recipe) -> bool:
-        """Takes the numbers of another recipe of the same skeleton; False where only planning again can.
+        """Takes the numbers of a recipe of the same skeleton; False where only planning again can.
 
         Raises:
             RecipeError: where its parameters do not fit.
         """
-        if len(self.tensors) < len(self.ops):  # others may be where they were
+        if self._plan.documents or len(self.tensors) < len(self.ops):  # others may be where the lost ones were
             return False
-        if recipe is self.recipe:
-            return True
-        specs: dict[Spec, Spec] | None = None if self._plan.documents else renumbered(self._plan, recipe)
-        if specs is None:
-            return False
-        self.ops = [op._replace(spec=specs.get(op.spec, op.spec)) for op in self._first]
-        self.recipe = recipe
-        return True
+        specs = renumbered(self._plan, recipe)
+        if specs is not None:
+            self.use(specs)
+        return specs is not None

@@ -18,7 +18,7 @@ import numpy as np
 from fastmerge.checkpoint import Checkpoint, Files, ShardFile, TensorInfo
 from fastmerge.dtypes import BY_NAME
 from fastmerge.errors import BudgetError, CheckpointError, FastMergeError, RecipeError, ShapeError
-from fastmerge.ops.sources import ALIGN, Memory
+from fastmerge.ops.sources import Memory
 from fastmerge.recipe.schema import ModelRef, model_ref
 from fastmerge.runtime.devices import Buffer, cores
 from fastmerge.runtime.workers import each
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 READ = 16 << 20
 """Bytes that a thread reads at a time."""
 
-Place = tuple[Path, int]
-"""A tensor of a file: the file, and the first byte in it."""
+Place = tuple[Path, tuple[int, ...], str]
+"""A tensor of a file: the file, by path and identity, and the name in it."""
 
 
 class Models:
@@ -117,6 +117,7 @@ class Models:
         path = Path(f"{name} (in memory)")
         tensors: dict[str, TensorInfo] = {}
         alike: dict[str, str] = {}
+        lent: dict[str, Memory] = {}
         first: dict[tuple[object, ...], str] = {}
         problems: list[str] = []
         for key, tensor in state.items():
@@ -133,15 +134,16 @@ class Models:
                 )
                 continue
             held = tensor.detach() if tensor.is_contiguous() else tensor.detach().contiguous()
-            shape, at = tuple(tensor.shape), len(tensors)
+            shape = tuple(tensor.shape)
             alike[key] = first.setdefault((extent(tensor), shape, tensor.stride(), dtype), key) if held.numel() else key
-            tensors[key] = TensorInfo(key, dtype, shape, 0, at, dtype.nbytes(held.numel()))
-            self.places[path, at] = Memory(held.data_ptr(), dtype, shape)
+            tensors[key] = TensorInfo(key, dtype, shape, 0, 0, dtype.nbytes(held.numel()))
             self.borrowed.append(held)
+            lent[key] = Memory(held.data_ptr(), dtype, shape)
         if problems:
             raise ShapeError(problems)
         text = json.dumps([[i.name, i.dtype.name, i.shape] for i in tensors.values()])
         file = ShardFile(path, 0, (0, 0, 0, 0), hashlib.sha256(text.encode()).hexdigest(), {})
+        self.places |= {(path, file.identity, key): memory for key, memory in lent.items()}
         return Checkpoint(name, path, (file,), tensors, config, alike=alike)
 
     def _read(self) -> None:
@@ -168,9 +170,8 @@ class Models:
                 buffer = Buffer.allocate(size - start)
                 self._buffers.append(buffer)
                 for info in infos:
-                    self.places[path, info.offset] = Memory(
-                        buffer.address + info.offset - start, info.dtype, info.shape
-                    )
+                    address = buffer.address + info.offset - start
+                    self.places[place_of(checkpoint, info)] = Memory(address, info.dtype, info.shape)
                 fd = source.fd(opened.index(checkpoint), i)
                 rows += [(fd, at, buffer.address + at - start, min(READ, size - at)) for at in range(start, size, READ)]
             _bring(source, rows)
@@ -179,7 +180,7 @@ class Models:
 
     def keep(self, nbytes: int) -> int:
         """Memory that lives as long as the session; its address."""
-        self._buffers.append(Buffer.allocate(nbytes + ALIGN))
+        self._buffers.append(Buffer.allocate(nbytes))
         return self._buffers[-1].address
 
     def of(self, recipe: Recipe) -> dict[str, Checkpoint]:
@@ -214,6 +215,12 @@ class Models:
         """Gives the memory back."""
         for owned in (self.checkpoints, self.places, self.borrowed, self._buffers):
             owned.clear()
+
+
+def place_of(checkpoint: Checkpoint, info: TensorInfo) -> Place:
+    """The key of a tensor in :attr:`Models.places`."""
+    file = checkpoint.files[info.file]
+    return file.path, file.identity, info.name
 
 
 def _named(models: Mapping[str, Any] | Sequence[Any]) -> list[tuple[str, Any]]:

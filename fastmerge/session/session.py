@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastmerge import planning
 from fastmerge.backends.choose import choose
-from fastmerge.errors import FastMergeError, RecipeError, ShapeError
-from fastmerge.planning.numbers import skeleton
+from fastmerge.errors import BackendUnavailable, FastMergeError, RecipeError, ShapeError
+from fastmerge.ops.sources import Memory
+from fastmerge.planning.numbers import renumbered, skeleton
 from fastmerge.recipe import Recipe
 from fastmerge.session.binding import Bound, Contents
 from fastmerge.session.models import Models
@@ -24,11 +25,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from fastmerge.ops.spec import Op
+    from fastmerge.planning import Plan
 
 log = logging.getLogger("fastmerge")
 
+T = TypeVar("T")
+
 MOST = 16
-"""Recipes with their targets that a session finds again by itself."""
+"""Plans, and plans with their targets, that a session finds again by itself."""
 
 Wanted = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 """A recipe as :meth:`fastmerge.Recipe.load` takes it."""
@@ -42,13 +46,14 @@ class Session:
         with fm.Session(["base", "math", "code"]) as session:
             session.render({"merge_method": "linear", ...}, into=model)
 
-    Every render has the bytes of the same recipe merged on disk.
+    Every render has the bytes of the same recipe merged on disk; NaN and Inf are passed on, and not counted. A session
+    renders for one thread at a time, on all cores.
 
     Args:
         models: references as recipes write them (paths, hub ids, ``base+adapter``), or a mapping of the names that
             recipes use to references, state dictionaries or modules. Files are read once, into memory of the session's
             own; tensors of a caller are used where they are and must not change.
-        device: ``cpu``; ``auto`` is the same.
+        device: ``cpu``, where models and targets are; ``auto`` is the same.
         backend: ``native``, ``reference`` or None for the best one.
 
     Raises:
@@ -59,13 +64,23 @@ class Session:
     """
 
     def __init__(
-        self, models: Mapping[str, Any] | Sequence[Any], *, device: str = "cpu", backend: str | None = None
+        self,
+        models: Mapping[str, Any] | Sequence[Any],
+        *,
+        device: str | torch.device = "cpu",
+        backend: str | None = None,
     ) -> None:
-        self._backend = choose(device, backend)
+        if str(device) not in ("cpu", "auto"):
+            raise BackendUnavailable(
+                f"device {str(device)!r}: a session holds models and targets on the CPU; expected cpu"
+            )
+        self._backend = choose("cpu", backend)
         self._models = Models(models)
         self._sources = Sources(self._models)
         self._statistics = Statistics(self._backend.kernels)
         self._contents = Contents()
+        self._warned: set[str] = set()
+        self._plans: dict[Hashable, tuple[Plan, list[Op]]] = {}
         self._bounds: dict[Hashable, Bound] = {}
         self._closed = False
 
@@ -135,35 +150,44 @@ class Session:
             FastMergeError: as :meth:`render`; nothing is written yet.
         """
         tensors = tensors_of(into)
-        return Binding(self, self._plan(Recipe.load(recipe), tensors, seed), tensors)
+        loaded = Recipe.load(recipe)
+        return Binding(self, loaded, self._bound(loaded, tensors, seed), tensors)
 
     def _target(self, recipe: Recipe, into: Any, seed: int | None) -> tuple[Bound, dict[str, torch.Tensor]]:
         """A recipe with its target: the same as before where only numbers differ."""
         if into is None:
             tensors: dict[str, torch.Tensor] = {}
-            return self._plan(recipe, tensors, seed), tensors
+            return self._bound(recipe, tensors, seed), tensors
         tensors = tensors_of(into)
         key = (skeleton(recipe), seed, *[(name, id(t), t.data_ptr()) for name, t in tensors.items()])
         known = self._bounds.pop(key, None)
         if known is None or not known.set(recipe):
-            known = self._plan(recipe, tensors, seed)
-        self._bounds[key] = known
-        while len(self._bounds) > MOST:
-            self._bounds.pop(next(iter(self._bounds)))
+            known = self._bound(recipe, tensors, seed)
+        _keep(self._bounds, key, known)
         return known, tensors
 
-    def _plan(self, recipe: Recipe, tensors: dict[str, torch.Tensor], seed: int | None) -> Bound:
-        """Plans a recipe for the tensors of a target, which are made where there are none."""
+    def _bound(self, recipe: Recipe, tensors: dict[str, torch.Tensor], seed: int | None) -> Bound:
+        """A recipe with the tensors of a target, which are made where there are none; planned unless numbers differ."""
         self._open()
-        plan = planning.plan(recipe, seed=seed, models=self._models.of(recipe))
-        for text in plan.warnings:
-            log.info("%s", text)
-        ops = self._sources.ops(plan.ops, plan.checkpoints)
-        self._backend.check(ops)
-        check(ops)
+        key = (skeleton(recipe), seed)
+        found = self._plans.pop(key, None)
+        specs = renumbered(found[0], recipe) if found is not None else None
+        if found is None or specs is None:
+            plan = planning.plan(recipe, seed=seed, models=self._models.of(recipe))
+            for text in dict.fromkeys(plan.warnings):
+                if text not in self._warned:
+                    log.warning("%s", text)
+            self._warned |= set(plan.warnings)
+            found, specs = (plan, self._sources.ops(plan.ops, plan.checkpoints)), {}
+            self._backend.check(found[1])
+            check(found[1])
+        if not recipe.stages:
+            _keep(self._plans, key, found)
         if not tensors:
-            tensors |= allocate(ops)
-        return Bound(plan, recipe, *placed(ops, tensors, self._models.lent))
+            tensors |= allocate(found[1])
+        bound = Bound(found[0], *placed(found[1], tensors, self._models.lent))
+        bound.use(specs)
+        return bound
 
     def write(self, bounds: Sequence[Bound], *, everything: bool) -> None:
         """Computes what targets do not hold; for this package."""
@@ -181,7 +205,9 @@ class Session:
                 self._run([pair for pair in pairs if pair[0].spec.grain == "model"])
                 some = [pair for pair in some if pair[0].spec.grain != "model"]
             for pair in some:
-                due.setdefault(pair[0].inputs, []).append(pair)
+                inputs = pair[0].inputs
+                there = all(type(source) is Memory for source in inputs)
+                due.setdefault(inputs if there else id(pair[0]), []).append(pair)
         self._run([pair for pairs in due.values() for pair in pairs])
 
     def _run(self, pairs: Sequence[tuple[Op, torch.Tensor]]) -> None:
@@ -198,6 +224,7 @@ class Session:
     def close(self) -> None:
         """Gives the models' memory back; what was rendered stays."""
         self._closed = True
+        self._plans.clear()
         self._bounds.clear()
         self._statistics.close()
         self._sources.close()
@@ -210,17 +237,26 @@ class Session:
         self.close()
 
 
+def _keep(kept: dict[Hashable, T], key: Hashable, value: T) -> None:
+    """Puts a value last, and forgets what was not used for longest."""
+    kept[key] = value
+    while len(kept) > MOST:
+        kept.pop(next(iter(kept)))
+
+
 class Binding:
     """A recipe planned for a target: :meth:`Session.bind` makes it.
 
     Args:
         session: that it belongs to.
-        bound: the recipe with its target.
+        recipe: as it was bound.
+        bound: the same with its target.
         tensors: of the target, which live as long as the binding.
     """
 
-    def __init__(self, session: Session, bound: Bound, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, session: Session, recipe: Recipe, bound: Bound, tensors: Mapping[str, torch.Tensor]) -> None:
         self._session = session
+        self._form = skeleton(recipe)
         self._bound = bound
         self._tensors = tensors
 
@@ -237,6 +273,6 @@ class Binding:
         """
         if recipe is not None:
             loaded = Recipe.load(recipe)
-            if skeleton(loaded) != skeleton(self._bound.recipe) or not self._bound.set(loaded):
+            if skeleton(loaded) != self._form or not self._bound.set(loaded):
                 raise RecipeError("expected the bound recipe with other numbers; this one needs a plan of its own")
         self._session.write([self._bound], everything=everything)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fastmerge.checkpoint import Checkpoint, Files
-from fastmerge.ops.sources import ALIGN, FileRange, Made, Memory, Result, results_of
+from fastmerge.ops.sources import FileRange, Made, Memory, Result, results_of
 from fastmerge.ops.spec import Op, Source
 from fastmerge.runtime.devices import cores
 from fastmerge.runtime.stores import OpStore
 from fastmerge.runtime.workers import each
-
-if TYPE_CHECKING:
-    from fastmerge.session.models import Models
+from fastmerge.session.models import Models, place_of
 
 PART = 1 << 20
 """Elements of a source that a thread makes at a time."""
@@ -67,17 +66,23 @@ class _Mover:
     def __call__(self, value: Any) -> Any:
         """A source in memory; anything else as it is."""
         if type(value) is FileRange:
-            place = (self._checkpoints[value.model].files[value.info.file].path, value.info.offset)
-            return self._models.places.get(place) or self._make(value)
+            place = place_of(self._checkpoints[value.model], value.info)
+            if place not in self._models.places:
+                self._models.places[place] = self._make(value)
+            return self._models.places[place]
         if type(value) is tuple:
             return tuple([self(v) for v in value])
         if type(value) is Result:
             return Result(self._op(value.op), tuple([self._op(op) for op in value.together]))
         if isinstance(value, Made):
-            if not any(results_of(value)):
-                return self._make(value)
-            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
-            return type(value)(**{name: self(v) for name, v in fields.items()})
+            key = self._key(value) if not any(results_of(value)) else None
+            if key not in self._made:
+                fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
+                moved: Made = type(value)(**{name: self(v) for name, v in fields.items()})
+                if key is None:  # of what a stage makes
+                    return moved
+                self._made[key] = self._make(moved)
+            return self._made[key]
         return value
 
     def _op(self, op: Op) -> Op:
@@ -87,27 +92,21 @@ class _Mover:
         return self._results[id(op)]
 
     def _make(self, source: Source) -> Memory:
-        """Computes a source, or reads it, and keeps it."""
-        key = self._key(source)
-        if key not in self._made:
-            count = int(np.prod(source.shape, dtype=np.int64))
-            size = source.dtype.size
-            address = self._models.keep(source.dtype.nbytes(count) + ALIGN)
-            starts = range(0, count, PART)
+        """Computes a source, or reads it, into memory of the session."""
+        count, size = math.prod(source.shape), source.dtype.size
+        address = self._models.keep(source.dtype.nbytes(count))
 
-            def bring(e0: int) -> None:
-                runs = np.array([[e0, min(PART, count - e0), address + e0 * size]], np.int64)
-                self._store.bring(source, runs)
+        def bring(e0: int) -> None:
+            runs = np.array([[e0, min(PART, count - e0), address + e0 * size]], np.int64)
+            self._store.bring(source, runs)
 
-            each(bring, starts, threads=cores(), name="make")
-            self._made[key] = Memory(address, source.dtype, source.shape)
-        return self._made[key]
+        each(bring, range(0, count, PART), threads=cores(), name="make")
+        return Memory(address, source.dtype, source.shape)
 
     def _key(self, value: Any) -> object:
         """Equal for sources that are made alike of the same bytes."""
         if type(value) is FileRange:
-            file = self._checkpoints[value.model].files[value.info.file]
-            return (file.path, file.identity, value.info.offset, value.info.dtype.name, value.info.shape)
+            return (place_of(self._checkpoints[value.model], value.info), value.info.dtype.name, value.info.shape)
         if isinstance(value, np.ndarray):
             return (value.dtype.str, value.shape, value.tobytes())
         if type(value) is tuple:

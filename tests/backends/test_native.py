@@ -105,6 +105,34 @@ def test_combine_of_many(count, delta):
         assert np.array_equal(bits(b.outputs[0][1:-1]), bits(expected))
 
 
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("code", [1, 2, 3])
+def test_combine_that_is_called_far(code, far, delta):
+    rng = np.random.default_rng(code)
+    for m in (2, 3, 4, 5, 6):
+        for size in (0, 1, 31, 64, 1024, 5000):
+            b = Batch((code,) * m, [size, size], code, rng)
+            count = 5
+            table = b.table[[0, 0, 0, 1, 1]].copy()
+            table[:, 5] = np.arange(count)
+            outs = [np.full(size + 64, -7.0).astype(b.outputs[0].dtype) for _ in range(count)]
+            at = [-o.ctypes.data % 64 // o.itemsize + (i == 1) for i, o in enumerate(outs)]  # one is not aligned
+            table[:, 0] = [o.ctypes.data + a * o.itemsize for o, a in zip(outs, at, strict=True)]
+            coef = rng.standard_normal((count, m))
+            scale = np.stack([np.array([1, 0.5, 1, 2, 1.0]), np.array([1, 1, 3, 7, 1.0])], 1)
+            found = np.zeros(count, np.int64)
+            _native.combine(table, b.ins, code, coef, scale, delta, False, found, far)
+            for i, (out, start) in enumerate(zip(outs, at, strict=True)):
+                got = out.copy()
+                out[:] = np.array(-7.0).astype(out.dtype)
+                alone = np.zeros(1, np.int64)
+                _native.combine(table[i : i + 1].copy(), b.ins, code, coef, scale, delta, False, alone)
+                assert np.array_equal(bits(got), bits(out)), (m, size, i)
+                assert found[i] == alone[0]
+                assert size == 0 or bits(got)[start] != bits(np.array([-7.0]).astype(got.dtype))[0]
+
+
 def test_combine_of_many_past_the_cache():
     size, count = (8 << 20) // 2 + 77, 9
     b = Batch((3,) * count, [size], 3, np.random.default_rng(3))

@@ -29,7 +29,7 @@ def place(tmp_path, monkeypatch):
     weight = {"low": 0.0, "high": 2.0}
     models = [{"model": f"models/{m}", "parameters": {"weight": dict(weight)}} for m in "ab"]
     recipe = {"merge_method": "task_arithmetic", "base_model": "models/base", "models": models, "dtype": "bfloat16"}
-    document = {"recipe": recipe, "evaluator": {"function": "lm_head_score:score"}, "sampler": "sobol", "budget": 6}
+    document = {"recipe": recipe, "evaluator": {"function": "lm_head_score.py:score"}, "sampler": "sobol", "budget": 6}
     (tmp_path / "lm_head_score.py").write_text(SCORE)
     (tmp_path / "search.yml").write_text(yaml.safe_dump(document))
     monkeypatch.chdir(tmp_path)
@@ -90,8 +90,8 @@ def test_a_search_from_a_file(place):
         ({"bugdet": 5}, r"bugdet: unknown key \(did you mean 'budget'\?\)"),
         ({"sampler": "cmaes"}, r"did you mean 'cma'"),
         ({"sampler": {"cma": {"sgima": 1}}}, r"cma has no option 'sgima' \(did you mean 'sigma'\?\)"),
-        ({"evaluator": {"function": "lm_head_score:scroe"}}, "module 'lm_head_score' has no 'scroe'"),
-        ({"evaluator": {"function": "no_such_score:score"}}, "no module 'no_such_score' here"),
+        ({"evaluator": {"function": "lm_head_score.py:scroe"}}, "did you mean 'score'"),
+        ({"evaluator": {"function": "no_such_score:score"}}, "No module named 'no_such_score'"),
         ({"evaluator": {"perplexty": "x"}}, r"did you mean 'perplexity'"),
         ({"recipe": {"merge_method": "linear"}}, "nothing is left to search for"),
     ],

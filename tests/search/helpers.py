@@ -1,5 +1,7 @@
 """Searches without weights: a renderer that notes the numbers of a recipe, in place of a merge."""
 
+from fastmerge.recipe import Recipe
+
 
 class Notes:
     """Writes the weight of every model into a mapping; counts."""
@@ -8,6 +10,7 @@ class Notes:
         self.rendered = 0
 
     def render(self, recipe, into):
+        Recipe.load(recipe)
         self.rendered += 1
         into.clear()
         into.update({entry["model"]: entry["parameters"]["weight"] for entry in recipe["models"]})

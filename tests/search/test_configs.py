@@ -70,7 +70,7 @@ def test_what_is_wrong_is_said(paths):
         benchmark_merge_configs(base, [], lambda merged: 0.0, 0)
     with pytest.raises(RecipeError, match="expected a list of one or more, got 'x'"):
         benchmark_merge_configs(base, "x", lambda merged: 0.0)
-    with pytest.raises(RecipeError, match="expected a function or an evaluator, got None"):
+    with pytest.raises(RecipeError, match="expected a function, got None"):
         benchmark_merge_configs(base, [base], None)
-    with pytest.raises(RecipeError, match="expected a number for each item, got 'good'"):
+    with pytest.raises(RecipeError, match="expected a number, got 'good'"):
         benchmark_merge_configs(base, [base], lambda merged: "good", 1)

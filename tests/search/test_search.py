@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import fastmerge as fm
 from fastmerge.errors import OutputError, RecipeError
-from fastmerge.search import Space, sampler, search
+from fastmerge.search import Space, layer_paths, sampler, search
 from tests import tiny
 from tests.search.helpers import Near, Notes, template
 
@@ -290,24 +290,30 @@ def test_scores_that_are_no_numbers_lose(tmp_path):
     assert again.plain() == found.plain()
 
 
-def test_choices_that_do_not_go_together_lose():
+class Refused:
+    def render(self, recipe, into):
+        raise RecipeError("weights sum to zero")
+
+
+def test_what_cannot_be_merged_loses():
     either = {"choices": ["a", "b"]}
     models = [{"model": either, "parameters": {"weight": w}} for w in (0.25, 0.75)]
     space = Space({"merge_method": "linear", "models": models})
-    found = search(
-        space, lambda model: model["a"], model={}, session=Notes(), sampler="grid", budget=9, baselines=False
-    )
+    how = {"model": {}, "sampler": "grid", "baselines": False, "budget": 9}
+    found = search(space, lambda model: model["a"], session=Notes(), **how)
     assert [e.scores[0] for e in found.evaluations] == [-math.inf, 0.25, 0.75, -math.inf]
     assert [m["model"] for m in found.recipe["models"]] == ["b", "a"]
+    with pytest.raises(RecipeError, match="weights sum to zero"):  # where nothing can be, that is an error
+        search(space, lambda model: 1.0, session=Refused(), **how)
 
 
 @pytest.mark.parametrize(
     ("how", "said"),
     [
         ({"budget": 0, "racing": 0, "held_out": 1.0}, r"3 problems(.|\n)*budget(.|\n)*racing(.|\n)*held_out"),
-        ({"evaluate": 3}, "expected a function or an evaluator, got 3"),
-        ({"evaluate": lambda model, data: "good"}, "expected a number for each item, got"),
-        ({"evaluate": lambda model, data: {"a": 1}}, "expected scores for score; got a"),
+        ({"evaluate": 3}, "evaluator: expected a function, got 3"),
+        ({"evaluate": lambda model, data: "good"}, "expected a number, got 'good'"),
+        ({"evaluate": lambda model, data: {"a": 1}}, "expected scores for score, got a"),
         ({"sampler": {"cma": {}, "random": {}}}, "expected one name with its options"),
         ({"objectives": ("a", "a")}, "objectives: expected different names"),
         ({"eval_data": [1]}, "eval_data: an evaluator has its own items"),
@@ -346,4 +352,29 @@ def test_the_best_recipe_has_the_bytes_that_were_scored(tmp_path):
     fm.merge(tmp_path / "out" / "best.yml", tmp_path / "best")
     best = load_file(tmp_path / "best" / "model.safetensors")
     assert set(best) == set(model)
+    assert all(torch.equal(best[n].view(torch.uint8), t.view(torch.uint8)) for n, t in model.items())
+
+
+def test_the_best_layer_path_is_rendered_too(tmp_path):
+    """A stack of four layers out of models of three: the buffers have the output's depth."""
+    paths = tiny.family(tmp_path / "models", models=2, layers=3, hidden=16, vocab=40)
+    space = Space(layer_paths([str(paths["a"]), str(paths["b"])], layers=4, near=0, dtype="bfloat16"))
+    fm.merge(space.recipe(space.middle()), tmp_path / "middle")
+    model = {n: torch.zeros_like(t) for n, t in load_file(tmp_path / "middle" / "model.safetensors").items()}
+    states = {m: {n: t for p in paths[m].glob("*.safetensors") for n, t in load_file(p).items()} for m in "ab"}
+    wanted = [("b", 0), ("a", 1), ("b", 1), ("a", 2)]
+    norm = "input_layernorm.weight"
+
+    def evaluate(live):
+        there = [live[f"model.layers.{i}.{norm}"] for i in range(4)]
+        return sum(torch.equal(t, states[m][f"model.layers.{j}.{norm}"]) for t, (m, j) in zip(there, wanted))
+
+    how = {"sampler": {"genetic": {"population_size": 12}}, "budget": 60, "directory": tmp_path / "out"}
+    found = search(space, evaluate, model=model, **how)
+    assert found.scores == {"score": 4.0}
+    assert found.baselines == {}
+    labels = [g.shown(v) for g, v in zip(space.genes, found.candidate)]
+    assert labels == [f"{paths[m]}:{j}" for m, j in wanted]
+    fm.merge(tmp_path / "out" / "best.yml", tmp_path / "best")
+    best = load_file(tmp_path / "best" / "model.safetensors")
     assert all(torch.equal(best[n].view(torch.uint8), t.view(torch.uint8)) for n, t in model.items())

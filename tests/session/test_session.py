@@ -1,5 +1,8 @@
 """Renders have the bytes of the merge on disk, the first time and every other."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -102,7 +105,7 @@ def test_other_numbers_are_not_planned_again(session, paths, name, tmp_path, mon
     for i in (0, 1, 0, 1, 0):
         session.render(documents[i], target)
         assert different(target, expected[i]) == []
-    assert len(planned) == 1
+    assert planned == []
 
 
 PLAN = planning.plan
@@ -288,3 +291,14 @@ def test_batches_of_the_wrong_size_or_with_a_target_twice(session, paths):
         session.render_batch([document, document], [target])
     with pytest.raises(ShapeError, match="two recipes"):
         session.render_batch([document, document], [target, target])
+
+
+def test_the_page_of_sessions_runs(paths, tmp_path, monkeypatch):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "session.md").read_text()
+    (tmp_path / "models").mkdir()
+    for name, source in (("base", "base"), ("math", "a"), ("code", "b")):
+        (tmp_path / "models" / name).symlink_to(paths[source])
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], "session.md", "exec"), names)
+    assert different(names["target"], merged(names["recipe"], tmp_path)) == []

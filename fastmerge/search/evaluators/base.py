@@ -56,7 +56,7 @@ class Function:
 
     def __init__(self, function: Callable[..., Any], data: Any = None, *, each: bool = False) -> None:
         if not callable(function):
-            raise RecipeError(f"evaluate: expected a function or an evaluator, got {function!r:.80}")
+            raise RecipeError(f"evaluator: expected a function, got {function!r:.80}")
         if each and (isinstance(data, str | Mapping) or not hasattr(data, "__getitem__") or not len(data)):
             raise RecipeError(f"data: expected a list of items, got {data!r:.80}")
         self._alone = data is None and _binds(function, 1)
@@ -211,7 +211,7 @@ def number(value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise RecipeError(f"evaluate: expected a number for each item, got {value!r:.80}") from None
+        raise RecipeError(f"evaluator: expected a number, got {value!r:.80}") from None
 
 
 def known_items(items: Iterable[int], count: int) -> list[int]:

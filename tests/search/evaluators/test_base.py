@@ -46,7 +46,7 @@ def test_a_function_of_each_item():
     assert Function(max, 5)(7, [0]) == [7.0], "a compiled function may have no signature"
     with pytest.raises(RecipeError, match="one objective, got up, down"):
         score(Function(both, [1, 2], each=True), 5)
-    with pytest.raises(RecipeError, match="expected a number for each item"):
+    with pytest.raises(RecipeError, match="expected a number"):
         score(lambda model: "good", 1)
     with pytest.raises(RecipeError, match="items: expected numbers from 0 to 2, got 3"):
         EACH(10, [3])
@@ -134,7 +134,7 @@ def test_evaluators_by_name(tmp_path):
         ({"function": "no/such/file.py:f"}, "cannot read"),
         ({"function": "pathlib:Path"}, "expected a function or an evaluator, got the class Path"),
         ({"function": "math:nothing"}, "has no 'nothing'"),
-        ({"function": "math:pi"}, "expected a function or an evaluator"),
+        ({"function": "math:pi"}, "expected a function"),
         ({"function": {"call": "math:sqrt", "each": True}}, "data: expected a list of items"),
     ],
 )
