@@ -59,7 +59,7 @@ void run(void (*kernel)(const Args&), const Args& args) {
   kernel(args);
 }
 
-// ---- combine, gram, fold --------------------------------------------------------------------------------
+// ---- combine, gram, dot, fold --------------------------------------------------------------------------------
 
 void combine(const py::array& table, const py::array& ins, int out_code, const py::array& coef, const py::array& scale,
              bool delta, bool per_row, const py::array& nonfinite) {
@@ -95,6 +95,18 @@ void gram(const py::array& table, const py::array& ins, const py::array& partial
   const Scratch scratch = scratch_of(gram_scratch(a.table.inputs, a.columns, a.table.wide()));
   a.scratch = scratch.get();
   run(kernels().gram, a);
+}
+
+void dot(const py::array& table, const py::array& ins, const py::array& partials) {
+  DotArgs a;
+  Needs needs;
+  needs.partials = partials.ndim() == 2 ? partials.shape(0) : 0;
+  needs.tiles = true, needs.base = 2;
+  a.table = check_table(table, ins, needs);
+  a.partials = data<double>(partials, "partials", {-1, a.table.inputs - 2}, true);
+  const Scratch scratch = scratch_of(dot_scratch(a.table.inputs, a.table.wide()));
+  a.scratch = scratch.get();
+  run(kernels().dot, a);
 }
 
 py::array_t<double> fold(const py::array& partials, const py::array& first) {
@@ -376,6 +388,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("combine", combine, arg("table"), arg("ins"), arg("out_code"), arg("coef"), arg("scale"), arg("delta"),
         arg("per_row"), arg("nonfinite"));
   m.def("gram", gram, arg("table"), arg("ins"), arg("partials"), arg("delta"), arg("diff"), arg("per_row"));
+  m.def("dot", dot, arg("table"), arg("ins"), arg("partials"));
   m.def("fold", fold, arg("partials"), arg("first"));
   m.def("delta_keys", delta_keys, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("model_index"),
         arg("bern"), arg("out"));
