@@ -1,0 +1,230 @@
+"""The tensors of a base and experts, bound once: weighted sums of task vectors, and the gradients of their weights.
+
+The fused pair of AdaMerging. Forward, the family ``combine``: ``theta = x_0 + sum_i c_i (x_i - x_0)``, which reads the
+base and N experts and writes theta. Backward, the family ``dot``: ``dc_i = <g, x_i - x_0>``, which reads the same and
+the gradient. Task vectors exist in registers only, so experts are kept as they are and nothing is saved for a backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastmerge.backends.choose import choose
+from fastmerge.dtypes import BY_NAME, DType
+from fastmerge.ops import blocks
+from fastmerge.ops.combine import USUAL, deltas_in_range
+from fastmerge.ops.segments import E0, F64, GROUP, HEADER, I64, LENGTH, OUT, TILE, Segments
+from fastmerge.ops.tiles import number
+from fastmerge.runtime.devices import cores
+from fastmerge.runtime.workers import each
+
+PIECE = 64 * TILE
+"""Elements of a piece at most: enough for the caches to be bypassed by what is written."""
+
+FEW = 1 << 20
+"""Elements below which a call is made by the calling thread alone."""
+
+
+def dtype_of(tensor: torch.Tensor) -> DType:
+    """The type of a tensor's elements, as the kernels call it."""
+    return BY_NAME[str(tensor.dtype).removeprefix("torch.")]
+
+
+@dataclass
+class _Kind:
+    """Tensors of the same types: their pieces, and which rows of the table are whose.
+
+    Attributes:
+        dtypes: of the base and experts; results and gradients are of the base's.
+        table: ``[S, 7 + N + 2]`` pieces of the base, the experts and the gradient, whose addresses are still to come.
+        rows: of each tensor, by its number.
+    """
+
+    dtypes: tuple[DType, ...]
+    table: I64
+    rows: dict[int, slice]
+
+
+class Streams:
+    """Contiguous tensors on one device, of which none may be moved or freed while this lives."""
+
+    def __init__(self, inputs: Sequence[Sequence[torch.Tensor]], backend: str | None = None) -> None:
+        """Binds the tensors.
+
+        Args:
+            inputs: base and experts of each tensor, ``[*S]`` each, contiguous, floating-point; all on one device.
+            backend: ``native``, ``reference``, ``triton`` or None for the best one on their device.
+
+        Raises:
+            BackendUnavailable: if the backend cannot work on that device.
+        """
+        self.inputs = [[x.detach() for x in group] for group in inputs]
+        home = inputs[0][0].device
+        self._kernels: Any = choose(str(home), backend, said=f"tensors on {home}").kernels
+        self._launched = self._kernels is not None and self._kernels.launcher is not None
+        self._kinds = self._bound()
+        self._kind_of = {p: kind for kind in self._kinds for p in kind.rows}
+
+    def __reduce__(self) -> str:
+        """A copy would keep the addresses of tensors that are not its own."""
+        raise TypeError("bound tensors cannot be copied or pickled: save coefficients, and bind anew")
+
+    @property
+    def models(self) -> int:
+        """N, the experts."""
+        return len(self.inputs[0]) - 1
+
+    def _bound(self) -> list[_Kind]:
+        alike: dict[tuple[DType, ...], list[int]] = {}
+        for p, group in enumerate(self.inputs):
+            alike.setdefault(tuple(map(dtype_of, group)), []).append(p)
+        kinds = []
+        for dtypes, members in alike.items():
+            rows: list[list[int]] = []
+            spans: dict[int, slice] = {}
+            for p in members:
+                first, n = len(rows), self.inputs[p][0].numel()
+                addresses = [(x.data_ptr(), d.size) for x, d in zip(self.inputs[p], dtypes, strict=True)]
+                for e0 in range(0, n, PIECE):
+                    at = [address + e0 * size for address, size in addresses]
+                    rows.append([0, min(PIECE, n - e0), e0, n, 0, p, 0, *at, 0])
+                spans[p] = slice(first, len(rows))
+            table = np.array(rows, np.int64).reshape(len(rows), HEADER + len(dtypes) + 1)
+            kinds.append(_Kind(dtypes, table, spans))
+        return kinds
+
+    def outputs(self) -> list[torch.Tensor]:
+        """New tensors for results: of the base's types and shapes."""
+        return [torch.empty_like(group[0]) for group in self.inputs]
+
+    # ---- forward ------------------------------------------------------------------------------------------
+
+    def render(self, coefficients: F64, outputs: Sequence[torch.Tensor]) -> None:
+        """``theta = x_0 + sum_i c_i (x_i - x_0)`` into every output.
+
+        Args:
+            coefficients: ``[P, N]``, one row per tensor.
+            outputs: contiguous, of the base's types and shapes; they may overlap no input.
+        """
+        if self._kernels is None:
+            for group, row, out in zip(self.inputs, coefficients.tolist(), outputs, strict=True):
+                _combined(group, row, out)
+            return
+        coef, scale = self._tables(coefficients)
+        starts = np.array([x.data_ptr() for x in outputs], np.int64)
+        work = []
+        for kind in self._kinds:
+            table = np.ascontiguousarray(kind.table[:, :-1])
+            table[:, OUT] = starts[table[:, GROUP]] + table[:, E0] * kind.dtypes[0].size
+            work += self._shared(Segments(table, kind.dtypes, kind.dtypes[0]))
+
+        def one(segments: Segments) -> None:
+            self._kernels.combine(segments, coef, scale, delta=True, per_row=False)
+
+        self._run(one, work)
+
+    def _tables(self, coefficients: F64) -> tuple[F64, F64]:
+        """The parameters of combine: what task arithmetic makes of the same weights, for the same bytes."""
+        coef = np.concatenate([np.zeros((len(coefficients), 1)), coefficients], axis=1)
+        scale = np.ones((len(coef), 2))
+        most = np.frexp(np.abs(coefficients).max(axis=1, initial=0.0))[1] - 1
+        for p in np.flatnonzero((np.abs(most) > USUAL[False]) & (coefficients != 0).any(axis=1)).tolist():
+            double = any(d.code == 0 for d in self._kind_of[p].dtypes)
+            coef[p, 1:], *scale[p] = deltas_in_range(coefficients[p].tolist(), 1.0, 1.0, double=double)
+        return coef, scale
+
+    # ---- backward -----------------------------------------------------------------------------------------
+
+    def slopes(self, gradients: Mapping[int, torch.Tensor]) -> F64:
+        """``dc_i = <g, x_i - x_0>`` of some tensors.
+
+        Differences, products and the sums within a tile of 65,536 elements are fp32 (fp64 where an input is), in the
+        written order; tiles add in fp64.
+
+        Args:
+            gradients: g by the number of the tensor, of its shape.
+
+        Returns:
+            ``[P, N]``; zeros where there is no gradient.
+        """
+        found = np.zeros((len(self.inputs), self.models))
+        if self._kernels is None:
+            for p, g in gradients.items():
+                base, *others = self.inputs[p]
+                found[p] = _dotted(base, others, g)
+            return found
+        work, folds = [], []
+        for kind in self._kinds:
+            of = {p: _plain(gradients[p], self.inputs[p][0]) for p in kind.rows if p in gradients}
+            rows = [kind.table[kind.rows[p]] for p in of]
+            table = np.concatenate(rows) if rows else kind.table[:0].copy()
+            if not len(table):
+                continue
+            starts = np.repeat([g.data_ptr() for g in of.values()], [len(r) for r in rows])
+            table[:, -1] = starts + table[:, E0] * kind.dtypes[0].size
+            segments, _, tiles = number(Segments(table, (*kind.dtypes, kind.dtypes[0]), kind.dtypes[0]))
+            partials = np.zeros((tiles, self.models))
+            ends = np.cumsum([0, *(-(-self.inputs[p][0].numel() // TILE) for p in of)])
+            work += [(s, partials) for s in self._shared(segments)]
+            folds.append((list(of), partials, ends, of))
+
+        def one(call: tuple[Segments, F64]) -> None:
+            self._kernels.dot(*call)
+
+        self._run(one, work)
+        for which, partials, first, _ in folds:
+            found[which] = self._kernels.fold(partials, first)
+        return found
+
+    # ---- who does it ----------------------------------------------------------------------------------------
+
+    def _shared(self, segments: Segments) -> list[Segments]:
+        """A table in parts of about equal size, one per kernel call; in one where a call is a launch."""
+        table = segments.table
+        total = int(table[:, LENGTH].sum())
+        if self._launched or total < FEW:
+            return [segments] if len(table) else []
+        share = max(PIECE, -(-total // (4 * cores())))
+        part = (np.cumsum(table[:, LENGTH]) - 1) // share
+        cuts = np.flatnonzero(np.diff(part)) + 1
+        return [replace(segments, table=np.ascontiguousarray(rows)) for rows in np.split(table, cuts)]
+
+    def _run(self, work: Any, items: Sequence[Any]) -> None:
+        """Kernel calls: in turn where they are launched or few elements, else on all cores."""
+        elements = sum(int((i if isinstance(i, Segments) else i[0]).table[:, LENGTH].sum()) for i in items)
+        if self._launched or elements < FEW:
+            for item in items:
+                work(item)
+        else:
+            each(work, items, threads=min(cores(), len(items)), name="adamerging")
+
+
+def _plain(gradient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A gradient as the kernels read it: dense, of the result's type, elements in the order of the tensor's."""
+    dense = gradient.detach().to_dense() if gradient.layout is not torch.strided else gradient.detach()
+    return dense.to(like.dtype).contiguous()
+
+
+def _wide(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Flat, in the work type."""
+    work = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return [x.detach().reshape(-1).to(work) for x in tensors]
+
+
+def _combined(group: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor) -> None:
+    """The definition of the forward."""
+    base, *others = _wide(group)
+    mix = blocks.weighted_sum([x - base for x in others], weights)
+    with torch.no_grad():
+        out.copy_(blocks.round_to(base + mix, out.dtype).view_as(out))
+
+
+def _dotted(base: torch.Tensor, others: Sequence[torch.Tensor], gradient: torch.Tensor) -> F64:
+    """The definition of the backward."""
+    *values, g = _wide([base, *others, _plain(gradient, base)])
+    return blocks.dot(values, g)
