@@ -78,7 +78,7 @@ def fused(groups: list[list[Any]], gradients: list[Any], tasks: int, *, summed: 
             whole = g
             for task in range(1, tasks if summed else 1):
                 whole = g + g if task == 1 else whole.add_(g)
-            slopes += streams.slopes({p: whole})
+            slopes[p] = streams.slopes({p: whole})[0]
         return slopes
 
     return step

@@ -69,11 +69,9 @@ void combine(const py::array& table, const py::array& ins, int out_code, const p
   check_code(out_code, "out_code");
   CombineArgs a;
   a.table = check_table(table, ins, needs);
-  a.out_code = out_code;
   a.coef = data<double>(coef, "coef", {parameters, a.table.inputs});
   a.scale = data<double>(scale, "scale", {parameters, 2});
-  a.delta = delta;
-  a.per_row = per_row;
+  a.out_code = out_code, a.delta = delta, a.per_row = per_row;
   a.nonfinite = data<int64_t>(nonfinite, "nonfinite", {a.table.segments}, true);
   run(kernels().combine, a);
 }
@@ -89,9 +87,7 @@ void gram(const py::array& table, const py::array& ins, const py::array& partial
   if (diff && m < 2) fail("diff: expected at least 2 vectors, got " + std::to_string(m));
   a.columns = m * (m + 1) / 2 + (diff ? 1 : 0);
   a.partials = data<double>(partials, "partials", {-1, a.columns}, true);
-  a.delta = delta;
-  a.diff = diff;
-  a.per_row = per_row;
+  a.delta = delta, a.diff = diff, a.per_row = per_row;
   const Scratch scratch = scratch_of(gram_scratch(a.table.inputs, a.columns, a.table.wide()));
   a.scratch = scratch.get();
   run(kernels().gram, a);
@@ -100,8 +96,7 @@ void gram(const py::array& table, const py::array& ins, const py::array& partial
 void dot(const py::array& table, const py::array& ins, const py::array& partials) {
   DotArgs a;
   Needs needs;
-  needs.partials = partials.ndim() == 2 ? partials.shape(0) : 0;
-  needs.tiles = true, needs.base = 2;
+  needs.partials = partials.ndim() == 2 ? partials.shape(0) : 0, needs.tiles = true, needs.base = 2;
   a.table = check_table(table, ins, needs);
   a.partials = data<double>(partials, "partials", {-1, a.table.inputs - 2}, true);
   const Scratch scratch = scratch_of(dot_scratch(a.table.inputs, a.table.wide()));
@@ -173,15 +168,13 @@ void count(const py::array& table, const py::array& ins, int round_code, bool dr
            const py::array& keys, const py::array& where, const py::array& used) {
   const Deltas deltas{round_code, drop, model_index, bern};
   Needs needs;
-  needs.parameters = deltas.parameters();
+  needs.parameters = deltas.parameters(), needs.tiles = true, needs.base = 1;
   needs.partials = counts.ndim() == 3 ? counts.shape(0) : 0;
-  needs.tiles = true, needs.base = 1;
   CountArgs a;
   a.table = check_table(table, ins, needs);
   const int64_t n = a.table.inputs - 1, p = needs.parameters;
   a.deltas = deltas.checked(n);
-  a.lo = data<uint64_t>(lo, "lo", {p, n});
-  a.hi = data<uint64_t>(hi, "hi", {p, n});
+  a.lo = data<uint64_t>(lo, "lo", {p, n}), a.hi = data<uint64_t>(hi, "hi", {p, n});
   a.counts = data<int64_t>(counts, "counts", {-1, n, 4}, true);
   a.cap = keys.ndim() == 2 ? keys.shape(1) : 0;
   a.keys = keys_data(keys, "keys", {n, a.cap}, a.table.wide());
@@ -224,8 +217,7 @@ void l1(const py::array& table, const py::array& ins, int round_code, bool drop,
   L1Args a;
   a.table = check_table(table, ins, needs);
   a.keep = keep.checked(a.table.inputs - 1);
-  a.keep.bits = bits_data(bits, a.table, !given);
-  a.keep.given = given;
+  a.keep.bits = bits_data(bits, a.table, !given), a.keep.given = given;
   a.sums = data<double>(sums, "sums", {-1, a.table.inputs - 1, 2}, true);
   run(kernels().l1, a);
 }
@@ -241,8 +233,7 @@ void votes(const py::array& table, const py::array& ins, int round_code, bool dr
   VotesArgs a;
   a.table = check_table(table, ins, needs);
   a.keep = keep.checked(a.table.inputs - 1);
-  a.elect = elect;
-  a.split = split;
+  a.elect = elect, a.split = split;
   a.f = data<double>(f, "f", {needs.parameters, a.table.inputs - 1, 3});
   a.counts = data<int64_t>(counts, "counts", {-1, 2}, true);
   run(kernels().votes, a);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fastmerge.errors import RecipeError, hint
+from fastmerge.errors import hint
 from fastmerge.ops.segments import F64
 
 Granularity = Literal["task", "model", "layer", "tensor", "module"]
@@ -37,14 +38,21 @@ def word(name: str, value: object, known: Sequence[str]) -> list[str]:
     return [f"{name}: expected one of {', '.join(known)}; got {value!r}{hint(str(value), known)}"]
 
 
-def rows_of(names: Sequence[str], granularity: Granularity) -> tuple[int, ...]:
-    """The row of coefficients of each tensor, counted from 0 in the order of the names.
+def settings(granularity: object, parametrisation: object, prior: object) -> list[str]:
+    """Everything that is wrong with how coefficients shall be."""
+    found = word("granularity", granularity, GRANULARITIES)
+    found += word("parametrisation", parametrisation, PARAMETRISATIONS)
+    if prior is None:
+        return found
+    if parametrisation == "softmax":
+        found.append("prior: with parametrisation softmax the models start with equal shares")
+    elif isinstance(prior, bool) or not isinstance(prior, int | float) or not math.isfinite(prior):
+        found.append(f"prior: expected a finite number; got {prior!r}")
+    return found
 
-    Raises:
-        RecipeError: for an unknown granularity.
-    """
-    if problems := word("granularity", granularity, GRANULARITIES):
-        raise RecipeError(problems)
+
+def rows_of(names: Sequence[str], granularity: Granularity) -> tuple[int, ...]:
+    """The row of coefficients of each tensor, counted from 0 in the order of the names."""
     if granularity in ("task", "model"):
         return (0,) * len(names)
     if granularity in ("layer", "tensor"):
@@ -83,22 +91,25 @@ class Coefficients:
         """``[P, N]``: those of every tensor."""
         return np.ascontiguousarray(self.table()[list(self.row)])
 
-    def absorb(self, slopes: F64) -> None:
-        """Adds the gradient of ``raw`` that follows from gradients of the tensors' coefficients.
+    def absorb(self, which: Sequence[int], slopes: F64) -> None:
+        """Adds the gradient of ``raw`` that follows from gradients of some tensors' coefficients.
 
         Args:
-            slopes: ``[P, N]``, zeros for tensors without a gradient.
+            which: numbers of the tensors.
+            slopes: ``[len(which), N]``.
         """
-        rows = np.zeros((len(self.raw), slopes.shape[1]))
-        np.add.at(rows, list(self.row), slopes)
+        touched, place = np.unique([self.row[p] for p in which], return_inverse=True)
+        rows = np.zeros((len(touched), slopes.shape[1]))
+        np.add.at(rows, place.reshape(-1), slopes)
         found = torch.from_numpy(rows)
         if self.based:
             found = torch.cat([torch.zeros(len(rows), 1, dtype=torch.float64), found], dim=1)
-        raw = self.raw.detach().cpu().double()
+        raw = self.raw.detach()[touched.tolist()].cpu().double()
         if self.parametrisation == "softmax":
             share = raw.softmax(dim=1)
             found = share * (found - (share * found).sum(dim=1, keepdim=True))
         elif self.parametrisation == "clamp":
             found = torch.where((raw >= 0) & (raw <= 1), found, 0.0)
-        found = found.to(self.raw)
-        self.raw.grad = found if self.raw.grad is None else self.raw.grad + found
+        if self.raw.grad is None:
+            self.raw.grad = torch.zeros_like(self.raw)
+        self.raw.grad[touched.tolist()] += found.to(self.raw)

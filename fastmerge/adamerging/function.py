@@ -24,7 +24,7 @@ class _Merge(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, lam: torch.Tensor, streams: Streams, fixed: Sequence[int]) -> tuple[torch.Tensor, ...]:
         """One row of ``lam`` per tensor, or one for all; nothing flows back from ``fixed`` tensors."""
         ctx.set_materialize_grads(False)
-        ctx.streams, ctx.like = streams, lam
+        ctx.streams, ctx.like = streams, (lam.dim(), lam.device, lam.dtype)
         outs = streams.outputs()
         rows = lam.detach().cpu().double().expand(len(outs), streams.models).contiguous()
         streams.render(rows.numpy(), outs)
@@ -36,9 +36,10 @@ class _Merge(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor, None, None]:
         """The gradient of ``lam``, in its shape and type."""
         given = {p: g for p, g in enumerate(gradients) if g is not None}
-        slopes = torch.from_numpy(ctx.streams.slopes(given))
-        found = slopes if ctx.like.dim() == 2 else slopes.sum(dim=0)
-        return found.to(ctx.like), None, None
+        dim, device, dtype = ctx.like
+        slopes = torch.zeros(len(gradients), ctx.streams.models, dtype=torch.float64)
+        slopes[list(given)] = torch.from_numpy(ctx.streams.slopes(given))
+        return (slopes if dim == 2 else slopes.sum(dim=0)).to(device, dtype), None, None
 
 
 def _checked(lam: torch.Tensor, tensors: int, models: int) -> torch.Tensor:

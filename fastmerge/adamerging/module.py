@@ -9,18 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmerge.adamerging.coefficients import (
-    PARAMETRISATIONS,
-    Coefficients,
-    Granularity,
-    Parametrisation,
-    rows_of,
-    word,
-)
+from fastmerge.adamerging.coefficients import Coefficients, Granularity, Parametrisation, rows_of, settings
 from fastmerge.adamerging.states import states
 from fastmerge.adamerging.streams import Streams
 from fastmerge.errors import RecipeError
 from fastmerge.ops.segments import F64
+
+PRIOR = 0.3
+"""The paper's."""
 
 
 class MergedModule(torch.nn.Module):  # type: ignore[misc]
@@ -70,9 +66,7 @@ class MergedModule(torch.nn.Module):  # type: ignore[misc]
             BackendUnavailable: if the backend cannot work on the module's device.
         """
         super().__init__()
-        problems = word("parametrisation", parametrisation, PARAMETRISATIONS)
-        if prior is not None and parametrisation == "softmax":
-            problems.append("prior: with parametrisation softmax the models start with equal shares")
+        problems = settings(granularity, parametrisation, prior)
         if soup and parametrisation != "softmax":
             problems.append(f"soup: expected parametrisation softmax, got {parametrisation!r}")
         if problems:
@@ -81,7 +75,7 @@ class MergedModule(torch.nn.Module):  # type: ignore[misc]
         self.names = found.names
         row = rows_of(found.names, granularity)
         columns = found.models + int(soup)
-        start = 0.0 if parametrisation == "softmax" else 0.3 if prior is None else float(prior)
+        start = 0.0 if parametrisation == "softmax" else PRIOR if prior is None else float(prior)
         self.raw = torch.nn.Parameter(torch.full((max(row) + 1, columns), start, dtype=torch.float64))
         self._coefficients = Coefficients(self.raw, row, parametrisation, soup)
         self._streams = Streams(found.inputs, backend)
@@ -127,7 +121,7 @@ class MergedModule(torch.nn.Module):  # type: ignore[misc]
             if gradient is None or self._together:
                 return
             theta.grad = None
-            self._coefficients.absorb(self._streams.slopes({p: gradient}))
+            self._coefficients.absorb([p], self._streams.slopes({p: gradient}))
 
         return take
 
@@ -145,7 +139,7 @@ class MergedModule(torch.nn.Module):  # type: ignore[misc]
             yield
             found = {p: t.grad for p, t in enumerate(self._thetas) if t.grad is not None}
             if found:
-                self._coefficients.absorb(self._streams.slopes(found))
+                self._coefficients.absorb(list(found), self._streams.slopes(found))
         finally:
             self._together = False
             for theta in self._thetas:

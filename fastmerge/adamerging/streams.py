@@ -7,6 +7,7 @@ the gradient. Task vectors exist in registers only, so experts are kept as they 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,11 +65,11 @@ class Streams:
             BackendUnavailable: if the backend cannot work on that device.
         """
         self.inputs = [[x.detach() for x in group] for group in inputs]
-        home = inputs[0][0].device
+        self._home = home = inputs[0][0].device
         self._kernels: Any = choose(str(home), backend, said=f"tensors on {home}").kernels
         self._launched = self._kernels is not None and self._kernels.launcher is not None
         self._kinds = self._bound()
-        self._kind_of = {p: kind for kind in self._kinds for p in kind.rows}
+        self._kind_of = {p: k for k, kind in enumerate(self._kinds) for p in kind.rows}
 
     def __reduce__(self) -> str:
         """A copy would keep the addresses of tensors that are not its own."""
@@ -134,7 +135,7 @@ class Streams:
         scale = np.ones((len(coef), 2))
         most = np.frexp(np.abs(coefficients).max(axis=1, initial=0.0))[1] - 1
         for p in np.flatnonzero((np.abs(most) > USUAL[False]) & (coefficients != 0).any(axis=1)).tolist():
-            double = any(d.code == 0 for d in self._kind_of[p].dtypes)
+            double = any(d.code == 0 for d in self._kinds[self._kind_of[p]].dtypes)
             coef[p, 1:], *scale[p] = deltas_in_range(coefficients[p].tolist(), 1.0, 1.0, double=double)
         return coef, scale
 
@@ -150,28 +151,33 @@ class Streams:
             gradients: g by the number of the tensor, of its shape.
 
         Returns:
-            ``[P, N]``; zeros where there is no gradient.
+            ``[len(gradients), N]``, in their order.
         """
-        found = np.zeros((len(self.inputs), self.models))
+        found = np.zeros((len(gradients), self.models))
         if self._kernels is None:
-            for p, g in gradients.items():
+            for i, (p, g) in enumerate(gradients.items()):
                 base, *others = self.inputs[p]
-                found[p] = _dotted(base, others, g)
+                found[i] = _dotted(base, others, g)
             return found
         work, folds = [], []
-        for kind in self._kinds:
-            of = {p: _plain(gradients[p], self.inputs[p][0]) for p in kind.rows if p in gradients}
+        mine: dict[int, list[int]] = {}
+        for i, p in enumerate(gradients):
+            mine.setdefault(self._kind_of[p], []).append(i)
+        keys = list(gradients)
+        for k, which in mine.items():
+            kind, of = self._kinds[k], [keys[i] for i in which]
+            dense = [_plain(gradients[p], self.inputs[p][0]) for p in of]
             rows = [kind.table[kind.rows[p]] for p in of]
-            table = np.concatenate(rows) if rows else kind.table[:0].copy()
+            table = np.concatenate(rows)
             if not len(table):
                 continue
-            starts = np.repeat([g.data_ptr() for g in of.values()], [len(r) for r in rows])
+            starts = np.repeat([g.data_ptr() for g in dense], [len(r) for r in rows])
             table[:, -1] = starts + table[:, E0] * kind.dtypes[0].size
             segments, _, tiles = number(Segments(table, (*kind.dtypes, kind.dtypes[0]), kind.dtypes[0]))
             partials = np.zeros((tiles, self.models))
             ends = np.cumsum([0, *(-(-self.inputs[p][0].numel() // TILE) for p in of)])
             work += [(s, partials) for s in self._shared(segments)]
-            folds.append((list(of), partials, ends, of))
+            folds.append((which, partials, ends, dense))
 
         def one(call: tuple[Segments, F64]) -> None:
             self._kernels.dot(*call)
@@ -198,8 +204,9 @@ class Streams:
         """Kernel calls: in turn where they are launched or few elements, else on all cores."""
         elements = sum(int((i if isinstance(i, Segments) else i[0]).table[:, LENGTH].sum()) for i in items)
         if self._launched or elements < FEW:
-            for item in items:
-                work(item)
+            with torch.cuda.device(self._home) if self._home.type == "cuda" else contextlib.nullcontext():
+                for item in items:
+                    work(item)
         else:
             each(work, items, threads=min(cores(), len(items)), name="adamerging")
 

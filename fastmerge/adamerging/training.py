@@ -9,13 +9,7 @@ from typing import Any
 
 import torch
 
-from fastmerge.adamerging.coefficients import (
-    GRANULARITIES,
-    PARAMETRISATIONS,
-    Granularity,
-    Parametrisation,
-    word,
-)
+from fastmerge.adamerging.coefficients import Granularity, Parametrisation, settings, word
 from fastmerge.adamerging.data import Feed, arguments, moved, read_once
 from fastmerge.adamerging.module import MergedModule
 from fastmerge.adamerging.objectives import OBJECTIVES, Objective, Seen, Task, logits_of
@@ -60,8 +54,7 @@ class AdaMergingConfig:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with it."""
-        found = word("granularity", self.granularity, GRANULARITIES)
-        found += word("parametrisation", self.parametrisation, PARAMETRISATIONS)
+        found = settings(self.granularity, self.parametrisation, self.prior)
         if not callable(self.objective):
             found += word("objective", self.objective, list(OBJECTIVES))
         if self.trimmed and self.parametrisation == "free":

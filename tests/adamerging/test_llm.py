@@ -10,6 +10,7 @@ import fastmerge as fm
 from fastmerge.adamerging import AdaMerging, AdaMergingConfig, Seen, Task
 from fastmerge.adamerging.objectives import entropy, entropy_first_token, nll
 from fastmerge.errors import RecipeError
+from tests.adamerging.near import unlike
 
 
 def model(seed, base=None, tied=True):
@@ -76,7 +77,7 @@ def test_labels_of_a_text_are_its_next_tokens():
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     out = base(**batch, labels=labels)
     got = nll(seen({**batch, "labels": labels}, out.logits))
-    torch.testing.assert_close(got, out.loss)
+    assert unlike(got, out.loss) == []
     with pytest.raises(RecipeError, match=r"expected labels of shape \(5, 7\), got \(5, 6\)"):
         nll(seen((None, labels[:, 1:]), out.logits))
 
@@ -100,4 +101,4 @@ def test_a_llama_learns_and_its_recipe_merges_on_disk(tmp_path, tied):
     assert set(got) == set(load_file(paths[0] / "model.safetensors"))
     assert all(torch.equal(x, state[n]) for n, x in got.items())
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
-    torch.testing.assert_close(again(**prompts("left")).logits, run.merged(**prompts("left")).logits)
+    assert unlike(again(**prompts("left")).logits, run.merged(**prompts("left")).logits) == []
