@@ -1,9 +1,10 @@
 // dot: inner products of a gradient (the last input) with the differences of the inputs between from input 0, in the
 // written order of sums.
 //
-// Inputs of one 16-bit or fp32 type are widened in registers, four rows of lanes at a time, so that a running sum is
-// loaded and stored once per four products. Others go through blocks in the first-level cache, a row at a time.
-// Elements past the end are +0: a lane starts at +0 and can never become -0, so adding +0 changes nothing.
+// Inputs of one 16-bit or fp32 type are widened in registers, others through blocks in the first-level cache. Both go
+// through memory in its order, a row of lanes after the other, which hardware foresees; the running sums, 8 KB a model,
+// stay in the second-level cache. Elements past the end are +0: a lane starts at +0 and can never become -0, so adding
+// +0 changes nothing.
 #include "kernels.h"
 #include "lanes.h"
 #include "tile.h"
@@ -12,9 +13,7 @@ namespace fastmerge {
 namespace FM_ISA {
 namespace {
 
-constexpr int kDeep = 4;         // rows of lanes at a time
-constexpr int kTogether = 4;     // models at a time: their sums, the gradient, the base and a model fill 16 registers
-constexpr int64_t kAhead = 512;  // elements of a row; what is fetched this much earlier
+constexpr int64_t kAhead = 1024;  // elements; inputs are fetched this much earlier
 
 // The inputs of a tile, from its first element on.
 struct Tile {
@@ -31,76 +30,26 @@ struct Tile {
 
 // ---- in registers -----------------------------------------------------------------------------------------
 
-// acc[k] += g (x[k] - b) for `lanes` lanes (whole steps) of U rows of K models; the sums are in the order of T.
-template <class T, int K, int U>
-void add_rows(const T* g, const T* b, const T* const* in, int64_t lanes, float* acc) {
-  const T* x[K];
-  for (int k = 0; k < K; ++k) x[k] = in[k];
-  for (int64_t j = 0; j < lanes; j += kStep) {
-    Lanes sum[K];
-    for (int k = 0; k < K; ++k) load16(acc + k * kLanes + j, sum[k]);
-    if (U == kDeep && j % static_cast<int64_t>(64 / sizeof(T)) == 0) {
-      // Beyond the end of a row comes what four rows of others are read before.
-      const int64_t next = j + kAhead + (j + kAhead < kLanes ? 0 : (kDeep - 1) * kLanes);
-      for (int u = 0; u < U; ++u) {
-        __builtin_prefetch(g + u * kLanes + next);
-        __builtin_prefetch(b + u * kLanes + next);
-        for (int k = 0; k < K; ++k) __builtin_prefetch(x[k] + u * kLanes + next);
-      }
-    }
-    for (int u = 0; u < U; ++u) {
-      const int64_t e = u * kLanes + j;
-      Lanes slope, base, v;
-      load16(g + e, slope);
-      load16(b + e, base);
-      for (int k = 0; k < K; ++k) {
-        load16(x[k] + e, v);
-        sum[k] = sum[k] + slope * (v - base);
-      }
-    }
-    for (int k = 0; k < K; ++k) put16(sum[k], acc + k * kLanes + j);
-  }
-}
-
-template <class T, int K>
-void add_tile(const Tile& t, int first, float* acc) {
-  const T *g = t.input<T>(t.models() + 1), *b = t.input<T>(0), *x[K];
-  for (int k = 0; k < K; ++k) x[k] = t.input<T>(first + 1 + k);
-  for (int64_t left = t.n; left > 0;) {
-    const int deep = left >= kDeep * kLanes ? kDeep : 1;
-    const int64_t lanes = left < kLanes ? left : kLanes, whole = lanes & -kStep, rest = lanes - whole;
-    if (deep == kDeep)
-      add_rows<T, K, kDeep>(g, b, x, whole, acc);
-    else
-      add_rows<T, K, 1>(g, b, x, whole, acc);
-    if (rest > 0) {  // the last row ends within a step
-      T stage[K + 2][kStep];
-      const T* few[K];
-      for (int k = 0; k < K; ++k) few[k] = whole_steps(x[k] + whole, rest, stage[k]);
-      add_rows<T, K, 1>(whole_steps(g + whole, rest, stage[K]), whole_steps(b + whole, rest, stage[K + 1]), few, kStep,
-                        acc + whole);
-    }
-    for (int k = 0; k < K; ++k) x[k] += deep * kLanes;
-    g += deep * kLanes, b += deep * kLanes, left -= deep * kLanes;
-  }
-}
-
+// acc[k] += g (x[k] - b) for all models; the sums are in the order of T.
 template <class T>
 void add_narrow(const Tile& t, float* acc) {
-  for (int i = 0; i < t.models(); i += kTogether, acc += kTogether * kLanes) switch (t.models() - i) {
-      case 1:
-        add_tile<T, 1>(t, i, acc);
-        break;
-      case 2:
-        add_tile<T, 2>(t, i, acc);
-        break;
-      case 3:
-        add_tile<T, 3>(t, i, acc);
-        break;
-      default:
-        add_tile<T, kTogether>(t, i, acc);
-        break;
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int models = t.models(), inputs = models + 2;
+  for (int64_t e = 0; e < t.n; e += kStep) {
+    const int64_t m = t.n - e < kStep ? t.n - e : kStep;
+    if (e % kLine == 0)
+      for (int i = 0; i < inputs; ++i) __builtin_prefetch(t.input<T>(i) + e + kAhead);
+    T stage[kStep];
+    Lanes gradient, base, v, sum;
+    load16(whole_steps(t.input<T>(models + 1) + e, m, stage), gradient);
+    load16(whole_steps(t.input<T>(0) + e, m, stage), base);
+    float* to = acc + e % kLanes;
+    for (int k = 0; k < models; ++k, to += kLanes) {
+      load16(whole_steps(t.input<T>(k + 1) + e, m, stage), v);
+      load16(to, sum);
+      put16(sum + gradient * (v - base), to);
     }
+  }
 }
 
 // ---- by blocks --------------------------------------------------------------------------------------------

@@ -12,14 +12,6 @@ from tests.adamerging.digits import Reader, Setup
 GRID = np.arange(0.1, 1.01, 0.1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def outcome(seed, steps, rate, granularity="layer"):
     """Accuracy and entropy of the best task arithmetic and of what was learned, and the run."""
     setup = Setup(seed)
