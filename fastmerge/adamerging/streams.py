@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -19,13 +19,14 @@ from fastmerge.backends.choose import choose
 from fastmerge.dtypes import BY_NAME, DType
 from fastmerge.ops import blocks
 from fastmerge.ops.combine import USUAL, deltas_in_range
-from fastmerge.ops.segments import E0, F64, GROUP, HEADER, I64, LENGTH, OUT, TILE, Segments
+from fastmerge.ops.segments import E0, F64, GROUP, HEADER, I64, LENGTH, OUT, ROW, TILE, Segments
 from fastmerge.ops.tiles import number
 from fastmerge.runtime.devices import cores
 from fastmerge.runtime.workers import each
 
-PIECE = 64 * TILE
-"""Elements of a piece at most: enough for the caches to be bypassed by what is written."""
+WRITTEN, READ = 64 * TILE, 8 * TILE
+"""Elements of a piece at most: enough for the caches to be bypassed by what is written; and where nothing is, few
+enough for all cores to share a tensor."""
 
 FEW = 1 << 20
 """Elements below which a call is made by the calling thread alone."""
@@ -38,17 +39,17 @@ def dtype_of(tensor: torch.Tensor) -> DType:
 
 @dataclass
 class _Kind:
-    """Tensors of the same types: their pieces, and which rows of the table are whose.
+    """Tensors of the same types: their pieces.
 
     Attributes:
         dtypes: of the base and experts; results and gradients are of the base's.
-        table: ``[S, 7 + N + 2]`` pieces of the base, the experts and the gradient, whose addresses are still to come.
-        rows: of each tensor, by its number.
+        written: ``[S, 7 + N + 1]`` pieces of all tensors, whose results are still to come.
+        read: ``[S, 7 + N + 2]`` pieces of each tensor, by its number, whose gradients are still to come.
     """
 
     dtypes: tuple[DType, ...]
-    table: I64
-    rows: dict[int, slice]
+    written: I64
+    read: dict[int, I64]
 
 
 class Streams:
@@ -69,9 +70,9 @@ class Streams:
         self._kernels: Any = choose(str(home), backend, said=f"tensors on {home}").kernels
         self._launched = self._kernels is not None and self._kernels.launcher is not None
         self._kinds = self._bound()
-        self._kind_of = {p: k for k, kind in enumerate(self._kinds) for p in kind.rows}
+        self._kind_of = {p: k for k, kind in enumerate(self._kinds) for p in kind.read}
 
-    def __reduce__(self) -> str:
+    def __reduce__(self) -> NoReturn:
         """A copy would keep the addresses of tensors that are not its own."""
         raise TypeError("bound tensors cannot be copied or pickled: save coefficients, and bind anew")
 
@@ -84,20 +85,25 @@ class Streams:
         alike: dict[tuple[DType, ...], list[int]] = {}
         for p, group in enumerate(self.inputs):
             alike.setdefault(tuple(map(dtype_of, group)), []).append(p)
-        kinds = []
-        for dtypes, members in alike.items():
-            rows: list[list[int]] = []
-            spans: dict[int, slice] = {}
-            for p in members:
-                first, n = len(rows), self.inputs[p][0].numel()
-                addresses = [(x.data_ptr(), d.size) for x, d in zip(self.inputs[p], dtypes, strict=True)]
-                for e0 in range(0, n, PIECE):
-                    at = [address + e0 * size for address, size in addresses]
-                    rows.append([0, min(PIECE, n - e0), e0, n, 0, p, 0, *at, 0])
-                spans[p] = slice(first, len(rows))
-            table = np.array(rows, np.int64).reshape(len(rows), HEADER + len(dtypes) + 1)
-            kinds.append(_Kind(dtypes, table, spans))
-        return kinds
+        return [
+            _Kind(
+                dtypes,
+                np.concatenate([self._pieces(p, WRITTEN) for p in members]),
+                {p: np.pad(self._pieces(p, READ), ((0, 0), (0, 1))) for p in members},
+            )
+            for dtypes, members in alike.items()
+        ]
+
+    def _pieces(self, p: int, most: int) -> I64:
+        """Rows of tensor ``p``, of so many elements at most."""
+        group = self.inputs[p]
+        n = group[0].numel()
+        e0 = np.arange(0, n, most)
+        table = np.zeros((len(e0), HEADER + len(group)), np.int64)
+        table[:, E0], table[:, LENGTH], table[:, ROW], table[:, GROUP] = e0, np.minimum(most, n - e0), n, p
+        for i, x in enumerate(group):
+            table[:, HEADER + i] = x.data_ptr() + e0 * x.element_size()
+        return table
 
     def outputs(self) -> list[torch.Tensor]:
         """New tensors for results: of the base's types and shapes."""
@@ -120,9 +126,9 @@ class Streams:
         starts = np.array([x.data_ptr() for x in outputs], np.int64)
         work = []
         for kind in self._kinds:
-            table = np.ascontiguousarray(kind.table[:, :-1])
+            table = kind.written.copy()
             table[:, OUT] = starts[table[:, GROUP]] + table[:, E0] * kind.dtypes[0].size
-            work += self._shared(Segments(table, kind.dtypes, kind.dtypes[0]))
+            work += self._shared(Segments(table, kind.dtypes, kind.dtypes[0]), WRITTEN)
 
         def one(segments: Segments) -> None:
             self._kernels.combine(segments, coef, scale, delta=True, per_row=False)
@@ -167,7 +173,7 @@ class Streams:
         for k, which in mine.items():
             kind, of = self._kinds[k], [keys[i] for i in which]
             dense = [_plain(gradients[p], self.inputs[p][0]) for p in of]
-            rows = [kind.table[kind.rows[p]] for p in of]
+            rows = [kind.read[p] for p in of]
             table = np.concatenate(rows)
             if not len(table):
                 continue
@@ -176,7 +182,7 @@ class Streams:
             segments, _, tiles = number(Segments(table, (*kind.dtypes, kind.dtypes[0]), kind.dtypes[0]))
             partials = np.zeros((tiles, self.models))
             ends = np.cumsum([0, *(-(-self.inputs[p][0].numel() // TILE) for p in of)])
-            work += [(s, partials) for s in self._shared(segments)]
+            work += [(s, partials) for s in self._shared(segments, READ)]
             folds.append((which, partials, ends, dense))
 
         def one(call: tuple[Segments, F64]) -> None:
@@ -189,13 +195,13 @@ class Streams:
 
     # ---- who does it ----------------------------------------------------------------------------------------
 
-    def _shared(self, segments: Segments) -> list[Segments]:
+    def _shared(self, segments: Segments, least: int) -> list[Segments]:
         """A table in parts of about equal size, one per kernel call; in one where a call is a launch."""
         table = segments.table
         total = int(table[:, LENGTH].sum())
         if self._launched or total < FEW:
             return [segments] if len(table) else []
-        share = max(PIECE, -(-total // (4 * cores())))
+        share = max(least, -(-total // (4 * cores())))
         part = (np.cumsum(table[:, LENGTH]) - 1) // share
         cuts = np.flatnonzero(np.diff(part)) + 1
         return [replace(segments, table=np.ascontiguousarray(rows)) for rows in np.split(table, cuts)]

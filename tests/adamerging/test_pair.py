@@ -95,8 +95,9 @@ def test_work_in_parts_gives_the_same_bits(monkeypatch):
     coefficients = np.linspace(0.1, 1.0, 10).reshape(5, 2)
     gradients = {p: c.to(b.dtype) for p, (b, _, c) in enumerate(some) if p != 3}
     found = []
-    for piece, few in ((streams.PIECE, streams.FEW), (65_536, 1)):
-        monkeypatch.setattr(streams, "PIECE", piece)
+    for pieces, few in ((streams.WRITTEN, streams.FEW), (65_536, 1)):
+        monkeypatch.setattr(streams, "WRITTEN", pieces)
+        monkeypatch.setattr(streams, "READ", pieces)
         monkeypatch.setattr(streams, "FEW", few)
         bound = Streams([[b, *xs] for b, xs, _ in some])
         out = bound.outputs()
