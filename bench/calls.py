@@ -128,6 +128,13 @@ def gram(kernels: Any, f: Family, *, delta: bool = False, diff: bool = False) ->
     return lambda: kernels.gram(s, partials, delta=delta, diff=diff, per_row=False)
 
 
+def dot(kernels: Any, f: Family) -> Work:
+    """Inner products of a gradient, which lies where results would, with task vectors: ``N + 2`` values."""
+    s = segments(f, [f.base, *f.tuned, f.out], None)
+    partials = f.zeros(f.tiles, len(f.tuned), dtype="float64")
+    return lambda: kernels.dot(s, partials)
+
+
 def draw(f: Family, groups: int) -> tuple[Any, Any]:
     """Numbers of the models, and Bernoulli thresholds of one half."""
     import numpy as np

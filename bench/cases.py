@@ -116,6 +116,7 @@ ALL: dict[str, tuple[int, int, Callable[[Any, Family], Work]]] = {
     "gram": (3, 0, calls.gram),
     "gram delta": (3, 1, lambda k, f: calls.gram(k, f, delta=True)),
     "gram diff": (2, 0, lambda k, f: calls.gram(k, f, diff=True)),
+    "dot": (3, 2, calls.dot),
     "delta_keys": (3, 1, lambda k, f: calls.delta_keys(k, f, HOT)),
     "count": (3, 1, lambda k, f: count(k, f, drop=False)),
     "count dropped": (3, 1, lambda k, f: count(k, f, drop=True)),
@@ -126,7 +127,7 @@ ALL: dict[str, tuple[int, int, Callable[[Any, Family], Work]]] = {
     "consensus dare": (3, 2, lambda k, f: calls.consensus(k, f, drop=True)),
     "consensus dare_ties": (3, 2, lambda k, f: calls.consensus(k, f, drop=True, elect=True)),
 }
-"""Case to its fine-tunes, the tensors that it moves beside them (base, output), and how it is called."""
+"""Case to its fine-tunes, the tensors that it moves beside them (base, output, gradient), and how it is called."""
 
 BY_TYPE: dict[str, Sequence[int]] = {
     "combine": (1, 2, 3, 4, 8),
@@ -134,6 +135,7 @@ BY_TYPE: dict[str, Sequence[int]] = {
     "gram": (4, 8),
     "gram delta": (2,),
     "gram diff": (2,),
+    "dot": (4,),
 }
 """Cases that are measured for every type, with these numbers of fine-tunes."""
 

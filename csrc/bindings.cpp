@@ -59,7 +59,7 @@ void run(void (*kernel)(const Args&), const Args& args) {
   kernel(args);
 }
 
-// ---- combine, gram, fold --------------------------------------------------------------------------------
+// ---- combine, gram, dot, fold --------------------------------------------------------------------------------
 
 void combine(const py::array& table, const py::array& ins, int out_code, const py::array& coef, const py::array& scale,
              bool delta, bool per_row, const py::array& nonfinite, bool far) {
@@ -69,11 +69,9 @@ void combine(const py::array& table, const py::array& ins, int out_code, const p
   check_code(out_code, "out_code");
   CombineArgs a;
   a.table = check_table(table, ins, needs);
-  a.out_code = out_code;
   a.coef = data<double>(coef, "coef", {parameters, a.table.inputs});
   a.scale = data<double>(scale, "scale", {parameters, 2});
-  a.delta = delta;
-  a.per_row = per_row;
+  a.out_code = out_code, a.delta = delta, a.per_row = per_row;
   a.nonfinite = data<int64_t>(nonfinite, "nonfinite", {a.table.segments}, true);
   a.far = far;
   run(kernels().combine, a);
@@ -90,12 +88,21 @@ void gram(const py::array& table, const py::array& ins, const py::array& partial
   if (diff && m < 2) fail("diff: expected at least 2 vectors, got " + std::to_string(m));
   a.columns = m * (m + 1) / 2 + (diff ? 1 : 0);
   a.partials = data<double>(partials, "partials", {-1, a.columns}, true);
-  a.delta = delta;
-  a.diff = diff;
-  a.per_row = per_row;
+  a.delta = delta, a.diff = diff, a.per_row = per_row;
   const Scratch scratch = scratch_of(gram_scratch(a.table.inputs, a.columns, a.table.wide()));
   a.scratch = scratch.get();
   run(kernels().gram, a);
+}
+
+void dot(const py::array& table, const py::array& ins, const py::array& partials) {
+  DotArgs a;
+  Needs needs;
+  needs.partials = partials.ndim() == 2 ? partials.shape(0) : 0, needs.tiles = true, needs.base = 2;
+  a.table = check_table(table, ins, needs);
+  a.partials = data<double>(partials, "partials", {-1, a.table.inputs - 2}, true);
+  const Scratch scratch = scratch_of(dot_scratch(a.table.inputs, a.table.wide()));
+  a.scratch = scratch.get();
+  run(kernels().dot, a);
 }
 
 py::array_t<double> fold(const py::array& partials, const py::array& first) {
@@ -162,15 +169,13 @@ void count(const py::array& table, const py::array& ins, int round_code, bool dr
            const py::array& keys, const py::array& where, const py::array& used) {
   const Deltas deltas{round_code, drop, model_index, bern};
   Needs needs;
-  needs.parameters = deltas.parameters();
+  needs.parameters = deltas.parameters(), needs.tiles = true, needs.base = 1;
   needs.partials = counts.ndim() == 3 ? counts.shape(0) : 0;
-  needs.tiles = true, needs.base = 1;
   CountArgs a;
   a.table = check_table(table, ins, needs);
   const int64_t n = a.table.inputs - 1, p = needs.parameters;
   a.deltas = deltas.checked(n);
-  a.lo = data<uint64_t>(lo, "lo", {p, n});
-  a.hi = data<uint64_t>(hi, "hi", {p, n});
+  a.lo = data<uint64_t>(lo, "lo", {p, n}), a.hi = data<uint64_t>(hi, "hi", {p, n});
   a.counts = data<int64_t>(counts, "counts", {-1, n, 4}, true);
   a.cap = keys.ndim() == 2 ? keys.shape(1) : 0;
   a.keys = keys_data(keys, "keys", {n, a.cap}, a.table.wide());
@@ -213,8 +218,7 @@ void l1(const py::array& table, const py::array& ins, int round_code, bool drop,
   L1Args a;
   a.table = check_table(table, ins, needs);
   a.keep = keep.checked(a.table.inputs - 1);
-  a.keep.bits = bits_data(bits, a.table, !given);
-  a.keep.given = given;
+  a.keep.bits = bits_data(bits, a.table, !given), a.keep.given = given;
   a.sums = data<double>(sums, "sums", {-1, a.table.inputs - 1, 2}, true);
   run(kernels().l1, a);
 }
@@ -230,8 +234,7 @@ void votes(const py::array& table, const py::array& ins, int round_code, bool dr
   VotesArgs a;
   a.table = check_table(table, ins, needs);
   a.keep = keep.checked(a.table.inputs - 1);
-  a.elect = elect;
-  a.split = split;
+  a.elect = elect, a.split = split;
   a.f = data<double>(f, "f", {needs.parameters, a.table.inputs - 1, 3});
   a.counts = data<int64_t>(counts, "counts", {-1, 2}, true);
   run(kernels().votes, a);
@@ -377,6 +380,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("combine", combine, arg("table"), arg("ins"), arg("out_code"), arg("coef"), arg("scale"), arg("delta"),
         arg("per_row"), arg("nonfinite"), arg("far") = false);
   m.def("gram", gram, arg("table"), arg("ins"), arg("partials"), arg("delta"), arg("diff"), arg("per_row"));
+  m.def("dot", dot, arg("table"), arg("ins"), arg("partials"));
   m.def("fold", fold, arg("partials"), arg("first"));
   m.def("delta_keys", delta_keys, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("model_index"),
         arg("bern"), arg("out"));

@@ -27,7 +27,7 @@ struct Needs {
   int out_code = -1;        // type of the output; -1: none
   bool by_row = false;      // parameter row and tiles go by row
   bool tiles = false;       // pieces start where a tile does
-  int64_t base = 0;         // 1 where input 0 is a base: one more input at least
+  int64_t base = 0;         // 1 where input 0 is a base, 2 where the last is a gradient as well: one more at least
 };
 
 [[noreturn]] inline void fail_at(int64_t s, const std::string& what) {

@@ -73,6 +73,16 @@ constexpr int64_t gram_scratch(int64_t inputs, int64_t columns, bool wide) {
   return (columns * kLanes + (inputs + 1) * 2048) * (wide ? 8 : 4);
 }
 
+// Products of a gradient, the last input, with x_i - x_0.
+struct DotArgs {
+  Table table;
+  double* partials;  // [R, N], N = inputs - 2
+  void* scratch;     // dot_scratch() bytes, 64-byte aligned
+};
+constexpr int64_t dot_scratch(int64_t inputs, bool wide) {
+  return ((inputs - 2) * kLanes + 3 * kBlock) * (wide ? 8 : 4);
+}
+
 // Ordered fp64 sums of the row ranges [first[g], first[g + 1]) of partials.
 struct FoldArgs {
   const double* partials;  // [R, columns]
@@ -217,6 +227,7 @@ struct Kernels {
   const char* name;
   void (*combine)(const CombineArgs&);
   void (*gram)(const GramArgs&);
+  void (*dot)(const DotArgs&);
   void (*fold)(const FoldArgs&);
   void (*delta_keys)(const DeltaKeysArgs&);
   void (*count)(const CountArgs&);
@@ -234,6 +245,7 @@ struct Kernels {
   namespace isa {                                                                               \
   void combine(const CombineArgs&);                                                             \
   void gram(const GramArgs&);                                                                   \
+  void dot(const DotArgs&);                                                                     \
   void fold(const FoldArgs&);                                                                   \
   void delta_keys(const DeltaKeysArgs&);                                                        \
   void count(const CountArgs&);                                                                 \

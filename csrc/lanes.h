@@ -65,6 +65,11 @@ FM_LANES Lanes operator*(float c, const Lanes& a) {
   for (int i = 0; i < kParts; ++i) r.v[i] = a.v[i] * c;
   return r;
 }
+FM_LANES Lanes operator*(const Lanes& a, const Lanes& b) {
+  Lanes r;
+  for (int i = 0; i < kParts; ++i) r.v[i] = a.v[i] * b.v[i];
+  return r;
+}
 FM_LANES Lanes operator/(const Lanes& a, float c) {
   Lanes r;
   for (int i = 0; i < kParts; ++i) r.v[i] = a.v[i] / c;

@@ -21,6 +21,7 @@ from fastmerge.errors import (
 from fastmerge.version import __version__
 
 if TYPE_CHECKING:
+    from fastmerge.adamerging import AdaMerging, AdaMergingConfig, MergedModule, learned_soup
     from fastmerge.api.experts import replicate_experts
     from fastmerge.api.merge import merge, plan
     from fastmerge.api.task_vectors import (
@@ -39,7 +40,10 @@ if TYPE_CHECKING:
     from fastmerge.session import Session
 
 _LAZY = {
+    "AdaMerging": "adamerging",
+    "AdaMergingConfig": "adamerging",
     "Checkpoint": "checkpoint",
+    "MergedModule": "adamerging",
     "Plan": "planning",
     "Recipe": "recipe",
     "Report": "report",
@@ -48,6 +52,7 @@ _LAZY = {
     "compute_task_vector": "api.task_vectors",
     "dare_sparsify": "api.task_vectors",
     "dare_ties_merge": "api.task_vectors",
+    "learned_soup": "adamerging",
     "merge": "api.merge",
     "merge_state_dicts": "api.tensors",
     "merge_tensors": "api.tensors",
@@ -58,12 +63,15 @@ _LAZY = {
 }
 
 __all__ = [
+    "AdaMerging",
+    "AdaMergingConfig",
     "BackendUnavailable",
     "BudgetError",
     "Checkpoint",
     "CheckpointError",
     "FastMergeError",
     "Interrupted",
+    "MergedModule",
     "OutputError",
     "Plan",
     "Recipe",
@@ -76,6 +84,7 @@ __all__ = [
     "compute_task_vector",
     "dare_sparsify",
     "dare_ties_merge",
+    "learned_soup",
     "merge",
     "merge_state_dicts",
     "merge_tensors",

@@ -46,6 +46,12 @@ def gram(table: _I64, ins: _I32, partials: _F64, delta: bool, diff: bool, per_ro
     Columns: the upper triangle by rows, then ``sum (x0 - x1)^2`` with ``diff``.
     """
 
+def dot(table: _I64, ins: _I32, partials: _F64) -> None:
+    """``sum g (x_i - x_0)`` of every tile into partials [R, N], N = M - 2, from row ``stats`` of each segment on.
+
+    Input 0 is the base, the last is the gradient g; products in the work type, sums in the written order.
+    """
+
 def fold(partials: _F64, first: _I64) -> _F64:
     """Ordered fp64 sums of the rows [first[g], first[g + 1]): [G, columns]."""
 

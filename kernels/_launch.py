@@ -34,6 +34,7 @@ CONFIGS: dict[str, dict[str, int]] = {
     "delta_keys": {"BLOCK": 2048, "num_warps": 4},
     # Tile kernels: one program per tile of 65,536, 2048 lanes a step. 8 warps hold 8 lanes per thread and column.
     "gram": {"BLOCK": LANES, "num_warps": 8},
+    "dot": {"BLOCK": LANES, "num_warps": 8},
     "l1": {"BLOCK": LANES, "num_warps": 8},
     "count": {"BLOCK": LANES, "num_warps": 8},
     "votes": {"BLOCK": LANES, "num_warps": 8},
@@ -46,6 +47,9 @@ INTERPRETER_BLOCK = 16_384
 
 GRAM_PAIRS = 10
 """Inner products of one launch: 10 columns (four inputs) keep 80 running sums a thread, within 128 registers."""
+
+DOT_MODELS = 8
+"""Models of one launch of a gradient's inner products: one running sum each, as many registers as eight pairs."""
 
 L1_MODELS = 4
 """Models of one launch of the L1 sums: two running sums each."""

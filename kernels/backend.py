@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from . import combine, consensus, count, delta_keys, gram, kth, l1, selection, votes
+from . import combine, consensus, count, delta_keys, dot, gram, kth, l1, selection, votes
 from ._call import INTERPRETED, Call, Gpu, Place
 from ._keep import Keep, cuts
 from ._launch import I64, bounds
@@ -124,6 +124,14 @@ class TritonKernels:
         about = {"delta": bool(delta), "diff": bool(diff), "per_row": bool(per_row)}
         for walk in types.tiles(s.table, "gram", per_row=per_row):
             gram.gram(call, out, table, walk, **about, **types.about)
+        self._finish(call, (out, partials))
+
+    def dot(self, segments: Any, partials: Any) -> None:
+        """``sum g (x_i - b)`` of every tile into ``partials [R, N]``, from row ``stats`` of each piece on."""
+        s, types, call = segments, Types(segments.dtypes), Call(self.gpu)
+        out, table = self._out(call, partials), call.put(s.table)
+        for walk in types.tiles(s.table, "dot"):
+            dot.dot(call, out, table, walk, **types.about)
         self._finish(call, (out, partials))
 
     @staticmethod

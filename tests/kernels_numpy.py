@@ -171,6 +171,14 @@ class NumpyKernels:
                 partials[p.stats + number] = sums
 
     @quiet
+    def dot(self, segments, partials):
+        for p in pieces(segments):
+            base, *others, gradient = p.x
+            for number, start in enumerate(range(0, p.n, TILE)):
+                part = slice(start, start + TILE)
+                partials[p.stats + number] = [tile_sum(gradient[part] * (x[part] - base[part])) for x in others]
+
+    @quiet
     def fold(self, partials, first):
         out = np.zeros((len(first) - 1, partials.shape[1]))
         for g in range(len(first) - 1):

@@ -69,6 +69,10 @@ class NativeKernels:
         """Inner products of every tile."""
         self._native.gram(segments.table, codes(segments), partials, delta, diff, per_row)
 
+    def dot(self, segments: Segments, partials: F64) -> None:
+        """Inner products of a gradient with the task vectors of every tile."""
+        self._native.dot(segments.table, codes(segments), partials)
+
     def fold(self, partials: F64, first: I64) -> F64:
         """Ordered fp64 sums of row ranges."""
         out: F64 = self._native.fold(partials, first)

@@ -162,6 +162,20 @@ def gram(values: Sequence[torch.Tensor], *, diff: bool = False) -> npt.NDArray[n
     return np.stack([c.reshape(-1).numpy() for c in columns], axis=1)
 
 
+def dot(inputs: Sequence[torch.Tensor], gradient: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Family dot: ``sum g (x_i - b)``.
+
+    Args:
+        inputs: of the work type, flat, the base first.
+        gradient: g, likewise.
+
+    Returns:
+        fp64 ``[N]``.
+    """
+    base, *others = inputs
+    return np.array([ordered_sum(gradient * (x - base)).item() for x in others])
+
+
 def keys(d: torch.Tensor) -> Keys:
     """Magnitudes as integers of the same order; every NaN is the same one, above infinity.
 

@@ -171,6 +171,9 @@ class Kernels(Protocol):
     def gram(self, segments: Segments, partials: F64, *, delta: bool, diff: bool, per_row: bool) -> None:
         """Inner products of every tile into ``partials [R, pairs]``, from row ``stats`` of each segment on."""
 
+    def dot(self, segments: Segments, partials: F64) -> None:
+        """``sum g (x_i - b)`` of every tile into ``partials [R, N]``; the base is input 0, the gradient the last."""
+
     def fold(self, partials: F64, first: I64) -> F64:
         """Ordered fp64 sums of the row ranges that start at ``first [G + 1]``: ``[G, C]``."""
 

@@ -81,6 +81,15 @@ void gram(Arguments& a) {
   kernels().gram(g);
 }
 
+void dot(Arguments& a) {
+  DotArgs d{};
+  d.table = a.table();
+  d.partials = a.array<double>();
+  const Scratch scratch = scratch_of(dot_scratch(d.table.inputs, d.table.wide()));
+  d.scratch = scratch.get();
+  kernels().dot(d);
+}
+
 void fold(Arguments& a) {
   FoldArgs f{};
   f.partials = a.array<double>(nullptr, &f.columns);
@@ -130,6 +139,8 @@ bool run(const char* name, Arguments a, Answer& answer) {
     k.combine({a.table(), a.word(), a.array<double>(), a.array<double>(), a.flag(), a.flag(), a.array<int64_t>()});
   else if (is("gram"))
     gram(a);
+  else if (is("dot"))
+    dot(a);
   else if (is("fold"))
     fold(a);
   else if (is("delta_keys"))

@@ -25,7 +25,7 @@ ARENA, PAGE, GUARD, FREE = 1 << 40, 4096, 64, b"\xa5"
 TRANSFERS = {"read_some": 2, "write_some": 2, "read_past": 3}
 TABLELESS = ("fold", "philox_u16", "count_nonfinite", "apart", "peel")
 KERNELS = (
-    "combine", "gram", "delta_keys", "count", "kth", "l1", "votes", "consensus", "replicate", *TABLELESS,
+    "combine", "gram", "dot", "delta_keys", "count", "kth", "l1", "votes", "consensus", "replicate", *TABLELESS,
 )  # fmt: skip
 
 

@@ -75,6 +75,13 @@ def test_gram_of_special_values_and_fold(arm):
     assert arm.unlike() == []
 
 
+@pytest.mark.parametrize("kinds", [(3,), (2,), (1,), (0, 3, 1, 2)], ids=str)
+def test_dot(arm, kinds):
+    test_native.test_dot(kinds)
+    test_native.test_dot_of_special_values_and_any_chunking()
+    assert arm.unlike() == []
+
+
 @pytest.mark.parametrize("code", [2, 3])
 def test_conversions(arm, code):
     test_native_values.test_all_16_bit_patterns_round_trip(code)

@@ -349,3 +349,55 @@ def test_gram_refuses_pieces_off_a_tile_and_short_partials():
         _native.gram(np.array([row], np.int64), ins, np.zeros((1, 2)), False, True, False)
     with pytest.raises(ValueError, match="first"):
         _native.fold(np.zeros((2, 1)), np.array([0, 3]))
+
+
+def dots(x):
+    base, *others, gradient = x
+    parts = [slice(s, s + TILE) for s in range(0, len(base), TILE)]
+    return np.array([[tile_sum(gradient[p] * (v[p] - base[p])) for v in others] for p in parts])
+
+
+@pytest.mark.parametrize("kinds", DTYPES, ids=str)
+def test_dot(kinds):
+    """One to nine models, in registers and by blocks: every tail of a tile, a row of lanes and a step."""
+    rng = np.random.default_rng(len(kinds))
+    for m in (3, 4, 5, 6, 7, 11):
+        sizes = [1, 15, 300, 2048, 0, 10_007, 65_536, 70_007]
+        b = Batch(tuple((kinds * 11)[:m]), sizes, 1, rng, special=False)
+        b.table[:, 6] = np.cumsum([0] + [-(-n // TILE) for n in sizes[:-1]])
+        partials = np.full((8, m - 2), np.nan)
+        _native.dot(b.table, b.ins, partials)
+        expected = np.concatenate([dots(b.x(s)) for s, n in enumerate(sizes) if n])
+        assert np.array_equal(partials, expected), m
+
+
+def test_dot_of_special_values_and_any_chunking():
+    rng = np.random.default_rng(4)
+    odd = Batch((3, 3, 3), [4000], 1, rng)
+    partials = np.zeros((1, 1))
+    _native.dot(odd.table, odd.ins, partials)
+    assert (bits(partials) == 0x7FF8000000000000).all()
+    b = Batch((3, 3, 3, 3), [3 * TILE + 77], 1, rng, special=False)
+    whole, parts = np.zeros((4, 2)), np.zeros((4, 2))
+    _native.dot(b.table, b.ins, whole)
+    assert np.array_equal(whole, dots(b.x(0)))
+    table = np.repeat(b.table, 2, 0)
+    table[:, 1], table[1, 2], table[1, 6] = (TILE, 2 * TILE + 77), TILE, 1
+    table[1, 7:] += 2 * TILE
+    _native.dot(table[::-1].copy(), b.ins, parts)
+    assert np.array_equal(whole, parts)
+
+
+def test_dot_refuses_what_it_cannot_read():
+    x = np.ones(TILE, np.float32)
+    row = [0, TILE, 0, TILE, 0, 0, 0, *[x.ctypes.data] * 3]
+    ins, out = np.ones(3, np.int32), np.zeros((1, 1))
+    for column, value in [(2, 5), (6, 1), (7, 0), (9, 3)]:
+        bad = np.array([row], np.int64)
+        bad[0, column] = value
+        with pytest.raises(ValueError, match=r"tile|partials|address"):
+            _native.dot(bad, ins, out)
+    with pytest.raises(ValueError, match="3 inputs"):
+        _native.dot(np.array([row[:-1]], np.int64), ins[:2].copy(), out)
+    with pytest.raises(ValueError, match="partials"):
+        _native.dot(np.array([row], np.int64), ins, np.zeros((1, 2)))

@@ -27,7 +27,7 @@ def test_every_bench_runs_and_every_kernel_has_some():
     assert done.returncode == 0, done.stdout[-3000:]
     ran = [line.removeprefix("PASSED bench/") for line in done.stdout.splitlines() if line.startswith("PASSED")]
     kernels = {re.split(r"[\[\] ]", name)[1] for name in ran if "::test_cold" in name}
-    assert kernels == {"combine", "gram", "delta_keys", "count", "l1", "votes", "consensus", "replicate"}
+    assert kernels == {"combine", "gram", "dot", "delta_keys", "count", "l1", "votes", "consensus", "replicate"}
     assert {name.split("::")[0] for name in ran} == {p.name for p in (ROOT / "bench").glob("test_*.py")}
 
 

@@ -49,7 +49,7 @@ TILE = 65_536
 FLAT = ("combine", "consensus", "ties", "delta_keys")
 """Kernels that work on one block."""
 
-TILED = ("gram", "l1", "votes", "count", "cuts")
+TILED = ("gram", "dot", "l1", "votes", "count", "cuts")
 """Kernels whose main loop works on a tile."""
 
 # Registers: 64 let 1024 threads share a multiprocessor, 80 let 768, 128 let 512: with the 32 bytes per input that a
@@ -162,13 +162,20 @@ def per_element(family: str, constants: dict, graph: Graph, threads: int) -> flo
     if family not in TILED or graph.main is None:
         return 0.0
     sizes = [(8, 4, 2, 2)[(constants["CODES"] >> (4 * i)) & 15] for i in range(constants["M"])]
-    if family == "l1":
-        sizes = sizes[:1] + sizes[1 + constants["FROM"] : 1 + constants["TO"]]
+    if family in ("l1", "dot"):
+        others = sizes[1 + constants["FROM"] : 1 + constants["TO"]]
+        sizes = [sizes[0], *others, *(sizes[-1:] if family == "dot" else [])]
     elements = constants["BLOCK"] / threads
     steps = max(1, int(graph.main.nbytes / (elements * sum(sizes))))
     trips = TILE / constants["BLOCK"] / steps
     around = 8 / constants["WORDS"] if family == "count" else 1
     return graph.issued(trips, around) / (TILE / threads)
+
+
+def loaded(family: str, constants: dict) -> int:
+    """Inputs that a launch reads."""
+    some = constants["TO"] - constants["FROM"] if family in ("l1", "dot") else 0
+    return {"l1": some + 1, "dot": some + 2}.get(family, constants["M"])
 
 
 def tool(name: str, *args: str) -> str:
@@ -252,7 +259,7 @@ def inspect(name: str, constants: dict, kernel, arch: int) -> Found:
     if constants.get("UNMASKED") and not constants.get("WIDE"):
         if registers > cap(family, constants):
             bad.append(f"{registers} registers, cap {cap(family, constants)}")
-        inputs = constants["TO"] - constants["FROM"] + 1 if family == "l1" else constants["M"]
+        inputs = loaded(family, constants)
         if wide < inputs * constants.get("STEPS", 1):
             bad.append(f"{wide} loads of 128 bits for {inputs} inputs")
         if any(load_bytes(t) in (1, 2) for t in main):

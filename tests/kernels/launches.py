@@ -34,6 +34,9 @@ def launches(only: str):
 
         return call
 
+    def dot(k, c):
+        k.dot(c.segments, np.zeros((9, c.n - 1)))
+
     def keep(c, words):
         args = c.keep_args(words)
         if "spread" not in words:
@@ -81,6 +84,8 @@ def launches(only: str):
         plan += [("consensus", d, consensus("index cut", ties)), ("consensus", d, consensus("drop", dare))]
         plan += [("consensus", d, consensus("drop", ties)), ("l1", d, l1("drop")), ("l1", d, l1("all"))]
         plan += [("votes", d, votes), ("delta_keys", d, delta_keys)]
+    plan += [("dot", (code,) * (n + 2), dot) for code in (3, 2, 1) for n in (2, 4)]
+    plan += [("dot", codes, dot) for codes in ((3,) * 10, (1, 3, 3, 1), (1,) * 10, (1, 0, 1))]
     plan += [("consensus", (3,) * 9, consensus(*c)) for c in (("all", ties), ("drop", dare))]
     d = (3, 3, 3)
     plan += [("gram", (3, 3), gram(False, True)), ("consensus", d, consensus("spread", ties))]
@@ -89,7 +94,7 @@ def launches(only: str):
     plan += [("gram", (3, 0), gram(False)), ("consensus", (0, 3, 3), consensus("all", ties))]
     tails = [("combine", d, combine(True)), ("gram", d, gram(True)), ("consensus", d, consensus("index", ties))]
     tails += [("count", d, count()), ("l1", d, l1("drop index")), ("votes", d, votes), ("delta_keys", d, delta_keys)]
-    tails += [("consensus", d, consensus("drop spread", ties))]
+    tails += [("consensus", d, consensus("drop spread", ties)), ("dot", (3,) * 4, dot)]
 
     def everything(kernels):
         for name, codes, call in plan:

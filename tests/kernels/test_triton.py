@@ -147,6 +147,24 @@ def test_gram(codes, sizes, delta, diff, shift):
     assert apart(got, want) == []
 
 
+@pytest.mark.parametrize(
+    ("codes", "sizes", "shift"),
+    [
+        ((3, 3, 3, 3), (65_536 + 2048, 0, 5), 0),
+        ((2, 2, 2), (4097,), 0),
+        ((1, 3, 3, 1), (2050,), 1),
+        ((1, 0, 1), (2048,), 0),
+        ((3,) * 11, (2048, 9), 0),  # nine models: two launches
+    ],
+)
+def test_dot(codes, sizes, shift):
+    case = Case(codes, sizes=sizes, shift=shift)
+    got, want = np.full((2, case.tiles, len(codes) - 2), 7.0)
+    TRITON.dot(case.segments, got)
+    NUMPY.dot(case.segments, want)
+    assert apart(got, want) == []
+
+
 @pytest.mark.parametrize("row", [3, 2048, 65_536 + 8])
 def test_gram_by_row(row):
     case = Case((3, 3), sizes=(2 * row, row), row=row)
