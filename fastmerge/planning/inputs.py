@@ -144,7 +144,8 @@ class Inputs:
         """Notes that a tensor is left out, for each model that has it."""
         for ref, info in zip(sources.refs, found, strict=True):
             if info is not None:
-                self.dropped.setdefault(str(ref), {}).setdefault(rule, []).append(info.name)
+                names = self.dropped.setdefault(str(ref), {}).setdefault(rule, [])
+                names += self.models.sources[ref].files(info)
 
     def _note(self, what: str, refs: Sequence[str], name: str) -> None:
         self._notes.setdefault((what, tuple(refs)), []).append(name)

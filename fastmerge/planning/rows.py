@@ -17,6 +17,7 @@ from fastmerge.recipe import ModelRef, Part, Recipe
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint, TensorInfo
     from fastmerge.checkpoint.adapter import Adapter
+    from fastmerge.planning.layouts import Relaid
     from fastmerge.planning.modules import Modules
 
 
@@ -65,8 +66,9 @@ class Models:
         """
         refs = list(dict.fromkeys(s.model for part in recipe.parts for s in part.sources))
         first = recipe.base_model if recipe.base_model in refs else refs[0]
+        layout = recipe.layout or "base"
         self.alike = all(self._tensors[ref].keys() == self._tensors[first].keys() for ref in refs)
-        if self.alike:
+        if self.alike and layout == "base" and self._same_stacks(refs, first):
             return []
         out, problems = [], []
         for ref in refs:
@@ -74,6 +76,9 @@ class Models:
             if names is not None:
                 self._tensors[ref] = {names[n]: info for n, info in self._tensors[ref].items()}
                 out.append(f"{str(ref)!r}: names are read without what wrappers left ('module.', '_orig_mod.')")
+        from fastmerge.planning.layouts import relay
+
+        out += relay(self, [first, *(ref for ref in refs if ref != first)], layout)
         whole = self._tensors[first]
         for ref in refs:
             own = self._tensors[ref]
@@ -101,6 +106,16 @@ class Models:
         """Gives tensors of a model the shapes in which they go in, with rows for other tokens."""
         tensors = self._tensors[ref]
         self._tensors[ref] = {**tensors, **{n: tensors[n]._replace(shape=shape) for n, shape in shapes.items()}}
+
+    def _same_stacks(self, refs: Sequence[ModelRef], first: ModelRef) -> bool:
+        """Whether fused experts of models with the same names have the same shapes: some are stored transposed."""
+        stacks = [n for n in self._tensors[first] if n.endswith("experts.gate_up_proj")]
+        return all(self._tensors[r][n].shape == self._tensors[first][n].shape for r in refs for n in stacks)
+
+    def relay(self, ref: ModelRef, done: Relaid) -> None:
+        """Gives a model the tensors that it has in another layout of its experts."""
+        self._tensors[ref] = done.tensors
+        self.sources[ref].relay(done.made)
 
     def config(self, ref: ModelRef) -> Mapping[str, Any]:
         """Its config.json."""
