@@ -300,7 +300,8 @@ def _extras(planned: Plan, writer: Writer, report: Report) -> None:
         writer.add("mergekit_config.yml", text.encode())
         method = next((op.spec.method for op in planned.ops if op.spec.grain != "copy"), None)
         name, formula, paper = (method.name, method.formula, method.paper) if method else ("passthrough", "copy", "")
-        writer.add("README.md", card(Path(report.out).name, name, formula, paper, names.shown, text).encode())
+        title = Path(report.out).name
+        writer.add("README.md", card(title, name, formula, paper, names.shown, text, names.licences).encode())
     writer.sync()
     checksums = [list(c) for c in writer.checksums()]
     facts = {"features": writer.features, "checksums": checksums, "files": writer.files()}

@@ -44,6 +44,9 @@ _STACKS = (
 _WOVEN = ("gpt_oss",)
 """Model types whose rows of gate and up alternate, where a stack holds both: shapes cannot tell."""
 
+_TURNED = ("gpt_oss", "llama4")
+"""Model types whose stacks are ``[E, in, out]``, for models that hold no stack which would tell."""
+
 _PARENTS = dict.fromkeys(("mixtral", "phimoe", "minimax", "minimax_m2"), ("block_sparse_moe", "mlp"))
 """Model types that call the module of the experts otherwise where each has tensors of its own, and where not."""
 
@@ -204,7 +207,9 @@ def other(spelling: Spelling, types: Sequence[str], *, fused: bool) -> Spelling:
         parent = new if fused else old
     path = f"{parent}.experts" if parent else "experts"
     if fused:
-        return Spelling(path, (), next(s[:2] for s in _STACKS if s[2] == spelling.gated), spelling.gated)
+        stacks = next(s[:2] for s in _STACKS if s[2] == spelling.gated)
+        turned, woven = (any(t.startswith(kinds) for t in types) for kinds in (_TURNED, _WOVEN))
+        return Spelling(path, (), stacks, spelling.gated, turned, woven)
     roles = next(r for r in _ROLES[1 if old else 0 :] if (GATE in r.values()) == spelling.gated)
     return Spelling(path, tuple(roles.items()), gated=spelling.gated)
 

@@ -72,6 +72,7 @@ class Inputs:
             str(r): s.dropped for r, s in models.sources.items() if s.dropped
         }
         self._tying = Tying(recipe, models, self.sources)
+        self._beyond: dict[tuple[ModelRef, ModelRef], frozenset[str]] = {}
         self._may_lack: dict[tuple[ModelRef, ModelRef], frozenset[str]] = {}
         self._notes: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         self._lost: dict[tuple[str, ...], list[str]] = {}
@@ -189,6 +190,13 @@ class Inputs:
                 self._leave(sources, found, why)
                 return nothing, False
             return self._rest(row, sources, found, refs, f"{why}: ") or self._only(sources, found)
+        if sources.base in absent and all(
+            sources.name(row, i) in self._more(sources, i) for i, f in enumerate(found) if f is not None
+        ):
+            why = f"a part that {reference!r} does not have"
+            self._note(f"not in the output: {why}", refs, row.name)
+            self._leave(sources, found, why)
+            return nothing, False
         if all(sources.name(row, i) in self._may(sources, i) for i in absent):
             partial = self._rest(row, sources, found, refs, f"a part of {reference!r}: ")
             if partial is not None:
@@ -249,6 +257,18 @@ class Inputs:
             gone |= {n for n in whole.keys() - there if self._headless(n, part)}
             self._may_lack[key] = frozenset(whole.keys() - there - gone)
         return self._may_lack[key]
+
+    def _more(self, sources: Sources, i: int) -> frozenset[str]:
+        """Names of a source of which the reference is a part: its vision tower, where the other has text only."""
+        key = sources.refs[sources.first], sources.refs[i]
+        if key not in self._beyond:
+            part, whole = sources.tensors[sources.first], sources.tensors[i]
+            frame, config = self.models.structure(key[1]), self.models.config(key[0])
+            more = whole.keys() - part.keys()
+            there = set(part) | {n for n in more if optional(n, whole[n], frame) or self._tied(n, part, config)}
+            apart = len(frame.stacks) > 1 and part.keys() <= whole.keys() and not lost(whole, frame, there, like=False)
+            self._beyond[key] = frozenset(more if apart else ())
+        return self._beyond[key]
 
     def _tied(self, name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, object]) -> bool:
         """Whether a model has a tensor that is tied to one of this name."""

@@ -67,6 +67,10 @@ def relay(models: Models, refs: Sequence[ModelRef], wanted: Layout) -> list[str]
         fused, types = wanted == "fused", model_types(models.config(first))
         frame = list(dict.fromkeys(_chosen(s, others, types, fused=fused) for s in frame))
     out = []
+    if wanted != "base" and not frame:
+        out.append(f"layout: {wanted}: {str(first)!r} has no experts that a layout could be chosen for")
+    if wanted == "per-expert" and any(s.turned or s.stacks[:1] == ("input_linear.weight",) for s in others):
+        out.append("layout: per-expert: transformers reads the experts of this model type from stacks alone")
     for ref in refs:
         done = _relaid(models.tensors(ref), experts[ref], frame, _beside(models.tensors(first), experts[first]))
         if done is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.checkpoint import of_fields
+from fastmerge.dtypes import F32
 from fastmerge.errors import CheckpointError, RecipeError, ShapeError
-from fastmerge.planning.layers import Layers, headless, incomplete, sizes
+from fastmerge.planning.layers import Layers, displaced, headless, incomplete, sizes
 from fastmerge.planning.names import align, kind, unwrapped
 from fastmerge.planning.sources import ModelSources
 from fastmerge.planning.structure import Stack, Structure, is_last_norm, is_post, is_pre, roots, structure
@@ -116,6 +118,15 @@ class Models:
         """Gives a model the tensors that it has in another layout of its experts."""
         self._tensors[ref] = done.tensors
         self.sources[ref].relay(done.made)
+
+    def exact(self, ref: ModelRef) -> frozenset[str]:
+        """Tensors that a model of 16-bit floats holds in float32 all the same, as they lose too much by rounding."""
+        sizes: Counter[str] = Counter()
+        for info in self.checkpoints[ref].tensors.values():
+            sizes[info.dtype.name] += info.nbytes
+        if not sizes["float32"] or 2 * (sizes["bfloat16"] + sizes["float16"]) < sizes["float32"]:
+            return frozenset()
+        return frozenset(n for n, i in self.tensors(ref).items() if i.dtype is F32)
 
     def config(self, ref: ModelRef) -> Mapping[str, Any]:
         """Its config.json."""
@@ -285,7 +296,9 @@ class _Slicer:
         """
         models = {str(ref): self.models.layers(ref, stack) for ref, stack in self.stacks.items()}
         found = [(str(ref), layer, suffixes) for (ref, layer), suffixes in zip(layers, self.made, strict=True)]
-        problems = incomplete(models, found) + headless(models, self.made[0]) if self.strict else []
+        problems = []
+        if self.strict:
+            problems = incomplete(models, found) + headless(models, self.made[0]) + displaced(models, found)
         if problems:
             raise CheckpointError(problems)
         tensors = {str(ref): self.models.tensors(ref) for ref in self.stacks}
