@@ -15,6 +15,7 @@ Granite                     ``input_linear.weight``, ``output_linear.weight`` as
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -111,8 +112,7 @@ class Experts(NamedTuple):
 
     def of(self, role: str, expert: int, *, bias: bool = False) -> str:
         """The tensor of one expert, where each has its own."""
-        leaf = next(leaf for leaf, own in self.spelling.roles if own == role)
-        return f"{self._module}.{expert}.{leaf}.{'bias' if bias else 'weight'}"
+        return f"{self._module}.{expert}.{_leaf(self.spelling.roles, role)}.{'bias' if bias else 'weight'}"
 
     def stack(self, role: str, *, bias: bool = False) -> str:
         """The stack that holds a role."""
@@ -212,6 +212,11 @@ def other(spelling: Spelling, types: Sequence[str], *, fused: bool) -> Spelling:
         return Spelling(path, (), stacks, spelling.gated, turned, woven)
     roles = next(r for r in _ROLES[1 if old else 0 :] if (GATE in r.values()) == spelling.gated)
     return Spelling(path, tuple(roles.items()), gated=spelling.gated)
+
+
+@functools.cache
+def _leaf(roles: tuple[tuple[str, str], ...], role: str) -> str:
+    return next(leaf for leaf, own in roles if own == role)
 
 
 def _split(module: str) -> tuple[str, str]:

@@ -71,8 +71,11 @@ def relay(models: Models, refs: Sequence[ModelRef], wanted: Layout) -> list[str]
         out.append(f"layout: {wanted}: {str(first)!r} has no experts that a layout could be chosen for")
     if wanted == "per-expert" and any(s.turned or s.stacks[:1] == ("input_linear.weight",) for s in others):
         out.append("layout: per-expert: transformers reads the experts of this model type from stacks alone")
+    beside: dict[str, tuple[int, ...]] | None = None
     for ref in refs:
-        done = _relaid(models.tensors(ref), experts[ref], frame, _beside(models.tensors(first), experts[first]))
+        if ref != first and beside is None:
+            beside = _beside(models.tensors(first), find(models.tensors(first), models.config(first)))
+        done = _relaid(models.tensors(ref), experts[ref], frame, beside or {})
         if done is not None:
             models.relay(ref, done)
             whose = f"as {str(first)!r} has them" if wanted == "base" else wanted

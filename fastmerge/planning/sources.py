@@ -56,7 +56,7 @@ class ModelSources:
         self.problems: list[str] = []
         self.warnings: list[str] = []
         dtypes = {info.dtype.name for info in checkpoint.tensors.values()}
-        self.unchanged = adapter is None and not dtypes & FLOAT8
+        self.unchanged = self._plain = adapter is None and not dtypes & FLOAT8
         self._updates: dict[str, Update] = {}
         self._replaced: Mapping[str, TensorInfo] = {}
         self._transposed: dict[str, bool] = {}
@@ -176,14 +176,15 @@ class ModelSources:
             info: one of :attr:`tensors`.
             copied: nothing is computed from it, so its bytes are wanted as they are.
         """
-        from fastmerge.ops.made import Constant, LowRank, Wide
-        from fastmerge.ops.row_lengths import RowLengths
-
         if info.file == MADE:
             infos, build = self._relaid[info.name]
             parts = {name: self.source(i) for name, i in infos.items()}
-            dtype = functools.reduce(promote, [d for _, d in parts.values()])
-            return build(lambda name: parts[name][0]), dtype
+            return build(lambda name: parts[name][0]), functools.reduce(promote, {d for _, d in parts.values()})
+        if self._plain:
+            return FileRange(self._files[info.name], self._model), info.dtype
+        from fastmerge.ops.made import Constant, LowRank, Wide
+        from fastmerge.ops.row_lengths import RowLengths
+
         name, own, update = info.name, self._replaced.get(info.name), self._updates.get(info.name)
         found = FileRange(self._files[self._stored.get(name, name)], self._model) if own is None else self._own(own)
         copied = copied and own is None and update is None
