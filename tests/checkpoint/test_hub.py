@@ -58,7 +58,8 @@ def test_only_weights_config_and_tokenizer_are_fetched(library):
         "tokenizer.model", "merges.txt", "vocab.json", "chat_template.jinja", "1_Pooling/config.json", "bpe.codes",
         "additional_chat_templates/tool.jinja", "source.spm", "vocab.bpe", "LICENSE", "README.md",
         "pytorch_model.bin", "modeling_x.py", "4bit/model.safetensors", "assets/x.json", "1_Dense/pytorch_model.bin",
-        "a/config.json", "tokenizer.py", "onnx/model.onnx", "original/params.json", "m.gguf", "consolidated.safetensors",
+        "a/config.json", "tokenizer.py", "onnx/model.onnx", "original/params.json", "m.gguf",
+        "consolidated.safetensors",
     ]  # fmt: skip
     Checkpoint.open("org/name")
     allow, ignore = (library.asked[1][2][k] for k in ("allow_patterns", "ignore_patterns"))
