@@ -322,8 +322,8 @@ class Inputs:
         names = list(self._lost.values())
         if len(names) > 1 and all(any("experts" in n for n in found) for found in names):
             return (
-                "the experts are fused in one model and single in another: save one of them again in the layout of "
-                "the other (save_pretrained of transformers)"
+                "the experts are fused in one model and single in another, and those of one model are not whole, or "
+                "of shapes that do not fit each other"
             )
         if self._hints:
             return "; ".join(self._hints)

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,6 +235,20 @@ def test_an_expert_costs_a_few_calls():
     made(*few)
     extra = (made(*many) - made(*few)) / (20 * 12)
     assert extra < 100, f"{extra} calls for each tensor of an expert"
+
+
+def test_the_example_of_the_page(tmp_path):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "layouts.md").read_text()
+    text = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1]
+    for name, layout, seeds in (
+        ("mixtral-fused", "fused", (3, 4)),
+        ("mixtral-code", "per expert of Mixtral", (5, 6)),
+        ("mixtral", "per expert of Mixtral", (1, 2)),
+    ):
+        path = written(tmp_path / name, layout, seeds, "mixtral")
+        text = re.sub(rf"\b{name}(?=\s+#|\n)", str(path), text)
+    fastmerge.merge(text, tmp_path / "out", device="cpu")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(path / "model.safetensors").keys()
 
 
 def test_layouts_need_no_torch(tmp_path):
