@@ -43,7 +43,7 @@ class Joined:
     @functools.cached_property
     def dtype(self) -> DType:
         """That which all sources go into."""
-        return functools.reduce(promote, [s.dtype for s in self.sources])
+        return functools.reduce(promote, {s.dtype for s in self.sources})
 
     @property
     def inputs(self) -> tuple[Source, ...]:

@@ -263,10 +263,11 @@ class Inputs:
         key = sources.refs[sources.first], sources.refs[i]
         if key not in self._beyond:
             part, whole = sources.tensors[sources.first], sources.tensors[i]
-            frame, config = self.models.structure(key[1]), self.models.config(key[0])
+            frame, (mine, theirs) = self.models.structure(key[1]), (self.models.config(ref) for ref in key)
             more = whole.keys() - part.keys()
-            there = set(part) | {n for n in more if optional(n, whole[n], frame) or self._tied(n, part, config)}
-            apart = len(frame.stacks) > 1 and part.keys() <= whole.keys() and not lost(whole, frame, there, like=False)
+            there = set(part) | {n for n in more if optional(n, whole[n], frame) or self._tied(n, part, mine)}
+            covered = all(self._tied(n, whole, theirs) for n in part.keys() - whole.keys())
+            apart = len(frame.stacks) > 1 and covered and not lost(whole, frame, there, like=False)
             self._beyond[key] = frozenset(more if apart else ())
         return self._beyond[key]
 

@@ -116,15 +116,16 @@ def _relaid(
     made: dict[str, tuple[dict[str, TensorInfo], Callable[[Take], Source]]] = {}
     groups: dict[str, dict[str, TensorInfo]] = {}  # new tensors, by the first one that goes in
     gone: set[str] = set()
-    moved: dict[str, tuple[Spelling, Spelling]] = {}
+    moved: list[tuple[str, Spelling, Spelling]] = []
     said: Counter[str] = Counter()
     for own in experts:
         goal = _goal(own.spelling, frame)
-        if goal is None or goal == own.spelling:
+        types = {_computed(tensors[n].dtype) for n in own.names}
+        if goal is None or goal == own.spelling or (len(types) > 1 and not all(d.mergeable for d in types)):
             continue
         new = own._replace(spelling=goal)
         said[f"{goal.shown()} from {own.spelling.shown()}"] += 1
-        moved[own.layer] = own.spelling, goal
+        moved.append((own.layer, own.spelling, goal))
         gone.update(own.names)
         for name, build in _formulas(own, new):
             if isinstance(build, str):
@@ -132,7 +133,7 @@ def _relaid(
                 groups.setdefault(build, {})[name] = info
                 continue
             inputs = {n: tensors[n] for n in build.names}
-            dtype = functools.reduce(promote, [_computed(i.dtype) for i in inputs.values()])
+            dtype = functools.reduce(promote, {_computed(i.dtype) for i in inputs.values()})
             info = TensorInfo(name, dtype, build.shape, MADE, 0, dtype.nbytes(math.prod(build.shape)))
             groups.setdefault(build.names[0], {})[name] = info
             made[name] = inputs, build.source
@@ -267,7 +268,7 @@ def _rows(source: Source, index: np.ndarray[tuple[int], np.dtype[np.int64]]) -> 
 
 def _siblings(
     names: Sequence[str],
-    moved: Mapping[str, tuple[Spelling, Spelling]],
+    moved: Sequence[tuple[str, Spelling, Spelling]],
     tensors: Mapping[str, TensorInfo],
     beside: Mapping[str, tuple[int, ...]],
 ) -> dict[str, str]:
@@ -277,7 +278,7 @@ def _siblings(
     last component and shape say so without doubt.
     """
     out: dict[str, str] = {}
-    for layer, (own, goal) in moved.items():
+    for layer, own, goal in moved:
         start = f"{layer}." if layer else ""
         old, new = f"{start}{own.parent}.", f"{start}{goal.parent}."
         mine = {n: new + n[len(old) :] for n in names if n.startswith(old)}

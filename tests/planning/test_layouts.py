@@ -113,7 +113,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("base", "tuned"), PAIRS, ids=" from ".join)
+@pytest.mark.parametrize(("base", "tuned"), PAIRS, ids=map(" from ".join, PAIRS))
 def test_every_layout_goes_into_every_other(base, tuned, tmp_path):
     a, b = written(tmp_path / "a", base, (1, 2)), written(tmp_path / "b", tuned, (3, 4))
     got, planned = merged(tmp_path, a, b)
@@ -169,6 +169,15 @@ def test_one_expert_in_another_type_widens_the_stack(tmp_path):
     rounded = tensors[name].astype(np.float16).astype(np.float64) - tensors[name]
     want["model.layers.0.mlp.experts.gate_up_proj"][1, I:] += rounded / 2
     assert wrong(got, want) == []
+
+
+def test_numbers_that_are_no_weights_are_not_mixed():
+    """Codes of a quantised expert beside floats: no type holds both."""
+    norm = {"model.norm.weight": (10,)}
+    mixed = checkpoint({n: ("int8" if "experts.1." in n else "bfloat16", s) for n, s in (single() | norm).items()})
+    for a, b in ((mixed, checkpoint(stacks() | norm)), (checkpoint(stacks() | norm), mixed)):
+        with pytest.raises(CheckpointError, match="experts are fused in one model and single in another"):
+            make(LINEAR, a=a, b=b)
 
 
 def test_an_expert_that_is_lost_is_named():

@@ -206,6 +206,8 @@ class TestParts:
         rules = made.account.counts()["a"]
         assert rules["dropped: a part that 'base' does not have"] == 4
         assert any("not in the output: a part that 'base' does not have" in w for w in made.warnings)
+        tied = without(vlm, "lm_head")
+        assert "lm_head.weight" in names(make(TIES, base=text, a=tied, b=llama())), "its embedding is its head"
         assert "missing from" in lacking(TIES, base=without(text, "layers.1.self_attn"), a=vlm, b=llama())
         extra = llama(extra=vision | {"model.layers.0.self_attn.bias": (8,)}, config=dict(vlm.config))
         assert "self_attn.bias" in lacking(TIES, base=text, a=extra, b=llama())

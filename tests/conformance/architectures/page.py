@@ -32,8 +32,8 @@ merge computed by hand in fp64 (differences up to 1e-5 of the largest value: the
 
 - *linear*: the mean of both fine-tunes. *ties*: TIES of both on the base, half of each delta kept.
 - *depth*: layers 0 to 2 and 1 to 3 of the first fine-tune on each other, so that every layer after the third moves; by
-  hand, the layer objects of the loaded model are put in that order. -: two stacks of layers, of which
-  `modules` names one.
+  hand, the layer objects of the loaded model are put in that order. Jamba: 0 and 1, then 0 to 3, as
+  its periods say no other order. -: two stacks of layers, of which `modules` names one.
 - *other fine-tune*, *other base*: task arithmetic, where one fine-tune, or the base, has the names and shapes that the
   model has in memory in transformers 5 (`save_original_format=False`, or a raw state dict): fused experts and other
   prefixes. Where those are the same, it has the prefix that `torch.compile` leaves (`_orig_mod.`).
