@@ -64,6 +64,7 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seed", type=int, help="Seed of the random methods.  [default: the recipe's, else 0]"),
         click.option("--strict", is_flag=True, help="Refuse a recipe with keys or parameters that nothing reads."),
         click.option("--allow-missing", is_flag=True, help="Merge tensors that some models lack from the others."),
+        click.option("--layout", type=click.Choice(["base", "per-expert", "fused"]), help="Of experts in the output."),
         click.option("--memory", help="Budget for data in flight, e.g. 8GB.  [default: 8GB or half of what is free]"),
         click.option("--max-vram", help="Budget for slots on each GPU, e.g. 16GB.  [default: a third of what is free]"),
         click.option("--backend", type=click.Choice(["auto", "native", "triton", "reference"]), help="What computes."),
@@ -91,6 +92,7 @@ def merge(
     seed: int | None,
     strict: bool,
     allow_missing: bool,
+    layout: Any,
     memory: str | None,
     max_vram: str | None,
     backend: str | None,
@@ -114,7 +116,9 @@ def merge(
     from fastmerge.checkpoint import without_gc
 
     with without_gc():
-        planned = engine.plan(recipe, seed=seed, shard_size=shard_size, strict=strict, allow_missing=allow_missing)
+        planned = engine.plan(
+            recipe, seed=seed, shard_size=shard_size, strict=strict, allow_missing=allow_missing, layout=layout
+        )
         gc.freeze()  # a plan of 50,000 tensors is 500,000 objects, none of them garbage before the end
     if dry_run:
         _show_plan(
@@ -150,13 +154,16 @@ def plan(
     seed: int | None,
     strict: bool,
     allow_missing: bool,
+    layout: Any,
     as_json: bool,
     **where: str | None,
 ) -> None:
     """Show what merging RECIPE would do: bytes, memory, bottleneck, time. Reads headers only."""
     from fastmerge.api import merge as engine
 
-    planned = engine.plan(recipe, seed=seed, shard_size=shard_size, strict=strict, allow_missing=allow_missing)
+    planned = engine.plan(
+        recipe, seed=seed, shard_size=shard_size, strict=strict, allow_missing=allow_missing, layout=layout
+    )
     _show_plan(planned, as_json=as_json, **where)
 
 

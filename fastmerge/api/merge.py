@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from fastmerge import planning
 from fastmerge.backends.choose import choose, device_for
 from fastmerge.errors import BudgetError, RecipeError
 from fastmerge.planning import Plan
 from fastmerge.recipe import Recipe
+from fastmerge.recipe.schema import Layout
 from fastmerge.runtime.budget import SPARE
 from fastmerge.runtime.placement import Budget, Placement, place, smaller
 from fastmerge.sizes import default_memory, parse_bytes
@@ -44,6 +45,7 @@ def plan(
     shard_size: str | float = "5GB",
     strict: bool = False,
     allow_missing: bool = False,
+    layout: Layout | None = None,
 ) -> Plan:
     """Plans a merge: reads the recipe and the models' headers, no weights.
 
@@ -53,13 +55,19 @@ def plan(
         shard_size: largest output file, in bytes.
         strict: refuse what is otherwise warned of in the recipe: keys and parameters that nothing reads.
         allow_missing: merge a tensor that some models lack from the others, as ``missing: merge`` in the recipe.
+        layout: of experts in the output, as ``layout`` in the recipe: ``base`` (as the base has them),
+            ``per-expert`` (tensors of its own for each) or ``fused`` (stacks of all).
 
     Raises:
         RecipeError, CheckpointError: with every problem that was found.
     """
     loaded = Recipe.load(recipe, strict=strict)
     if allow_missing:
-        loaded = loaded.merging_missing()
+        loaded = loaded.having(missing="merge")
+    if layout is not None:
+        if layout not in get_args(Layout):
+            raise RecipeError(f"layout: expected one of {', '.join(get_args(Layout))}; got {layout!r}")
+        loaded = loaded.having(layout=layout)
     return planning.plan(loaded, seed=seed, shard_size=parse_bytes(shard_size), strict=strict)
 
 
@@ -77,6 +85,7 @@ def merge(
     overwrite: bool = False,
     strict: bool = False,
     allow_missing: bool = False,
+    layout: Layout | None = None,
     nan: NanPolicy = "warn",
     progress: Callable[[Plan], AbstractContextManager[Progress]] | None = None,
 ) -> Report:
@@ -96,6 +105,7 @@ def merge(
         overwrite: replace an existing output, atomically.
         strict: as of :func:`plan`; a plan has its own.
         allow_missing: as of :func:`plan`; a plan has its own.
+        layout: likewise.
         nan: ``warn``, ``error`` or ``zero`` for NaN and Inf that come from the inputs. Tensors that are copied
             byte for byte are looked at for ``error`` and ``zero`` only.
         progress: from the plan, a context that gives what is called about every 50 ms with the running statistics.
@@ -119,7 +129,9 @@ def merge(
     if isinstance(recipe, Plan):
         planned = recipe
     else:
-        planned = plan(recipe, seed=seed, shard_size=shard_size, strict=strict, allow_missing=allow_missing)
+        planned = plan(
+            recipe, seed=seed, shard_size=shard_size, strict=strict, allow_missing=allow_missing, layout=layout
+        )
     if nan != "warn":
         planned = _look_at_copies(planned, nan)
     # What a later --resume must find unchanged; of headers and times alone a replaced file can have the same.
@@ -288,7 +300,8 @@ def _extras(planned: Plan, writer: Writer, report: Report) -> None:
         writer.add("mergekit_config.yml", text.encode())
         method = next((op.spec.method for op in planned.ops if op.spec.grain != "copy"), None)
         name, formula, paper = (method.name, method.formula, method.paper) if method else ("passthrough", "copy", "")
-        writer.add("README.md", card(Path(report.out).name, name, formula, paper, names.shown, text).encode())
+        title = Path(report.out).name
+        writer.add("README.md", card(title, name, formula, paper, names.shown, text, names.licences).encode())
     writer.sync()
     checksums = [list(c) for c in writer.checksums()]
     facts = {"features": writer.features, "checksums": checksums, "files": writer.files()}

@@ -28,8 +28,9 @@ PATTERNS = (
     "LICEN[SC]E*",
     "NOTICE*",
     "USE_POLICY*",
+    "README.md",
 )
-"""Files of a snapshot that are fetched: weights, configuration, tokenizer, licence."""
+"""Files of a snapshot that are fetched: weights, configuration, tokenizer, licence, and the card that names it."""
 
 _DIRECTORIES = ("[!0-9a]*/*", "[0-9][!_]*/*", "a/*", "a[!d]*/*")
 """All but ``1_Pooling`` and its like (sentence-transformers), and ``additional_chat_templates``."""

@@ -153,7 +153,12 @@ def workspace(source: Source) -> int:
     return source.workspace if _made(source) else 0
 
 
+_KINDS: dict[type, bool] = {FileRange: False, Result: True}
+
+
 def _made(source: Source) -> TypeGuard[Made | Result]:
-    """Whether it has inputs; protocols are slow to ask, and most sources are files."""
+    """Whether it has inputs; protocols are slow to ask, so each type is asked once."""
     kind = type(source)
-    return kind is not FileRange and (kind is Result or isinstance(source, Made))
+    if kind not in _KINDS:
+        _KINDS[kind] = isinstance(source, Made)
+    return _KINDS[kind]

@@ -141,6 +141,7 @@ def _plan(recipe: Recipe, models: Mapping[str, Checkpoint], seed: int | None, sh
             untied=outputs.notes.untied,
             stacks=_origins(list(stacks.values()), opened),
             structure=opened.structure(donor_ref) if stacks else None,
+            names=[op.name for op in made],
         )
         warnings |= dict.fromkeys(notes)
     by_row = _by_row(recipe, opened, modules) if vocabulary is None else []

@@ -59,14 +59,20 @@ class Code:
         if repository is not None:
             mapped = _each(auto_map, lambda text: f"{repository}--{text}" if re.fullmatch(_REFERENCE, text) else text)
             if mapped != auto_map:
-                self._say(f"{place} refers to custom code (auto_map), which stays at {repository} on the hub")
+                self._say(
+                    f"{place} refers to custom code (auto_map), which stays at {repository} on the hub; "
+                    "programs that load the output ask for trust_remote_code"
+                )
             return mapped
         texts: list[str] = []
         _each(auto_map, texts.append)
         wanted = [found["module"] for found in [re.fullmatch(_REFERENCE, t) for t in texts] if found]
         taken, missing = self._closure(model, wanted)
         if taken:
-            self._say(f"{place} refers to custom code (auto_map): copied, never run: {', '.join(taken)}")
+            self._say(
+                f"{place} refers to custom code (auto_map): copied, never run: {', '.join(taken)}; "
+                "programs that load the output ask for trust_remote_code"
+            )
         if missing:
             self._say(
                 f"{place} refers to custom code (auto_map) that is not beside it; without it the output loads nowhere: "

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.dtypes import DType
+from fastmerge.planning import tied
 from fastmerge.planning.structure import TEXT_CONFIGS, Stack, Structure, counting
+from fastmerge.planning.traits import number
 
 if TYPE_CHECKING:
     from fastmerge.planning.restack import SourceLayer
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
 _TYPE_KEYS = ("torch_dtype", "dtype")
 _QUANTISED = ("quantization_config", "compression_config", "quantization")
 _TIE = "tie_word_embeddings"
+PREDICTED = "num_nextn_predict_layers"
+"""Counts layers beyond the others that predict further tokens."""
+
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Tokens that a model begins, stops and pads with."""
 
@@ -27,6 +33,7 @@ def rewrite(
     untied: bool,
     stacks: Sequence[tuple[Stack, Sequence[SourceLayer]]],
     structure: Structure | None,
+    names: Collection[str] = (),
 ) -> tuple[dict[str, Any], list[str]]:
     """The configuration of the output.
 
@@ -36,6 +43,7 @@ def rewrite(
         untied: whether the output has a head of its own that some model tied to its embedding.
         stacks: stacks of layers that slices made, with the origin of each layer of the output.
         structure: of the donor; used with ``stacks`` only.
+        names: of the tensors of the output.
 
     Returns:
         The configuration and warnings.
@@ -53,6 +61,9 @@ def rewrite(
         for block in text_blocks(out):
             if _TIE in block:
                 block[_TIE] = False
+    elif _TIE not in out:
+        ties = _ties(out, names)
+        out |= {} if ties is None else {_TIE: ties}
     for block in (out, *(b for b in out.values() if isinstance(b, dict))):
         # Models whose tensors are quantised are refused: what is left of such a section describes none of them.
         for key in _QUANTISED:
@@ -73,7 +84,36 @@ def rewrite(
         if not keys:
             of = "" if own is None or own == main else f" of {own.prefix!r}"
             warnings.append(f"config.json has no layer count{of} to rewrite; the output has {len(layers)} layers")
+    warnings += _predicted(out, names)
     return out, warnings
+
+
+def _ties(config: Mapping[str, Any], names: Collection[str]) -> bool | None:
+    """What to say of ties where the donor says nothing at the top, so that no model type's default decides.
+
+    A head in the files is used as it is. None for a model without a head of words.
+    """
+    classes = config.get("architectures")
+    if not isinstance(classes, list) or not any(isinstance(c, str) and c.endswith(tied.HEADED) for c in classes):
+        return None
+    ends = tied.candidates(names)
+    if any(name in family.heads for family in tied.families(ends) for name in family.names):
+        return False
+    return True if ends else None
+
+
+def _predicted(out: dict[str, Any], names: Collection[str]) -> list[str]:
+    """Sets the number of prediction layers to none where the output has no tensor of one."""
+    warnings = []
+    for block in (out, *text_blocks(out)):
+        extra, count = (number(block, key) or 0 for key in (PREDICTED, "num_hidden_layers"))
+        if not extra or not names:
+            continue
+        beyond = "|".join(map(str, range(count, count + extra)))
+        if not any(re.search(rf"(^|\.)(mtp\.|layers\.({beyond})\.)", n) for n in names):
+            block[PREDICTED] = 0
+            warnings.append(f"config.json: {PREDICTED} is 0: the output has no layers that predict further tokens")
+    return warnings
 
 
 def text_blocks(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -111,8 +151,8 @@ def set_ids(config: dict[str, Any], ids: Mapping[str, Any]) -> list[str]:
 def _set_type(out: dict[str, Any], dtype: DType) -> None:
     for key in [key for key in _TYPE_KEYS if key in out] or ["torch_dtype"]:
         out[key] = dtype.name
-    for block in text_blocks(out):
-        for key in _TYPE_KEYS:
+    for block in out.values():
+        for key in _TYPE_KEYS if isinstance(block, dict) else ():
             if key in block:
                 block[key] = dtype.name
 

@@ -72,6 +72,7 @@ class Inputs:
             str(r): s.dropped for r, s in models.sources.items() if s.dropped
         }
         self._tying = Tying(recipe, models, self.sources)
+        self._beyond: dict[tuple[ModelRef, ModelRef], frozenset[str]] = {}
         self._may_lack: dict[tuple[ModelRef, ModelRef], frozenset[str]] = {}
         self._notes: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         self._lost: dict[tuple[str, ...], list[str]] = {}
@@ -144,7 +145,8 @@ class Inputs:
         """Notes that a tensor is left out, for each model that has it."""
         for ref, info in zip(sources.refs, found, strict=True):
             if info is not None:
-                self.dropped.setdefault(str(ref), {}).setdefault(rule, []).append(info.name)
+                names = self.dropped.setdefault(str(ref), {}).setdefault(rule, [])
+                names += self.models.sources[ref].files(info)
 
     def _note(self, what: str, refs: Sequence[str], name: str) -> None:
         self._notes.setdefault((what, tuple(refs)), []).append(name)
@@ -188,6 +190,13 @@ class Inputs:
                 self._leave(sources, found, why)
                 return nothing, False
             return self._rest(row, sources, found, refs, f"{why}: ") or self._only(sources, found)
+        if sources.base in absent and all(
+            sources.name(row, i) in self._more(sources, i) for i, f in enumerate(found) if f is not None
+        ):
+            why = f"a part that {reference!r} does not have"
+            self._note(f"not in the output: {why}", refs, row.name)
+            self._leave(sources, found, why)
+            return nothing, False
         if all(sources.name(row, i) in self._may(sources, i) for i in absent):
             partial = self._rest(row, sources, found, refs, f"a part of {reference!r}: ")
             if partial is not None:
@@ -249,6 +258,19 @@ class Inputs:
             self._may_lack[key] = frozenset(whole.keys() - there - gone)
         return self._may_lack[key]
 
+    def _more(self, sources: Sources, i: int) -> frozenset[str]:
+        """Names of a source of which the reference is a part: its vision tower, where the other has text only."""
+        key = sources.refs[sources.first], sources.refs[i]
+        if key not in self._beyond:
+            part, whole = sources.tensors[sources.first], sources.tensors[i]
+            frame, (mine, theirs) = self.models.structure(key[1]), (self.models.config(ref) for ref in key)
+            more = whole.keys() - part.keys()
+            there = set(part) | {n for n in more if optional(n, whole[n], frame) or self._tied(n, part, mine)}
+            covered = all(self._tied(n, whole, theirs) for n in part.keys() - whole.keys())
+            apart = len(frame.stacks) > 1 and covered and not lost(whole, frame, there, like=False)
+            self._beyond[key] = frozenset(more if apart else ())
+        return self._beyond[key]
+
     def _tied(self, name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, object]) -> bool:
         """Whether a model has a tensor that is tied to one of this name."""
         family = self._tying.families.get(name)
@@ -301,8 +323,8 @@ class Inputs:
         names = list(self._lost.values())
         if len(names) > 1 and all(any("experts" in n for n in found) for found in names):
             return (
-                "the experts are fused in one model and single in another: save one of them again in the layout of "
-                "the other (save_pretrained of transformers)"
+                "the experts are fused in one model and single in another, and those of one model are not whole, or "
+                "of shapes that do not fit each other"
             )
         if self._hints:
             return "; ".join(self._hints)

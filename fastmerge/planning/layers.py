@@ -80,6 +80,29 @@ def headless(models: Mapping[str, Layers], first: set[str]) -> list[str]:
     return out
 
 
+def displaced(models: Mapping[str, Layers], made: Sequence[tuple[str, int, set[str]]]) -> list[str]:
+    """First layers that do without what every other layer has (ModernBERT: a norm), away from the first place.
+
+    Programs build the first layer of a model without it, and no other one, whatever a configuration says.
+
+    Args:
+        models: by reference.
+        made: for each layer of the output the model and layer that it comes from, and the suffixes of its tensors.
+    """
+    out = []
+    for ref, model in models.items():
+        first, *rest = model.layers
+        bare = set.intersection(*rest) - first if len(rest) > 1 and all(first < own for own in rest) else set()
+        wrong = [i for i, (other, layer, _) in enumerate(made) if other == ref and (layer == 0) != (i == 0)]
+        if bare and wrong:
+            listed = shown([f"{model.prefix}.0.{s}" for s in sorted(bare)])
+            out.append(
+                f"the first layer of {ref!r} has no {listed.partition('.0.')[2]}, which every other layer has: it, and "
+                "no other one, must be the first of the output"
+            )
+    return out
+
+
 def sizes(
     models: Mapping[str, Layers],
     tensors: Mapping[str, Mapping[str, TensorInfo]],

@@ -26,6 +26,9 @@ _Pair = tuple[str, str]
 
 _INDEX = re.compile(r"\.\d+(?=\.)")
 _WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_HEAD = r"(lm_head|embed_out)\.weight"
+"""The head of a language model, which transformers 5 calls ``lm_head`` everywhere."""
+
 _MODULE = re.compile(r"^(?:module\.)+")
 _OLD = (
     ("gamma", "weight"),
@@ -99,6 +102,13 @@ def align(reference: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo]) 
         if moved:
             names |= moved
             rules.append(f"{was!r} as {now!r} ({len(moved)} tensors)")
+    mine, theirs = (
+        [n for n in tensors if re.fullmatch(_HEAD, n) and n not in others]
+        for tensors, others in ((other, reference), (reference, other))
+    )
+    if len(mine) == len(theirs) == 1 and other[mine[0]].shape == reference[theirs[0]].shape:
+        names[mine[0]] = theirs[0]
+        rules.append(f"{mine[0]!r} as {theirs[0]!r} (1 tensor)")
     prefixes = _prefixes(reference, {names[n]: info for n, info in other.items()})
     for (p, q), renamed in prefixes.items():
         found = {n: renamed[to] for n, to in names.items() if to in renamed}

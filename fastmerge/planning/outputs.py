@@ -10,7 +10,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from fastmerge.checkpoint import of_fields
-from fastmerge.dtypes import BY_NAME, DType, promote
+from fastmerge.dtypes import BF16, BY_NAME, F16, F32, DType, promote
 from fastmerge.errors import CheckpointError, RecipeError, ShapeError
 from fastmerge.keys import checked_seed, tensor_key
 from fastmerge.methods.base import Method
@@ -19,7 +19,7 @@ from fastmerge.methods.passthrough import COPY, Passthrough
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op, Source, Spec
 from fastmerge.planning.inputs import Found, Inputs
-from fastmerge.planning.rows import Models, Row
+from fastmerge.planning.rows import Models, Row, reference
 from fastmerge.planning.shapes import Shapes
 from fastmerge.recipe import ModelRef, Part, Recipe
 from fastmerge.recipe.problems import dotted
@@ -140,7 +140,8 @@ class Outputs:
         else:
             inputs, drawn = self._drawn(part, rows, members, columns)
         kinds = zip(*[map(_KIND, column) for column in columns], strict=True)
-        outcomes = itertools.repeat(()) if part.resolver.constant else map(part.outcome, rows)
+        plain = part.resolver.constant and not part.exact
+        outcomes = itertools.repeat(()) if plain else map(part.outcome, rows)
         keys = [*zip(kinds, drawn, outcomes)]  # noqa: B905  two may have no end
         known = self._specs.setdefault((rows[0].part, members, single), {})
         for row, key in zip(rows, keys, strict=True):
@@ -220,7 +221,7 @@ class Outputs:
             copied = len(set(types)) == 1 and (self.wanted is None or not types[0].name.startswith("float"))
             copied = copied and (len(types) == 1 or not types[0].bits)
             return Spec(COPY, shape, types, types[0]) if copied else None
-        dtype = self.wanted or functools.reduce(promote, wanted)
+        dtype = F32 if part.keeps(row) else self.wanted or functools.reduce(promote, wanted)
         method: Method = _COPIER
         if not single:
             try:
@@ -272,6 +273,9 @@ class _Part:
         self.anchor = part.base or recipe.base_model  # whose rows tokens have that others lack
         self.base = self.refs.index(part.base) if part.base is not None else None
         self.alone = self.base is not None and len(self.refs) == 1
+        self.first = self.refs.index(reference(recipe, part))
+        short = owner.wanted in (BF16, F16)
+        self.exact = owner.models.exact(reference(recipe, part)) if short else frozenset()
         self.resolver = Resolver(
             method,
             [s.parameters for s in part.sources],
@@ -289,13 +293,17 @@ class _Part:
 
     def outcome(self, row: Row) -> tuple[object, ...]:
         """All that a tensor's names and place say about its parameters: equal for equal ones."""
-        resolver = self.resolver
+        resolver, exact = self.resolver, self.keeps(row)
         if resolver.constant:
-            return ()
+            return (exact,)
         t = row.t if resolver.gradient else 0.0
         if isinstance(row.inputs, str) and row.inputs == row.name:
-            return (t, resolver.mask(row.name))
-        return (t, resolver.mask(row.name), *map(resolver.mask, self.names(row)))
+            return (t, exact, resolver.mask(row.name))
+        return (t, exact, resolver.mask(row.name), *map(resolver.mask, self.names(row)))
+
+    def keeps(self, row: Row) -> bool:
+        """Whether the result stays in float32, whatever type is wanted of the others."""
+        return bool(self.exact) and self.names(row)[self.first] in self.exact
 
     def method(self, row: Row, members: tuple[int, ...]) -> Method:
         """The method with its parameters, for the present sources."""

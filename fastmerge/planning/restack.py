@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastmerge.errors import RecipeError
+from fastmerge.planning.config_json import PREDICTED
 from fastmerge.planning.structure import COUNT_KEYS, TEXT_CONFIGS
 from fastmerge.planning.traits import HANDLED, SPARSE, TRAITS, Block, number
 
@@ -38,7 +39,6 @@ _PERIODIC = re.compile(
 )
 _OTHER_MODULES = re.compile(r"vision|audio|image|video|speech|encoder|quantization|compression")
 _COUNT = re.compile(r"^(n|num)_([a-z]+_)?layers?$")
-_PREDICTED = "num_nextn_predict_layers"
 
 
 class SourceLayer(NamedTuple):
@@ -125,7 +125,7 @@ class _Block:
             if id(source.config) not in known:
                 known[id(source.config)] = _own_block(source.config, path, before, count)
         self.layers = [_Own(s.model, *known[id(s.config)], s.layer) for s in layers]
-        self.extra = number(block, _PREDICTED) or 0
+        self.extra = number(block, PREDICTED) or 0
         self.moved = [own.layer for own in self.layers] != list(range(count))
 
     def rewrite(self) -> None:
@@ -148,10 +148,10 @@ class _Block:
     def _predicted(self) -> None:
         """Layers that predict further tokens come from the end of the last slice's model."""
         last = self.layers[-1].block
-        if _PREDICTED in self.block and self.block[_PREDICTED] != last.get(_PREDICTED, 0):
-            self.block[_PREDICTED] = last.get(_PREDICTED, 0)
+        if PREDICTED in self.block and self.block[PREDICTED] != last.get(PREDICTED, 0):
+            self.block[PREDICTED] = last.get(PREDICTED, 0)
             self.warnings[
-                f"config.json: {_PREDICTED} is {self.block[_PREDICTED]}, as in {self.layers[-1].model!r}, which gives "
+                f"config.json: {PREDICTED} is {self.block[PREDICTED]}, as in {self.layers[-1].model!r}, which gives "
                 "the end of the output"
             ] = None
 
@@ -235,7 +235,7 @@ class _Block:
     def _tail(self, key: str, value: list[Any]) -> list[Any]:
         """Entries beyond the layers, which belong to layers that predict further tokens."""
         last = self.layers[-1]
-        extra = number(self.block, _PREDICTED) or 0
+        extra = number(self.block, PREDICTED) or 0
         own = last.block.get(key)
         if not self.extra or len(value) != self.count + self.extra or not isinstance(own, list):
             return []

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.checkpoint import of_fields
+from fastmerge.dtypes import F32
 from fastmerge.errors import CheckpointError, RecipeError, ShapeError
-from fastmerge.planning.layers import Layers, headless, incomplete, sizes
+from fastmerge.planning.layers import Layers, displaced, headless, incomplete, sizes
 from fastmerge.planning.names import align, kind, unwrapped
 from fastmerge.planning.sources import ModelSources
 from fastmerge.planning.structure import Stack, Structure, is_last_norm, is_post, is_pre, roots, structure
@@ -17,6 +19,7 @@ from fastmerge.recipe import ModelRef, Part, Recipe
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint, TensorInfo
     from fastmerge.checkpoint.adapter import Adapter
+    from fastmerge.planning.layouts import Relaid
     from fastmerge.planning.modules import Modules
 
 
@@ -65,8 +68,9 @@ class Models:
         """
         refs = list(dict.fromkeys(s.model for part in recipe.parts for s in part.sources))
         first = recipe.base_model if recipe.base_model in refs else refs[0]
+        layout = recipe.layout or "base"
         self.alike = all(self._tensors[ref].keys() == self._tensors[first].keys() for ref in refs)
-        if self.alike:
+        if self.alike and layout == "base" and self._same_stacks(refs, first):
             return []
         out, problems = [], []
         for ref in refs:
@@ -74,6 +78,9 @@ class Models:
             if names is not None:
                 self._tensors[ref] = {names[n]: info for n, info in self._tensors[ref].items()}
                 out.append(f"{str(ref)!r}: names are read without what wrappers left ('module.', '_orig_mod.')")
+        from fastmerge.planning.layouts import relay
+
+        out += relay(self, [first, *(ref for ref in refs if ref != first)], layout)
         whole = self._tensors[first]
         for ref in refs:
             own = self._tensors[ref]
@@ -101,6 +108,25 @@ class Models:
         """Gives tensors of a model the shapes in which they go in, with rows for other tokens."""
         tensors = self._tensors[ref]
         self._tensors[ref] = {**tensors, **{n: tensors[n]._replace(shape=shape) for n, shape in shapes.items()}}
+
+    def _same_stacks(self, refs: Sequence[ModelRef], first: ModelRef) -> bool:
+        """Whether fused experts of models with the same names have the same shapes: some are stored transposed."""
+        stacks = [n for n in self._tensors[first] if n.endswith("experts.gate_up_proj")]
+        return all(self._tensors[r][n].shape == self._tensors[first][n].shape for r in refs for n in stacks)
+
+    def relay(self, ref: ModelRef, done: Relaid) -> None:
+        """Gives a model the tensors that it has in another layout of its experts."""
+        self._tensors[ref] = done.tensors
+        self.sources[ref].relay(done.made)
+
+    def exact(self, ref: ModelRef) -> frozenset[str]:
+        """Tensors that a model of 16-bit floats holds in float32 all the same, as they lose too much by rounding."""
+        sizes: Counter[str] = Counter()
+        for info in self.checkpoints[ref].tensors.values():
+            sizes[info.dtype.name] += info.nbytes
+        if not sizes["float32"] or 2 * (sizes["bfloat16"] + sizes["float16"]) < sizes["float32"]:
+            return frozenset()
+        return frozenset(n for n, i in self.tensors(ref).items() if i.dtype is F32)
 
     def config(self, ref: ModelRef) -> Mapping[str, Any]:
         """Its config.json."""
@@ -270,7 +296,9 @@ class _Slicer:
         """
         models = {str(ref): self.models.layers(ref, stack) for ref, stack in self.stacks.items()}
         found = [(str(ref), layer, suffixes) for (ref, layer), suffixes in zip(layers, self.made, strict=True)]
-        problems = incomplete(models, found) + headless(models, self.made[0]) if self.strict else []
+        problems = []
+        if self.strict:
+            problems = incomplete(models, found) + headless(models, self.made[0]) + displaced(models, found)
         if problems:
             raise CheckpointError(problems)
         tensors = {str(ref): self.models.tensors(ref) for ref in self.stacks}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint import Checkpoint, TensorInfo
 from fastmerge.checkpoint.header import listing
-from fastmerge.dtypes import BF16, F32, DType
+from fastmerge.dtypes import BF16, F32, DType, promote
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Source
 from fastmerge.planning import tied
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 FLOAT8 = frozenset({"float8_e4m3fn", "float8_e5m2"})
 """Types whose values bfloat16 holds exactly."""
+
+MADE = -1
+"""In place of a file of a tensor that is made from others, in another layout."""
 
 _PEFT = "merge the adapter into its base with peft first"
 _BOTH = (
@@ -52,10 +56,11 @@ class ModelSources:
         self.problems: list[str] = []
         self.warnings: list[str] = []
         dtypes = {info.dtype.name for info in checkpoint.tensors.values()}
-        self.unchanged = adapter is None and not dtypes & FLOAT8
+        self.unchanged = self._plain = adapter is None and not dtypes & FLOAT8
         self._updates: dict[str, Update] = {}
         self._replaced: Mapping[str, TensorInfo] = {}
         self._transposed: dict[str, bool] = {}
+        self._relaid: Mapping[str, tuple[Mapping[str, TensorInfo], Callable[[Callable[[str], Source]], Source]]] = {}
         self._stored: dict[str, str] = {}  # name of the file's tensor, of tied ones that have none of their own
         if adapter is not None:
             self._updates, self._replaced = dict(adapter.updates), adapter.replaced
@@ -71,9 +76,20 @@ class ModelSources:
     def _changed(self) -> set[str]:
         return self._updates.keys() | self._replaced.keys()
 
+    def relay(
+        self, made: Mapping[str, tuple[Mapping[str, TensorInfo], Callable[[Callable[[str], Source]], Source]]]
+    ) -> None:
+        """Takes note of tensors that are made from others: which ones by name, and what makes the source of theirs."""
+        self._relaid = made
+        self.unchanged = self.unchanged and not made
+
+    def files(self, info: TensorInfo) -> list[str]:
+        """The tensors of the model's files that one of :attr:`tensors` is, or is made from."""
+        return [info.name] if info.file != MADE else [i.name for i in self._relaid[info.name][0].values()]
+
     def changes(self, info: TensorInfo) -> bool:
         """Whether the adapter makes another tensor of one of :attr:`tensors`."""
-        return info.name in self._updates or info.name in self._replaced
+        return info.file != MADE and (info.name in self._updates or info.name in self._replaced)
 
     @property
     def dropped(self) -> dict[str, list[str]]:
@@ -160,6 +176,12 @@ class ModelSources:
             info: one of :attr:`tensors`.
             copied: nothing is computed from it, so its bytes are wanted as they are.
         """
+        if info.file == MADE:
+            infos, build = self._relaid[info.name]
+            parts = {name: self.source(i) for name, i in infos.items()}
+            return build(lambda name: parts[name][0]), functools.reduce(promote, {d for _, d in parts.values()})
+        if self._plain:
+            return FileRange(self._files[info.name], self._model), info.dtype
         from fastmerge.ops.made import Constant, LowRank, Wide
         from fastmerge.ops.row_lengths import RowLengths
 

@@ -1,8 +1,9 @@
 """Recipes: what is wanted, as a frozen value, from mergekit's YAML and back.
 
-The grammar is mergekit 0.1.5's (``models``, ``slices``, ``modules``, parameters with gradients and filters) plus three
-keys of fastmerge's own, ``preset``, ``seed`` and ``missing``. What mergekit ignores without a word is a warning where
-it is harmless, an error where it is likely a mistake; values that are not finite or out of bounds are errors too.
+The grammar is mergekit 0.1.5's (``models``, ``slices``, ``modules``, parameters with gradients and filters) plus four
+keys of fastmerge's own, ``preset``, ``seed``, ``missing`` and ``layout``. What mergekit ignores without a word is a
+warning where it is harmless, an error where it is likely a mistake; values that are not finite or out of bounds are
+errors too.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ class Recipe(Shape):
         if self.modules:
             out["modules"] = {m.name: members(m) | level(m) for m in self.modules}
         out |= level(self)
-        for key in ("dtype", "out_dtype", "chat_template", "seed", "missing"):
+        for key in ("dtype", "out_dtype", "chat_template", "seed", "missing", "layout"):
             if getattr(self, key) is not None:
                 out[key] = getattr(self, key)
         source = self.tokenizer_source
@@ -188,10 +189,10 @@ class Recipe(Shape):
         every = [{"name": name, **stage.plain(model)} for name, stage in self._stages]
         return "---\n".join(map(dump, [*every, self.plain(model)]))
 
-    def merging_missing(self) -> Recipe:
-        """The same with ``missing: merge``, in every stage too."""
-        out = self.model_copy(update={"missing": "merge"})
-        out._stages = tuple((name, stage.merging_missing()) for name, stage in self._stages)  # noqa: SLF001
+    def having(self, **keys: str) -> Recipe:
+        """The same with other values of ``missing`` or ``layout``, in every stage too."""
+        out = self.model_copy(update=keys)
+        out._stages = tuple((name, stage.having(**keys)) for name, stage in self._stages)  # noqa: SLF001
         return out
 
     def canonical(self, identities: Sequence[str] = (), *, seed: int | None = None) -> str:

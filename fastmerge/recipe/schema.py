@@ -54,6 +54,10 @@ UNION = ModelRef("union")
 """As a tokenizer's source: the tokens of all models."""
 
 
+Layout = Literal["base", "per-expert", "fused"]
+"""Of experts in the output: as the base has them, tensors of its own for each, or stacks of all."""
+
+
 def exists(path: str) -> bool:
     """Whether this machine has something of that name: then it is a path, whatever ``@`` and ``+`` are in it."""
     return os.path.lexists(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises for unknown users
@@ -351,6 +355,7 @@ class Shape(Value):
     chat_template: StrictStr | None = None
     seed: Annotated[Integer, AfterValidator(_seed)] | None = None
     missing: Literal["error", "merge"] | None = None
+    layout: Layout | None = None
 
     @property
     def every_module(self) -> tuple[Module, ...]:

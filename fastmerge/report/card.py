@@ -7,7 +7,7 @@ code is fenced by more backticks than it holds, and the front matter is YAML of 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import yaml
 
@@ -17,7 +17,15 @@ _MARKUP = r"([\\`*_{}\[\]()#+.!|<>&~$:=-])"
 _TICKS = r"`+"
 
 
-def card(name: str, method: str, formula: str, paper: str, models: Sequence[tuple[str, bool]], recipe: str) -> str:
+def card(
+    name: str,
+    method: str,
+    formula: str,
+    paper: str,
+    models: Sequence[tuple[str, bool]],
+    recipe: str,
+    licences: Mapping[str, str] | None = None,
+) -> str:
     """Text of the card.
 
     Args:
@@ -27,7 +35,9 @@ def card(name: str, method: str, formula: str, paper: str, models: Sequence[tupl
         paper: of the method; a link is shown as one.
         models: name of every input, and whether that is a Hub id.
         recipe: the YAML that was merged.
+        licences: of the inputs whose cards name one, by the names of the inputs. That of all is the output's.
     """
+    licences = licences or {}
     ids: list[str] = []
     shown: list[str] = []
     for model, on_hub in models:
@@ -36,9 +46,14 @@ def card(name: str, method: str, formula: str, paper: str, models: Sequence[tupl
             shown.append(f"[{model}](https://huggingface.co/{model})")
         else:
             shown.append(_code(model))
+        if model in licences:
+            shown[-1] += f", licence {_code(licences[model])}"
     front: dict[str, object] = {"library_name": "transformers", "tags": ["mergekit", "merge", "fastmerge"]}
     if ids:
         front = {"base_model": list(dict.fromkeys(ids)), **front}
+    said = {licences.get(model) for model, _ in models}
+    if len(said) == 1 and None not in said:
+        front = {"license": said.pop(), **front}
     listed = "\n".join(f"* {s}" for s in dict.fromkeys(shown))
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {_text(name)}\n\n"

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from fastmerge.report.licences import licence
+
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint
     from fastmerge.recipe import ModelRef, Recipe
@@ -28,11 +30,13 @@ class Names:
 
     Attributes:
         shown: for each model and adapter its name, and whether that is a Hub id.
+        licences: by name, of those whose cards name one.
     """
 
     def __init__(self, recipe: Recipe, documents: Sequence[tuple[Recipe, Sequence[Checkpoint]]]) -> None:
         self.recipe = recipe
         self.shown: list[tuple[str, bool]] = []
+        self.licences: dict[str, str] = {}
         self._local = {name: name for name, _ in recipe.stages}
         self._refs: dict[ModelRef, ModelRef] = {}
         for one, checkpoints in documents:
@@ -57,6 +61,8 @@ class Names:
             # A path in the cache is one commit.
             named = replace(ref, path=repository, revision=ref.revision if ref.path == repository else cached[3])
         self.shown.append((named.path, cached is not None))
+        found = licence(checkpoint.path)
+        self.licences |= {} if found is None else {named.path: found}
         return named
 
     def _last(self, path: str, opened: Path) -> str:

@@ -56,9 +56,10 @@ def test_only_weights_config_and_tokenizer_are_fetched(library):
     names = [
         "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json",
         "tokenizer.model", "merges.txt", "vocab.json", "chat_template.jinja", "1_Pooling/config.json", "bpe.codes",
-        "additional_chat_templates/tool.jinja", "source.spm", "vocab.bpe", "LICENSE", "pytorch_model.bin",
-        "modeling_x.py", "4bit/model.safetensors", "assets/x.json", "1_Dense/pytorch_model.bin", "a/config.json",
-        "tokenizer.py", "onnx/model.onnx", "original/params.json", "README.md", "m.gguf", "consolidated.safetensors",
+        "additional_chat_templates/tool.jinja", "source.spm", "vocab.bpe", "LICENSE", "README.md",
+        "pytorch_model.bin", "modeling_x.py", "4bit/model.safetensors", "assets/x.json", "1_Dense/pytorch_model.bin",
+        "a/config.json", "tokenizer.py", "onnx/model.onnx", "original/params.json", "m.gguf",
+        "consolidated.safetensors",
     ]  # fmt: skip
     Checkpoint.open("org/name")
     allow, ignore = (library.asked[1][2][k] for k in ("allow_patterns", "ignore_patterns"))
@@ -66,7 +67,7 @@ def test_only_weights_config_and_tokenizer_are_fetched(library):
     def taken(name):
         return any(fnmatch(name, p) for p in allow) and not any(fnmatch(name, p) for p in ignore)
 
-    assert [n for n in names if taken(n)] == names[:14]
+    assert [n for n in names if taken(n)] == names[:15]
 
 
 def test_a_commit_needs_no_look_up(library):

@@ -198,7 +198,10 @@ def test_code_beside_a_model_is_copied_with_what_it_imports(tmp_path):
     copied = {name for name, _ in made.carry if name.endswith(".py")}
     assert copied == {"modeling_x.py", "layers.py", "deeper.py", "tools.py", "tokenization_x.py"}
     assert made.config["auto_map"] == CODE
-    assert "custom code (auto_map): copied, never run: modeling_x.py, layers.py, tools.py" in made.warnings[0]
+    assert (
+        "custom code (auto_map): copied, never run: modeling_x.py, layers.py, tools.py, deeper.py; programs"
+        in made.warnings[0]
+    )
 
 
 def test_code_that_is_missing_is_named():

@@ -87,6 +87,16 @@ class TestRequired:
         assert "lm_head.weight" in said
         assert "config.json of 'b' says that its head is not tied" in said
 
+    def test_a_first_layer_that_is_built_apart_stays_the_first(self):
+        """ModernBERT: all layers but the first have a norm; transformers makes none for the first, whatever it is."""
+        copy = "merge_method: passthrough\nslices:\n" + "- sources: [{model: a, layer_range: [%d, %d]}]\n" * 2
+        bare = without(llama(4), "layers.0.input_layernorm")
+        for ranges in ((0, 2, 0, 4), (1, 3, 2, 4)):
+            said = lacking(copy % ranges, a=bare)
+            assert "the first layer of 'a' has no input_layernorm.weight, which every other layer has" in said
+        assert len(make(copy % (0, 3, 1, 4), a=bare).ops) > len(bare.tensors)
+        assert make(copy % (0, 2, 0, 4), a=llama(4))
+
 
 class TestOptional:
     """What a model may do without."""
@@ -187,6 +197,20 @@ class TestParts:
 
     def test_the_reference_is_no_part(self):
         assert "missing from 'a'" in lacking(LINEAR, a=self.tower(), b=self.whole)
+
+    def test_towers_beyond_a_base_of_text_are_left_out(self):
+        vision = {f"visual.blocks.{i}.mlp.w": (8, 8) for i in range(3)} | {"visual.merger.w": (8, 8)}
+        text, vlm = llama(), llama(extra=vision, config={"num_hidden_layers": 4, "vision_config": {"depth": 3}})
+        made = make(TIES, base=text, a=vlm, b=llama())
+        assert set(names(made)) == set(text.tensors)
+        rules = made.account.counts()["a"]
+        assert rules["dropped: a part that 'base' does not have"] == 4
+        assert any("not in the output: a part that 'base' does not have" in w for w in made.warnings)
+        tied = without(vlm, "lm_head")
+        assert "lm_head.weight" in names(make(TIES, base=text, a=tied, b=llama())), "its embedding is its head"
+        assert "missing from" in lacking(TIES, base=without(text, "layers.1.self_attn"), a=vlm, b=llama())
+        extra = llama(extra=vision | {"model.layers.0.self_attn.bias": (8,)}, config=dict(vlm.config))
+        assert "self_attn.bias" in lacking(TIES, base=text, a=extra, b=llama())
 
     def test_only_what_was_trained(self):
         kept = {n: i.shape for n, i in llama().tensors.items() if "q_proj" in n}

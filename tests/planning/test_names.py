@@ -108,6 +108,15 @@ def test_old_spellings():
     assert list(align(tensors(new), tensors(["conv.weight_g", "conv.weight_v"])).names.values()) == new
 
 
+def test_heads_that_transformers_5_calls_otherwise():
+    old, new = (["gpt_neox.layers.0.x", head] for head in ("embed_out.weight", "lm_head.weight"))
+    assert renamed(old, new) == {"lm_head.weight": "embed_out.weight"}
+    assert renamed(new, old) == {"embed_out.weight": "lm_head.weight"}
+    assert renamed([*old, "lm_head.weight"], new) == {}
+    assert renamed(["gpt_neox.layers.0.x"], new) == {}
+    assert align(tensors(old), tensors(new, {new[1]: (7, 7)})).rules == ()
+
+
 def test_wrappers():
     assert unwrapped(LLAMA) is None
     wrapped = [f"module._orig_mod.{n.replace('layers.0.', 'layers.0._checkpoint_wrapped_module.')}" for n in LLAMA]

@@ -92,7 +92,7 @@ def test_all_documents_by_themselves():
 
 
 def test_missing_tensors_are_merged_in_every_stage():
-    recipe = load(FIRST, SECOND, LAST).merging_missing()
+    recipe = load(FIRST, SECOND, LAST).having(missing="merge")
     assert [r.missing for r in (recipe, *(stage for _, stage in recipe.stages))] == ["merge"] * 3
     assert load(FIRST, SECOND, LAST).missing is None
 

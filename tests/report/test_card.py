@@ -7,6 +7,7 @@ import yaml
 
 from fastmerge.recipe import Recipe
 from fastmerge.report.card import card
+from fastmerge.report.licences import licence
 from fastmerge.report.names import Names
 from fastmerge.report.report import Report
 from tests.recipe.fakes import checkpoint
@@ -26,6 +27,28 @@ def test_the_whole_card():
         "`base + sum`\n\n## Models\n\n* [org/a](https://huggingface.co/org/a)\n* `b`\n\n"
         "## Recipe\n\n```yaml\nx: 1\n```\n"
     )
+
+
+def test_licences_of_the_inputs(tmp_path):
+    cards = {
+        "a": "---\nlicense: apache-2.0\ntags: [x]\n---\nlicense: mit\n",
+        "b": "---\r\nlicense: other\r\nlicense_name: llama3.1\r\n---\r\n",
+        "c": "# No front matter\nlicense: mit\n",
+        "d": "---\nlicense: 'a`b'\n---\n",
+        "e": '---\nlicense: "mit"\n---',
+    }
+    for name, text in cards.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(text, newline="")
+    found = {name: licence(tmp_path / name) for name in [*cards, "f"]}
+    assert found == {"a": "apache-2.0", "b": "llama3.1", "c": None, "d": None, "e": "mit", "f": None}
+    one = card("out", "ties", "f", "", (("org/a", True), ("b", False)), "x: 1\n", {"org/a": "mit", "b": "mit"})
+    assert yaml.safe_load(one.split("---")[1])["license"] == "mit"
+    assert "* [org/a](https://huggingface.co/org/a), licence `mit`\n* `b`, licence `mit`\n" in one
+    for licences in ({"org/a": "mit", "b": "apache-2.0"}, {"b": "mit"}):
+        several = card("out", "ties", "f", "", (("org/a", True), ("b", False)), "x: 1\n", licences)
+        assert "license" not in yaml.safe_load(several.split("---")[1])
+        assert f"`b`, licence `{licences['b']}`" in several
 
 
 @pytest.mark.parametrize("text", ["x\n# Injected", "x\r\n\r\n# Injected", "x\u2028# Injected", "---\nlicense: mit"])
