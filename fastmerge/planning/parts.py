@@ -1,0 +1,62 @@
+"""A merge divided among processes: which of them writes what, from the plan alone."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fastmerge.checkpoint import Place
+from fastmerge.checkpoint.parts import Part
+from fastmerge.ops.spec import Op
+
+BLOCK = 4096
+"""Parts end where blocks of their files do, so that no two processes write to the same page."""
+
+
+class Share(NamedTuple):
+    """What one part of a merge is.
+
+    Attributes:
+        ops: whose results it writes; where some of these hang on statistics of the whole model, all that do, since the
+            statistics are of all. They are taken by every such part again, as nothing travels between parts.
+        ranges: (shard, offset, bytes) of what it writes.
+    """
+
+    ops: tuple[Op, ...]
+    ranges: tuple[tuple[int, int, int], ...]
+
+
+def share(ops: Sequence[Op], part: Part) -> Share:
+    """The ops of a plan that belong to a part: neighbours in the output, about as many bytes as in every other part.
+
+    Args:
+        ops: the plan's, in the order of the output's bytes.
+        part: which; all parts of as many together hold every op once.
+    """
+    costs = [op.spec.out_dtype.nbytes(op.spec.numel) * len(op.targets) for op in ops]
+    costs = [c + sum(d.nbytes(op.spec.numel) for d in op.spec.dtypes) for c, op in zip(costs, ops, strict=True)]
+    totals = [*itertools.accumulate(costs, initial=0)]
+    first, last = (_cut(ops, totals, part.of, n) for n in (part.number - 1, part.number))
+    mine = ops[first:last]
+    ranges = [(t.shard, t.offset, t.nbytes) for op in mine for t in op.targets if isinstance(t, Place)]
+    if any(op.spec.grain == "model" for op in mine):
+        kept = {*range(first, last)}
+        mine = [op for i, op in enumerate(ops) if i in kept or op.spec.grain == "model"]
+    return Share(tuple(mine), tuple(ranges))
+
+
+def _cut(ops: Sequence[Op], totals: Sequence[int], count: int, number: int) -> int:
+    """The first op behind ``number`` of ``count`` parts: where so much is done, or at the next block of the output."""
+    if number == count:
+        return len(ops)
+    at = min(bisect_left(totals, totals[-1] * number // count), len(ops))
+    while at < len(ops) and _inside(ops[at]):
+        at += 1
+    return at
+
+
+def _inside(op: Op) -> bool:
+    """Whether what an op writes begins within a block."""
+    return any(isinstance(t, Place) and t.offset % BLOCK for t in op.targets)
