@@ -70,13 +70,14 @@ class Odd:
         return f"{self.text[:60]!r}, which YAML reads as {self.meaning}"
 
 
-def parse(text: str, name: str) -> list[Map]:
+def parse(text: str, name: str, expected: str = _EXPECTED) -> list[Map]:
     """Reads YAML documents, each of which must be a mapping; empty ones are nothing.
 
     Args:
         text: at least one document; at most 100, and together 1 MB, 24 levels, 200 aliases, 200,000 nodes once
             aliases are expanded.
         name: what errors call the file.
+        expected: what errors say that it should hold.
 
     Raises:
         RecipeError: for broken syntax, language-specific tags, keys twice with different values, non-string keys,
@@ -99,7 +100,7 @@ def parse(text: str, name: str) -> list[Map]:
                     documents.append(tree)
                 elif tree is not None:
                     where = f"{name}:{node.start_mark.line + 1}" if documents else name
-                    builder.problems.append(f"{where}: {_EXPECTED}; this holds {kind(tree)}")
+                    builder.problems.append(f"{where}: {expected}; this holds {kind(tree)}")
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as e:
@@ -112,7 +113,7 @@ def parse(text: str, name: str) -> list[Map]:
     if builder.problems:
         raise RecipeError(builder.problems)
     if not documents:
-        raise RecipeError(f"{name}: {_EXPECTED}; this is empty")
+        raise RecipeError(f"{name}: {expected}; this is empty")
     return documents
 
 

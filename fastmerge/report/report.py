@@ -104,8 +104,9 @@ class Report:
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Report:
         """From the values of its JSON."""
-        known = {f.name: facts[f.name] for f in fields(cls) if f.name in facts}
-        return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
+        known: dict[str, Any] = {f.name: facts[f.name] for f in fields(cls) if f.name in facts}
+        known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+        return cls(**known)
 
     def __str__(self) -> str:
         devices = ", ".join(dict.fromkeys(self.devices))
