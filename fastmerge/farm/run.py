@@ -85,7 +85,7 @@ def run(
     """
     file, wanted = load(source)
     who = executor or executor_of(file)
-    jobs = _jobs(wanted, parse_bytes(file.shard_size))
+    jobs = jobs_of(wanted, parse_bytes(file.shard_size))
     store = Store.create(file.store, file.settings)
     for job in jobs:
         store.add(job)
@@ -96,7 +96,12 @@ def run(
     return store
 
 
-def _jobs(wanted: Sequence[Wanted], shard_size: int) -> list[Job]:
+def jobs_of(wanted: Sequence[Wanted], shard_size: int) -> list[Job]:
+    """The jobs of a farm's recipes.
+
+    Raises:
+        RecipeError, CheckpointError: with the problems of all.
+    """
     planner = Planner()
     jobs, problems = [], []
     kind: type[RecipeError | CheckpointError] = RecipeError

@@ -32,15 +32,12 @@ class SlurmArray:
         self._workers = workers
         self._asks = asks
         self._memory = parse_bytes(memory) if memory is not None else None
+        self._submitit = _submitit()
 
     def run(self, store: Store, tick: Tick) -> None:
         """As of :class:`fastmerge.farm.executors.Executor`."""
-        try:
-            submitit: Any = importlib.import_module("submitit")
-        except ImportError:
-            raise BackendUnavailable("submitit is not installed: pip install 'fastmerge[farm]'") from None
-        executor = submitit.AutoExecutor(folder=store.root / "logs", cluster=self._asks.cluster)
-        executor.update_parameters(**self._parameters())
+        executor = self._submitit.AutoExecutor(folder=store.root / "logs", cluster=self._asks.cluster)
+        executor.update_parameters(**self.parameters())
         count = min(self._workers, len(store.open()))
         with executor.batch():
             jobs = [executor.submit(work, str(store.root), memory=self._memory) for _ in range(count)]
@@ -52,7 +49,8 @@ class SlurmArray:
             why = said[0] if said else "all workers ended"
             raise FastMergeError(f"{len(left)} jobs have no result: {why}; the same command goes on")
 
-    def _parameters(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, Any]:
+        """What Slurm is asked for, as submitit has it."""
         asks = self._asks
         found: dict[str, Any] = {"timeout_min": asks.time, "name": "fastmerge-farm"}
         if asks.cpus_per_task is not None:
@@ -64,3 +62,10 @@ class SlurmArray:
         if asks.mem is not None:
             found["slurm_mem"] = asks.mem
         return found | {name if name.startswith("slurm_") else f"slurm_{name}": v for name, v in asks.more.items()}
+
+
+def _submitit() -> Any:
+    try:
+        return importlib.import_module("submitit")
+    except ImportError:
+        raise BackendUnavailable("submitit is not installed: pip install 'fastmerge[farm]'") from None

@@ -15,7 +15,7 @@ from typing import Any
 from fastmerge import errors
 from fastmerge.api.merge import merge, plan
 from fastmerge.errors import FastMergeError, OutputError
-from fastmerge.farm.cluster import connect
+from fastmerge.farm.cluster import connect, ray_module
 from fastmerge.farm.jobs import absolute
 from fastmerge.recipe import Recipe
 from fastmerge.report import Report
@@ -56,6 +56,7 @@ def merge_spread(
         BackendUnavailable: there is no Ray.
         FastMergeError: of any part; what others did is kept, and the same call goes on.
     """
+    ray_module()
     loaded = Recipe.load(recipe, strict=strict)
     if allow_missing:
         loaded = loaded.merging_missing()
