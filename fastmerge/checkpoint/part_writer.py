@@ -107,6 +107,9 @@ class PartWriter(Writer):
         """Whether every part of as many has finished."""
         return len([*(self.staging / PARTS).glob(f"*-of-{self._part.of}.json")]) == self._part.of
 
+    def _own_shards(self) -> set[int]:
+        return {shard for shard, mine in enumerate(self._mine) if mine.spans()}
+
     def _lock_staging(self) -> Staging:
         return PartStaging(self.target, self.features, self._part)
 
@@ -126,7 +129,7 @@ class PartWriter(Writer):
             if self.finished:
                 self._close(remove=True)
                 return
-            staging.discard_others(self._fingerprint, self.layout.digest, keep=resume)
+            staging.adopt(self._fingerprint, self.layout.digest, keep=resume)
             state = _journal.load(staging.journal)
             if state is not None:
                 staging.check_own()

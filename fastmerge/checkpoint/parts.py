@@ -1,8 +1,9 @@
 """One output, written by several processes, on one machine or many: each writes a part, and one of them publishes.
 
 In the staging directory, ``parts`` holds for each part its journal (``3-of-8.jsonl``), its lock, and once it is done
-its report (``3-of-8.json``). All parts write to the same ``data``. Their processes share the output's lock, which
-whoever publishes has alone: that is a run of the whole merge with ``resume``, which takes over what the parts did.
+its report (``3-of-8.json``); ``merge`` says which merge they are of. All parts write to the same ``data``. Their
+processes share the output's lock, which whoever publishes has alone: that is a run of the whole merge with ``resume``,
+which takes over what the parts did.
 """
 
 from __future__ import annotations
@@ -93,24 +94,29 @@ class PartStaging(Staging):
         finally:
             os.close(fd)
 
-    def discard_others(self, fingerprint: str, layout: str, *, keep: bool) -> None:
-        """Removes what another merge left.
+    def adopt(self, fingerprint: str, layout: str, *, keep: bool) -> None:
+        """Makes the staging directory that of a merge, and removes what another one left.
 
         Raises:
             OutputError: that merge is running, or ``keep`` forbids it.
         """
-        paths = [self.root / "journal.jsonl", *self.parts.glob("*.jsonl")]
-        others = [p for p in paths if _state(p) not in {None, (fingerprint, layout)}]
-        if not others:
+        marker = self.parts / "merge"
+        mine = {"fingerprint": fingerprint, "layout": layout}
+        said = report_of(marker)
+        if said == mine:
             return
-        if keep or self._features.get("flock") is False or not self._lock.alone():
-            raise OutputError(
-                f"{others[0]}: belongs to another recipe, seed, input or shard size, and is running or to be kept; "
-                f"remove {self.root} to discard it"
-            )
-        for path in [*others, *(p.with_suffix(".json") for p in others)]:
-            path.unlink(missing_ok=True)
-        self._lock.share()
+        whole = self.root / "journal.jsonl"
+        state = _journal.load(whole) if said is None else None
+        if said is not None or (state and (state.fingerprint, state.layout) != (fingerprint, layout)):
+            if keep or self._features.get("flock") is False or not self._lock.alone():
+                raise OutputError(
+                    f"{self.root}: belongs to another recipe, seed, input or shard size, and is running or to be kept; "
+                    f"remove it to discard it"
+                )
+            for path in [whole, *self.parts.glob("*.json"), *self.parts.glob("*.jsonl")]:
+                path.unlink(missing_ok=True)
+            self._lock.share()
+        system.write_whole(marker, json.dumps(mine).encode())
 
     def restore(self) -> None:
         """Is left to whoever publishes."""
@@ -149,11 +155,6 @@ def load(root: Path, fingerprint: str, layout: str) -> Iterator[tuple[list[_jour
         if (state.fingerprint, state.layout) != (fingerprint, layout):
             raise OutputError(f"{path}: holds an interrupted run of another recipe, seed, input or shard size")
         yield state.ranges, report_of(path.with_suffix(".json"))
-
-
-def _state(path: Path) -> tuple[str, str] | None:
-    state = _journal.load(path)
-    return (state.fingerprint, state.layout) if state else None
 
 
 def report_of(path: Path) -> dict[str, Any] | None:

@@ -83,7 +83,7 @@ class Writer:
         self._overwrite = overwrite
         self._ranges = [Ranges() for _ in layout.shards]
         self._pending: list[Range] = []
-        self._dirty = set(range(len(layout.shards)))
+        self._dirty = self._own_shards()
         self._extras: dict[str, bytes | Path] = {}
         self._marks: dict[str, Mark] = {}
         self._lock = threading.Lock()
@@ -99,7 +99,7 @@ class Writer:
                     return
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._staging = self._lock_staging()
-        self._shards = ShardFiles(self._staging.data, layout, io or _io.native(), self.features)
+        self._shards = ShardFiles(self._staging.data, layout, io or _io.native(), self.features, self._dirty)
         try:
             with _wrapped(self.staging):
                 self._begin(_journal.load(self._staging.journal) if resume else None, resume=resume)
@@ -345,6 +345,10 @@ class Writer:
         for ranges, said in parts:
             self._log.done(self._take(ranges, trusted=said is not None))
             self.parts += [said] if said is not None else []
+
+    def _own_shards(self) -> set[int]:
+        """The shards that are written, by number."""
+        return set(range(len(self.layout.shards)))
 
     def _lock_staging(self) -> _staging.Staging:
         return _staging.Staging(self.target, self.features)

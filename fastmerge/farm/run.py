@@ -128,7 +128,7 @@ def status(store: Store) -> Status:
         if identity in results:
             continue
         known = attempts.get(identity, Attempts())
-        path = store.root / "claims" / f"{identity}.{known.last}"
+        path = store.claim_path(identity, known.last)
         claimed = read_json(path) if known.last and known.last not in known.ended else None
         if claimed is None or now - path.stat().st_mtime > lease:
             counts["queued"] += 1
@@ -160,18 +160,16 @@ def tidy(store: Store, *, lease: float | None = None, keep: int | None = None, r
     now, lease = store.now(), how.lease if lease is None else lease
     if retry:
         for result in [r for r in store.results() if r.state != "done"]:
-            for path in (store.root / "claims").glob(f"{result.id}.*"):
-                path.unlink(missing_ok=True)
+            store.forget_attempts(result.id)
             store.discard(result.id)
             removed.append(f"{result.state}: {result.name}")
     done, attempts = store.finished(), store.attempts()
     for identity in attempts.keys() & done:
-        for path in (store.root / "claims").glob(f"{identity}.*"):
-            path.unlink(missing_ok=True)
+        store.forget_attempts(identity)
     for path in sorted((store.root / "staging").iterdir()):
         identity, _, worker = path.name.partition(".")
         known = attempts.get(identity)
-        claim = store.root / "claims" / f"{identity}.{known.last}" if known else None
+        claim = store.claim_path(identity, known.last) if known else None
         alive = claim is not None and claim.exists() and (read_json(claim) or {}).get("worker") == worker
         if not alive and now - path.stat().st_mtime > lease:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

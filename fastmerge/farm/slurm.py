@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from fastmerge.farm.file import Slurm
     from fastmerge.farm.store import Store
 
+WAITING = 8
+"""Tasks that wait for what others have, as these may die; the rest end and make room."""
+
 POLL = 1.0
 """Seconds between looks at the array."""
 
@@ -40,7 +43,8 @@ class SlurmArray:
         executor.update_parameters(**self.parameters())
         count = min(self._workers, len(store.open()))
         with executor.batch():
-            jobs = [executor.submit(work, str(store.root), memory=self._memory) for _ in range(count)]
+            how = {"memory": self._memory}
+            jobs = [executor.submit(work, str(store.root), wait=i < WAITING, **how) for i in range(count)]
         while not all(job.done() for job in jobs):
             tick()
             time.sleep(POLL)

@@ -3,12 +3,14 @@
 ::
 
     farm.json               how workers merge
-    jobs/ID.json            what is to be merged; ID is the hash of recipe, inputs and engine
-    claims/ID.1             who works on it: created by one, touched while its owner lives
-    claims/ID.1.ended       why that attempt gave no result
-    claims/ID.2             the next attempt: the first has ended, or was not touched for a lease
+    jobs/ab/ID.json         what is to be merged; ID is the hash of recipe, inputs and engine, and begins with ab
+    claims/ab/ID.1          who works on it: created by one, touched while its owner lives
+    claims/ab/ID.1.ended    why that attempt gave no result
+    claims/ab/ID.2          the next attempt: the first has ended, or was not touched for a lease
     staging/ID.OWNER/       a result while it grows
     ab/ID/                  the result: result.json and, unless it is virtual, model/; there in one rename, or not
+
+A worker lists 1/256 of all at a time.
 
 Nothing is ever written in place but times. Claims are files that only one process can create (``O_EXCL``, which NFS has
 as well), and none is ever taken away: whoever finds an attempt expired creates the next one, so two that find it at
@@ -151,9 +153,11 @@ class Store:
 
     def add(self, job: Job) -> bool:
         """Adds a job; False where it is there already."""
-        path = self.root / "jobs" / f"{job.id}.json"
+        path = self._job_path(job.id)
         if path.exists():
             return False
+        for directory in (path.parent, self.claim_path(job.id, 1).parent):
+            directory.mkdir(exist_ok=True)
         system.write_whole(path, _text(asdict(job)))
         return True
 
@@ -163,31 +167,38 @@ class Store:
         Raises:
             OutputError: there is none.
         """
-        facts = read_json(self.root / "jobs" / f"{identity}.json")
+        facts = read_json(self._job_path(identity))
         if facts is None:
             raise OutputError(f"{self.root}: no job {identity}")
         return Job(**facts)
 
-    def jobs(self) -> list[str]:
-        """The ids of all jobs, sorted."""
-        return sorted(n[:-5] for n in names(self.root / "jobs") if n.endswith(".json") and n[0] != ".")
+    def shards(self) -> list[str]:
+        """What ids of jobs begin with, sorted."""
+        return sorted(names(self.root / "jobs"))
+
+    def jobs(self, shard: str | None = None) -> list[str]:
+        """The ids of all jobs, or of those of a shard, sorted."""
+        found = [n for s in self._shards(shard) for n in names(self.root / "jobs" / s)]
+        return sorted(n[:-5] for n in found if n.endswith(".json") and n[0] != ".")
 
     def entry(self, identity: str) -> Path:
         """Where the result of a job is, or will be."""
         return self.root / identity[:2] / identity
 
-    def finished(self) -> set[str]:
-        """The ids of all results."""
-        found: set[str] = set()
-        for name in names(self.root):
-            if len(name) == 2:
-                found.update(names(self.root / name))
-        return found
+    def finished(self, shard: str | None = None) -> set[str]:
+        """The ids of all results, or of those of a shard."""
+        return {name for s in self._shards(shard) for name in names(self.root / s)}
 
-    def open(self) -> list[str]:
-        """The ids of jobs without a result, sorted."""
-        done = self.finished()
-        return [i for i in self.jobs() if i not in done]
+    def open(self, shard: str | None = None) -> list[str]:
+        """The ids of jobs without a result, or of those of a shard, sorted."""
+        done = self.finished(shard)
+        return [i for i in self.jobs(shard) if i not in done]
+
+    def _shards(self, shard: str | None) -> list[str]:
+        return self.shards() if shard is None else [shard]
+
+    def _job_path(self, identity: str) -> Path:
+        return self.root / "jobs" / identity[:2] / f"{identity}.json"
 
     def result(self, identity: str) -> Result | None:
         """What became of a job; None before."""
@@ -203,10 +214,10 @@ class Store:
 
     # ---- claims ------------------------------------------------------------------------------------------
 
-    def attempts(self) -> dict[str, Attempts]:
-        """The attempts at all jobs, from one listing."""
+    def attempts(self, shard: str | None = None) -> dict[str, Attempts]:
+        """The attempts at all jobs, or at those of a shard."""
         found: dict[str, Attempts] = {}
-        for name in names(self.root / "claims"):
+        for name in [name for s in self._shards(shard) for name in names(self.root / "claims" / s)]:
             identity, _, rest = name.partition(".")
             number, _, end = rest.partition(".")
             if number.isdigit():
@@ -227,14 +238,14 @@ class Store:
             lease: seconds without a touch after which a claim counts no more.
             attempts: at this job, as far as they are known.
         """
-        known = attempts or self.attempts().get(identity, Attempts())
+        known = attempts or self.attempts(identity[:2]).get(identity, Attempts())
         if self.entry(identity).exists() or not self._over(identity, known, lease):
             return None
         losses = self.losses(identity, known.last)
         if len({worker for worker, _ in losses}) >= LOSSES or len(losses) >= ATTEMPTS:
             self._quarantine(identity, losses)
             return None
-        path = self._claim_path(identity, known.last + 1)
+        path = self.claim_path(identity, known.last + 1)
         try:
             since = {"since": self.now()}
             write_new(path, {"worker": worker, "host": os.uname().nodename, "pid": os.getpid(), **since})
@@ -254,7 +265,7 @@ class Store:
         if not known.last or known.last in known.ended:
             return True
         try:
-            touched = self._claim_path(identity, known.last).stat().st_mtime
+            touched = self.claim_path(identity, known.last).stat().st_mtime
         except FileNotFoundError:
             return False
         return self.now() - touched > lease
@@ -263,7 +274,7 @@ class Store:
         """(worker, why) of each attempt at a job that ended without its worker's will."""
         found = []
         for number in range(1, last + 1):
-            path = self._claim_path(identity, number)
+            path = self.claim_path(identity, number)
             end = read_json(path.with_name(f"{path.name}.ended")) or {"why": "lost", "text": "its lease expired"}
             if end["why"] == "lost":
                 found.append(((read_json(path) or {}).get("worker", path.name), str(end["text"])))
@@ -276,7 +287,7 @@ class Store:
 
     def end(self, identity: str, number: int, why: Literal["lost", "released"], text: str) -> None:
         """Ends an attempt: its worker is ``lost``, which counts against the job, or gave it up."""
-        path = self._claim_path(identity, number)
+        path = self.claim_path(identity, number)
         with contextlib.suppress(FileExistsError):
             write_new(path.with_name(f"{path.name}.ended"), {"why": why, "text": text})
 
@@ -294,7 +305,7 @@ class Store:
             known = every.get(identity)
             if known is None or known.last in known.ended or self.entry(identity).exists():
                 continue
-            claimed = read_json(self._claim_path(identity, known.last)) or {}
+            claimed = read_json(self.claim_path(identity, known.last)) or {}
             if str(claimed.get("worker", "")).startswith(worker):
                 self.end(identity, known.last, "lost", text)
                 found += 1
@@ -308,8 +319,9 @@ class Store:
             with contextlib.suppress(FileNotFoundError):
                 return path.stat().st_mtime
 
-    def _claim_path(self, identity: str, number: int) -> Path:
-        return self.root / "claims" / f"{identity}.{number}"
+    def claim_path(self, identity: str, number: int) -> Path:
+        """Where an attempt is claimed, or will be."""
+        return self.root / "claims" / identity[:2] / f"{identity}.{number}"
 
     def _quarantine(self, identity: str, losses: list[tuple[str, str]]) -> None:
         """Gives up on a job whose workers die."""
@@ -351,6 +363,11 @@ class Store:
         """Takes a result away at once; the job is open again."""
         self._trash(self.entry(identity))
 
+    def forget_attempts(self, identity: str) -> None:
+        """Removes the claims of a job, of which nothing is to be known any more."""
+        for path in self.claim_path(identity, 1).parent.glob(f"{identity}.*"):
+            path.unlink(missing_ok=True)
+
     def make_virtual(self, identity: str) -> None:
         """Takes the model of a result away at once; recipe and score stay."""
         self._trash(self.entry(identity) / "model")
@@ -363,9 +380,12 @@ class Store:
 
 
 def names(directory: Path) -> list[str]:
-    """What is in a directory, from one listing."""
-    with os.scandir(directory) as entries:
-        return [entry.name for entry in entries]
+    """What is in a directory; nothing where there is none."""
+    try:
+        with os.scandir(directory) as entries:
+            return [entry.name for entry in entries]
+    except FileNotFoundError:
+        return []
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

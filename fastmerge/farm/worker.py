@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 TOUCHES = 6
 """Signs of life per lease."""
 
+STALE = 8
+"""Jobs in a row that others have, though the listing knew of nobody: then it is too old."""
+
 PATIENCE = 15.0
 """Seconds after which a worker without work looks again, at most."""
 
@@ -107,24 +110,38 @@ class Worker:
             parent: the process without which nobody wants the results any more.
         """
         merged, pause = 0, 0.05
-        while not _orphan(parent):
-            ids = self.store.open()
-            if not ids:
-                break
-            attempts = self.store.attempts()
-            start = int.from_bytes(self.name.encode()[-4:], "big") % len(ids)
-            found = 0
-            for identity in ids[start:] + ids[:start]:
-                if _orphan(parent):
-                    break
-                found += self.try_one(identity, attempts.get(identity)) is not None
-            merged += found
-            pause = 0.05 if found else min(2 * pause, PATIENCE, self.how.lease / 4)
-            if not found:
+        left = self.store.shards()
+        start = secrets.randbelow(len(left)) if left else 0
+        left = left[start:] + left[:start]  # workers that start together go different ways
+        while left and not _orphan(parent):
+            before = merged
+            for shard in list(left):
+                done, found = self._shard(shard, parent)
+                merged += found
+                if done:
+                    left.remove(shard)
+            if merged == before and left:
                 if not wait:
                     break
                 time.sleep(pause)
+            pause = 0.05 if merged > before else min(2 * pause, PATIENCE, self.how.lease / 4)
         return merged
+
+    def _shard(self, shard: str, parent: int | None) -> tuple[bool, int]:
+        """Merges what is to be had of a shard: whether nothing of it is open, and how many."""
+        found = 0
+        while not _orphan(parent):
+            ids, attempts = self.store.open(shard), self.store.attempts(shard)
+            secrets.SystemRandom().shuffle(ids)
+            misses = 0
+            for identity in ids:
+                if misses == STALE or _orphan(parent):
+                    break
+                won = self.try_one(identity, attempts.get(identity)) is not None
+                found, misses = found + won, 0 if won else misses + (identity not in attempts)
+            if misses < STALE:
+                return not ids, found
+        return False, found
 
     def try_one(self, identity: str, attempts: Any = None) -> Result | None:
         """Claims a job and merges it; None where it is not to be had, or its result is not this worker's."""

@@ -97,16 +97,16 @@ def test_of_two_that_find_a_lease_expired_one_has_the_job(store):
 def test_a_claim_on_a_job_that_was_done_meanwhile_is_given_back(store, monkeypatch):
     first = store.claim(IDS[0], "w", 60)
     expire(first)
-    real = Store._claim_path
+    real = Store.claim_path
 
     def racing(self, identity, number):
         if number == 2 and first.staging.exists():
             publish(store, first)
         return real(self, identity, number)
 
-    monkeypatch.setattr(Store, "_claim_path", racing)
+    monkeypatch.setattr(Store, "claim_path", racing)
     assert store.claim(IDS[0], "v", 60) is None
-    assert read_json(store.root / "claims" / f"{IDS[0]}.2.ended")["why"] == "released"
+    assert read_json(store.claim_path(IDS[0], 2).with_name(f"{IDS[0]}.2.ended"))["why"] == "released"
 
 
 def test_workers_that_die_cost_a_job_its_second_chance(store):
@@ -160,7 +160,7 @@ def test_what_dead_workers_left_is_removed_and_what_live_ones_have_is_not(store)
         os.utime(path, (1, 1))
     assert tidy(store) == [f"staging: {gone.staging.name}"]
     assert here.staging.is_dir()
-    assert [*(store.root / "claims").glob(f"{IDS[2]}.*")] == []
+    assert [*(store.root / "claims").rglob(f"{IDS[2]}.*")] == []
 
 
 def test_the_table(store):
@@ -193,7 +193,7 @@ def test_what_is_no_store_is_refused(tmp_path):
 
 
 def test_half_a_file_is_none(store):
-    path = store.root / "claims" / f"{IDS[5]}.1"
+    path = store.claim_path(IDS[5], 1)
     path.write_text('{"worker": "w')
     os.utime(path, (1, 1))
     assert store.claim(IDS[5], "v", 60).number == 2
