@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.errors import BackendUnavailable, FastMergeError
-from fastmerge.farm.worker import work
+from fastmerge.farm.worker import LOOKS, work
 from fastmerge.sizes import parse_bytes
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ class SlurmArray:
         executor.update_parameters(**self.parameters())
         count = min(self._workers, len(store.open()))
         with executor.batch():
-            how = {"memory": self._memory}
-            jobs = [executor.submit(work, str(store.root), wait=i < WAITING, **how) for i in range(count)]
+            how: dict[str, Any] = {"memory": self._memory}
+            every = [how if i < WAITING else {**how, "wait": False, "looks": LOOKS} for i in range(count)]
+            jobs = [executor.submit(work, str(store.root), **mine) for mine in every]
         while not all(job.done() for job in jobs):
             tick()
             time.sleep(POLL)

@@ -35,6 +35,10 @@ TOUCHES = 6
 STALE = 8
 """Jobs in a row that others have, though the listing knew of nobody: then it is too old."""
 
+LOOKS = 16
+"""Parts of a store in a row without a job to be had after which one of very many workers ends: thousands that look
+through all of it would keep the filesystem busy for many minutes."""
+
 PATIENCE = 15.0
 """Seconds after which a worker without work looks again, at most."""
 
@@ -102,24 +106,27 @@ class Worker:
         self._over.set()
         self._heart.join()
 
-    def run(self, *, wait: bool = True, parent: int | None = None) -> int:
+    def run(self, *, wait: bool = True, looks: int | None = None, parent: int | None = None) -> int:
         """Merges until every job has a result; how many this worker merged.
 
         Args:
             wait: for jobs that others have, as these may die; False returns where none is to be had.
+            looks: parts of the store in a row without a job to be had after which it ends; None for all of them.
             parent: the process without which nobody wants the results any more.
         """
         merged, pause = 0, 0.05
         left = self.store.shards()
-        start = secrets.randbelow(len(left)) if left else 0
-        left = left[start:] + left[:start]  # workers that start together go different ways
+        secrets.SystemRandom().shuffle(left)  # workers that start together go different ways
         while left and not _orphan(parent):
-            before = merged
+            before, fruitless = merged, 0
             for shard in list(left):
                 done, found = self._shard(shard, parent)
                 merged += found
+                fruitless = 0 if found else fruitless + 1
                 if done:
                     left.remove(shard)
+                if fruitless == looks:
+                    return merged
             if merged == before and left:
                 if not wait:
                     break
@@ -271,7 +278,13 @@ def new_name() -> str:
 
 
 def work(
-    root: str | os.PathLike[str], *, name: str | None = None, wait: bool = True, parent: int | None = None, **here: Any
+    root: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    wait: bool = True,
+    looks: int | None = None,
+    parent: int | None = None,
+    **here: Any,
 ) -> int:
     """Merges jobs of a store until every one has a result: the whole life of a worker.
 
@@ -279,6 +292,7 @@ def work(
         root: the store.
         name: see :class:`Worker`.
         wait: see :meth:`Worker.run`.
+        looks: see there.
         parent: see there.
         here: fields of :class:`How` that are not as the store has them.
 
@@ -290,7 +304,7 @@ def work(
     """
     store = Store(root)
     with _stoppable(), Worker(store, How.of(store.settings, **here), name) as worker:
-        return worker.run(wait=wait, parent=parent)
+        return worker.run(wait=wait, looks=looks, parent=parent)
 
 
 def _orphan(parent: int | None) -> bool:

@@ -35,10 +35,7 @@ def share(ops: Sequence[Op], part: Part) -> Share:
         ops: the plan's, in the order of the output's bytes.
         part: which; all parts of as many together hold every op once.
     """
-    costs = [op.spec.out_dtype.nbytes(op.spec.numel) * len(op.targets) for op in ops]
-    costs = [c + sum(d.nbytes(op.spec.numel) for d in op.spec.dtypes) for c, op in zip(costs, ops, strict=True)]
-    totals = [*itertools.accumulate(costs, initial=0)]
-    first, last = (_cut(ops, totals, part.of, n) for n in (part.number - 1, part.number))
+    first, last = cuts(ops, part.of)[part.number - 1 : part.number + 1]
     mine = ops[first:last]
     ranges = [(t.shard, t.offset, t.nbytes) for op in mine for t in op.targets if isinstance(t, Place)]
     if any(op.spec.grain == "model" for op in mine):
@@ -47,14 +44,18 @@ def share(ops: Sequence[Op], part: Part) -> Share:
     return Share(tuple(mine), tuple(ranges))
 
 
-def _cut(ops: Sequence[Op], totals: Sequence[int], count: int, number: int) -> int:
-    """The first op behind ``number`` of ``count`` parts: where so much is done, or at the next block of the output."""
-    if number == count:
-        return len(ops)
-    at = min(bisect_left(totals, totals[-1] * number // count), len(ops))
-    while at < len(ops) and _inside(ops[at]):
-        at += 1
-    return at
+def cuts(ops: Sequence[Op], count: int) -> list[int]:
+    """Where so many parts begin and end: at the op before which a part's share is done, or at the next block."""
+    costs = [op.spec.out_dtype.nbytes(op.spec.numel) * len(op.targets) for op in ops]
+    costs = [c + sum(d.nbytes(op.spec.numel) for d in op.spec.dtypes) for c, op in zip(costs, ops, strict=True)]
+    totals = [*itertools.accumulate(costs, initial=0)]
+    found = [0]
+    for number in range(1, count):
+        at = max(found[-1], min(bisect_left(totals, totals[-1] * number // count), len(ops)))
+        while at < len(ops) and _inside(ops[at]):
+            at += 1
+        found.append(at)
+    return [*found, len(ops)]
 
 
 def _inside(op: Op) -> bool:
