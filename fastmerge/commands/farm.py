@@ -41,7 +41,11 @@ def run(file: str, quiet: bool, as_json: bool) -> None:
             last = time.monotonic()
             display.say(f"{len(store.finished())} of {len(store.jobs())} jobs", err=True)
 
-    found = farms.status(farms.run(file, tick=tick))
+    try:
+        found = farms.status(farms.run(file, tick=tick))
+    except KeyboardInterrupt:
+        display.say("fastmerge: stopped; nothing that was finished is lost, the same command goes on", err=True)
+        raise SystemExit(130) from None
     if not quiet or as_json:
         _show(found, as_json=as_json)
     if not found.ok:

@@ -93,7 +93,7 @@ class File(Shape):
     def settings(self) -> dict[str, Any]:
         """What workers have to know."""
         names = ("device", "backend", "score", "keep", "lease", "memory", "workers")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"home": str(Path.cwd())}
 
 
 @dataclass(frozen=True)

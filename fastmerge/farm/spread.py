@@ -77,7 +77,7 @@ def merge_spread(
         kind, first = problems[0]
         raise getattr(errors, kind, FastMergeError)(first)
     # Whichever part was last has published; where it could not know that it was, this does.
-    return merge(text, part=(1, count), **{**how, "device": "cpu"})
+    return merge(text, part=(1, count), **{**how, "device": "cpu", "backend": None})
 
 
 def _part(text: str, part: tuple[int, int], how: dict[str, Any]) -> tuple[str, str] | None:

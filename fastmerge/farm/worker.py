@@ -12,6 +12,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -56,6 +57,7 @@ class How:
     Attributes:
         device, backend, memory: as of :func:`fastmerge.merge`.
         score, keep, lease: as of :class:`fastmerge.farm.file.File`.
+        home: where the farm was started: scores are computed there.
     """
 
     device: str = "auto"
@@ -64,6 +66,7 @@ class How:
     score: str | None = None
     keep: int | None = None
     lease: float = 120.0
+    home: str | None = None
 
     @classmethod
     def of(cls, settings: dict[str, Any], **here: Any) -> How:
@@ -71,7 +74,7 @@ class How:
         device = settings.get("device") or "auto"
         how = cls(
             device=device if isinstance(device, str) else device[0],
-            **{name: settings[name] for name in ("backend", "score", "keep") if settings.get(name) is not None},
+            **{name: settings[name] for name in ("backend", "score", "keep", "home") if settings.get(name) is not None},
             lease=float(settings.get("lease") or cls.lease),
         )
         return replace(how, **{name: value for name, value in here.items() if value is not None})
@@ -186,7 +189,7 @@ class Worker:
             raise
         except FastMergeError as error:
             return replace(result, state="failed", error=f"{type(error).__name__}: {error}")
-        score = None if self.how.score is None else scored(self.how.score, model)
+        score = None if self.how.score is None else scored(self.how.score, model, self.how.home)
         if not self._ranks.stays(score, job.id):
             shutil.rmtree(model)
         return replace(result, score=score, bytes=planned.layout.total)
@@ -238,8 +241,13 @@ class Ranks:
         del self._kept[self._keep :]
 
 
-def scored(how: str, model: Path) -> float:
+def scored(how: str, model: Path, home: str | None = None) -> float:
     """The score of a model, by a command or a function.
+
+    Args:
+        how: see :class:`fastmerge.farm.file.File`.
+        model: its directory.
+        home: where the command runs, and the function's module is looked for first.
 
     Raises:
         ScoreFailed: there is no finite number.
@@ -247,6 +255,8 @@ def scored(how: str, model: Path) -> float:
     """
     if _FUNCTION.fullmatch(how):
         module, _, name = how.partition(":")
+        if home is not None and home not in sys.path:
+            sys.path.insert(0, home)
         try:
             function = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
@@ -255,7 +265,7 @@ def scored(how: str, model: Path) -> float:
     else:
         words = [word.replace("{model}", str(model)) for word in shlex.split(how)]
         try:
-            done = subprocess.run(words, capture_output=True, check=False)
+            done = subprocess.run(words, capture_output=True, check=False, cwd=home)
         except OSError as error:
             raise ScoreFailed(f"score {how!r}: {error.strerror}") from None
         if done.returncode:

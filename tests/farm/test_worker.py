@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -211,11 +213,16 @@ def test_equal_scores_keep_the_same_models_in_any_order(paths, tmp_path):
     assert kept[0] == kept[1] == set(sorted(store.jobs())[:2])
 
 
-def test_scores(tmp_path):
+def test_scores(tmp_path, monkeypatch):
     assert scored("echo some words 0.25", tmp_path) == 0.25
     assert scored("sh -c 'echo 3; echo 4' {model}", tmp_path) == 4
     assert scored("sh -c 'echo ${#1}' x {model}", tmp_path) == len(str(tmp_path))
     assert scored("builtins:len", "four") == 4
+    (tmp_path / "judge_of_models.py").write_text("def score(model):\n    return len(model.name)\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert scored("judge_of_models:score", tmp_path / "seven77", str(tmp_path)) == 7
+    (tmp_path / "four.sh").write_text("echo 4\n")
+    assert scored("sh four.sh", tmp_path, str(tmp_path)) == 4
     for how, said in (
         ("echo nan", "expected a finite number, last; got 'nan'"),
         ("echo", "got ''"),
@@ -253,6 +260,6 @@ def test_problems_of_all_recipes_come_before_any_merge(paths, tmp_path):
 def test_settings_reach_every_worker(paths, tmp_path):
     source = farm(tmp_path, paths, 1, lease=7, backend="native", score="echo 1", keep=3)
     store = run(source)
-    assert How.of(store.settings) == How("cpu", "native", None, "echo 1", 3, 7.0)
+    assert How.of(store.settings) == How("cpu", "native", None, "echo 1", 3, 7.0, str(Path.cwd()))
     assert dataclasses.replace(How.of(store.settings, device="cuda", memory=3)).memory == 3
     assert json.loads((store.root / "farm.json").read_text())["farm"] == 1
