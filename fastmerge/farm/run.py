@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from fastmerge.api.merge import merge
@@ -130,7 +131,8 @@ def status(store: Store) -> Status:
         known = attempts.get(identity, Attempts())
         path = store.claim_path(identity, known.last)
         claimed = read_json(path) if known.last and known.last not in known.ended else None
-        if claimed is None or now - path.stat().st_mtime > lease:
+        touched = _touched(path)
+        if claimed is None or touched is None or now - touched > lease:
             counts["queued"] += 1
             continue
         counts["running"] += 1
@@ -171,11 +173,20 @@ def tidy(store: Store, *, lease: float | None = None, keep: int | None = None, r
         known = attempts.get(identity)
         claim = store.claim_path(identity, known.last) if known else None
         alive = claim is not None and claim.exists() and (read_json(claim) or {}).get("worker") == worker
-        if not alive and now - path.stat().st_mtime > lease:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        touched = _touched(path)
+        if not alive and touched is not None and now - touched > lease:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             removed.append(f"staging: {path.name}")
     Ranks(store, how.keep if keep is None else keep).prune()
     return removed
+
+
+def _touched(path: Path) -> float | None:
+    """When a file was touched; None where another process has just removed it."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def find(store: Store, text: str) -> Result:

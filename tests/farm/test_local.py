@@ -186,8 +186,9 @@ def test_shares_of_a_machine():
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # submitit leaves the files of its jobs' output open
-def test_an_array_of_submitit(paths, tmp_path):
-    source = farm(tmp_path, paths, 3, executor="slurm", slurm={"cluster": "local", "time": 5})
+@pytest.mark.parametrize("cluster", ["debug", pytest.param("local", marks=pytest.mark.conformance)])
+def test_an_array_of_submitit(paths, tmp_path, cluster):
+    source = farm(tmp_path, paths, 3, executor="slurm", slurm={"cluster": cluster, "time": 5})
     store = farms.run(source)
     assert farms.status(store).counts == {"done": 3}
     assert contents(store) == contents(farms.run(farm(tmp_path / "same", paths, 3, workers=1)))
