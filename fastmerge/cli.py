@@ -14,6 +14,7 @@ from fastmerge.version import __version__
 
 if TYPE_CHECKING:
     from fastmerge.planning import Plan
+    from fastmerge.report import Report
 
 EXIT_CODES = """Exit codes: 0 done, 1 other error, 2 recipe or usage, 3 checkpoint, 4 output, 5 memory budget,
 6 backend or device unavailable; 129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM."""
@@ -82,6 +83,8 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--overwrite", is_flag=True, help="Replace an existing output, atomically.")
 @click.option("--nan", type=click.Choice(["warn", "error", "zero"]), default="warn", show_default=True,
               help="NaN and Inf that come from the inputs.")  # fmt: skip
+@click.option("--part", metavar="I/N", help="Write the I-th of N parts only; others write theirs, the last publishes.")
+@click.option("--ray", is_flag=True, help="Divide the merge among the nodes of a Ray cluster.")
 @click.option("--dry-run", is_flag=True, help="Plan only; write nothing.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
@@ -100,13 +103,14 @@ def merge(
     resume: bool,
     overwrite: bool,
     nan: Any,
+    part: str | None,
+    ray: bool,
     dry_run: bool,
     quiet: bool,
     log_format: str,
 ) -> None:
     """Merge the models of RECIPE into the new directory OUT."""
     import gc
-    import json
 
     if quiet:
         import logging
@@ -115,10 +119,20 @@ def merge(
     from fastmerge.api import merge as engine
     from fastmerge.checkpoint import without_gc
 
+    how: dict[str, Any] = {"device": device, "memory": memory, "max_vram": max_vram, "backend": backend, "nan": nan}
+    how |= {"resume": resume, "overwrite": overwrite}
+    what: dict[str, Any] = {"seed": seed, "shard_size": shard_size, "strict": strict, "allow_missing": allow_missing}
+    what["layout"] = layout
+    if ray and not dry_run:
+        from fastmerge.errors import RecipeError
+        from fastmerge.farm.spread import merge_spread
+
+        if part is not None:
+            raise RecipeError("--part: is what --ray gives each of its tasks; leave one of them out")
+        _say_done(merge_spread(recipe, out, **how, **what), log_format, quiet=quiet)
+        return
     with without_gc():
-        planned = engine.plan(
-            recipe, seed=seed, shard_size=shard_size, strict=strict, allow_missing=allow_missing, layout=layout
-        )
+        planned = engine.plan(recipe, **what)
         gc.freeze()  # a plan of 50,000 tensors is 500,000 objects, none of them garbage before the end
     if dry_run:
         _show_plan(
@@ -126,19 +140,14 @@ def merge(
         )
         return
     show = None if quiet else (display.json_lines if log_format == "json" else display.progress)
-    report = engine.merge(
-        planned,
-        out,
-        device=device,
-        memory=memory,
-        max_vram=max_vram,
-        backend=backend,
-        resume=resume,
-        overwrite=overwrite,
-        nan=nan,
-        progress=show,
-    )
+    _say_done(engine.merge(planned, out, part=part, progress=show, **how), log_format, quiet=quiet)
+
+
+def _say_done(report: Report, log_format: str, *, quiet: bool) -> None:
+    """Prints what a merge did."""
     if log_format == "json":
+        import json
+
         display.show_json({"event": "done", **json.loads(report.to_json())})
     elif not quiet:
         display.say(report)
@@ -283,6 +292,7 @@ for _place, _commands in {
     "lora": {"lora": "Merge LoRA adapters with each other, or bake them into their base."},
     "search": {"search": "Look for the best merge: by evolution, CMA-ES or grids."},
     "soup": {"soup": "Average models: all, those that do the average good, or the best of each category."},
+    "farm": {"farm": "Merge many recipes: on this machine, a Ray cluster or Slurm."},
     "mergekit.commands": {
         "mergekit-yaml": "Merge a recipe, with mergekit's flags.",
         "mergekit-multi": "Merge recipes that use each other's results.",

@@ -9,13 +9,13 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from fastmerge import planning
 from fastmerge.backends.choose import choose, device_for
-from fastmerge.errors import BudgetError, RecipeError
+from fastmerge.errors import BudgetError, OutputError, RecipeError
 from fastmerge.planning import Plan
 from fastmerge.recipe import Recipe
 from fastmerge.recipe.schema import Layout
@@ -27,7 +27,9 @@ from fastmerge.version import __version__
 if TYPE_CHECKING:
     import torch
 
+    from fastmerge.backends.choose import Backend
     from fastmerge.checkpoint import Writer
+    from fastmerge.checkpoint.parts import Part
     from fastmerge.ops.spec import Op
     from fastmerge.report import Report
     from fastmerge.runtime.finite import NanPolicy, NonFinite
@@ -87,6 +89,7 @@ def merge(
     allow_missing: bool = False,
     layout: Layout | None = None,
     nan: NanPolicy = "warn",
+    part: str | tuple[int, int] | None = None,
     progress: Callable[[Plan], AbstractContextManager[Progress]] | None = None,
 ) -> Report:
     """Merges checkpoints into a new directory, which appears complete or not at all.
@@ -108,6 +111,10 @@ def merge(
         layout: likewise.
         nan: ``warn``, ``error`` or ``zero`` for NaN and Inf that come from the inputs. Tensors that are copied
             byte for byte are looked at for ``error`` and ``zero`` only.
+        part: ``"3/8"``: write only the third of eight parts of the output, while other processes, perhaps on other
+            machines with the same filesystem, write theirs. What is left of the same part is continued. The process
+            that finds all parts done publishes the output; ``resume`` without a part does so too, and writes what
+            is missing.
         progress: from the plan, a context that gives what is called about every 50 ms with the running statistics.
 
     Returns:
@@ -117,12 +124,12 @@ def merge(
         FastMergeError: a subclass that says what is wrong; the target is untouched, and work that was done
             is kept for ``resume``.
     """
-    from fastmerge.checkpoint import Writer
     from fastmerge.checkpoint.content import inputs
+    from fastmerge.checkpoint.parts import Part
     from fastmerge.checkpoint.past import in_cache
-    from fastmerge.report import Report
     from fastmerge.runtime.making import host
 
+    mine = Part.read(part) if part is not None else None
     if nan not in ("warn", "error", "zero"):
         raise RecipeError(f"nan: expected warn, error or zero; got {nan!r}")
     started = time.perf_counter()
@@ -146,30 +153,86 @@ def merge(
     for text in planned.warnings:
         log.warning("%s", text)
     warm = in_cache({file.path for checkpoint in planned.checkpoints for file in checkpoint.files})
-    again = resume
-    while True:
+    run = _Run(planned, out, chosen, budget, warm=warm, overwrite=overwrite, nan=nan, progress=progress)
+    report = run.whole(resume=resume) if mine is None else run.part(mine, resume=resume)
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+@dataclass
+class _Run:
+    """A planned merge and how it is to be done."""
+
+    planned: Plan
+    out: str | os.PathLike[str]
+    chosen: Backend
+    budget: Budget
+    warm: bool
+    overwrite: bool
+    nan: NanPolicy
+    progress: Callable[[Plan], AbstractContextManager[Progress]] | None
+
+    def whole(self, *, resume: bool) -> Report:
+        """All of it, or what an interrupted run and finished parts left of it."""
+        from fastmerge.checkpoint import Writer
+
+        return self._placed(self.planned, lambda again: Writer(**self._how(resume=resume or again)))
+
+    def part(self, part: Part, *, resume: bool) -> Report:
+        """One part; and all, where no other part is left."""
+        from fastmerge.checkpoint.part_writer import PartWriter
+        from fastmerge.planning.parts import share
+
+        mine = share(self.planned.ops, part)
+        made: list[PartWriter] = []
+
+        def open_part(_: bool) -> PartWriter:
+            made[:] = [PartWriter(**self._how(resume=resume), part=part, mine=mine.ranges)]
+            return made[0]
+
+        report = self._placed(replace(self.planned, ops=mine.ops), open_part)
+        if made[0].finished or not made[0].all_done():
+            return report
         try:
-            with place(planned.ops, chosen, budget, warm=warm) as placed:
-                # After the budgets were found to do: a new run discards what an interrupted one left.
-                writer = Writer(
-                    out,
-                    planned.layout,
-                    fingerprint=planned.fingerprint,
-                    resume=again,
-                    overwrite=overwrite,
-                    inputs=[c.path for c in planned.checkpoints],
-                )
-                if writer.finished:
-                    return Report.load(writer.target)
-                again = True
-                with writer:
-                    report = _merge(planned, str(out), placed, writer, started, nan, progress)
-            return replace(report, seconds=time.perf_counter() - started)
-        except BudgetError as error:
-            chosen, budget = smaller(chosen, budget, error)
-            error.__traceback__ = None  # its frames hold a slot
-            if budget.halved:
-                log.warning("%s; going on with half of that", error)
+            return self.whole(resume=True)
+        except OutputError as error:
+            # Another part has just ended as well and publishes, or one that was done is run again.
+            if "already running" not in str(error):
+                raise
+            return report
+
+    def _how(self, *, resume: bool) -> dict[str, Any]:
+        return {
+            "out": self.out,
+            "layout": self.planned.layout,
+            "fingerprint": self.planned.fingerprint,
+            "resume": resume,
+            "overwrite": self.overwrite,
+            "inputs": [c.path for c in self.planned.checkpoints],
+        }
+
+    def _placed(self, planned: Plan, opened: Callable[[bool], Writer]) -> Report:
+        """Runs what is planned on what is chosen, with less memory where there is less than was thought."""
+        from fastmerge.report import Report
+
+        started, again = time.perf_counter(), False
+        while True:
+            try:
+                with place(planned.ops, self.chosen, self.budget, warm=self.warm) as placed:
+                    # After the budgets were found to do: a new run discards what an interrupted one left.
+                    writer = opened(again)
+                    if writer.finished:
+                        return Report.load(writer.target)
+                    if writer.said is not None:
+                        writer.abort()
+                        return Report.of(writer.said)
+                    again = True
+                    with writer:
+                        return _merge(planned, str(self.out), placed, writer, started, self.nan, self.progress)
+            except BudgetError as error:
+                self.chosen, self.budget = smaller(self.chosen, self.budget, error)
+                error.__traceback__ = None  # its frames hold a slot
+                if self.budget.halved:
+                    log.warning("%s; going on with half of that", error)
 
 
 def _tables(planned: Plan) -> int:
@@ -197,6 +260,7 @@ def _merge(
 ) -> Report:
     """Runs what is planned and placed, and publishes it."""
     from fastmerge.checkpoint import Files
+    from fastmerge.checkpoint.part_writer import PartWriter
     from fastmerge.runtime.finite import NonFinite
     from fastmerge.runtime.making import host
     from fastmerge.runtime.results import Results
@@ -216,6 +280,11 @@ def _merge(
     if writer.resumed:
         stats.notes.append("resumed: NaN and Inf were counted in this run's part only; fastmerge verify counts all")
     report = _report(planned, out, started, stats, placed, finite)
+    if isinstance(writer, PartWriter):
+        report = replace(report, bytes_written=min(report.bytes_written, writer.nbytes))
+        writer.finish(report.to_json())
+        return report
+    report = report.joined(writer.parts)
     _extras(planned, writer, report)
     writer.commit()
     return report

@@ -45,3 +45,12 @@ class Ranges:
         if start < stop:
             gaps.append((start, stop))
         return gaps
+
+    def common(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The parts of a range that are in the set."""
+        low, high = bisect_right(self._stops, start), bisect_left(self._starts, stop)
+        return [(max(a, start), min(b, stop)) for a, b in self.spans()[low:high]]
+
+    def spans(self) -> list[tuple[int, int]]:
+        """All ranges, in order."""
+        return [*zip(self._starts, self._stops, strict=True)]

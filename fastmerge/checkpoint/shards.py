@@ -19,6 +19,8 @@ from fastmerge.checkpoint.seal import blocks
 from fastmerge.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from fastmerge.checkpoint.io import I64, Io
     from fastmerge.checkpoint.journal import Range
     from fastmerge.checkpoint.layout import Layout
@@ -48,16 +50,18 @@ class ShardFiles:
         layout: the shards.
         io: the primitive.
         features: where missing system features are noted.
+        own: numbers of the shards that are written here; no others are opened.
 
     Attributes:
-        fds: one per shard.
+        fds: one per shard, -1 for those that are not open.
     """
 
-    def __init__(self, data: Path, layout: Layout, io: Io, features: dict[str, bool]) -> None:
+    def __init__(self, data: Path, layout: Layout, io: Io, features: dict[str, bool], own: Iterable[int]) -> None:
         self.fds: list[int] = []
         self._direct: list[int] = []
         self._data = data
         self._layout = layout
+        self._own = [(i, layout.shards[i]) for i in sorted(own)]
         self._io = io
         self._features = features
         self._names: dict[int, str] = {}
@@ -70,21 +74,21 @@ class ShardFiles:
         Raises:
             OutputError: the disk is too small, with the bytes needed and free; more files than a process may open.
         """
-        count = len(self._layout.shards)
+        count = len(self._own)
         spare = system.spare_descriptors(count)
         if spare < count:
             raise OutputError(
                 f"{self._data}: {count} output files are written at once, and this process may open {spare} more "
                 f"(ulimit -n): raise the limit or the shard size"
             )
-        for shard in self._layout.shards:
-            fd = self._open(shard.name)
-            self.fds.append(fd)
+        self.fds += [-1] * len(self._layout.shards)
+        for i, shard in self._own:
+            fd = self.fds[i] = self._open(shard.name)
             self._names[fd] = str(self._data / shard.name)
         self._open_direct()
         self._reserve()
-        for fd, shard in zip(self.fds, self._layout.shards, strict=True):
-            self._write_bytes(fd, shard.header)
+        for i, shard in self._own:
+            self._write_bytes(self.fds[i], shard.header)
 
     def check(self, table: I64) -> list[list[int]]:
         """The rows (shard, offset, x, nbytes) as integers.
@@ -184,7 +188,7 @@ class ShardFiles:
     def matches(self, record: Range) -> bool:
         """Whether the bytes on disk still have a journalled checksum."""
         shard, offset, nbytes, expected = record
-        if shard >= len(self.fds):
+        if shard >= len(self.fds) or self.fds[shard] < 0:
             return False
         low, high = self._bounds[shard]
         if offset < low or offset + nbytes > high:
@@ -251,9 +255,8 @@ class ShardFiles:
 
     def close(self) -> None:
         """Closes the files."""
-        for fds in (self.fds, self._direct):
-            while fds:
-                os.close(fds.pop())
+        _close(self.fds)
+        _close(self._direct)
 
     def _open(self, name: str) -> int:
         """A shard in progress; one that a commit had renamed already gets its working name back."""
@@ -272,32 +275,34 @@ class ShardFiles:
 
     def _open_direct(self) -> None:
         """Second handles that bypass the page cache, on filesystems where that is known to be fast and safe."""
-        if not system.direct_is_good(self.fds[0] if self.fds else -1):
+        if not system.direct_is_good(self.fds[self._own[0][0]] if self._own else -1):
             return
-        wanted = 2 * len(self.fds)  # the inputs want some too
+        wanted = 2 * len(self._own)  # the inputs want some too
         if system.spare_descriptors(wanted) < wanted:
             self._features["direct"] = False
             return
-        for fd in self.fds:
+        self._direct += [-1] * len(self.fds)
+        for i, _ in self._own:
+            fd = self.fds[i]
             try:
                 again = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
             except OSError:
                 self._features["direct"] = False
-                while self._direct:
-                    os.close(self._direct.pop())
+                _close(self._direct)
                 return
             self._names[again] = self._names[fd]
-            self._direct.append(again)
+            self._direct[i] = again
 
     def _reserve(self) -> None:
         """Takes the disk space of all shards before a byte is read."""
-        total = self._layout.total
-        held = sum(os.fstat(fd).st_blocks * 512 for fd in self.fds)
+        total = sum(shard.size for _, shard in self._own)
+        held = sum(os.fstat(self.fds[i]).st_blocks * 512 for i, _ in self._own)
         info = os.statvfs(self._data)
         free = info.f_bavail * info.f_frsize
         if free < total - held:
             raise OutputError(f"{self._data}: not enough space: {total - held} bytes needed, {free} free")
-        for fd, shard in zip(self.fds, self._layout.shards, strict=True):
+        for i, shard in self._own:
+            fd = self.fds[i]
             code = system.fallocate(fd, shard.size)
             if code in system.UNSUPPORTED:
                 self._features["fallocate"] = False
@@ -317,3 +322,11 @@ class ShardFiles:
         if buffer is None:
             buffer = self._local.buffer = np.empty(_BUFFER + system.PAGE, np.uint8)
         return buffer
+
+
+def _close(fds: list[int]) -> None:
+    """Closes those that are open."""
+    while fds:
+        fd = fds.pop()
+        if fd >= 0:
+            os.close(fd)

@@ -9,16 +9,14 @@ Where names cannot be swapped, an output that is replaced waits as ``old`` until
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
-import json
 import os
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmerge.checkpoint import system
+from fastmerge.checkpoint.locks import Lock, stale
 from fastmerge.errors import OutputError
 
 if TYPE_CHECKING:
@@ -26,6 +24,10 @@ if TYPE_CHECKING:
 
 _SUFFIX = ".fastmerge-staging"
 _NAME_MAX = 255
+
+LOCK, OWNER = "lock", "owner"
+PARTS = "parts"
+"""Where processes that write parts of one output keep what is their own."""
 
 
 def staging_path(target: Path) -> Path:
@@ -124,10 +126,9 @@ class Staging:
         self.journal = self.root / "journal.jsonl"
         self._features = features
         self._old = self.root / "old"
-        self._lock_path = self.root / "lock"
-        self._owner = self.root / "owner"
-        self._lock: int | None = None
-        self._acquire()
+        self._lock = self._acquire()
+        if self._features.get("flock") is False:
+            self._check_parts()
 
     def check_own(self) -> None:
         """Makes sure that nothing here leads to other directories: what is in ``data`` and ``old`` gets removed.
@@ -156,7 +157,7 @@ class Staging:
     def clear(self) -> None:
         """Removes everything that an earlier run left, once a displaced output is back in its place."""
         self.restore()
-        _remove(self.root, {self._lock_path.name, self._owner.name})
+        _remove(self.root, {LOCK, OWNER})
 
     def tidy(self, expected: set[str]) -> None:
         """Removes from ``data`` whatever is not expected there."""
@@ -186,21 +187,28 @@ class Staging:
 
     def release(self, *, remove: bool) -> None:
         """Gives the lock back; with ``remove`` the staging directory goes too, unless it holds the only old output."""
-        if self._lock is None:
+        if not self._lock.held:
             return
         with contextlib.suppress(OSError):
             self.restore()
         remove = remove and not self._displaced()
         if remove:
             self.clear()
-            # The lock goes last: whoever takes it next finds an empty directory.
-            self._lock_path.unlink(missing_ok=True)
-        self._owner.unlink(missing_ok=True)
+        # The lock goes last: whoever takes it next finds an empty directory.
+        self._lock.release(remove=remove)
         if remove:
             with contextlib.suppress(OSError):
                 self.root.rmdir()
-        os.close(self._lock)
-        self._lock = None
+
+    def _acquire(self) -> Lock:
+        return Lock(self.root / LOCK, self.root / OWNER, str(self.target), self._features)
+
+    def _check_parts(self) -> None:
+        """Without locks, parts of the output that are being written are known by their owners only."""
+        for owner in sorted((self.root / PARTS).glob("*.owner")):
+            if not stale(owner):
+                self._lock.release(remove=False)
+                raise OutputError(f"{self.target}: already running: a part of it; if it is not, remove {owner}")
 
     def _displaced(self) -> bool:
         """Whether the output that was to be replaced is only here."""
@@ -217,63 +225,6 @@ class Staging:
                 self.restore()
             raise
 
-    def _acquire(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        while True:
-            self.root.mkdir(exist_ok=True)
-            if not stat.S_ISDIR(self.root.lstat().st_mode):
-                raise OutputError(f"{self.root}: expected a directory of its own")
-            try:
-                fd = os.open(self._lock_path, flags, 0o666)
-            except FileNotFoundError:
-                continue
-            try:
-                if self._take(fd):
-                    break
-            except BaseException:
-                os.close(fd)
-                raise
-            os.close(fd)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, _self(), 0)
-        self._lock = fd
-
-    def _take(self, fd: int) -> bool:
-        """Locks; False where the file was removed by its last owner meanwhile."""
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise OutputError(f"{self.target}: already running: {_owner(os.pread(fd, 4096, 0))}") from None
-            if error.errno not in system.UNSUPPORTED | {errno.ENOLCK}:
-                raise
-            self._features["flock"] = False
-            self._take_without_flock()
-            return True
-        try:
-            info = self._lock_path.stat()
-        except FileNotFoundError:
-            return False
-        mine = os.fstat(fd)
-        return (info.st_dev, info.st_ino) == (mine.st_dev, mine.st_ino)
-
-    def _take_without_flock(self) -> None:
-        """A file that only one process can create; one of a dead process on this host is removed."""
-        while True:
-            try:
-                fd = os.open(self._owner, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            except FileExistsError:
-                text = self._owner.read_bytes()
-                if not _dead(text):
-                    raise OutputError(
-                        f"{self.target}: already running: {_owner(text)}; if it is not, remove {self._owner}"
-                    ) from None
-                self._owner.unlink(missing_ok=True)
-                continue
-            os.write(fd, _self())
-            os.close(fd)
-            return
-
 
 def _remove(directory: Path, keep: set[str]) -> None:
     for path in list(directory.iterdir()):
@@ -285,33 +236,3 @@ def _remove(directory: Path, keep: set[str]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _self() -> bytes:
-    return json.dumps({"pid": os.getpid(), "host": os.uname().nodename}).encode()
-
-
-def _parse_owner(text: bytes) -> tuple[int, str] | None:
-    try:
-        content = json.loads(text)
-        return int(content["pid"]), str(content["host"])
-    except (ValueError, TypeError, KeyError):
-        return None
-
-
-def _owner(text: bytes) -> str:
-    owner = _parse_owner(text)
-    return f"process {owner[0]} on {owner[1]} writes it" if owner else "another process writes it"
-
-
-def _dead(text: bytes) -> bool:
-    owner = _parse_owner(text)
-    if owner is None or owner[1] != os.uname().nodename:
-        return False
-    try:
-        os.kill(owner[0], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False

@@ -120,6 +120,20 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that appears complete or not at all, in place of one that is there; durable on return."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    temporary.rename(path)
+    sync_directory(path.parent)
+
+
 def view(address: int, nbytes: int) -> memoryview:
     """The bytes at an address, read-only and without a copy; the caller keeps them alive."""
     return _memoryview(address, nbytes, 0x100)  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ import errno
 import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint import io as _io
 from fastmerge.checkpoint import journal as _journal
@@ -15,13 +15,14 @@ from fastmerge.checkpoint import seal, system
 from fastmerge.checkpoint import staging as _staging
 from fastmerge.checkpoint.header import listing
 from fastmerge.checkpoint.layout import INDEX_NAME, Layout
+from fastmerge.checkpoint.parts import load as load_parts
 from fastmerge.checkpoint.ranges import Ranges
 from fastmerge.checkpoint.seal import Mark, mark
 from fastmerge.checkpoint.shards import COPY_PIECE, ShardFiles
 from fastmerge.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from typing_extensions import Self
 
@@ -49,7 +50,9 @@ class Writer:
         target: the output directory, absolute.
         staging: where the output grows, next to it.
         finished: the output is published: by :meth:`commit`, or by the run that was to be resumed.
-        resumed: bytes of data that need not be written again.
+        resumed: bytes of data that need not be written again, the finished parts' excepted.
+        parts: the reports of parts that others wrote and finished.
+        said: of a part that an earlier run finished: its report.
         features: system features that were looked for and are missing here (False), for the report.
 
     Raises:
@@ -73,12 +76,14 @@ class Writer:
         self.layout = layout
         self.finished = False
         self.resumed = 0
+        self.parts: list[dict[str, Any]] = []
+        self.said: dict[str, Any] | None = None
         self.features: dict[str, bool] = {}
         self._fingerprint = fingerprint
         self._overwrite = overwrite
         self._ranges = [Ranges() for _ in layout.shards]
         self._pending: list[Range] = []
-        self._dirty = set(range(len(layout.shards)))
+        self._dirty = self._own_shards()
         self._extras: dict[str, bytes | Path] = {}
         self._marks: dict[str, Mark] = {}
         self._lock = threading.Lock()
@@ -93,8 +98,8 @@ class Writer:
                 if self.finished:
                     return
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._staging = _staging.Staging(self.target, self.features)
-        self._shards = ShardFiles(self._staging.data, layout, io or _io.native(), self.features)
+            self._staging = self._lock_staging()
+        self._shards = ShardFiles(self._staging.data, layout, io or _io.native(), self.features, self._dirty)
         try:
             with _wrapped(self.staging):
                 self._begin(_journal.load(self._staging.journal) if resume else None, resume=resume)
@@ -102,6 +107,11 @@ class Writer:
             # Space that was reserved for nothing goes back; an interrupted run stays.
             self._close(remove=not os.path.lexists(self._staging.journal))
             raise
+
+    @property
+    def skips(self) -> bool:
+        """Whether :meth:`done` can be true of anything from the start."""
+        return self.resumed > 0 or bool(self.parts)
 
     def done(self, shard: int, offset: int, nbytes: int) -> bool:
         """Whether a range of a shard (absolute offset) is written, by this run or the one that it resumes."""
@@ -320,21 +330,39 @@ class Writer:
         if self.finished:
             self._close(remove=True)
             return
-        if state is None:
+        parts = [*load_parts(self.staging, self._fingerprint, digest)] if resume else []
+        if state is None and not parts:
             self._staging.clear()
-        self._worth_keeping = state is not None
+        self._worth_keeping = bool(state or parts)
         self._staging.data.mkdir(exist_ok=True)
         self._shards.open()
-        for record in state.ranges if state else ():
-            shard, offset, nbytes, _ = record
-            if self._shards.matches(record):
-                self._ranges[shard].add(offset, offset + nbytes)
-                self.resumed += nbytes
+        self._take(state.ranges if state else ())
         self._journal = _journal.Journal(self._staging.journal, state)
         if state is None:
             self._journal.begin(self._fingerprint, digest)
             for directory in (self._staging.data, self.staging, self.target.parent):
                 system.sync_directory(directory)
+        for ranges, said in parts:
+            self._log.done(self._take(ranges, trusted=said is not None))
+            self.parts += [said] if said is not None else []
+
+    def _own_shards(self) -> set[int]:
+        """The shards that are written, by number."""
+        return set(range(len(self.layout.shards)))
+
+    def _lock_staging(self) -> _staging.Staging:
+        return _staging.Staging(self.target, self.features)
+
+    def _take(self, ranges: Iterable[Range], *, trusted: bool = False) -> list[Range]:
+        """Counts journalled ranges as written that still have their checksum, and those that are ``trusted``."""
+        found = []
+        for record in ranges:
+            shard, offset, nbytes, _ = record
+            if trusted or self._shards.matches(record):
+                self._ranges[shard].add(offset, offset + nbytes)
+                self.resumed += 0 if trusted else nbytes
+                found.append(record)
+        return found
 
     def _record(self, ranges: list[Range]) -> None:
         with self._lock:

@@ -109,7 +109,7 @@ def build(
                 _extra(data, at, loc, method, problems)
                 mended = mended and _remove(data, at)
             else:
-                problems.add(loc, _message(error))
+                problems.add(loc, message(error))
                 mended = False
     try:
         return (cls.model_validate(data) if mended else None), problems
@@ -129,7 +129,8 @@ def _extra(data: Any, at: Loc, loc: Loc, method: type[Method] | None, problems: 
     stray.key(problems, loc, container, data, method)
 
 
-def _message(error: Any) -> str:
+def message(error: Any) -> str:
+    """What is wrong, of one error of pydantic's."""
     match error["type"]:
         case "missing":
             return "this key is required"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,27 @@ class Report:
         """Bytes read and written per second of wall time, in 1e9 bytes."""
         return (self.bytes_read + self.bytes_written) / max(self.seconds, 1e-9) / 1e9
 
+    def joined(self, parts: Sequence[Mapping[str, Any]]) -> Report:
+        """With what the reports of parts of the same merge count, for whoever publishes it."""
+        if not parts:
+            return self
+        every: list[Mapping[str, Any]] = [*parts, asdict(self)]
+        nonfinite: Counter[str] = Counter()
+        stages: Counter[str] = Counter()
+        for said in every:
+            nonfinite.update(said["nonfinite"])
+            stages.update(said["stages"])
+        return replace(
+            self,
+            bytes_read=sum(said["bytes_read"] for said in every),
+            bytes_written=sum(said["bytes_written"] for said in every),
+            stages=dict(stages),
+            bottleneck=max(stages, key=stages.__getitem__),
+            devices=tuple(name for said in parts for name in said["devices"]),
+            nonfinite=dict(nonfinite),
+            warnings=tuple(dict.fromkeys(text for said in every for text in said["warnings"])),
+        )
+
     def to_json(self) -> str:
         """The text of ``merge_report.json``, with a checksum of itself."""
         facts = {**asdict(self), "gigabytes_per_second": self.gigabytes_per_second}
@@ -77,7 +99,14 @@ class Report:
         missing = [f.name for f in fields(cls) if f.name not in facts and f.default is f.default_factory is MISSING]
         if missing:
             raise OutputError(f"{path}: not a merge report: without {', '.join(missing)}")
-        return cls(**{f.name: facts[f.name] for f in fields(cls) if f.name in facts})
+        return cls.of(facts)
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Report:
+        """From the values of its JSON."""
+        known: dict[str, Any] = {f.name: facts[f.name] for f in fields(cls) if f.name in facts}
+        known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+        return cls(**known)
 
     def __str__(self) -> str:
         devices = ", ".join(dict.fromkeys(self.devices))

@@ -268,8 +268,8 @@ class OpStore:
         return data
 
     def done(self, job: Job, unit: Unit) -> bool:
-        """Whether the journal of the interrupted run covers every output range of the unit."""
-        if self._writer is None or not self._writer.resumed:
+        """Whether an interrupted run wrote every output range of the unit, or others write it."""
+        if self._writer is None or not self._writer.skips:
             return False
         for o, start, length in unit.pieces:
             op = self._ops[o]
