@@ -20,7 +20,8 @@ from fastmerge.recipe.checks import REST, UNNAMED, Part, check, donor_only_base,
 from fastmerge.recipe.documents import Document
 from fastmerge.recipe.load import build, text_of
 from fastmerge.recipe.problems import Origin, Problems, dotted
-from fastmerge.recipe.schema import UNION, Input, ModelRef, Module, Shape, Slice, Source
+from fastmerge.recipe.refs import UNION, ModelRef
+from fastmerge.recipe.schema import Input, Module, Shape, Slice, Source
 from fastmerge.recipe.settings import Parameters, Rule, Setting
 from fastmerge.recipe.tree import Loc, Map
 
@@ -117,8 +118,8 @@ class Recipe(Shape):
 
     @property
     def adapters(self) -> tuple[ModelRef, ...]:
-        """All adapters of :attr:`refs`, in the order of their first appearance."""
-        return tuple(dict.fromkeys(ref.lora for ref in self.refs if ref.lora is not None))
+        """All adapters of :attr:`refs`, without their weights, in the order of their first appearance."""
+        return tuple(dict.fromkeys(adapter.bare for ref in self.refs for adapter in ref.adapters))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -204,7 +205,11 @@ class Recipe(Shape):
         """
         names = {ref: i for i, ref in enumerate(self.refs)}
         loras = {ref: i for i, ref in enumerate(self.adapters)}
-        out = self.plain(lambda ref: [names[ref], loras[ref.lora]] if ref.lora else names[ref])
+
+        def adapter(ref: ModelRef) -> Any:
+            return loras[ref.bare] if ref.weight == 1 else [loras[ref.bare], ref.weight]
+
+        out = self.plain(lambda ref: [names[ref], *map(adapter, ref.adapters)] if ref.lora else names[ref])
         out["seed"] = seed if seed is not None else self.seed or 0
         out["inputs"] = list(identities) or len(names) + len(loras)
         return json.dumps(out, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

@@ -187,8 +187,8 @@ def test_the_fingerprint_covers_the_adapter(tmp_path, base):
 @pytest.mark.parametrize(
     ("tensor", "shape", "said"),
     [
-        ("layers.0.mlp.down_proj", None, "has no such tensors: 'layers.0.mlp.down_proj.weight'"),
-        (f"language_model.{DOWN}", None, f"has no such tensors: 'language_model.{DOWN}.weight'"),
+        ("model.layers.9.mlp.down_proj", None, "has no such tensors: 'model.layers.9.mlp.down_proj.weight'"),
+        (f"{DOWN}.linear", None, f"has no such tensors: '{DOWN}.linear.weight'"),
         ("score.weight", (2, 16), "has no such tensors: 'score.weight'"),
         (DOWN, ((2, 9), (16, 2)), "lora_B [16, 2] x lora_A [2, 9] does not fit bfloat16 [16, 48]"),
         ("model.norm", ((2, 16), (16, 2)), "lora_B [16, 2] x lora_A [2, 16] does not fit bfloat16 [16]"),
