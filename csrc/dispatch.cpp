@@ -15,7 +15,7 @@ namespace {
 #define FM_TABLE(isa)                                                                                           \
   Kernels {                                                                                                     \
     #isa, isa::combine, isa::gram, isa::fold, isa::delta_keys, isa::count, isa::l1, isa::votes, isa::consensus, \
-        isa::philox, isa::count_nonfinite, isa::apart, isa::replicate, isa::peel                                \
+        isa::philox, isa::count_nonfinite, isa::apart, isa::replicate, isa::peel, isa::low_rank                 \
   }
 
 #if defined(__aarch64__)

@@ -13,7 +13,8 @@ from fastmerge.checkpoint.header import listing
 from fastmerge.checkpoint.update import Update
 from fastmerge.dtypes import F32
 from fastmerge.ops.gathered import Columns, Joined, Part
-from fastmerge.ops.made import Constant, LowRank, Rows
+from fastmerge.ops.low_rank import LowRank
+from fastmerge.ops.made import Constant, Rows
 from fastmerge.ops.row_lengths import ColumnLengths, RowLengths
 from fastmerge.ops.sources import FileRange
 from fastmerge.planning import tied

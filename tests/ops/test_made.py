@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmerge.dtypes import BF16, BY_NAME, F16, F32, F64
+from fastmerge.ops import low_rank as updates
 from fastmerge.ops import made, row_lengths
-from fastmerge.ops.made import Constant, LowRank, Noise, Rows, Wide, load
+from fastmerge.ops.low_rank import LowRank
+from fastmerge.ops.made import Constant, Noise, Rows, Wide, load
 from fastmerge.ops.row_lengths import RowLengths
 from fastmerge.ops.sources import Made, Memory, inputs_of, workspace
 from fastmerge.philox import NOISE, normal
@@ -146,7 +148,7 @@ def test_a_low_rank_update_without_the_kernel_has_the_same_bits(dtype, transpose
         a, b = b.T.contiguous(), a.T.contiguous()
     source = LowRank(memory(x), memory(b), memory(a), -1.5, transposed)
     kind = np.float64 if source.dtype is F64 else np.float32
-    monkeypatch.setattr(made, "PANEL", panel)
+    monkeypatch.setattr(updates, "PANEL", panel)
     want = run(source, 0, x.numel()).view(kind)
     monkeypatch.setitem(sys.modules, "fastmerge._native", None)
     got = run(source, 0, x.numel()).view(kind)

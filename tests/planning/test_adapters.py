@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import fastmerge
 from fastmerge.errors import CheckpointError
-from fastmerge.ops import made
+from fastmerge.ops import low_rank
 from fastmerge.planning import plan
 from fastmerge.recipe import Recipe
 from tests.tiny import state, write
@@ -162,7 +162,7 @@ def test_bytes_do_not_depend_on_how_the_work_is_cut(tmp_path, monkeypatch):
     found = factors(Q, base, 3) | factors(DOWN, base, 3) | embed
     text = passed(f"{base}+{adapter(tmp_path / 'a', found, r=3)}", dtype="float32")
     want = merge(tmp_path, text, "whole")
-    monkeypatch.setattr(made, "PANEL", 7)
+    monkeypatch.setattr(low_rank, "PANEL", 7)
     monkeypatch.setattr("fastmerge.runtime.placement.UNIT_ELEMENTS", 65_536)
     monkeypatch.setattr("fastmerge.runtime.placement.cores", lambda: 3)
     got = merge(tmp_path, text, "cut")

@@ -1,4 +1,4 @@
-"""Adapters of fused experts and of repeated layers, beside what peft makes of the same files, and beside the formula."""
+"""Adapters of fused experts and of repeated layers, beside what peft makes of the files, and beside the formula."""
 
 import json
 
