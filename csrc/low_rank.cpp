@@ -31,8 +31,7 @@ void rows_of(const LowRankArgs& a, int64_t row, int64_t at, int64_t m) {
       put16(v + a.scale * sum[i], x[i] + j);
     }
   }
-  for (int i = 0; i < M; ++i)
-    memcpy(a.out + (row + i) * a.columns + at, x[i], static_cast<size_t>(m) * sizeof(float));
+  for (int i = 0; i < M; ++i) memcpy(a.out + (row + i) * a.columns + at, x[i], static_cast<size_t>(m) * sizeof(float));
 }
 
 }  // namespace
