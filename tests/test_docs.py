@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import fastmerge as fm
+from fastmerge.cli import main
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,3 +143,26 @@ def test_the_page_of_dna_transfer_runs_and_lists_what_there_is(place):
     rows = re.findall(r"^\| ([\w, ]+) \| ([\w, ]+) \|$", page.split("| dense |")[1].split("\n\n")[0], re.MULTILINE)
     listed = {(d, m) for dense, mixtures in rows for d in dense.split(", ") for m in mixtures.split(", ")}
     assert listed == {(source, twin.target) for twin in TWINS for source in twin.sources}
+
+
+def test_the_page_of_adapters_runs(place):
+    page = (ROOT / "docs" / "adapters.md").read_text()
+    (lines,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    for line in lines.splitlines():
+        done = CliRunner().invoke(main, [*line.split()[1:], "--device", "cpu", "--quiet"])
+        assert (done.exit_code, done.output) == (0, "")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    name = "model.layers.0.self_attn.q_proj"
+    q = f"{name}.weight"
+    fm.merge(text, "mapped", device="cpu")
+    pairs = [load_file(place / "adapters" / n / "adapter_model.safetensors") for n in ("chat", "maths")]
+    chat, maths = (
+        1.5
+        * p[f"base_model.model.{name}.lora_B.weight"].double()
+        @ p[f"base_model.model.{name}.lora_A.weight"].double()
+        for p in pairs
+    )
+    base = weights(place / "models" / "base")[q].double()
+    for out, share in (("baked", (1, 0)), ("both", (0.7, 0.3)), ("mapped", (0.7, -0.3))):
+        want = base + share[0] * chat + share[1] * maths
+        assert torch.allclose(weights(place / out)[q].double(), want, rtol=2**-8, atol=1e-6)

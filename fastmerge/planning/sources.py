@@ -69,6 +69,12 @@ class ModelSources:
         """Whether an adapter makes another tensor of one of :attr:`tensors`."""
         return self._changes is not None and self._changes.touch(info.name)
 
+    def parts(self, a: TensorInfo, b: TensorInfo) -> bool:
+        """Whether an adapter does something to one of two tensors that it does not do to the other."""
+        changed = [info.name for info in (a, b) if self.changes(info)]
+        tokens = self._changes.tokens if self._changes is not None else {}
+        return bool(changed) and not (len(changed) == 2 and tokens.get(a.name, a) is tokens.get(b.name, b))
+
     @property
     def dropped(self) -> dict[str, list[str]]:
         """Tensors of the model's files in whose place others come, by rule."""
