@@ -42,9 +42,9 @@ def low_rank(
         except ImportError:
             pass
         else:
-            addresses = [a.ctypes.data for a in (out, left, right, x)]
+            to, b, a, base = (array.ctypes.data for array in (out, left, right, x))
             stride = max(columns, right.strides[0] // right.itemsize)
-            _native.low_rank(*addresses, scale, rows, columns, rank, stride, dtype.code)
+            _native.low_rank(to, b, a, base, scale, rows, columns, rank, stride, dtype.code)
             return
     update = left[:, 0, None] * right[0]
     spare = np.empty_like(update)
