@@ -26,6 +26,8 @@ def replicated(model: Checkpoint, runs: Sequence[tuple[int, int]]) -> Checkpoint
         CheckpointError: the model has no such layers.
         RecipeError: its configuration gives layers a meaning that the new order does not keep.
     """
+    if model.alike is not None:
+        raise CheckpointError(f"layer_replication {_shown(runs)} of what another document makes: write that to disk")
     found = structure(model.tensors, model.config)
     stack = found.main
     if stack is None:

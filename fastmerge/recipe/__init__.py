@@ -198,6 +198,8 @@ class Recipe(Shape):
     def canonical(self, identities: Sequence[str] = (), *, seed: int | None = None) -> str:
         """The recipe as one line of JSON without any path: the same wherever the models lie.
 
+        A model that gives nothing but its tokenizer is ``another``.
+
         Args:
             identities: what each model of :attr:`refs` is (its header hash), then what each of :attr:`adapters` is;
                 their number where absent.
@@ -206,10 +208,11 @@ class Recipe(Shape):
         names = {ref: i for i, ref in enumerate(self.refs)}
         loras = {ref: i for i, ref in enumerate(self.adapters)}
 
-        def adapter(ref: ModelRef) -> Any:
-            return loras[ref.bare] if ref.weight == 1 else [loras[ref.bare], ref.weight]
+        def model(ref: ModelRef) -> Any:
+            weighed = [loras[a.bare] if a.weight == 1 else [loras[a.bare], a.weight] for a in ref.adapters]
+            return [names[ref], *weighed] if weighed else names.get(ref, "another")
 
-        out = self.plain(lambda ref: [names[ref], *map(adapter, ref.adapters)] if ref.lora else names[ref])
+        out = self.plain(model)
         out["seed"] = seed if seed is not None else self.seed or 0
         out["inputs"] = list(identities) or len(names) + len(loras)
         return json.dumps(out, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

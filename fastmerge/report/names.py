@@ -42,6 +42,9 @@ class Names:
                 if ref.adapters:
                     first, *more = [replace(named.get(a.bare, a.bare), weight=a.weight) for a in ref.adapters]
                     self._refs[ref] = replace(self._refs[ref], lora=first, more=tuple(more))
+            giver = one.tokenizer_source
+            if giver is not None and giver not in self._refs and Path(giver.path).exists():  # it is not merged
+                self._refs[giver] = replace(giver, path=self._last(giver.path, Path(giver.path)))
 
     def _named(self, ref: ModelRef, checkpoint: Checkpoint) -> ModelRef:
         if checkpoint.alike is not None:
