@@ -228,3 +228,22 @@ def test_layers_that_are_not_there(bases, tmp_path, runs, said):
     with pytest.raises(CheckpointError, match="layer_replication") as e:
         baked(bases / "llama-torch.float32", path, tmp_path / "got")
     assert said in str(e.value)
+
+
+def test_repeated_layers_of_one_document_are_not_those_of_another(bases, tmp_path):
+    base = bases / "llama-torch.float32"
+    path = train(base, tmp_path / "adapter", target_modules=["q_proj"], layer_replication=[[1, 2], [0, 2]])
+    deep = f"name: deep\nmerge_method: passthrough\nmodels: [{{model: {base}+{path}}}]\n---\n"
+    first = f"merge_method: passthrough\nslices: [{{sources: [{{model: {base}, layer_range: [0, 1]}}]}}, "
+    fm.merge(f"{deep}{first}{{sources: [{{model: deep, layer_range: [2, 3]}}]}}]\n", tmp_path / "a", device="cpu")
+    got, x = load_file(tmp_path / "a" / "model.safetensors"), load_file(base / "model.safetensors")
+    assert got.keys() == x.keys()
+    q = "self_attn.q_proj.weight"
+    assert [torch.equal(got[f"model.layers.{i}.{q}"], x[f"model.layers.{i}.{q}"]) for i in range(2)] == [True, False]
+    with pytest.raises(CheckpointError, match="of what another document makes"):
+        fm.merge(
+            f"name: first\nmerge_method: passthrough\nmodels: [{{model: {base}}}]\n---\n"
+            f"merge_method: passthrough\nmodels: [{{model: first+{path}}}]\n",
+            tmp_path / "b",
+            device="cpu",
+        )
