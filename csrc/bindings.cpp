@@ -407,6 +407,8 @@ PYBIND11_MODULE(_native, m) {
   using free = py::call_guard<py::gil_scoped_release>;
   m.def("count_nonfinite", count_nonfinite, arg("address"), arg("n"), arg("code"), free());
   m.def("apart", apart, arg("x"), arg("x_code"), arg("y"), arg("y_code"), arg("n"), free());
+  m.def("low_rank", low_rank, arg("out"), arg("left"), arg("right"), arg("x"), arg("scale"), arg("rows"),
+        arg("columns"), arg("rank"), arg("stride"), arg("code"), free());
   m.def("peel", peel, arg("x"), arg("replica"), arg("drawn"), arg("share"), arg("n"), arg("code"), free());
   m.def("read_some", transfer<read_some, 4>, arg("table"), arg("row"), arg("done"));
   m.def("write_some", transfer<write_some, 4>, arg("table"), arg("row"), arg("done"));

@@ -183,4 +183,16 @@ inline void peel(int64_t x, int64_t replica, int64_t drawn, double share, int64_
                   share, n, code});
 }
 
+inline void low_rank(int64_t out, int64_t left, int64_t right, int64_t x, double scale, int64_t rows, int64_t columns,
+                     int64_t rank, int64_t stride, int code) {
+  check_code(code, "code");
+  if (code == kF64) fail("code: fp64 has no place in a sum of fp32");
+  if (rows < 0 || columns < 0 || rank < 1 || stride < columns) fail("sizes: expected rank >= 1 and stride >= columns");
+  const Scratch strip = scratch_of(rank * kStrip * static_cast<int64_t>(sizeof(float)));
+  const PlainFloat plain;
+  kernels().low_rank({reinterpret_cast<float*>(out), reinterpret_cast<const float*>(left),
+                      reinterpret_cast<const float*>(right), x, static_cast<float>(scale), rows, columns, rank, stride,
+                      code, static_cast<float*>(strip.get())});
+}
+
 }  // namespace fastmerge

@@ -222,6 +222,20 @@ struct PeelArgs {
   int32_t code;  // the type that holds the numbers, and shall hold their parts
 };
 
+constexpr int64_t kStrip = 64;  // columns of a low-rank product that are worked on at a time
+
+// y = x + s (B A), in fp32.
+struct LowRankArgs {
+  float* out;          // [rows, columns]
+  const float* left;   // [rows, rank] of B
+  const float* right;  // [rank, columns] of A, rows `stride` apart
+  int64_t x;           // address of [rows, columns] of type `code`, no fp64
+  float scale;
+  int64_t rows, columns, rank, stride;  // rank >= 1
+  int32_t code;
+  float* strip;  // room for rank * kStrip numbers, 64-byte aligned
+};
+
 // One instruction set's kernels.
 struct Kernels {
   const char* name;
@@ -239,6 +253,7 @@ struct Kernels {
   Apart (*apart)(int64_t x, int32_t x_code, int64_t y, int32_t y_code, int64_t n);
   void (*replicate)(const ReplicateArgs&);
   void (*peel)(const PeelArgs&);
+  void (*low_rank)(const LowRankArgs&);
 };
 
 #define FM_DECLARE_KERNELS(isa)                                                                 \
@@ -257,6 +272,7 @@ struct Kernels {
   Apart apart(int64_t x, int32_t x_code, int64_t y, int32_t y_code, int64_t n);                 \
   void replicate(const ReplicateArgs&);                                                         \
   void peel(const PeelArgs&);                                                                   \
+  void low_rank(const LowRankArgs&);                                                            \
   }
 
 #if defined(__aarch64__)

@@ -213,6 +213,15 @@ def peel(x: int, replica: int, drawn: int, share: float, n: int, code: int) -> N
     Addresses of fp32, fp64 for code 0, and of int8.
     """
 
+def low_rank(
+    out: int, left: int, right: int, x: int, scale: float, rows: int, columns: int, rank: int, stride: int, code: int
+) -> None:
+    """``out = x + scale (left right)`` in fp32, the sum in the order of ranks: :class:`fastmerge.ops.made.LowRank`.
+
+    Addresses of fp32 ``[rows, columns]``, ``[rows, rank]`` and ``[rank, columns]``, whose rows are ``stride`` elements
+    apart, and of ``[rows, columns]`` of the type ``code``, which is not fp64.
+    """
+
 def read_some(table: _I64, row: int, done: int) -> tuple[int, int, int]:
     """Reads rows (fd, offset, address, nbytes) in order from byte ``done`` of ``row`` on.
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import fastmerge as fm
+from fastmerge.cli import main
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -192,3 +194,26 @@ def test_the_page_of_evaluators_runs(place, capsys):
         parts = [mean[name.replace("qkv_proj", p)] for p in ("q_proj", "k_proj", "v_proj")]
         assert torch.equal(whole, torch.cat(parts))
     assert set(re.findall(r"^\| `(\w+):", page, re.MULTILINE)) == set(ARGUMENTS)
+
+
+def test_the_page_of_adapters_runs(place):
+    page = (ROOT / "docs" / "adapters.md").read_text()
+    (lines,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    for line in lines.splitlines():
+        done = CliRunner().invoke(main, [*line.split()[1:], "--device", "cpu", "--quiet"])
+        assert (done.exit_code, done.output) == (0, "")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    name = "model.layers.0.self_attn.q_proj"
+    q = f"{name}.weight"
+    fm.merge(text, "mapped", device="cpu")
+    pairs = [load_file(place / "adapters" / n / "adapter_model.safetensors") for n in ("chat", "maths")]
+    chat, maths = (
+        1.5
+        * p[f"base_model.model.{name}.lora_B.weight"].double()
+        @ p[f"base_model.model.{name}.lora_A.weight"].double()
+        for p in pairs
+    )
+    base = weights(place / "models" / "base")[q].double()
+    for out, share in (("baked", (1, 0)), ("both", (0.7, 0.3)), ("mapped", (0.7, -0.3))):
+        want = base + share[0] * chat + share[1] * maths
+        assert torch.allclose(weights(place / out)[q].double(), want, rtol=2**-8, atol=1e-6)

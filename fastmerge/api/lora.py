@@ -42,6 +42,7 @@ KINDS = ("cat", "svd", *MIXED, *(f"{kind}_svd" for kind in MIXED[1:]))
 """All; those of :data:`MIXED` work on A and B each, but for ``..._svd``."""
 
 _BAKE = "bake them into the base (fastmerge lora bake), which applies everything"
+_ENDS = (".weight", ".bias")
 _SAME = ("modules_to_save", "bias")
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _PREFIX = "base_model.model."
@@ -185,9 +186,14 @@ def _modules(adapters: Sequence[Adapter], kind: str) -> tuple[list[_Module], dic
     found: dict[str, dict[int, Update]] = {}
     problems: list[str] = []
     for i, adapter in enumerate(adapters):
-        ref, other = adapter.checkpoint.ref, [n for n, u in adapter.updates.items() if u.b is None or u.magnitude]
-        if other:
-            problems.append(f"{ref}: DoRA and lora_bias are no low-rank updates ({listing(other)}): {_BAKE}")
+        ref, updates = adapter.checkpoint.ref, adapter.updates
+        for what, names in (
+            ("DoRA and lora_bias are no low-rank updates", [n for n, u in updates.items() if not _plain(u)]),
+            ("updates of single parameters are merged by no kind", [n for n in updates if not n.endswith(_ENDS)]),
+            ("rows of tokens are no low-rank updates", list(adapter.tokens)),
+        ):
+            if names:
+                problems.append(f"{ref}: {what} ({listing(names)}): {_BAKE}")
         for name, update in adapter.updates.items():
             found.setdefault(name.removesuffix(".weight"), {})[i] = update
     modules = [_Module(name, updates) for name, updates in found.items()]
@@ -219,6 +225,9 @@ def _modules(adapters: Sequence[Adapter], kind: str) -> tuple[list[_Module], dic
             carried[info.name] = first, info
         else:
             differ.append(name)
+    for setting in ("layer_replication", "target_parameters"):
+        if len({_said(a, (setting,)) if a.checkpoint.config.get(setting) else "" for a in adapters}) > 1:
+            problems.append(f"{setting} is not the same in all adapters: {_BAKE}")
     # What training a module as a whole means, and which biases were trained, is said in the settings.
     differ += [k for k in _SAME if len({_said(a, (k,)) for a in adapters}) > 1 and carried]
     if differ:
@@ -228,6 +237,11 @@ def _modules(adapters: Sequence[Adapter], kind: str) -> tuple[list[_Module], dic
     if problems:
         raise CheckpointError(problems)
     return modules, carried
+
+
+def _plain(update: Update) -> bool:
+    """Whether an update is a product of two factors alone."""
+    return update.b is not None and update.magnitude is None
 
 
 def _rank(modules: Sequence[_Module], kind: str, rank: int | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -13,9 +14,9 @@ from fastmerge.api.mixed import MIXED
 from fastmerge.commands import display
 from fastmerge.errors import RecipeError
 from fastmerge.recipe import ModelRef, Recipe
-from fastmerge.recipe.schema import exists, model_ref
+from fastmerge.recipe.refs import exists, model_ref
 
-_BAKES = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
+_BAKES = ("sum", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,8 +52,9 @@ def merge(adapters: tuple[str, ...], out: str, quiet: bool, **how: Any) -> None:
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @click.argument("out", type=click.Path())
-@click.option("--method", type=click.Choice(_BAKES), default="task_arithmetic", show_default=True,
-              help="How adapters come together, on the updates themselves.")  # fmt: skip
+@click.option("--method", type=click.Choice(_BAKES), default="sum", show_default=True,
+              help="How adapters come together. sum: the base and all updates, each with its weight, rounded once. "
+                   "Others: the method on the task vectors of base+adapter.")  # fmt: skip
 @click.option("--density", type=float, help="Share that stays, for ties and dare.")
 @click.option("--memory", help="Budget for data in flight, e.g. 8GB.  [default: 8GB or half of what is free]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, or cuda:0,cuda:1.")
@@ -107,7 +109,7 @@ def weighted(adapters: Sequence[str]) -> tuple[list[str], list[float]]:
 
 
 def recipe(base: str, adapters: Sequence[str], weights: Sequence[float], method: str, density: float | None) -> Recipe:
-    """The recipe of a bake: one adapter as it is with one rounding, else task vectors of ``base+adapter``.
+    """The recipe of a bake: the base with all adapters on it, or task vectors of ``base+adapter``.
 
     Raises:
         RecipeError: the base names an adapter, or the density does not go with the method.
@@ -118,13 +120,17 @@ def recipe(base: str, adapters: Sequence[str], weights: Sequence[float], method:
         raise RecipeError(str(error)) from None
     if twice := [str(r) for r in (model, *loras) if r.lora is not None]:
         raise RecipeError(f"{twice[0]}: expected one model or adapter")
-    if density is not None and method == "task_arithmetic":
-        raise RecipeError("density: task_arithmetic takes none; see --method")
-    tuned = [ModelRef(model.path, model.revision, a).plain() for a in loras]
-    if list(weights) == [1.0] and method == "task_arithmetic":
-        return Recipe.load({"merge_method": "passthrough", "models": [{"model": tuned[0]}]})
-    more = {} if density is None else {"density": density}
-    models = [{"model": m, "parameters": {"weight": w, **more}} for m, w in zip(tuned, weights, strict=True)]
+    if density is not None and method in ("sum", "task_arithmetic"):
+        raise RecipeError(f"density: {method} takes none; see --method")
+    if method == "sum":
+        if not all(weights):
+            raise RecipeError("weight 0: leave the adapter out")
+        first, *more = [replace(a, weight=w) for a, w in zip(loras, weights, strict=True)]
+        tuned = replace(model, lora=first, more=tuple(more))
+        return Recipe.load({"merge_method": "passthrough", "models": [{"model": tuned.plain()}]})
+    each = [ModelRef(model.path, model.revision, a).plain() for a in loras]
+    thinned = {} if density is None else {"density": density}
+    models = [{"model": m, "parameters": {"weight": w, **thinned}} for m, w in zip(each, weights, strict=True)]
     return Recipe.load({"merge_method": method, "base_model": model.plain(), "models": models})
 
 

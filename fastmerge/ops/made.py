@@ -2,13 +2,12 @@
 
 ============  ====================================================
 ``Rows``      rows of other sources, in any order, with gaps
-``LowRank``   a weight and a low-rank update (LoRA)
 ``Wide``      8-bit floats as bfloat16, which holds each exactly
 ``Constant``  one value
 ``Noise``     normal random numbers
 ============  ====================================================
 
-:mod:`fastmerge.ops.row_lengths` has one more, that of DoRA.
+:mod:`fastmerge.ops.low_rank` and :mod:`fastmerge.ops.row_lengths` have those of adapters.
 """
 
 from __future__ import annotations
@@ -23,12 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmerge.dtypes import BF16, F16, F32, F64, DType, promote
-from fastmerge.ops.segments import GROUP, HEADER, LENGTH, OUT, ROW
 from fastmerge.ops.sources import Bring, FileRange, Memory, workspace
 from fastmerge.ops.spec import Source
 
 PANEL = 1 << 16
-"""Elements that are computed at a time: what all ranks of an update work on stays in the cache."""
+"""Elements that are computed at a time: they stay in the cache."""
 
 BLOCK, PART = 1 << 17, 1 << 17
 """Elements of rows that are brought to be put in order at a time, and rows that are looked at at a time."""
@@ -36,7 +34,7 @@ BLOCK, PART = 1 << 17, 1 << 17
 NEAR = 16384
 """Bytes that are as well read as a run is begun: runs that lie closer are read with what is between them."""
 
-_NUMPY: dict[DType, type[np.floating[Any]]] = {F64: np.float64, F32: np.float32, F16: np.float16}
+NUMPY: dict[DType, type[np.floating[Any]]] = {F64: np.float64, F32: np.float32, F16: np.float16}
 
 
 def array(address: int, n: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -62,10 +60,10 @@ def _load(bring: Bring, source: Source, e0: int, out: npt.NDArray[Any]) -> None:
         return
     raw = np.empty(out.size * source.dtype.size, np.uint8)
     bring(source, np.array([[e0, out.size, raw.ctypes.data]], np.int64))
-    _widen(raw, source.dtype, out)
+    widen(raw, source.dtype, out)
 
 
-def _widen(raw: npt.NDArray[np.uint8], dtype: DType, out: npt.NDArray[Any]) -> None:
+def widen(raw: npt.NDArray[np.uint8], dtype: DType, out: npt.NDArray[Any]) -> None:
     """Floats as fp32 or fp64, which hold them exactly."""
     if dtype is BF16:
         wide = out if out.itemsize == 4 else np.empty(out.size, np.float32)
@@ -73,7 +71,7 @@ def _widen(raw: npt.NDArray[np.uint8], dtype: DType, out: npt.NDArray[Any]) -> N
         if wide is not out:
             out[:] = wide
     else:
-        out[:] = raw.view(_NUMPY[dtype])
+        out[:] = raw.view(NUMPY[dtype])
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +142,7 @@ def _take(bring: Bring, source: Source, dtype: DType, width: int, rows: npt.NDAr
     start, length, to = rows[np.argsort(start, kind="stable")].T
     most = max(BLOCK, width)
     raw = np.empty(most * source.dtype.size, np.uint8)
-    wide: npt.NDArray[Any] = raw if source.dtype is dtype else np.empty(most, _NUMPY[dtype])
+    wide: npt.NDArray[Any] = raw if source.dtype is dtype else np.empty(most, NUMPY[dtype])
     at = 0
     while at < len(start):
         first = int(start[at])
@@ -152,7 +150,7 @@ def _take(bring: Bring, source: Source, dtype: DType, width: int, rows: npt.NDAr
         n = int((start[at:end] + length[at:end]).max()) - first  # a row may be there twice, once in part
         bring(source, np.array([[first, n, raw.ctypes.data]], np.int64))
         if wide is not raw:
-            _widen(raw[: n * source.dtype.size], source.dtype, wide[:n])
+            widen(raw[: n * source.dtype.size], source.dtype, wide[:n])
         origin = wide.ctypes.data + (start[at:end] - first) * size
         _move(np.stack([origin, to[at:end], length[at:end] * size], axis=1))
         at = end
@@ -175,117 +173,9 @@ def brought(bring: Bring, source: Source, e0: int, n: int, dtype: DType) -> npt.
     bring(source, np.array([[e0, n, raw.ctypes.data]], np.int64))
     if source.dtype is dtype:
         return raw
-    wide = np.empty(n, _NUMPY[dtype])
-    _widen(raw, source.dtype, wide)
+    wide = np.empty(n, NUMPY[dtype])
+    widen(raw, source.dtype, wide)
     return wide.view(np.uint8)
-
-
-def sums(left: npt.NDArray[Any], right: npt.NDArray[Any], out: npt.NDArray[Any], spare: npt.NDArray[Any]) -> None:
-    """``left @ right`` where every product and every sum is rounded once, in the order of the inner index.
-
-    The kernel for weighted sums does the same, several times as fast: a row of the result is a weighted sum of the
-    rows of ``right``.
-
-    Args:
-        left: ``[rows, R]``, R >= 1.
-        right: ``[R, columns]``; its rows are contiguous.
-        out: ``[rows, columns]``, contiguous.
-        spare: of the same shape and type, to work in.
-    """
-    rows, rank = left.shape
-    try:
-        from fastmerge import _native
-    except ImportError:
-        np.multiply(left[:, 0, None], right[0], out)
-        for k in range(1, rank):
-            np.add(out, np.multiply(left[:, k, None], right[k], spare), out)
-        return
-    table = np.zeros((rows, HEADER + rank), np.int64)
-    table[:, OUT] = out.ctypes.data + np.arange(rows) * out.strides[0]
-    table[:, LENGTH] = table[:, ROW] = out.shape[1]
-    table[:, GROUP] = np.arange(rows)
-    table[:, HEADER:] = right.ctypes.data + np.arange(rank) * right.strides[0]
-    code = (F64 if out.itemsize == 8 else F32).code
-    codes, ones, ignored = np.full(rank, code, np.int32), np.ones((rows, 2)), np.zeros(rows, np.int64)
-    coefficients = np.ascontiguousarray(left, np.float64)
-    _native.combine(table, codes, code, coefficients, ones, False, False, ignored)
-
-
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """``base + scale (B A)``, as LoRA adapters state a weight; exact products and sums in fp32, in the order of ranks.
-
-    Each element is ``x + s (b0 a0 + b1 a1 + ...)``, every operation rounded once to fp32 (fp64 for an fp64 base).
-
-    Attributes:
-        base: ``[O, I]``.
-        b: ``[O, R]``.
-        a: ``[R, I]``.
-        scale: factor of the update.
-        transposed: the base is stored as ``[I, O]`` (Conv1D, embeddings), and so is the result.
-    """
-
-    base: Source
-    b: Source
-    a: Source
-    scale: float
-    transposed: bool = False
-
-    @property
-    def dtype(self) -> DType:
-        """fp32, or fp64: nothing is rounded to the base's type."""
-        return F64 if self.base.dtype is F64 else F32
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the base."""
-        return self.base.shape
-
-    @property
-    def inputs(self) -> tuple[Source, ...]:
-        """The weight, and the factors."""
-        return (self.base, self.b, self.a)
-
-    @property
-    def workspace(self) -> int:
-        """Both factors twice (as they are stored, and as they are used), two panels, and the kernel's tables."""
-        rank, numbers = self.a.shape[0], sum(self.b.shape[:1] + self.a.shape[1:])
-        return 2 * self.dtype.size * (rank * numbers + PANEL) + 32 * PANEL + workspace(self.base)
-
-    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
-        """Panels that stay in the cache, each over all ranks: the order of a single element is that of the ranks."""
-        if not n:
-            return
-        work = _NUMPY[self.dtype]
-        width = self.shape[-1]
-        first, last = e0 // width, (e0 + n - 1) // width
-        left, right = (x.astype(work, copy=False) for x in self._factors(bring, first, last - first + 1))
-        out = array(address, n, work)
-        space = np.empty((2, min(n, PANEL)), work)
-        at = e0
-        while at < e0 + n:
-            row, column = divmod(at, width)
-            columns = min(width - column, e0 + n - at, PANEL)
-            rows = max(1, min(e0 + n - at, PANEL) // max(width, HEADER + left.shape[1])) if columns == width else 1
-            update, spare = space[:, : rows * columns]
-            factors = left[row - first : row - first + rows], right[:, column : column + columns]
-            sums(*factors, update.reshape(rows, columns), spare.reshape(rows, columns))
-            np.multiply(update, work(self.scale), update)
-            part = out[at - e0 : at - e0 + update.size]
-            _load(bring, self.base, at, part)
-            np.add(part, update, part)
-            at += update.size
-
-    def _factors(self, bring: Bring, first: int, rows: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """``[rows, R]`` and ``[R, columns]`` of some rows of the result; those of a transposed one are columns of A."""
-        rank, width = self.a.shape[0], self.shape[-1]
-        if not self.transposed:
-            b = load(bring, self.b, first * rank, rows * rank).reshape(rows, rank)
-            return b, load(bring, self.a, 0, rank * width).reshape(rank, width)
-        columns = self.a.shape[1]
-        a = np.stack([load(bring, self.a, k * columns + first, rows) for k in range(rank)], axis=1)
-        b = load(bring, self.b, 0, width * rank).reshape(width, rank)
-        return a, np.ascontiguousarray(b.T)
 
 
 @dataclass(frozen=True, eq=False)
@@ -387,7 +277,7 @@ class Noise:
             from fastmerge._native import philox_u16 as draw
         except ImportError:
             draw = u16
-        work = _NUMPY[self.dtype]
+        work = NUMPY[self.dtype]
         out = array(address, n, work)
         for at in range(0, n, PANEL):
             part = out[at : at + PANEL]
@@ -408,7 +298,7 @@ def rounded(value: float, dtype: DType) -> npt.NDArray[Any]:
     exact = np.array([value], np.float64)
     with np.errstate(over="ignore"):
         if dtype is not BF16:
-            return np.abs(exact).astype(_NUMPY[dtype]) if np.isnan(value) else exact.astype(_NUMPY[dtype])
+            return np.abs(exact).astype(NUMPY[dtype]) if np.isnan(value) else exact.astype(NUMPY[dtype])
         near = exact.astype(np.float32)
     if np.isnan(value):
         return np.array([0x7FC0], np.uint16)

@@ -1,7 +1,8 @@
-"""A source whose rows are given lengths: the last step of DoRA."""
+"""Sources whose rows, or columns, are given lengths: the last step of DoRA."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,3 +84,70 @@ class RowLengths:
                 np.multiply(panel, factor[:, None], panel)
             begin, end = max(e0, row * width), min(e0 + n, (row + count) * width)
             out[begin - e0 : end - e0] = panel.reshape(-1)[begin - row * width : end - row * width]
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnLengths:
+    """``v_o m_o / ||v_o||`` for each column ``v_o``, of a weight that is stored ``[in, out]``.
+
+    The lengths take the whole tensor: whatever run is wanted first makes it once for them, and they are kept.
+
+    Attributes:
+        source: ``[I, O]``, fp32 or fp64.
+        magnitude: ``[O]``.
+    """
+
+    source: Source
+    magnitude: Source
+
+    @property
+    def dtype(self) -> DType:
+        """That of the source."""
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the source."""
+        return self.source.shape
+
+    @property
+    def inputs(self) -> tuple[Source, ...]:
+        """The columns, and their lengths."""
+        return (self.source, self.magnitude)
+
+    @property
+    def workspace(self) -> int:
+        """A panel of rows, at least one, and some numbers for each column."""
+        return 24 * max(PANEL, self.shape[1]) + 48 * self.shape[1] + workspace(self.source)
+
+    @functools.cached_property
+    def _kept(self) -> list[npt.NDArray[Any]]:
+        """The factors, once they are known."""
+        return []
+
+    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
+        """A panel of the run at a time."""
+        if not n:
+            return
+        if not self._kept:
+            self._kept.append(self._factors(bring))
+        factors, width = self._kept[0], self.shape[1]
+        out = array(address, n, factors.dtype)
+        for at in range(0, n, PANEL):
+            part = out[at : at + PANEL]
+            bring(self.source, np.array([[e0 + at, part.size, part.ctypes.data]], np.int64))
+            np.multiply(part, factors[np.arange(e0 + at, e0 + at + part.size) % width], part)
+
+    def _factors(self, bring: Bring) -> npt.NDArray[Any]:
+        """``m_o / ||v_o||``, rounded once; squares are summed in fp64, row after row."""
+        rows, width = self.shape
+        sums = np.zeros(width)
+        step = max(1, PANEL // width)
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            panel = load(bring, self.source, row * width, count * width).reshape(count, width).astype(np.float64)
+            for one in np.multiply(panel, panel, panel):
+                sums += one
+        with np.errstate(divide="ignore", invalid="ignore"):  # as for rows
+            found = load(bring, self.magnitude, 0, width).astype(np.float64) / np.sqrt(sums)
+        return found.astype(np.float64 if self.dtype is F64 else np.float32)

@@ -8,7 +8,6 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint import Checkpoint, Layout, Seen, layout, of_fields, without_gc
@@ -24,7 +23,7 @@ from fastmerge.planning.plan import Plan
 from fastmerge.planning.rows import Models, Row, Stacked, sliced, whole
 from fastmerge.recipe import UNNAMED, ModelRef, Recipe
 from fastmerge.recipe.problems import hint
-from fastmerge.recipe.schema import UNION
+from fastmerge.recipe.refs import UNION
 from fastmerge.version import __version__
 
 if TYPE_CHECKING:
@@ -214,17 +213,47 @@ def _open(
     seen: Seen = {}
     for ref in refs:
         try:
-            open_already = given.get(str(ref)) or given.get(str(replace(ref, lora=None)))
+            open_already = given.get(str(ref)) or given.get(str(ref.bare))
             out[ref] = open_already or Checkpoint.open(ref.path, revision=ref.revision, seen=seen)
-            if ref.lora is not None:
-                from fastmerge.checkpoint.adapter import Adapter
-
-                adapters[ref] = Adapter.open(ref.lora.path, revision=ref.lora.revision)
         except CheckpointError as e:
             problems += e.problems
+        for adapter in ref.adapters:
+            from fastmerge.checkpoint.adapter import Adapter
+
+            try:
+                if adapter.bare not in adapters:
+                    adapters[adapter.bare] = Adapter.open(adapter.path, revision=adapter.revision)
+            except CheckpointError as e:
+                problems += e.problems
     if problems:
         raise CheckpointError(problems)
-    return out, adapters
+    return _replicated(out, adapters), adapters
+
+
+def _replicated(
+    models: Mapping[ModelRef, Checkpoint], adapters: Mapping[ModelRef, Adapter]
+) -> dict[ModelRef, Checkpoint]:
+    """Models with their layers repeated where their adapters were trained on such ones.
+
+    Raises:
+        CheckpointError: adapters of one model repeat other layers, or the model does not have them.
+    """
+    out = dict(models)
+    problems: list[str] = []
+    for ref, model in models.items():
+        runs = {adapters[a.bare].replication for a in ref.adapters}
+        if len(runs) > 1:
+            problems.append(f"{ref}: the adapters' layer_replication differs: {sorted(runs)}")
+        elif any(runs):
+            from fastmerge.planning.replication import replicated
+
+            try:
+                out[ref] = replicated(model, *runs)
+            except (CheckpointError, RecipeError) as e:
+                problems += [f"{ref}: {p}" for p in e.problems]
+    if problems:
+        raise CheckpointError(problems)
+    return out
 
 
 def _giver(recipe: Recipe, models: Models, given: Mapping[str, Checkpoint]) -> Checkpoint:

@@ -47,7 +47,7 @@ class Models:
         self.adapters = adapters
         at = {ref: len(checkpoints) + i for i, ref in enumerate(adapters)}
         self.sources = {
-            ref: ModelSources(c, i, adapters.get(ref), at.get(ref, -1))
+            ref: ModelSources(c, i, [(adapters[a.bare], at[a.bare], a.weight) for a in ref.adapters])
             for i, (ref, c) in enumerate(checkpoints.items())
         }
         self._tensors = {ref: s.tensors for ref, s in self.sources.items()}

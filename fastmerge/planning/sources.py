@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint import Checkpoint, TensorInfo
 from fastmerge.checkpoint.header import listing
-from fastmerge.dtypes import BF16, F32, DType, promote
+from fastmerge.dtypes import BF16, DType, promote
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Source
 from fastmerge.planning import tied
 
 if TYPE_CHECKING:
-    from fastmerge.checkpoint.adapter import Adapter, Update
+    from fastmerge.checkpoint.adapter import Adapter
+    from fastmerge.planning.applied import Changes
 
 FLOAT8 = frozenset({"float8_e4m3fn", "float8_e5m2"})
 """Types whose values bfloat16 holds exactly."""
@@ -35,46 +36,39 @@ class ModelSources:
     Args:
         checkpoint: the model.
         model: its position among the plan's checkpoints.
-        adapter: what is applied to it; None for nothing.
-        at: the adapter's position among them.
+        adapters: what is applied to it: each with its position among the plan's checkpoints, and its weight.
 
     Attributes:
         unchanged: every tensor is read as it is.
         tensors: those of the model by name; with an adapter that unties them, tied ones under each of their names.
         config: of the model; where tied tensors were untied, it says that they were tied.
-        problems: what of the adapter fits nothing in the model: applied in part, it would be wrong without a word.
-        warnings: what people should know of the adapter.
+        problems: what of the adapters fits nothing in the model: applied in part, they would be wrong without a word.
+        warnings: what people should know of the adapters.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: int, adapter: Adapter | None = None, at: int = -1) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: int, adapters: Sequence[tuple[Adapter, int, float]] = ()) -> None:
         self._files = checkpoint.tensors
         self._model = model
-        self._adapter = adapter
-        self._at = at
         self.tensors: Mapping[str, TensorInfo] = checkpoint.tensors
         self.config: Mapping[str, Any] = checkpoint.config
         self.problems: list[str] = []
         self.warnings: list[str] = []
         dtypes = {info.dtype.name for info in checkpoint.tensors.values()}
-        self.unchanged = self._plain = adapter is None and not dtypes & FLOAT8
-        self._updates: dict[str, Update] = {}
-        self._replaced: Mapping[str, TensorInfo] = {}
-        self._transposed: dict[str, bool] = {}
+        self.unchanged = self._plain = not adapters and not dtypes & FLOAT8
+        self._changes: Changes | None = None
         self._relaid: Mapping[str, tuple[Mapping[str, TensorInfo], Callable[[Callable[[str], Source]], Source]]] = {}
         self._stored: dict[str, str] = {}  # name of the file's tensor, of tied ones that have none of their own
-        if adapter is not None:
-            self._updates, self._replaced = dict(adapter.updates), adapter.replaced
-            self.warnings += adapter.checkpoint.warnings
-            ends = list(dict.fromkeys(tied.candidates([*self.tensors, *sorted(self._changed)])))
-            self._headless(ends, adapter.checkpoint.ref, checkpoint.ref)
-            for family in tied.families(ends):
-                self._untie(family, adapter.checkpoint, checkpoint.ref)
-            if not self.problems:
-                self._check(adapter, checkpoint.ref)
+        if adapters:
+            from fastmerge.planning.applied import Applied, Changes
 
-    @property
-    def _changed(self) -> set[str]:
-        return self._updates.keys() | self._replaced.keys()
+            self._changes = changes = Changes(checkpoint, [Applied(*adapter) for adapter in adapters])
+            self.problems, self.warnings = changes.problems, changes.warnings
+            ends = list(dict.fromkeys(tied.candidates([*self.tensors, *sorted(changes.names)])))
+            self._headless(ends, changes, checkpoint.ref)
+            for family in tied.families(ends):
+                self._untie(family, changes, checkpoint.ref)
+            if not self.problems:
+                changes.fit(self.tensors)
 
     def relay(
         self, made: Mapping[str, tuple[Mapping[str, TensorInfo], Callable[[Callable[[str], Source]], Source]]]
@@ -88,31 +82,50 @@ class ModelSources:
         return [info.name] if info.file != MADE else [i.name for i in self._relaid[info.name][0].values()]
 
     def changes(self, info: TensorInfo) -> bool:
-        """Whether the adapter makes another tensor of one of :attr:`tensors`."""
-        return info.file != MADE and (info.name in self._updates or info.name in self._replaced)
+        """Whether an adapter makes another tensor of one of :attr:`tensors`."""
+        return info.file != MADE and self._changes is not None and self._changes.touch(info.name)
+
+    def parts(self, a: TensorInfo, b: TensorInfo) -> bool:
+        """Whether an adapter does something to one of two tensors that it does not do to the other."""
+        changed = [info.name for info in (a, b) if self.changes(info)]
+        tokens = self._changes.tokens if self._changes is not None else {}
+        return bool(changed) and not (len(changed) == 2 and tokens.get(a.name, a) is tokens.get(b.name, b))
 
     @property
     def dropped(self) -> dict[str, list[str]]:
         """Tensors of the model's files in whose place others come, by rule."""
-        names = [n for n in self._replaced if n in self._files and n not in self._stored.values()]
+        own = self._changes.replaced if self._changes is not None else {}
+        names = [n for n in own if n in self._files and n not in self._stored.values()]
         return {"replaced by the adapter": names} if names else {}
 
-    def _untie(self, family: tied.Family, adapter: Checkpoint, base: str) -> None:
-        """What becomes of tied tensors of which the adapter changes some.
+    def _untie(self, family: tied.Family, changes: Changes, base: str) -> None:
+        """What becomes of tied tensors of which adapters change some.
 
-        A low-rank update of one is an update of the tensor that all are, as peft merges it. A trained copy of one
-        is a tensor of its own, and what the others are stays, unless the adapter has the same copy for all of them.
+        A low-rank update of one is an update of the tensor that all are, as peft merges it, and so are rows of tokens.
+        A trained copy of one is a tensor of its own, and what the others are stays, unless the adapter has the same
+        copy for all of them.
         """
-        changed = [n for n in family.names if n in self._changed]
+        changed = [n for n in family.names if n in changes.names]
         stored = [n for n in family.names if n in self.tensors]
         says = tied.tied(self.config)
         if not changed or not stored or says is False or (says is None and len(stored) > 1):
             return
-        trained = [n for n in changed if n in self._replaced and n not in self._updates]
+        rows = [n for n in changed if n in changes.tokens]
+        if rows:
+            if changed != rows[:1]:
+                self.problems.append(
+                    f"{changes.ref}: rows of tokens and other changes of {listing(changed)}, which {base!r} ties: "
+                    f"{_PEFT}"
+                )
+            changes.move_tokens(rows[0], stored)
+            return
+        trained = [n for n in changed if n in changes.replaced and n not in changes.updates]
         if len(stored) == 1 and stored[0] in trained and set(trained) == set(changed) == set(family.names):
-            first, *others = (self._replaced[n] for n in trained)
-            if all(tied.same(adapter, first, other) for other in others):
-                self._replaced = {n: i for n, i in self._replaced.items() if n not in trained or n == stored[0]}
+            first, *others = trained
+            if all(changes.same(first, other) for other in others):
+                for name in trained:
+                    if name != stored[0]:
+                        del changes.replaced[name]
                 return
         if trained:
             for name in changed:
@@ -122,52 +135,28 @@ class ModelSources:
             self.config = {**self.config, "tie_word_embeddings": True}
         elif len(changed) > 1 or len(stored) > 1:
             self.problems.append(
-                f"{adapter.ref}: low-rank updates of {listing(changed)}, which {base!r} ties "
+                f"{changes.ref}: low-rank updates of {listing(changed)}, which {base!r} ties "
                 f"({listing(family.names)}): {_PEFT}"
             )
         elif changed != stored:
-            name = changed[0]
-            self.warnings.append(f"{adapter.ref}: {name} {_BOTH}")
-            self._updates = {stored[0] if n == name else n: u for n, u in self._updates.items()}
-            self._replaced = {stored[0] if n == name else n: i for n, i in self._replaced.items()}
+            self.warnings.append(f"{changes.ref}: {changed[0]} {_BOTH}")
+            changes.rename(changed[0], stored[0])
 
-    def _headless(self, ends: list[str], ref: str, base: str) -> None:
-        """An embedding that the adapter changes, and a head of the model's that is tied to it and has no name here."""
+    def _headless(self, ends: list[str], changes: Changes, base: str) -> None:
+        """An embedding that an adapter changes, and a head of the model's that is tied to it and has no name here."""
         classes = self.config.get("architectures")
         names = [n for n in classes if isinstance(n, str)] if isinstance(classes, list) else []
         if tied.tied(self.config) is False or not any(n.endswith(tied.HEADED) for n in names):
             return
         if len(ends) != 1:
             return
-        if ends[0] in self._updates:
-            self.warnings.append(f"{ref}: {ends[0]} {_BOTH}")
-        elif ends[0] in self._replaced:
+        if ends[0] in changes.updates:
+            self.warnings.append(f"{changes.ref}: {ends[0]} {_BOTH}")
+        elif ends[0] in changes.replaced:
             self.problems.append(
-                f"{ref}: {ends[0]} is the adapter's own, and {base!r} ties its head to the one that it replaces: "
-                f"{_PEFT}"
+                f"{changes.ref}: {ends[0]} is the adapter's own, and {base!r} ties its head to the one that it "
+                f"replaces: {_PEFT}"
             )
-
-    def _check(self, adapter: Adapter, base: str) -> None:
-        """Everything that the adapter changes must be there, and fit."""
-        ref, model_type = adapter.checkpoint.ref, self.config.get("model_type")
-        if absent := sorted(self._changed - self.tensors.keys()):
-            self.problems.append(f"{ref}: {base!r} has no such tensors: {listing(absent)}")
-        said: dict[str, list[str]] = {}
-        for name in sorted(self._changed & self.tensors.keys()):
-            info, own, update = self.tensors[name], self._replaced.get(name), self._updates.get(name)
-            if own is not None and (own.shape != info.shape or _computed(own) != _computed(info)):
-                said.setdefault(f"{_shown(own)} does not fit {_shown(info)}", []).append(name)
-            if update is None:
-                continue
-            transposed = update.transposes(name, info.shape, model_type, flag=adapter.flag)
-            if transposed is None or not _computed(info):
-                b = "lora_B.bias" if update.b is None else f"lora_B {list(update.b.shape)} x lora_A"
-                given = f"{b} {list(update.a.shape[update.b is None :])}"
-                said.setdefault(f"{given} does not fit {_shown(info)}", []).append(name)
-            elif transposed and update.magnitude is not None:
-                said.setdefault(f"DoRA of a layer that is stored [in, out] is not supported: {_PEFT}", []).append(name)
-            self._transposed[name] = bool(transposed)
-        self.problems += [f"{ref}: {what} of {base!r}: {listing(names)}" for what, names in said.items()]
 
     def source(self, info: TensorInfo, *, copied: bool = False) -> tuple[Source, DType]:
         """Where a tensor comes from, and the type that counts for the type of the result: that of the model.
@@ -182,28 +171,16 @@ class ModelSources:
             return build(lambda name: parts[name][0]), functools.reduce(promote, {d for _, d in parts.values()})
         if self._plain:
             return FileRange(self._files[info.name], self._model), info.dtype
-        from fastmerge.ops.made import Constant, LowRank, Wide
-        from fastmerge.ops.row_lengths import RowLengths
+        from fastmerge.ops.made import Wide
 
-        name, own, update = info.name, self._replaced.get(info.name), self._updates.get(info.name)
-        found = FileRange(self._files[self._stored.get(name, name)], self._model) if own is None else self._own(own)
-        copied = copied and own is None and update is None
+        name, changed = info.name, self.changes(info)
+        found: FileRange | None = None
+        if changed and self._changes is not None:
+            found = self._changes.own(name)
+        found = found or FileRange(self._files[self._stored.get(name, name)], self._model)
+        copied = copied and not changed
         dtype = BF16 if info.dtype.name in FLOAT8 and not copied else info.dtype
         source: Source = Wide(found) if found.dtype.name in FLOAT8 and not copied else found
-        if update is not None:
-            b = Constant(1.0, F32, (1, 1)) if update.b is None else self._own(update.b)
-            source = LowRank(source, b, self._own(update.a), update.scale, self._transposed[name])
-            if update.magnitude is not None:
-                source = RowLengths(source, self._own(update.magnitude))
+        if changed and self._changes is not None:
+            source = self._changes.applied(name, source)
         return source, dtype
-
-    def _own(self, info: TensorInfo) -> FileRange:
-        return FileRange(info, self._at)
-
-
-def _computed(info: TensorInfo) -> bool:
-    return info.dtype.mergeable or info.dtype.name in FLOAT8
-
-
-def _shown(info: TensorInfo) -> str:
-    return f"{info.dtype.name} {list(info.shape)}"

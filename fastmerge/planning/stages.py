@@ -66,7 +66,7 @@ def chain(
             documents.append((name, made))
             warnings |= {t if t in located else shown(name, t): None for t in made.warnings}
             opened = zip(made.recipe.refs, made.checkpoints, strict=False)
-            given |= {str(dataclasses.replace(ref, lora=None)): c for ref, c in opened}
+            given |= {str(ref): c for ref, c in opened if not ref.adapters}  # an adapter may repeat the layers
             if name:
                 home = Path(scratch) / f"{len(homes):03}"  # none begins another
                 homes[str(home)] = name

@@ -26,7 +26,8 @@ from fastmerge.planning.tokens import (
     tokens,
     vocabulary_file,
 )
-from fastmerge.recipe.schema import UNION, Token
+from fastmerge.recipe.refs import UNION
+from fastmerge.recipe.schema import Token
 
 if TYPE_CHECKING:
     from pathlib import Path

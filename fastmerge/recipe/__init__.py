@@ -21,7 +21,8 @@ from fastmerge.recipe.checks import REST, UNNAMED, Part, check, donor_only_base,
 from fastmerge.recipe.documents import Document
 from fastmerge.recipe.load import build, text_of
 from fastmerge.recipe.problems import Origin, Problems, dotted
-from fastmerge.recipe.schema import UNION, Input, ModelRef, Module, Shape, Slice, Source
+from fastmerge.recipe.refs import UNION, ModelRef
+from fastmerge.recipe.schema import Input, Module, Shape, Slice, Source
 from fastmerge.recipe.settings import Parameters, Rule, Setting
 from fastmerge.recipe.tree import Loc, Map
 
@@ -118,8 +119,8 @@ class Recipe(Shape):
 
     @property
     def adapters(self) -> tuple[ModelRef, ...]:
-        """All adapters of :attr:`refs`, in the order of their first appearance."""
-        return tuple(dict.fromkeys(ref.lora for ref in self.refs if ref.lora is not None))
+        """All adapters of :attr:`refs`, without their weights, in the order of their first appearance."""
+        return tuple(dict.fromkeys(adapter.bare for ref in self.refs for adapter in ref.adapters))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -207,7 +208,12 @@ class Recipe(Shape):
         """
         names = {ref: i for i, ref in enumerate(self.refs)}
         loras = {ref: i for i, ref in enumerate(self.adapters)}
-        out = self.plain(lambda ref: [names[ref], loras[ref.lora]] if ref.lora else names.get(ref, "another"))
+
+        def model(ref: ModelRef) -> Any:
+            weighed = [loras[a.bare] if a.weight == 1 else [loras[a.bare], a.weight] for a in ref.adapters]
+            return [names[ref], *weighed] if weighed else names.get(ref, "another")
+
+        out = self.plain(model)
         out["seed"] = seed if seed is not None else self.seed or 0
         out["inputs"] = list(identities) or len(names) + len(loras)
         return json.dumps(out, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

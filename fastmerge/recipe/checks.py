@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from fastmerge.methods.base import REQUIRED, Method, Param
 from fastmerge.recipe.load import LIFTED
 from fastmerge.recipe.problems import Problems, hint
-from fastmerge.recipe.schema import UNION, Input, ModelRef, Module, Shape, Slice, Source
+from fastmerge.recipe.refs import UNION, ModelRef
+from fastmerge.recipe.schema import Input, Module, Shape, Slice, Source
 from fastmerge.recipe.settings import Parameters, Setting
 from fastmerge.recipe.tree import Loc
 
@@ -149,7 +150,7 @@ def _duplicates(recipe: Shape, problems: Problems) -> None:
 def _same(ref: ModelRef) -> str:
     """Equal for references to one model."""
     model = f"{os.path.normpath(os.path.expanduser(ref.path))}@{ref.revision}"  # noqa: PTH111
-    return model if ref.lora is None else f"{model}+{_same(ref.lora)}"
+    return "+".join([model, *(f"{_same(adapter)}:{adapter.weight}" for adapter in ref.adapters)])
 
 
 def _slices(recipe: Shape, problems: Problems) -> None:
@@ -205,7 +206,7 @@ def _whose(recipe: Shape, source: ModelRef) -> ModelRef:
     if source in known:
         return source
     # The tokenizer of model+adapter is the model's.
-    return next((ref for ref in known if replace(ref, lora=None) == source), source)
+    return next((ref for ref in known if ref.bare == source), source)
 
 
 def _member(recipe: Shape, source: ModelRef, loc: Loc, problems: Problems) -> ModelRef:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fastmerge.errors import RecipeError
 from fastmerge.recipe.checks import places
 from fastmerge.recipe.problems import Problems, misspelt
-from fastmerge.recipe.schema import exists
+from fastmerge.recipe.refs import exists
 from fastmerge.recipe.tree import Loc, Map, kind
 
 if TYPE_CHECKING:
@@ -102,8 +102,9 @@ def _uses(recipe: Recipe, names: Mapping[str, int], problems: Problems) -> dict[
     """The documents that a recipe uses, and where it does first."""
     out: dict[str, Loc] = {}
     for loc, ref in places(recipe):
-        if ref.lora is not None and ref.lora.path in names:
-            problems.add(loc, f"{ref.lora.path!r} is a document of this file: its result is a model, no adapter")
+        for adapter in ref.adapters:
+            if adapter.path in names:
+                problems.add(loc, f"{adapter.path!r} is a document of this file: its result is a model, no adapter")
         if ref.path not in names:
             near = misspelt(ref.path, names)
             if near and "/" not in ref.path and not exists(ref.path):

@@ -2,142 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, InstanceOf, StrictInt, StrictStr
 
 from fastmerge.dtypes import BY_NAME, FLOATS
 from fastmerge.recipe.problems import hint
+from fastmerge.recipe.refs import UNION, ModelRef, model_ref
 from fastmerge.recipe.settings import Parameters
-from fastmerge.recipe.tree import Loc, Map, kind
+from fastmerge.recipe.tree import Loc, kind
 
 SEED_BOUND = 2**63
-_WRITE_PATHS = "a path with '+' or '@' is written {model: {path: ...}}"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelRef:
-    """A model: a local directory, or ``org/name`` on the hub, at a revision, with an adapter or without.
-
-    Attributes:
-        path: of the directory or on the hub.
-        revision: on the hub.
-        lora: the adapter that is applied to it, itself without one.
-    """
-
-    path: str
-    revision: str | None = None
-    lora: ModelRef | None = None
-
-    def __str__(self) -> str:
-        model = f"{self.path}@{self.revision}" if self.revision else self.path
-        return model if self.lora is None else f"{model}+{self.lora}"
-
-    def plain(self) -> Any:
-        """As YAML writes it: a string, or mergekit's mapping where that string would say something else."""
-        names = [self.path, self.revision or "", *((self.lora.path, self.lora.revision or "") if self.lora else ())]
-        joined = self.lora is not None or self.revision is not None
-        if not any(c in name for name in names for c in "@+") and not (joined and exists(str(self))):
-            return str(self)
-        return {"model": _plain_path(self), **({"lora": _plain_path(self.lora)} if self.lora else {})}
-
-
-def _plain_path(ref: ModelRef) -> dict[str, str]:
-    return {"path": ref.path, **({"revision": ref.revision} if ref.revision else {})}
-
-
-UNION = ModelRef("union")
-"""As a tokenizer's source: the tokens of all models."""
-
 
 Layout = Literal["base", "per-expert", "fused"]
 """Of experts in the output: as the base has them, tensors of its own for each, or stacks of all."""
-
-
-def exists(path: str) -> bool:
-    """Whether this machine has something of that name: then it is a path, whatever ``@`` and ``+`` are in it."""
-    return os.path.lexists(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises for unknown users
-
-
-def model_ref(raw: Any) -> ModelRef:
-    """Reads ``path``, ``org/name@revision``, either with ``+adapter``, or mergekit's mapping form.
-
-    A text with ``@`` or ``+`` that exists as a path is that path.
-
-    mergekit's ``override_architecture`` is accepted and has no effect: there is no architecture table.
-
-    Raises:
-        ValueError: for several adapters or revisions, a revision of a local path, an empty path or anything else.
-    """
-    if isinstance(raw, ModelRef):
-        return raw
-    if isinstance(raw, Map):
-        return _mapping_ref(raw)
-    text = os.fspath(raw) if isinstance(raw, os.PathLike) else raw
-    if not isinstance(text, str) or not text.strip():
-        shown = repr(raw) if isinstance(raw, str) else kind(raw)
-        raise ValueError(f"expected a model: a directory or org/name[@revision]; got {shown}")
-    if "+" not in text or exists(text):
-        return _path_ref(text)
-    cuts = [i for i, c in enumerate(text) if c == "+"]
-    if len(cuts) > 1:
-        cuts = [i for i in cuts if all("+" not in s or exists(s) for s in (text[:i], text[i + 1 :]))]
-    if len(cuts) != 1:
-        raise ValueError(f"{text!r}: expected one model[+adapter]; {_WRITE_PATHS}")
-    model, adapter = text[: cuts[0]], text[cuts[0] + 1 :]
-    if not model.strip() or not adapter.strip():
-        raise ValueError(f"{text!r}: expected model+adapter; {_WRITE_PATHS}")
-    return replace(_path_ref(model), lora=_path_ref(adapter))
-
-
-def _path_ref(text: str) -> ModelRef:
-    """``path[@revision]``, which stands for itself where it exists as a path."""
-    if "@" not in text or exists(text):
-        return _ref(text, None)
-    path, _, revision = text.rpartition("@")
-    if not path or not revision or ("@" in path and not exists(path)):
-        raise ValueError(f"{text!r}: expected one path[@revision]")
-    return _ref(path, revision)
-
-
-def _ref(path: str, revision: str | None) -> ModelRef:
-    if any(c < " " or "\x7f" <= c < "\xa0" or "\ud800" <= c <= "\udfff" for c in path + (revision or "")):
-        raise ValueError(f"expected a model: a directory or org/name[@revision]; got {path!r}: control characters")
-    if path.startswith("~") and os.path.expanduser(path) == path:  # noqa: PTH111
-        raise ValueError(f"{path!r}: no such user, whose directory it could be in")
-    if revision and exists(path):
-        raise ValueError(f"{path!r} is a path on this machine, which has no revisions; got revision {revision!r}")
-    return ModelRef(path.rstrip("/") or path, revision or None)
-
-
-_REF, _PATH = {"model", "lora", "override_architecture"}, {"path", "revision"}
-
-
-def _mapping_ref(raw: Map) -> ModelRef:
-    if "model" in raw and set(raw) <= _REF:
-        model, adapter = _part(raw["model"]), _part(raw.get("lora"))
-        if model is not None and (adapter is not None or raw.get("lora") is None):
-            return replace(model, lora=adapter)
-    inner = [(part, _PATH) for part in (raw.get("model"), raw.get("lora")) if isinstance(part, Map)]
-    stray = [repr(key) for part, keys in ((raw, _REF), *inner) for key in part if key not in keys]
-    got = f"unknown keys {', '.join(stray)} in" if stray and "model" in raw else "got"
-    known = "{model: {path, revision}, lora: {path, revision}}"
-    raise ValueError(f"expected a model, or {known}; {got} a mapping of {sorted(raw)}")
-
-
-def _part(raw: Any) -> ModelRef | None:
-    """A model or an adapter inside mergekit's mapping: ``path[@revision]``, or ``{path, revision}``."""
-    if isinstance(raw, str) and raw.strip():
-        return _path_ref(raw)
-    if isinstance(raw, Map) and set(raw) <= _PATH:
-        path, revision = raw.get("path"), raw.get("revision")
-        if isinstance(path, str) and path.strip() and isinstance(revision, str | None):
-            return _ref(path, revision)
-    return None
 
 
 def dtype_name(raw: Any) -> str:

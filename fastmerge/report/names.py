@@ -25,8 +25,7 @@ class Names:
 
     Args:
         recipe: with all references, those of its stages too.
-        documents: each recipe in it with its models, in the order of its ``refs``, and then the adapters of those that
-            have one.
+        documents: each recipe in it with its models, in the order of its ``refs``, and then its ``adapters``.
 
     Attributes:
         shown: for each model and adapter its name, and whether that is a Hub id.
@@ -42,10 +41,11 @@ class Names:
         for one, checkpoints in documents:
             refs = one.refs
             self._refs |= {ref: self._named(ref, c) for ref, c in zip(refs, checkpoints, strict=False)}
-            adapted = [ref for ref in refs if ref.lora is not None]
-            for ref, checkpoint in zip(adapted, checkpoints[len(refs) :], strict=False):
-                if ref.lora is not None:
-                    self._refs[ref] = replace(self._refs[ref], lora=self._named(ref.lora, checkpoint))
+            named = {a: self._named(a, c) for a, c in zip(one.adapters, checkpoints[len(refs) :], strict=False)}
+            for ref in refs:
+                if ref.adapters:
+                    first, *more = [replace(named.get(a.bare, a.bare), weight=a.weight) for a in ref.adapters]
+                    self._refs[ref] = replace(self._refs[ref], lora=first, more=tuple(more))
             giver = one.tokenizer_source
             if giver is not None and giver not in self._refs and Path(giver.path).exists():  # it is not merged
                 self._refs[giver] = replace(giver, path=self._last(giver.path, Path(giver.path)))

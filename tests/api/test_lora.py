@@ -186,6 +186,14 @@ def test_copies_of_the_base_are_carried_and_trained_tensors_refused(tmp_path):
     [
         ({"use_dora": True, "target_modules": ["q"]}, "DoRA and lora_bias are no low-rank updates ('q.weight'): bake"),
         ({"lora_bias": True, "target_modules": ["q"]}, "DoRA and lora_bias are no low-rank updates ('q.bias'): bake"),
+        (
+            {"trainable_token_indices": {"embed": [2]}, "target_modules": ["q"]},
+            "rows of tokens are no low-rank updates",
+        ),
+        (
+            {"target_modules": [], "target_parameters": ["q.weight"]},
+            "target_parameters is not the same in all adapters",
+        ),
         ({"init_lora_weights": "pissa", "target_modules": ["q"]}, "init_lora_weights 'pissa' changed the base"),
     ],
 )

@@ -169,6 +169,14 @@ bool run(const char* name, Arguments a, Answer& answer) {
     const Apart found = k.apart(x, static_cast<int32_t>(x_code), y, static_cast<int32_t>(y_code), a.number());
     static_assert(sizeof found == sizeof answer.results, "seven numbers");
     std::memcpy(answer.results, &found, sizeof found);
+  } else if (is("low_rank")) {
+    LowRankArgs b;
+    b.out = a.address<float>(), b.left = a.address<const float>(), b.right = a.address<const float>();
+    b.x = a.number(), b.scale = static_cast<float>(a.real());
+    b.rows = a.number(), b.columns = a.number(), b.rank = a.number(), b.stride = a.number(), b.code = a.word();
+    const Scratch strip = scratch_of(b.rank * kStrip * static_cast<int64_t>(sizeof(float)));
+    b.strip = static_cast<float*>(strip.get());
+    k.low_rank(b);
   } else if (is("peel"))
     k.peel({a.address<void>(), a.address<void>(), a.address<const int8_t>(), a.real(), a.number(), a.word()});
   else if (is("read_some"))

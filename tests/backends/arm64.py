@@ -23,7 +23,7 @@ MISSING = [n for n, there in (("aarch64-linux-gnu-g++", COMPILER), ("qemu-aarch6
 
 ARENA, PAGE, GUARD, FREE = 1 << 40, 4096, 64, b"\xa5"
 TRANSFERS = {"read_some": 2, "write_some": 2, "read_past": 3}
-TABLELESS = ("fold", "philox_u16", "count_nonfinite", "apart", "peel")
+TABLELESS = ("fold", "philox_u16", "count_nonfinite", "apart", "peel", "low_rank")
 KERNELS = (
     "combine", "gram", "dot", "delta_keys", "count", "kth", "l1", "votes", "consensus", "replicate", *TABLELESS,
 )  # fmt: skip
@@ -68,6 +68,10 @@ class Image:
         if name == "peel":
             work = 8 if BY_CODE[args[5]].size == 8 else 4
             given |= {0: args[4] * work, 1: args[4] * work, 2: args[4]}
+        if name == "low_rank":
+            rows, columns, rank, stride, code = args[5:]
+            sizes = (4 * rows * columns, 4 * rows * rank, 4 * ((rank - 1) * stride + columns))
+            given |= dict(enumerate((*sizes, rows * columns * BY_CODE[code].size)))
         spans += [(args[i], n) for i, n in given.items()]
         if name == "read_past":  # blocks as a whole
             spans = [(a & -PAGE, -(-(a + n) // PAGE) * PAGE - (a & -PAGE)) for a, n in spans]

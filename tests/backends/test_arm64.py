@@ -98,6 +98,13 @@ def test_values(arm):
     assert arm.unlike() == []
 
 
+def test_low_rank(arm):
+    # Which NaN a sum of two gives is not said: such values have none.
+    for code in (1, 2, 3):
+        test_native_values.low_rank(9, 65, 5, code, special=False)
+    assert arm.unlike() == []
+
+
 def test_splits(arm, monkeypatch):
     test_gathered.test_the_extension_splits_as_numpy_does(monkeypatch)
     assert arm.unlike() == []

@@ -208,3 +208,42 @@ def test_apart(x_code, y_code):
                 lanes += row
             sums.append(float(np.add.accumulate(lanes)[-1]))
         assert got == ((~same).sum(), (~finite).sum(), np.abs(a - b).max(initial=0), *sums)
+
+
+def low_rank(rows, columns, rank, code, *, beside=3, scale=-0.7, special=True):
+    """The kernel's result where its rows of A are a part of wider ones, and numpy's, operation by operation."""
+    rng = np.random.default_rng(rank)
+    stored = values(code, rows * columns, rng, special)
+    left = values(1, rows * rank, rng, special).reshape(rows, rank)
+    right = values(1, rank * (columns + beside), rng, special).reshape(rank, -1)[:, beside:]
+    out = np.full((rows, columns), 7, np.float32)
+    addresses = [a.ctypes.data for a in (out, left, right, stored)]
+    _native.low_rank(*addresses, scale, rows, columns, rank, columns + beside, code)
+    with np.errstate(all="ignore"):
+        want = left[:, :1] * right[:1]
+        for k in range(1, rank):
+            want = want + left[:, k : k + 1] * right[k : k + 1]
+        return out, widen(stored, code, np.float32).reshape(rows, columns) + np.float32(scale) * want
+
+
+@pytest.mark.parametrize("code", [1, 2, 3])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 16), (4, 63), (5, 64), (9, 65), (2, 300), (0, 5)])
+@pytest.mark.parametrize("rank", [1, 2, 17])
+def test_low_rank(code, rows, columns, rank):
+    got, want = low_rank(rows, columns, rank, code)
+    nan = np.isnan(want)
+    assert np.array_equal(nan, np.isnan(got))
+    assert np.array_equal(got[~nan].view(np.uint32), want[~nan].view(np.uint32))
+
+
+def test_low_rank_refuses_sizes_that_mean_nothing():
+    for sizes in (
+        (1, 1, 0, 1, 1),
+        (-1, 1, 1, 1, 1),
+        (1, -1, 1, 1, 1),
+        (1, 4, 1, 3, 1),
+        (1, 1, 1, 1, 0),
+        (1, 1, 1, 1, 9),
+    ):
+        with pytest.raises(ValueError, match="code|sizes"):
+            _native.low_rank(0, 0, 0, 0, 1.0, *sizes)

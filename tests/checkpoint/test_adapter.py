@@ -96,10 +96,13 @@ for _ in range(50):
         ({"kasa_config": {"beta": 1}}, "kasa_config is not supported"),
         ({"use_bdlora": {"x": 1}}, "use_bdlora is not supported"),
         ({"alora_invocation_tokens": [0]}, "alora_invocation_tokens is not supported: such an adapter acts"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices is not supported"),
-        ({"trainable_token_indices": {"embed_tokens": [3]}}, "trainable_token_indices is not supported"),
-        ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication is not supported: repeat the base's layers by"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters is not supported"),
+        ({"trainable_token_indices": [3]}, "no rows of tokens, and trainable_token_indices is [3] in"),
+        ({"trainable_token_indices": {"embed_tokens": [3]}}, "no rows of tokens, and trainable_token_indices is"),
+        *(
+            ({"layer_replication": r}, "; expected pairs [first, end) with 0 <= first < end")
+            for r in (3, [3], [[0]], [[2, 2]], [[-1, 2]], [[0, 1.0]], [[True, 2]], {"a": 1})
+        ),
+        *(({"target_parameters": t}, "; expected a list of names") for t in ("experts", [3], {"a": 1})),
         *(
             ({"init_lora_weights": i}, f"init_lora_weights {i!r} changed the base when training started")
             for i in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "new", ["x"], {}, 2)
@@ -139,7 +142,15 @@ def test_settings_that_are_refused(tmp_path, config, said):
         ({**PAIR, f"{Q}.lora_B.bias": (32,)}, "lora_B.bias, and lora_bias is None in adapter_config"),
         ({f"{Q}.lora_magnitude_vector": (32,)}, "lora_A without lora_B, or the other way round"),
         ({**PAIR, f"{Q}.lora_diag": (4,)}, "tensors of an unknown kind: "),
-        ({"base_model.model.embed.token_adapter.trainable_tokens_delta": (1, 8)}, "tensors of an unknown kind: "),
+        (
+            {"base_model.model.embed.token_adapter.trainable_tokens_delta": (1, 8)},
+            "rows of tokens, and trainable_token_indices is None in adapter_config.json: 'embed'",
+        ),
+        ({"base_model.model.embed.token_adapter.other": (1, 8)}, "tensors of an unknown kind: "),
+        (
+            {n.replace("q_proj", "q_proj.base_layer"): s for n, s in PAIR.items()},
+            "wrapped 1 times, and target_parameters names []",
+        ),
         ({"base_model.model.x.original_module.weight": (1, 8)}, "tensors of an unknown kind: "),
         ({n.removeprefix("base_model.model."): s for n, s in PAIR.items()}, "do not begin with 'base_model.model.'"),
         ({**PAIR, f"{Q}.lora_A.default.weight": (4, 32)}, "tensors that are given twice"),

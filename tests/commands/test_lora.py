@@ -102,7 +102,7 @@ def test_what_is_refused(models, tmp_path):
         (["merge", models / "a", models / "base", out], 3, "expected a LoRA adapter"),
         (["merge", models / "a", out, "--method", "cat", "--rank", "3"], 2, "rank: cat takes none"),
         (["bake", models / "base", models / "base", out], 3, "expected a LoRA adapter"),
-        (["bake", models / "base", models / "a", out, "--density", "0.5"], 2, "density: task_arithmetic takes none"),
+        (["bake", models / "base", models / "a", out, "--density", "0.5"], 2, "density: sum takes none"),
         (["bake", models / "a", models / "b", out], 3, "a LoRA adapter, not a model"),
         (["cook"], 2, "No such command 'cook'"),
     ):

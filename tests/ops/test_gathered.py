@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fastmerge.dtypes import BF16, F16, F32, F64
-from fastmerge.ops import replicas
-from fastmerge.ops.gathered import Columns, Part, Scaled
+from fastmerge.ops import gathered, replicas
+from fastmerge.ops.gathered import Columns, Joined, Part, Scaled
+from fastmerge.ops.low_rank import LowRank
 from fastmerge.ops.made import Noise
 from fastmerge.ops.replicas import Split
 from fastmerge.ops.sources import Made, inputs_of, workspace
@@ -43,6 +44,36 @@ def totals(made, index, axis, like):
 def test_parts_are_runs(dtype):
     x = random((3, 4, 5), dtype)
     assert unlike(Part(memory(x), 20, (4, 5)), x[1]) == []
+
+
+@dtypes
+def test_joined_sources(dtype, monkeypatch):
+    monkeypatch.setattr(gathered, "PANEL", 17)
+    x, empty, y, z = random((3, 4, 5), dtype), random((0, 5), dtype), random((2, 5), F32, 1), random((7,), dtype, 2)
+    whole = torch.cat([t.reshape(-1).to(torch.promote_types(x.dtype, torch.float32)) for t in (x, empty, y, z)])
+    assert unlike(Joined((memory(x), memory(empty), memory(y), memory(z)), (77, 1)), whole.reshape(77, 1)) == []
+    alike = Joined((Part(memory(x), 40, (4, 5)), Part(memory(x), 0, (20,))), (2, 4, 5))
+    assert unlike(alike, x[[2, 0]]) == []
+
+
+def test_one_expert_of_factors_that_hold_all():
+    """Expert slowest in A and fastest in B, as peft has them."""
+    experts, rank, rows, columns = 3, 2, 5, 4
+    x = random((experts, rows, columns), BF16)
+    a, b = random((experts * rank, columns), F32, 1), random((rows, rank * experts), F32, 2)
+    matrices = [
+        LowRank(
+            Part(memory(x), e * rows * columns, (rows, columns)),
+            Columns((memory(b),), np.arange(rank) * experts + e),
+            Part(memory(a), e * rank * columns, (rank, columns)),
+            0.5,
+        )
+        for e in range(experts)
+    ]
+    delta = torch.einsum("ore,eri->eoi", b.reshape(rows, rank, experts), a.reshape(experts, rank, columns))
+    got = tensor(Joined(tuple(matrices), tuple(x.shape)))
+    assert torch.allclose(got, x.float() + 0.5 * delta, rtol=1e-6, atol=1e-6)
+    assert unlike(Joined(tuple(matrices), tuple(x.shape)), got) == []
 
 
 @dtypes

@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmerge.dtypes import BF16, BY_NAME, F16, F32, F64
-from fastmerge.ops import made, row_lengths
-from fastmerge.ops.made import Constant, LowRank, Noise, Rows, Wide, load
-from fastmerge.ops.row_lengths import RowLengths
+from fastmerge.ops import low_rank as updates
+from fastmerge.ops import row_lengths
+from fastmerge.ops.gathered import Columns, Joined, Part
+from fastmerge.ops.low_rank import LowRank
+from fastmerge.ops.made import Constant, Noise, Rows, Wide, load
+from fastmerge.ops.row_lengths import ColumnLengths, RowLengths
 from fastmerge.ops.sources import Made, Memory, inputs_of, workspace
 from fastmerge.philox import NOISE, normal
 from tests.compare import bits, differences
@@ -146,7 +149,7 @@ def test_a_low_rank_update_without_the_kernel_has_the_same_bits(dtype, transpose
         a, b = b.T.contiguous(), a.T.contiguous()
     source = LowRank(memory(x), memory(b), memory(a), -1.5, transposed)
     kind = np.float64 if source.dtype is F64 else np.float32
-    monkeypatch.setattr(made, "PANEL", panel)
+    monkeypatch.setattr(updates, "PANEL", panel)
     want = run(source, 0, x.numel()).view(kind)
     monkeypatch.setitem(sys.modules, "fastmerge._native", None)
     got = run(source, 0, x.numel()).view(kind)
@@ -212,8 +215,16 @@ def test_what_a_source_takes_while_it_is_made_is_what_it_says(transposed):
         Noise(1, 2, 0.5, F64, (rows, columns)),
         Constant(1.0, F32, (rows, columns)),
     ]
+    whole, shape = every[0], every[0].shape
+    expert = LowRank(Part(Wide(x), 0, shape), Columns((memory(b),), np.arange(rank)), memory(low), 1.0, transposed)
+    every += [
+        ColumnLengths(whole, memory(random(shape[1:], F32))),
+        Joined((Wide(x), whole), (2, *shape)),
+        Joined((expert,), shape),
+    ]
     for source in every:
-        run(source, 0, 10)  # tables that are made once
+        if not isinstance(source, ColumnLengths):
+            run(source, 0, 10)  # tables that are made once
         out = np.empty(rows * columns * source.dtype.size, np.uint8)
         tracemalloc.start()
         source.fill(bring, 0, rows * columns, out.ctypes.data)
@@ -283,3 +294,30 @@ def test_a_row_without_a_direction_is_nan():
     got = run(RowLengths(memory(v), memory(torch.tensor([10.0, 1.0]))), 0, 4).view(np.float32)
     assert got.tolist()[:2] == [6.0, 8.0]
     assert np.isnan(got[2:]).all()
+
+
+@pytest.mark.parametrize("shape", [(9, 700), (301, 3), (1, 50), (64, 1)])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=lambda d: d.name)
+def test_columns_of_given_lengths(shape, dtype, monkeypatch):
+    monkeypatch.setattr(row_lengths, "PANEL", 900)
+    v, m = random(shape, dtype), random(shape[1:], BF16, 1)
+    squares = torch.zeros(shape[1], dtype=torch.float64)
+    for row in v.double():
+        squares += row * row
+    # torch's own root of fp64 is not always the nearest number.
+    factor = (m.double() / torch.from_numpy(np.sqrt(squares.numpy()))).to(v.dtype)
+    assert unlike(ColumnLengths(memory(v), memory(m)), v * factor) == []
+
+
+def test_lengths_of_columns_take_the_tensor_once():
+    v, m = random((50, 40), F32), random((40,), F32, 1)
+    source, read = ColumnLengths(memory(v), memory(m)), []
+
+    def counted(one, runs):
+        read.append(runs[:, 1].sum())
+        bring(one, runs)
+
+    out = np.empty(2000, np.float32)
+    for e0 in range(0, 2000, 100):
+        source.fill(counted, e0, 100, out[e0:].ctypes.data)
+    assert sum(read) == 2000 + 40 + 2000

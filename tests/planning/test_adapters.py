@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastmerge
-from fastmerge.errors import CheckpointError
-from fastmerge.ops import made
+from fastmerge.errors import CheckpointError, RecipeError
+from fastmerge.ops import low_rank
 from fastmerge.planning import plan
 from fastmerge.recipe import Recipe
 from tests.tiny import state, write
@@ -162,7 +162,7 @@ def test_bytes_do_not_depend_on_how_the_work_is_cut(tmp_path, monkeypatch):
     found = factors(Q, base, 3) | factors(DOWN, base, 3) | embed
     text = passed(f"{base}+{adapter(tmp_path / 'a', found, r=3)}", dtype="float32")
     want = merge(tmp_path, text, "whole")
-    monkeypatch.setattr(made, "PANEL", 7)
+    monkeypatch.setattr(low_rank, "PANEL", 7)
     monkeypatch.setattr("fastmerge.runtime.placement.UNIT_ELEMENTS", 65_536)
     monkeypatch.setattr("fastmerge.runtime.placement.cores", lambda: 3)
     got = merge(tmp_path, text, "cut")
@@ -187,8 +187,8 @@ def test_the_fingerprint_covers_the_adapter(tmp_path, base):
 @pytest.mark.parametrize(
     ("tensor", "shape", "said"),
     [
-        ("layers.0.mlp.down_proj", None, "has no such tensors: 'layers.0.mlp.down_proj.weight'"),
-        (f"language_model.{DOWN}", None, f"has no such tensors: 'language_model.{DOWN}.weight'"),
+        ("model.layers.9.mlp.down_proj", None, "has no such tensors: 'model.layers.9.mlp.down_proj.weight'"),
+        (f"{DOWN}.linear", None, f"has no such tensors: '{DOWN}.linear.weight'"),
         ("score.weight", (2, 16), "has no such tensors: 'score.weight'"),
         (DOWN, ((2, 9), (16, 2)), "lora_B [16, 2] x lora_A [2, 9] does not fit bfloat16 [16, 48]"),
         ("model.norm", ((2, 16), (16, 2)), "lora_B [16, 2] x lora_A [2, 16] does not fit bfloat16 [16]"),
@@ -299,3 +299,143 @@ def test_a_trained_embedding_alone_leaves_a_head_without_a_name(tmp_path):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
     assert merge(tmp_path, passed(ref))[EMBED].count_nonzero() == 0
+
+
+# ---- several adapters, other names, rows of tokens -------------------------------------------------------
+
+
+def loaded(base, *adapters):
+    """A recipe of a model with adapters (a path, or a path and a weight)."""
+    lora = [{"path": str(a)} if not isinstance(a, tuple) else {"path": str(a[0]), "weight": a[1]} for a in adapters]
+    return Recipe.load({"merge_method": "passthrough", "models": [{"model": {"model": str(base), "lora": lora}}]})
+
+
+def one_by_one(x, *updates):
+    for delta in updates:
+        x = x + delta
+    return x
+
+
+def test_the_updates_of_several_adapters_are_added_and_rounded_once(tmp_path, base):
+    found = [factors(Q, base), factors(Q, base, 3) | factors(DOWN, base, 3)]
+    a, b = (adapter(tmp_path / n, f, r=r) for n, f, r in zip("ab", found, (2, 3), strict=True))
+    got, x = merge(tmp_path, loaded(base, (a, 0.7), (b, -2))), tensors(base)
+    one, two = (update(found[0], 1.5 * 0.7), update({n: t for n, t in found[1].items() if Q in n}, -2.0))
+    assert torch.equal(got[f"{Q}.weight"], one_by_one(x[f"{Q}.weight"].float(), one, two).bfloat16())
+    down = update({n: t for n, t in found[1].items() if DOWN in n}, -2.0)
+    assert torch.equal(got[f"{DOWN}.weight"], (x[f"{DOWN}.weight"].float() + down).bfloat16())
+    assert [n for n in x if n not in (f"{Q}.weight", f"{DOWN}.weight") and not torch.equal(got[n], x[n])] == []
+    account = plan(loaded(base, (a, 0.7), (b, -2))).account.counts()
+    assert [account[str(p)] for p in (a, b)] == [{"merged": 2}, {"merged": 4}]
+    text = loaded(base, (a, 0.7), b).to_yaml()
+    assert Recipe.load(text) == loaded(base, (a, 0.7), b) != loaded(base, a, b)
+    assert loaded(base, (a, 1)) == Recipe.load(passed(f"{base}+{a}"))
+
+
+def test_a_weight_of_an_adapter_is_a_part_of_the_recipe(tmp_path, base):
+    a = adapter(tmp_path / "a", factors(Q, base))
+    prints = {plan(loaded(base, *one)).fingerprint for one in ((a,), ((a, 1),), ((a, 2),), ((a, -2),))}
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize("weight", [0, "1", None, True, float("nan"), float("inf"), [1]])
+def test_odd_weights_of_adapters(base, weight):
+    with pytest.raises(
+        RecipeError, match=r"weight of an adapter: expected a finite number other than 0|expected a model"
+    ):
+        loaded(base, ("a", weight))
+
+
+def test_an_adapter_is_listed_once(tmp_path, base):
+    a = adapter(tmp_path / "a", factors(Q, base))
+    with pytest.raises(RecipeError, match="adapters are listed twice"):
+        loaded(base, (a, 2), a)
+
+
+def test_a_copy_of_the_base_takes_a_weight_and_a_trained_one_does_not(tmp_path, base):
+    found = factors(EMBED.removesuffix(".weight"), base, embedding=True)
+    copy = PREFIX + EMBED.replace(".weight", ".base_layer.weight")
+    same, own = (
+        adapter(tmp_path / n, {**found, copy: t}) for n, t in (("a", tensors(base)[EMBED]), ("b", torch.ones(40, 16)))
+    )
+    got = merge(tmp_path, loaded(base, (same, 0.5)))
+    assert torch.equal(got[EMBED], (tensors(base)[EMBED].float() + update(found, 0.75).T).bfloat16())
+    for text, said in (
+        (loaded(base, (own, 0.5)), f"weight 0.5 of '{EMBED}': only low-rank updates take a weight"),
+        (loaded(base, own, adapter(tmp_path / "c", {PREFIX + EMBED: torch.ones(40, 16)})), "several adapters have"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            plan(text)
+
+
+def test_lengths_are_of_one_update_alone(tmp_path, base):
+    dora = factors(Q, base) | {f"{PREFIX}{Q}.lora_magnitude_vector": torch.ones(16)}
+    a, b = adapter(tmp_path / "a", dora, use_dora=True), adapter(tmp_path / "b", factors(Q, base))
+    with pytest.raises(CheckpointError, match="DoRA, which no other update can be added to"):
+        plan(loaded(base, a, b))
+    with pytest.raises(CheckpointError, match=f"weight 2 of '{Q}.weight': only low-rank updates take a weight"):
+        plan(loaded(base, (a, 2)))
+
+
+@pytest.mark.parametrize("prefix", ["language_model.", "model.language_", ""])
+def test_names_that_differ_by_a_prefix(tmp_path, base, prefix):
+    names = [Q, DOWN] if prefix else [Q.removeprefix("model."), DOWN.removeprefix("model.")]
+    found = factors(Q, base) | factors(DOWN, base)
+    renamed = {}
+    for name, tensor in found.items():
+        for old, new in zip((Q, DOWN), names, strict=True):
+            if old in name:
+                renamed[name.replace(old, prefix + new)] = tensor
+    text = passed(f"{base}+{adapter(tmp_path / 'a', renamed)}")
+    got = merge(tmp_path, text)
+    want = merge(tmp_path, passed(f"{base}+{adapter(tmp_path / 'b', found)}"), "plain")
+    assert [n for n in want if not torch.equal(got[n], want[n])] == []
+    assert [w for w in plan(Recipe.load(text)).warnings if "is taken for 'model.layers." in w]
+
+
+def tokens(path, rows, delta, name="model.embed_tokens", **more):
+    return adapter(
+        path, {f"{PREFIX}{name}.token_adapter.trainable_tokens_delta": delta}, trainable_token_indices=rows, **more
+    )
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_rows_of_tokens_of_tied_ends(tmp_path, stored):
+    base, own = model(tmp_path / "base", tie=True), torch.randn(2, 16)
+    if stored:
+        whole = tensors(base) | {HEAD: tensors(base)[EMBED]}
+        base = write(tmp_path / "both", whole, config={"tie_word_embeddings": True})
+    got, want = merge(tmp_path, passed(f"{base}+{tokens(tmp_path / 'a', [7, 3], own)}")), tensors(base)
+    for name in (EMBED, HEAD)[: 1 + stored]:
+        want[name] = want[name].clone()
+        want[name][[7, 3]] = own.bfloat16()
+    assert got.keys() == want.keys()
+    assert [n for n in want if not torch.equal(got[n], want[n])] == []
+    assert tied(tmp_path / "out") is True
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "said"),
+    [
+        ([40], (1, 16), "rows up to 40 of float32 [1, 16] do not fit bfloat16 [40, 16]"),
+        ([3], (1, 15), "rows up to 3 of float32 [1, 15] do not fit bfloat16 [40, 16]"),
+        ([3, 3], (2, 16), "trainable_token_indices in adapter_config.json names tokens twice"),
+        ([3], (2, 16), "does not fit 1 tokens of adapter_config.json"),
+        ([-1], (1, 16), "rows of tokens, and trainable_token_indices is [-1]"),
+        ({"lm_head": [1]}, (1, 16), "rows of tokens, and trainable_token_indices is {'lm_head': [1]}"),
+    ],
+)
+def test_rows_of_tokens_that_fit_nothing(tmp_path, base, rows, shape, said):
+    lines = problems(passed(f"{base}+{tokens(tmp_path / 'a', rows, torch.zeros(shape))}"))
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_rows_of_tokens_beside_an_update_are_refused(tmp_path, base):
+    path = tokens(tmp_path / "a", [3], torch.zeros(1, 16))
+    more = load_file(path / "adapter_model.safetensors")
+    more |= factors(EMBED.removesuffix(".weight"), base, embedding=True)
+    save_file(more, path / "adapter_model.safetensors")
+    assert ["of a tensor that is changed otherwise too" in line for line in problems(passed(f"{base}+{path}"))] == [
+        True
+    ]

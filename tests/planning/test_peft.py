@@ -34,6 +34,7 @@ def bases(tmp_path_factory):
     for name, config, dtype in (
         ("bf16", transformers.LlamaConfig(**llama), torch.bfloat16),
         ("fp32", transformers.LlamaConfig(**llama), torch.float32),
+        ("tied", transformers.LlamaConfig(**{**llama, "tie_word_embeddings": True}), torch.float32),
         ("gpt2", transformers.GPT2Config(**gpt2), torch.float32),
     ):
         torch.manual_seed(0)
@@ -75,6 +76,7 @@ CASES = {
     "saved": {"modules_to_save": ["lm_head", "norm"]},
     "bias": {"bias": "lora_only"},
     "lora_bias": {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
+    "tokens": {"trainable_token_indices": [3, 9, 1]},
 }
 
 
@@ -100,6 +102,12 @@ def test_the_bits_of_peft_with_one_rounding(bases, tmp_path, name):
         ("fp32", {"target_modules": ["embed_tokens", "q_proj"]}),  # in bf16 peft rounds the update first
         ("gpt2", {"target_modules": ["c_attn", "c_proj"]}),
         ("gpt2", {"target_modules": ["wte", "c_fc"], "use_rslora": True}),
+        ("gpt2", {"target_modules": ["wte", "c_attn", "c_proj"], "use_dora": True}),
+        ("fp32", {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
+        ("fp32", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 9, 1]}),
+        ("fp32", {"target_modules": [], "target_parameters": ["q_proj.weight"]}),
+        ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 2]}}),
+        ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     ],
 )
 def test_as_close_as_fp32_allows(bases, tmp_path, base, config):
@@ -127,12 +135,8 @@ def test_lengths_of_rows_against_the_formula(bases, tmp_path):
 @pytest.mark.parametrize(
     ("base", "config", "said"),
     [
-        ("gpt2", {"use_dora": True, "target_modules": ["c_attn"]}, "DoRA of a layer that is stored [in, out]"),
-        ("fp32", {"use_dora": True, "target_modules": ["embed_tokens"]}, "DoRA of an embedding"),
         ("fp32", {"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changed the base"),
         ("fp32", {"init_lora_weights": "olora"}, "init_lora_weights 'olora' changed the base"),
-        ("fp32", {"trainable_token_indices": [1]}, "trainable_token_indices is not supported"),
-        ("fp32", {"layer_replication": [[0, 2], [0, 2]]}, "layer_replication is not supported: repeat the base's"),
     ],
 )
 def test_what_the_formula_does_not_say_is_refused(bases, tmp_path, base, config, said):

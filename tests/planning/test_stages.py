@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import fastmerge as fm
 from fastmerge.errors import CheckpointError, RecipeError
-from fastmerge.ops.made import LowRank
+from fastmerge.ops.low_rank import LowRank
 from fastmerge.ops.sources import FileRange, Result
 from tests import tiny
 

@@ -11,7 +11,8 @@ from fastmerge.ops.made import load
 from fastmerge.ops.sources import Memory
 from fastmerge.planning.rows import Models
 from fastmerge.planning.vocabulary import Vocabulary, align
-from fastmerge.recipe.schema import ModelRef, Token, TokenSource
+from fastmerge.recipe.refs import ModelRef
+from fastmerge.recipe.schema import Token, TokenSource
 from tests.ops.test_made import bring, memory
 from tests.recipe.fakes import checkpoint
 

@@ -8,7 +8,8 @@ import pytest
 from fastmerge.errors import RecipeError
 from fastmerge.methods import METHODS
 from fastmerge.recipe import ModelRef, Parameters, Recipe, Rule, Setting
-from fastmerge.recipe.schema import Token, TokenSource, model_ref
+from fastmerge.recipe.refs import model_ref
+from fastmerge.recipe.schema import Token, TokenSource
 from tests.recipe.fakes import problems
 
 LINEAR = (

@@ -7,7 +7,8 @@ import pytest
 
 from fastmerge.recipe import ModelRef, Recipe
 from fastmerge.recipe.checks import refs
-from fastmerge.recipe.schema import Input, Shape, model_ref
+from fastmerge.recipe.refs import model_ref
+from fastmerge.recipe.schema import Input, Shape
 from fastmerge.recipe.tree import locate
 
 
@@ -104,7 +105,10 @@ def test_what_exists_as_a_path_is_a_path(here, raw, want):
         ("a\nb", "control characters"),
         ("org/a@v\x9b", "control characters"),
         ("~nobody_of_this_name/x", "'~nobody_of_this_name/x': no such user"),
-        ({"model": "a", "lora": 3}, "expected a model, or {model: {path, revision}, lora: {path, revision}}"),
+        (
+            {"model": "a", "lora": 3},
+            "expected a model, or {model: {path, revision}, lora: {path, revision, weight}}",
+        ),
         ({"lora": "a"}, "got a mapping of ['lora']"),
         (
             {"model": {"path": "a", "subfolder": "x"}, "adapter": "b"},

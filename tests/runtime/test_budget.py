@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fastmerge.dtypes import BF16
 from fastmerge.errors import BudgetError
 from fastmerge.methods.linear import Linear
-from fastmerge.ops.made import LowRank
+from fastmerge.ops.low_rank import LowRank
 from fastmerge.ops.segments import TILE
 from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op, Spec

@@ -18,7 +18,8 @@ from fastmerge.methods import get
 from fastmerge.methods.parameters import called
 from fastmerge.methods.passthrough import COPY, Passthrough
 from fastmerge.ops.blocks import torch_dtype
-from fastmerge.ops.made import Constant, LowRank, Noise, Rows, Wide
+from fastmerge.ops.low_rank import LowRank
+from fastmerge.ops.made import Constant, Noise, Rows, Wide
 from fastmerge.ops.segments import TILE
 from fastmerge.ops.sources import FileRange, Memory
 from fastmerge.ops.spec import Op, Spec

@@ -15,7 +15,8 @@ from fastmerge.keys import tensor_key
 from fastmerge.methods.linear import Linear
 from fastmerge.methods.passthrough import COPY, Passthrough
 from fastmerge.methods.replicate import Replicate
-from fastmerge.ops.made import Constant, LowRank, Noise, Rows
+from fastmerge.ops.low_rank import LowRank
+from fastmerge.ops.made import Constant, Noise, Rows
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.philox import NOISE, normal

@@ -311,7 +311,7 @@ def _trunk(problems: Problems, given: Any) -> TrunkConfig | None:
 
 
 def _model(problems: Problems, given: Any, loc: Loc) -> str:
-    from fastmerge.recipe.schema import model_ref
+    from fastmerge.recipe.refs import model_ref
 
     try:
         ref = model_ref(given)
