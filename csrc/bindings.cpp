@@ -403,6 +403,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("count_nonfinite", count_nonfinite, arg("address"), arg("n"), arg("code"), free());
   m.def("apart", apart, arg("x"), arg("x_code"), arg("y"), arg("y_code"), arg("n"), free());
   m.def("peel", peel, arg("x"), arg("replica"), arg("drawn"), arg("share"), arg("n"), arg("code"), free());
+  m.def("dequantise", dequantise, arg("table"), arg("rows"), arg("width"), arg("code"), free());
+  m.def("largest", largest, arg("table"), arg("rows"), arg("width"), free());
+  m.def("quantise", quantise, arg("table"), arg("rows"), arg("width"), arg("code"), arg("divide"), free());
   m.def("read_some", transfer<read_some, 4>, arg("table"), arg("row"), arg("done"));
   m.def("write_some", transfer<write_some, 4>, arg("table"), arg("row"), arg("done"));
   m.def("copy_some", transfer<copy_some, 5>, arg("table"), arg("row"), arg("done"));

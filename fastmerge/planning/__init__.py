@@ -211,7 +211,9 @@ def _open(
     for ref in refs:
         try:
             open_already = given.get(str(ref)) or given.get(str(replace(ref, lora=None)))
-            out[ref] = open_already or Checkpoint.open(ref.path, revision=ref.revision, seen=seen)
+            out[ref] = open_already or Checkpoint.open(
+                ref.path, revision=ref.revision, seen=seen, quantised=True
+            )
             if ref.lora is not None:
                 from fastmerge.checkpoint.adapter import Adapter
 

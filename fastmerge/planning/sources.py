@@ -1,4 +1,4 @@
-"""From the tensors of models to the sources of ops: adapters are applied, 8-bit floats widened."""
+"""From the tensors of models to the sources of ops: adapters are applied, quantised weights are weights."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fastmerge.planning import tied
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint.adapter import Adapter, Update
+    from fastmerge.checkpoint.quantised import Quantised
 
 FLOAT8 = frozenset({"float8_e4m3fn", "float8_e5m2"})
 """Types whose values bfloat16 holds exactly."""
@@ -44,15 +45,17 @@ class ModelSources:
 
     def __init__(self, checkpoint: Checkpoint, model: int, adapter: Adapter | None = None, at: int = -1) -> None:
         self._files = checkpoint.tensors
+        self._quantised = checkpoint.quantised
+        self._about = checkpoint.about
         self._model = model
         self._adapter = adapter
         self._at = at
-        self.tensors: Mapping[str, TensorInfo] = checkpoint.tensors
+        self.tensors: Mapping[str, TensorInfo] = _weights(checkpoint) if self._quantised else checkpoint.tensors
         self.config: Mapping[str, Any] = checkpoint.config
         self.problems: list[str] = []
         self.warnings: list[str] = []
         dtypes = {info.dtype.name for info in checkpoint.tensors.values()}
-        self.unchanged = adapter is None and not dtypes & FLOAT8
+        self.unchanged = adapter is None and not dtypes & FLOAT8 and not self._quantised
         self._updates: dict[str, Update] = {}
         self._replaced: Mapping[str, TensorInfo] = {}
         self._transposed: dict[str, bool] = {}
@@ -78,8 +81,13 @@ class ModelSources:
     @property
     def dropped(self) -> dict[str, list[str]]:
         """Tensors of the model's files in whose place others come, by rule."""
-        names = [n for n in self._replaced if n in self._files and n not in self._stored.values()]
-        return {"replaced by the adapter": names} if names else {}
+        there = self._files.keys() | self._quantised.keys()
+        names = [n for n in self._replaced if n in there and n not in self._stored.values()]
+        rest = [i.name for n, w in self._quantised.items() for i in (*w.rest, *(w.parts if n in names else ()))]
+        rest += [i.name for i in self._about]
+        plain = [n for n in names if n not in self._quantised]
+        found = {"replaced by the adapter": plain, "says nothing of the values of weights": rest}
+        return {rule: these for rule, these in found.items() if these}
 
     def _untie(self, family: tied.Family, adapter: Checkpoint, base: str) -> None:
         """What becomes of tied tensors of which the adapter changes some.
@@ -164,7 +172,7 @@ class ModelSources:
         from fastmerge.ops.row_lengths import RowLengths
 
         name, own, update = info.name, self._replaced.get(info.name), self._updates.get(info.name)
-        found = FileRange(self._files[self._stored.get(name, name)], self._model) if own is None else self._own(own)
+        found = self._found(self._stored.get(name, name)) if own is None else self._own(own)
         copied = copied and own is None and update is None
         dtype = BF16 if info.dtype.name in FLOAT8 and not copied else info.dtype
         source: Source = Wide(found) if found.dtype.name in FLOAT8 and not copied else found
@@ -175,8 +183,40 @@ class ModelSources:
                 source = RowLengths(source, self._own(update.magnitude))
         return source, dtype
 
+    def _found(self, name: str) -> Source:
+        """A tensor of the model, as its files have it."""
+        weight = self._quantised.get(name)
+        return FileRange(self._files[name], self._model) if weight is None else dequantised(weight, self._model)
+
     def _own(self, info: TensorInfo) -> FileRange:
         return FileRange(info, self._at)
+
+
+def dequantised(weight: Quantised, model: int) -> Source:
+    """A quantised weight as a source."""
+    from fastmerge.ops.quantised import Coding, Dequantised
+
+    codes, scale, zero, divisor = (
+        None if info is None else FileRange(info, model)
+        for info in (weight.codes, weight.scale, weight.zero, weight.divisor)
+    )
+    assert codes is not None
+    assert scale is not None
+    coding = Coding(weight.code, *weight.stored, weight.block)
+    return Dequantised(codes, scale, coding, weight.shape, weight.transposed, zero, divisor)
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """The tensors of a quantised model as weights: where codes are, in the type that the model computes with."""
+    weights = {w.codes.name: w for w in checkpoint.quantised.values()}
+    rest = {i.name for w in weights.values() for i in (*w.parts, *w.rest)} | {i.name for i in checkpoint.about}
+    out: dict[str, TensorInfo] = {}
+    for name, info in checkpoint.tensors.items():
+        if (weight := weights.get(name)) is not None:
+            out[weight.name] = info._replace(name=weight.name, dtype=weight.dtype, shape=weight.shape)
+        elif name not in rest:
+            out[name] = info
+    return out
 
 
 def _computed(info: TensorInfo) -> bool:
