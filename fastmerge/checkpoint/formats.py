@@ -166,11 +166,12 @@ def unsaid(directory: Path, config: Mapping[str, Any], found: Found) -> list[str
     """What to say about codes and scales of which the configuration says nothing."""
     if not found.weights or any(_sections(config)):
         return []
-    return [
-        f"{directory / 'config.json'}: no quantization_config, and weights that are quantised: "
-        f"{listing([w.codes.name for w in found.weights.values()])}: they are read with their scales; model libraries "
-        f"load the codes as weights (transformers 5.23.0 saved such models)"
-    ]
+    names = listing([w.codes.name for w in found.weights.values()])
+    said = (
+        f"no quantization_config, and weights that are quantised: {names}: they are read with their scales; model "
+        f"libraries load the codes as weights (transformers 5.23.0 saved such models)"
+    )
+    return [f"{directory / 'config.json'}: {said}"]
 
 
 def stale(directory: Path, sections: Sequence[str]) -> list[str]:
@@ -211,7 +212,9 @@ def _sections(config: Mapping[str, Any]) -> Iterator[_Section]:
             if method is None and isinstance(said, Mapping) and {"group_size", "bits"} <= said.keys():
                 method = "mlx" if key == "quantization" or "quantization" in inside else None
             how = _METHODS.get(str(method), str(method or "an unnamed method"))
-            yield _Section(f"{part}.{key}" if part else key, how, str(method), said if isinstance(said, Mapping) else {})
+            yield _Section(
+                f"{part}.{key}" if part else key, how, str(method), said if isinstance(said, Mapping) else {}
+            )
 
 
 def _packed_kind(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str | None:

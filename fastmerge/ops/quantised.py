@@ -7,7 +7,7 @@ no other definition of a quantised weight; what the libraries of each format com
 from __future__ import annotations
 
 import functools
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,6 @@ from fastmerge.dtypes import BF16, F16, F32, DType
 from fastmerge.ops.made import array, bfloat16_bits
 from fastmerge.ops.sources import Bring, workspace
 from fastmerge.ops.spec import Source
-
-try:
-    from fastmerge import _native
-except ImportError:  # everything is here in numpy as well
-    _native = None  # type: ignore[assignment]
 
 F32Array = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -36,6 +31,16 @@ NUMBERS = {"float8_e4m3fn": 0, "float8_e5m2": 1, "int8": 2, "int4": 3, "float4_e
 
 FOUR_BITS = frozenset({"int4", "float4_e2m1fn"})
 """Kinds of codes of which two lie in a byte, the first one low."""
+
+
+@functools.cache
+def extension() -> Any:
+    """The compiled extension; None where it was not built: everything is here in numpy as well."""
+    try:
+        from fastmerge import _native
+    except ImportError:
+        return None
+    return _native
 
 
 @functools.cache
@@ -151,8 +156,7 @@ class Dequantised:
         coding, out = self.coding, array(address, n, np.float32)
         height = coding.rows
         size = height * coding.columns
-        for matrix in range(e0 // size, (e0 + n - 1) // size + 1):
-            begin, end = max(e0 - matrix * size, 0), min(e0 + n - matrix * size, size)
+        for matrix, begin, end in _matrices(size, e0, n):
             mine = out[matrix * size + begin - e0 : matrix * size + end - e0]
             first, last = begin // height, (end - 1) // height + 1
             count, skip = last - first, begin - first * height
@@ -213,7 +217,62 @@ class Dequantised:
         bring(self.zero, np.array([[int(word[0]) * width, words.size, words.ctypes.data]], np.int64))
         shift = (row % height % 8 * 4).astype(np.uint32)
         codes = words[word - word[0]] >> shift[:, None]
-        return (codes & np.uint32(15)).astype(np.float32) - np.float32(8)
+        zeros: F32Array = (codes & np.uint32(15)).astype(np.float32) - np.float32(8)
+        return zeros
+
+
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """Matrices of a source the other way round: ``[..., C, R]`` of ``[..., R, C]``."""
+
+    source: Source
+
+    @property
+    def dtype(self) -> DType:
+        """That of the source."""
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The last two dimensions change places."""
+        *lead, rows, columns = self.source.shape
+        return (*lead, columns, rows)
+
+    @property
+    def inputs(self) -> tuple[Source, ...]:
+        """What it turns."""
+        return (self.source,)
+
+    @property
+    def workspace(self) -> int:
+        """A panel, and the table of its rows."""
+        columns = self.source.shape[-1]
+        return self.dtype.size * max(PANEL, columns) + 48 * PANEL + workspace(self.source)
+
+    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
+        """Of a panel of the source's rows at a time the columns that the run touches."""
+        height, width = self.source.shape[-2:]
+        kind = np.dtype(f"u{self.dtype.size}")
+        out = array(address, n, kind)
+        for matrix, begin, end in _matrices(height * width, e0, n):
+            mine = out[matrix * height * width + begin - e0 :][: end - begin]
+            first, last = begin // height, (end - 1) // height + 1
+            count, skip = last - first, begin - first * height
+            for top in range(0, height, step := _panel_rows(count)):
+                rows = np.arange(top, min(top + step, height), dtype=np.int64)
+                part = np.empty((len(rows), count), kind)
+                table = np.empty((len(rows), 3), np.int64)
+                table[:, 0] = (matrix * height + rows) * width + first
+                table[:, 1] = count
+                table[:, 2] = part.ctypes.data + part.strides[0] * np.arange(len(rows))
+                bring(self.source, table)
+                _scatter(part, mine, skip, top, height)
+
+
+def _matrices(size: int, e0: int, n: int) -> Iterator[tuple[int, int, int]]:
+    """The matrices that a run touches, each with the first and the last (exclusive) of its elements."""
+    for matrix in range(e0 // size, (e0 + n - 1) // size + 1) if n else ():
+        yield matrix, max(e0 - matrix * size, 0), min(e0 + n - matrix * size, size)
 
 
 def decode(
@@ -233,8 +292,8 @@ def decode(
     """
     zeros = np.zeros_like(codes) if zeros is None else zeros
     table = np.ascontiguousarray(np.stack([codes, first, count, scales, zeros, to], axis=1), np.int64)
-    if _native is not None:
-        _native.dequantise(table.ctypes.data, len(table), width, NUMBERS[code])
+    if (native := extension()) is not None:
+        native.dequantise(table.ctypes.data, len(table), width, NUMBERS[code])
         return
     known, half = values(code), 2 if code in FOUR_BITS else 1
     with np.errstate(all="ignore"):
@@ -269,13 +328,11 @@ def floats(source: Source, bring: Bring, e0: int, n: int) -> F32Array:
 @functools.cache
 def powers() -> F32Array:
     """``2^(b - 127)`` of every byte b; 255 is NaN (OCP Microscaling Formats 1.0, E8M0)."""
-    out = np.ldexp(np.float32(1), np.arange(256) - 127).astype(np.float32)
-    out[255] = np.nan
-    return out
+    return np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan)).astype(np.float32)
 
 
-def _scatter(part: F32Array, out: F32Array, skip: int, top: int, height: int) -> None:
-    """Writes ``part [k, count]`` as columns ``top .. top + k`` of rows of ``height``, of which ``out`` lacks ``skip``."""
+def _scatter(part: npt.NDArray[Any], out: npt.NDArray[Any], skip: int, top: int, height: int) -> None:
+    """Writes ``part [k, count]`` as columns ``top ..`` of rows of ``height``, of which ``out`` lacks ``skip``."""
     k, count = part.shape
     first, last = -(-skip // height), (skip + out.size) // height
     if last > first:
@@ -289,9 +346,3 @@ def _scatter(part: F32Array, out: F32Array, skip: int, top: int, height: int) ->
 
 def _panel_rows(width: int) -> int:
     return max(1, PANEL // max(1, width))
-
-
-def coding_of(code: str, shape: tuple[int, ...], block: tuple[int, int]) -> Coding:
-    """The coding of a tensor as it is stored: ``[..., R, C]``; one of fewer dimensions is a row."""
-    rows, columns = shape[-2:] if len(shape) > 1 else (1, math.prod(shape))
-    return Coding(code, math.prod(shape[:-2]), rows, columns, (min(block[0], max(rows, 1)), block[1]))

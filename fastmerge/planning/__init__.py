@@ -20,6 +20,7 @@ from fastmerge.planning import config_json as configuring
 from fastmerge.planning import idle
 from fastmerge.planning.modules import Modules
 from fastmerge.planning.outputs import Outputs
+from fastmerge.planning.packing import BaseFormat, entries, placed
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.rows import Models, Row, Stacked, sliced, whole
 from fastmerge.recipe import UNNAMED, ModelRef, Recipe
@@ -128,6 +129,13 @@ def _plan(recipe: Recipe, models: Mapping[str, Checkpoint], seed: int | None, sh
             f"only; t = 0 is {first!r}"
         ] = None
     donor = opened.checkpoints[donor_ref]
+    stored = BaseFormat(recipe, donor, recipe.refs.index(donor_ref)) if outputs.as_base else None
+    if stored is not None:
+        made = tuple(stored.apply(made))
+        if stored.problems:
+            raise RecipeError(stored.problems)
+        warnings |= dict.fromkeys(stored.warnings)
+    packed = stored.entries if stored is not None else {}
     source = recipe.tokenizer_source
     tokenizer = donor if source is None or source == UNION else opened.checkpoints[source]
     warnings |= dict.fromkeys(_compare(recipe, opened, donor_ref))
@@ -135,7 +143,8 @@ def _plan(recipe: Recipe, models: Mapping[str, Checkpoint], seed: int | None, sh
     if donor.config:
         config, notes = configuring.rewrite(
             donor.config,
-            dtype=_main_type(made),
+            dtype=None if stored is not None else _main_type(made),
+            quantised=stored is not None and bool(donor.quantised),
             untied=outputs.notes.untied,
             stacks=_origins(list(stacks.values()), opened),
             structure=opened.structure(donor_ref) if stacks else None,
@@ -156,12 +165,12 @@ def _plan(recipe: Recipe, models: Mapping[str, Checkpoint], seed: int | None, sh
     identities = [c.identity for c in checkpoints]
     text = recipe.canonical(identities, seed=seed)
     metadata = {"format": "pt", "fastmerge": ENGINE, "fastmerge_recipe": text}
-    where = layout([(o.name, o.spec.out_dtype, o.spec.shape) for o in made], shard_size=shard_size, metadata=metadata)
+    where = layout(entries(made, packed), shard_size=shard_size, metadata=metadata)
     return Plan(
         recipe=recipe,
         seed=seed,
         checkpoints=checkpoints,
-        ops=_placed(made, where),
+        ops=_placed(made, where) if not packed else placed(made, where.places, packed),
         layout=where,
         config=config,
         carry=files,
@@ -211,9 +220,7 @@ def _open(
     for ref in refs:
         try:
             open_already = given.get(str(ref)) or given.get(str(replace(ref, lora=None)))
-            out[ref] = open_already or Checkpoint.open(
-                ref.path, revision=ref.revision, seen=seen, quantised=True
-            )
+            out[ref] = open_already or Checkpoint.open(ref.path, revision=ref.revision, seen=seen, quantised=True)
             if ref.lora is not None:
                 from fastmerge.checkpoint.adapter import Adapter
 

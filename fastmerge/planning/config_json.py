@@ -27,6 +27,7 @@ def rewrite(
     untied: bool,
     stacks: Sequence[tuple[Stack, Sequence[SourceLayer]]],
     structure: Structure | None,
+    quantised: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """The configuration of the output.
 
@@ -36,6 +37,7 @@ def rewrite(
         untied: whether the output has a head of its own that some model tied to its embedding.
         stacks: stacks of layers that slices made, with the origin of each layer of the output.
         structure: of the donor; used with ``stacks`` only.
+        quantised: whether the output's weights are quantised as the donor's are.
 
     Returns:
         The configuration and warnings.
@@ -54,8 +56,8 @@ def rewrite(
             if _TIE in block:
                 block[_TIE] = False
     for block in (out, *(b for b in out.values() if isinstance(b, dict))):
-        # Models whose tensors are quantised are refused: what is left of such a section describes none of them.
-        for key in _QUANTISED:
+        # Weights of the output are not quantised, whatever those of the donor are, but where that is asked for.
+        for key in _QUANTISED if not quantised else ():
             block.pop(key, None)
     for stack, layers in stacks:
         from fastmerge.planning.restack import count_keys, restack

@@ -102,7 +102,7 @@ class Plan:
         read = copied = written = elements = 0
         alike = Counter((o.spec, len(o.inputs), len(o.targets)) for o in self.ops)
         for (spec, inputs, targets), count in alike.items():
-            nbytes = spec.out_dtype.nbytes(spec.numel) * targets * count
+            nbytes = spec.stored * targets * count
             if spec.grain == "copy":
                 action = "compared" if inputs > 1 else "copied"
                 copied += nbytes
@@ -111,7 +111,9 @@ class Plan:
             actions[action] += count
             elements += spec.numel * count
             written += nbytes
-            dtypes[spec.out_dtype.name] += nbytes
+            packing = spec.packing
+            kind = spec.out_dtype.name if packing is None else f"{packing.coding.code} and scales"
+            dtypes[kind] += nbytes
             read += sum([d.nbytes(spec.numel) for d in spec.dtypes]) * count
         models = [str(ref) for ref in self.recipe.refs]
         stages = [name for name, _ in self.documents if name]
