@@ -410,6 +410,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("low_rank", low_rank, arg("out"), arg("left"), arg("right"), arg("x"), arg("scale"), arg("rows"),
         arg("columns"), arg("rank"), arg("stride"), arg("code"), free());
   m.def("peel", peel, arg("x"), arg("replica"), arg("drawn"), arg("share"), arg("n"), arg("code"), free());
+  m.def("dequantise", dequantise, arg("table"), arg("rows"), arg("width"), arg("code"), free());
+  m.def("largest", largest, arg("table"), arg("rows"), arg("width"), free());
+  m.def("quantise", quantise, arg("table"), arg("rows"), arg("width"), arg("code"), arg("divide"), free());
   m.def("read_some", transfer<read_some, 4>, arg("table"), arg("row"), arg("done"));
   m.def("write_some", transfer<write_some, 4>, arg("table"), arg("row"), arg("done"));
   m.def("copy_some", transfer<copy_some, 5>, arg("table"), arg("row"), arg("done"));

@@ -195,4 +195,45 @@ inline void low_rank(int64_t out, int64_t left, int64_t right, int64_t x, double
                       code, static_cast<float*>(strip.get())});
 }
 
+// Rows of a table of addresses.
+template <class Row>
+const Row* rows_of(int64_t table, int64_t rows, int64_t width) {
+  if (rows < 0 || (rows && !table)) fail("table: no address");
+  if (width < 1) fail("width: expected at least 1, got " + std::to_string(width));
+  const Row* row = reinterpret_cast<const Row*>(table);
+  for (int64_t i = 0; i < rows; ++i)
+    if (row[i].n < 0) fail_at(i, "n must not be negative");
+  return row;
+}
+
+inline void dequantise(int64_t table, int64_t rows, int64_t width, int code) {
+  const DequantiseRow* row = rows_of<DequantiseRow>(table, rows, width);
+  check_word(code, kE2M1, "code");
+  for (int64_t i = 0; i < rows; ++i)
+    if (row[i].first < 0 || !row[i].codes || !row[i].scales || !row[i].out)
+      fail_at(i, "first is below 0, or no address");
+  const PlainFloat plain;
+  kernels().dequantise({row, rows, width, code});
+}
+
+inline void largest(int64_t table, int64_t rows, int64_t width) {
+  const LargestRow* row = rows_of<LargestRow>(table, rows, width);
+  for (int64_t i = 0; i < rows; ++i)
+    if (!row[i].x || !row[i].out) fail_at(i, "no address");
+  kernels().largest({row, rows, width});
+}
+
+inline std::tuple<double, double, double> quantise(int64_t table, int64_t rows, int64_t width, int code, bool divide) {
+  const QuantiseRow* row = rows_of<QuantiseRow>(table, rows, width);
+  if (code != kE4M3 && code != kE2M1) fail("code: expected that of float8_e4m3fn or float4_e2m1fn");
+  for (int64_t i = 0; i < rows; ++i) {
+    if (!row[i].x || !row[i].factors || !row[i].scales || !row[i].codes) fail_at(i, "no address");
+    if (code == kE2M1 && (row[i].n % 2 || width % 2)) fail_at(i, "expected blocks and rows of pairs");
+  }
+  const PlainFloat plain;
+  QuantiseError error{};
+  kernels().quantise({row, rows, width, code, divide, &error});
+  return {error.squares, error.errors, error.most};
+}
+
 }  // namespace fastmerge

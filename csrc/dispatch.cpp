@@ -12,10 +12,11 @@
 namespace fastmerge {
 namespace {
 
-#define FM_TABLE(isa)                                                                                           \
-  Kernels {                                                                                                     \
-    #isa, isa::combine, isa::gram, isa::dot, isa::fold, isa::delta_keys, isa::count, isa::l1, isa::votes,       \
-        isa::consensus, isa::philox, isa::count_nonfinite, isa::apart, isa::replicate, isa::peel, isa::low_rank \
+#define FM_TABLE(isa)                                                                                            \
+  Kernels {                                                                                                      \
+    #isa, isa::combine, isa::gram, isa::dot, isa::fold, isa::delta_keys, isa::count, isa::l1, isa::votes,        \
+        isa::consensus, isa::philox, isa::count_nonfinite, isa::apart, isa::replicate, isa::peel, isa::low_rank, \
+        isa::dequantise, isa::largest, isa::quantise                                                             \
   }
 
 #if defined(__aarch64__)

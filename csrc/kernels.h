@@ -236,6 +236,48 @@ struct LowRankArgs {
   float* strip;  // room for rank * kStrip numbers, 64-byte aligned
 };
 
+// Quantised weights: what a code is of. Those of 4 bits lie two in a byte, the first one low.
+enum Quantised : int32_t { kE4M3, kE5M2, kInt8, kInt4, kE2M1 };
+
+// Elements first .. first + n of a row of codes, which starts at `codes`: (value - zero) * scale, in fp32.
+struct DequantiseRow {
+  int64_t codes, first, n;
+  int64_t scales, zeros;  // addresses of fp32, one per block of the row; zeros 0 for none
+  int64_t out;
+};
+struct DequantiseArgs {
+  const DequantiseRow* table;
+  int64_t rows;
+  int64_t width;  // columns of a block
+  int32_t code;
+};
+
+// The largest magnitude of each block of a row, and of what `out` has of it already.
+struct LargestRow {
+  int64_t x, n, out;
+};
+struct LargestArgs {
+  const LargestRow* table;
+  int64_t rows;
+  int64_t width;
+};
+
+// The codes of x * factor (or x / factor), nearest, ties to even, saturating; and how far code * scale is from x.
+struct QuantiseRow {
+  int64_t x, n, factors, scales, codes;
+};
+struct QuantiseError {
+  double squares, errors, most;  // sums of x^2 and of the error's; its largest magnitude
+};
+struct QuantiseArgs {
+  const QuantiseRow* table;
+  int64_t rows;
+  int64_t width;  // even for codes of 4 bits
+  int32_t code;   // kE4M3 or kE2M1
+  bool divide;
+  QuantiseError* error;  // added to
+};
+
 // One instruction set's kernels.
 struct Kernels {
   const char* name;
@@ -254,6 +296,9 @@ struct Kernels {
   void (*replicate)(const ReplicateArgs&);
   void (*peel)(const PeelArgs&);
   void (*low_rank)(const LowRankArgs&);
+  void (*dequantise)(const DequantiseArgs&);
+  void (*largest)(const LargestArgs&);
+  void (*quantise)(const QuantiseArgs&);
 };
 
 #define FM_DECLARE_KERNELS(isa)                                                                 \
@@ -273,6 +318,9 @@ struct Kernels {
   void replicate(const ReplicateArgs&);                                                         \
   void peel(const PeelArgs&);                                                                   \
   void low_rank(const LowRankArgs&);                                                            \
+  void dequantise(const DequantiseArgs&);                                                       \
+  void largest(const LargestArgs&);                                                             \
+  void quantise(const QuantiseArgs&);                                                           \
   }
 
 #if defined(__aarch64__)

@@ -222,6 +222,30 @@ def low_rank(
     apart, and of ``[rows, columns]`` of the type ``code``, which is not fp64.
     """
 
+def dequantise(table: int, rows: int, width: int, code: int) -> None:
+    """Codes to fp32: ``(value - zero) * scale``, scale and zero by blocks of ``width`` columns.
+
+    ``table`` is the address of int64 rows (address of the row's codes, first element, elements, address of the fp32
+    scales of the row's blocks, of their zeros or 0, address of the result). Codes: 0 float8_e4m3fn, 1 float8_e5m2,
+    2 int8, 3 int4 (+ 8), 4 float4_e2m1fn; those of 4 bits lie two in a byte, the first one low.
+    """
+
+def largest(table: int, rows: int, width: int) -> None:
+    """The largest magnitude of each block, where it is above what is there; NaN is above all.
+
+    ``table`` is the address of int64 rows (address of fp32 x, elements, address of one fp32 per block).
+    """
+
+def quantise(table: int, rows: int, width: int, code: int, divide: bool) -> tuple[float, float, float]:
+    """fp32 to codes (0 or 4 of :func:`dequantise`): of ``x * factor``, or ``x / factor``; nearest even, saturating.
+
+    ``table`` is the address of int64 rows (address of x, elements, of the fp32 factors of the row's blocks, of their
+    scales, of the codes).
+
+    Returns:
+        Sums of ``x x`` and of ``(code scale - x)^2``, and the largest ``|code scale - x|``.
+    """
+
 def read_some(table: _I64, row: int, done: int) -> tuple[int, int, int]:
     """Reads rows (fd, offset, address, nbytes) in order from byte ``done`` of ``row`` on.
 

@@ -262,6 +262,7 @@ def _merge(
     from fastmerge.checkpoint import Files
     from fastmerge.checkpoint.part_writer import PartWriter
     from fastmerge.runtime.finite import NonFinite
+    from fastmerge.runtime.losses import Losses
     from fastmerge.runtime.making import host
     from fastmerge.runtime.results import Results
     from fastmerge.runtime.stores import OpStore
@@ -270,7 +271,8 @@ def _merge(
     with Files(planned.checkpoints) as files:
         finite = NonFinite(nan)
         results = Results(host(placed.chosen), planned.ops, nan)
-        store = OpStore(planned.ops, files, writer, finite, placed.room, results)
+        losses = Losses()
+        store = OpStore(planned.ops, files, writer, finite, placed.room, results, losses)
         program = placed.chosen.program
         runner = Runner(planned.ops, placed.jobs, store, placed.workers, program, slot=placed.slot)
         with progress(planned) if progress else nullcontext() as tick:
@@ -279,7 +281,7 @@ def _merge(
             checkpoint.recheck()
     if writer.resumed:
         stats.notes.append("resumed: NaN and Inf were counted in this run's part only; fastmerge verify counts all")
-    report = _report(planned, out, started, stats, placed, finite)
+    report = _report(planned, out, started, stats, placed, finite, losses.facts())
     if isinstance(writer, PartWriter):
         report = replace(report, bytes_written=min(report.bytes_written, writer.nbytes))
         writer.finish(report.to_json())
@@ -318,7 +320,15 @@ def _look_at_copies(planned: Plan, nan: str) -> Plan:
     return replace(planned, ops=tuple(ops), fingerprint=f"{planned.fingerprint}-{nan}")
 
 
-def _report(planned: Plan, out: str, started: float, stats: Stats, placed: Placement, finite: NonFinite) -> Report:
+def _report(
+    planned: Plan,
+    out: str,
+    started: float,
+    stats: Stats,
+    placed: Placement,
+    finite: NonFinite,
+    lost: Mapping[str, Any],
+) -> Report:
     from fastmerge.report import Report
 
     warnings = [*planned.warnings, *stats.notes]
@@ -326,11 +336,19 @@ def _report(planned: Plan, out: str, started: float, stats: Stats, placed: Place
         warnings.append(f"{name}: {count} NaN or Inf values, from the inputs")
     for text in warnings[len(planned.warnings) :]:
         log.warning("%s", text)
+    if lost:
+        log.info(
+            "quantised %d tensors: relative error %.3g, at most %.3g (%s)",
+            lost["tensors"],
+            lost["relative_error"],
+            lost["worst"]["relative_error"],
+            lost["worst"]["tensor"],
+        )
     return Report(
         out=out,
         seconds=time.perf_counter() - started,
-        bytes_read=int(stats.bytes_read),
-        bytes_written=int(stats.bytes_written),
+        bytes_read=round(stats.bytes_read),
+        bytes_written=round(stats.bytes_written),
         stages={"read": stats.read, "compute": stats.compute, "write": stats.write},
         bottleneck=stats.bottleneck,
         tensors=len(planned.ops),
@@ -347,6 +365,7 @@ def _report(planned: Plan, out: str, started: float, stats: Stats, placed: Place
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seed": planned.seed,
             "recipe": planned.recipe.to_yaml(),
+            **({"quantised": lost} if lost else {}),
             "inputs": [{"ref": c.ref, "path": str(c.path), "identity": c.identity} for c in planned.checkpoints],
         },
     )

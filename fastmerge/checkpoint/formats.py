@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.checkpoint.header import listing
 from fastmerge.dtypes import FLOATS
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint.header import TensorInfo
+    from fastmerge.checkpoint.quantised import Found
 
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
@@ -38,6 +39,7 @@ _SCALES = re.compile(
 )
 _LOST_BLOCKS = re.compile(r"^.*_proj_blocks$", re.MULTILINE)
 _MAX_DEPTH = 100
+_LOST = "get the model again; of weights that are plain float8 numbers, remove this section of config.json"
 _INSTEAD = "merge the unquantised weights (or dequantise first), and quantise the result"
 
 
@@ -97,34 +99,79 @@ def parse_config(text: str) -> Any:
     return content
 
 
+_READ = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4", "modelopt", "None"})
+"""Methods of which some layouts are read; see :mod:`fastmerge.checkpoint.quantised`."""
+
+
+def settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a configuration says of its quantisation; empty where it says nothing."""
+    return next((section.settings for section in _sections(config)), {})
+
+
 def quantised(
-    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], found: Found | None = None
 ) -> tuple[list[str], tuple[str, ...]]:
-    """Looks for packed or scaled weights.
+    """Looks for packed or scaled weights that cannot be read.
+
+    Args:
+        directory: of the model.
+        config: of the model.
+        tensors: of the model, by name.
+        found: those that can, where somebody reads them; None refuses them with the others.
 
     Returns:
         One line per sign that weights are quantised, and the sections of the config, as dotted paths, that say so of
         weights that are not: scripts that dequantise a model often leave them in place.
     """
     sections = list(_sections(config))
+    read = {i.name for w in found.weights.values() for i in (*w.parts, *w.rest)} if found else frozenset[str]()
     signs: dict[str, list[str]] = {}
-    odd = {name: info for name, info in tensors.items() if info.dtype not in FLOATS}
+    odd = {name: info for name, info in tensors.items() if info.dtype not in FLOATS and name not in read}
     for name, info in odd.items():
         if sign := _packed_kind(name, info, tensors):
             signs.setdefault(sign, []).append(name)
     problems = [f"{directory}: quantised with {kind}: {listing(names)}: {_INSTEAD}" for kind, names in signs.items()]
     text = "\n".join(tensors)
     problems += _damaged(directory, text, tensors)
+    problems += [f"{directory}: {text}: {_INSTEAD}" for text in (found.problems if found else ())]
+    where = directory / "config.json"
     if not sections or problems:
-        problems += [f"{directory / 'config.json'}: {where}: quantised with {how}" for where, how in sections]
+        problems += [f"{where}: {section.key}: quantised with {section.how}" for section in sections]
         return problems, ()
     narrow = [n for n, i in odd.items() if i.dtype.tag in _NARROW and len(i.shape) > 1 and not n.endswith("bias")]
-    scales = [name for name in tensors if _SCALES.search(name)] if _SCALES.search(text) else []
+    scales = [name for name in tensors if _SCALES.search(name)] if not read and _SCALES.search(text) else []
     if narrow or scales:
         what, names = (f"weights of type {odd[narrow[0]].dtype.name}", narrow) if narrow else ("scales", scales)
-        said = f"and there are {what}: {listing(names)}: {_INSTEAD}"
-        return [f"{directory / 'config.json'}: {where}: quantised with {how}, {said}" for where, how in sections], ()
-    return [], tuple(where for where, _ in sections)
+        lost = bool(narrow) and odd[narrow[0]].dtype.tag in _FLOAT8
+        advice = f"without scales, which turn such codes into weights: {_LOST}" if lost else _INSTEAD
+        said = f"and there are {what}: {listing(names)}: {advice}"
+        return [f"{where}: {section.key}: quantised with {section.how}, {said}" for section in sections], ()
+    if read:
+        return [f"{where}: {section.key}: {said}" for section in sections for said in _unread(section)], ()
+    return [], tuple(section.key for section in sections)
+
+
+def _unread(section: _Section) -> Iterator[str]:
+    """What a section says of weights that codes and scales alone do not give."""
+    if section.method not in _READ:
+        yield f"quantised with {section.how}: {_INSTEAD}"
+    sparsity = section.settings.get("sparsity_config")
+    if isinstance(sparsity, Mapping) and sparsity.get("format") not in (None, "dense"):
+        yield f"sparsity_config: expected dense weights, got {str(sparsity.get('format'))!r}: {_INSTEAD}"
+    if section.settings.get("transform_config"):
+        yield f"transform_config: the weights are those of a rotated model: {_INSTEAD}"
+
+
+def unsaid(directory: Path, config: Mapping[str, Any], found: Found) -> list[str]:
+    """What to say about codes and scales of which the configuration says nothing."""
+    if not found.weights or any(_sections(config)):
+        return []
+    names = listing([w.codes.name for w in found.weights.values()])
+    said = (
+        f"no quantization_config, and weights that are quantised: {names}: they are read with their scales; model "
+        f"libraries load the codes as weights (transformers 5.23.0 saved such models)"
+    )
+    return [f"{directory / 'config.json'}: {said}"]
 
 
 def stale(directory: Path, sections: Sequence[str]) -> list[str]:
@@ -137,18 +184,37 @@ def stale(directory: Path, sections: Sequence[str]) -> list[str]:
     ] + [f"{directory / name}: no weight is quantised: the file is not used" for name in files]
 
 
-def _sections(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+class _Section(NamedTuple):
+    """Where a config speaks of quantisation.
+
+    Attributes:
+        key: as a dotted path.
+        how: the method, for people.
+        method: as it is written.
+        settings: all that it says.
+    """
+
+    key: str
+    how: str
+    method: str
+    settings: Mapping[str, Any]
+
+
+def _sections(config: Mapping[str, Any]) -> Iterator[_Section]:
     """Where a config speaks of quantisation, and of which."""
     parts = {"": config, **{k: v for k, v in config.items() if isinstance(v, Mapping) and k not in _SECTIONS}}
     for part, inside in parts.items():
         for key in _SECTIONS:
-            settings = inside.get(key)
-            if not settings:
+            said = inside.get(key)
+            if not said:
                 continue
-            method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-            if method is None and isinstance(settings, Mapping) and {"group_size", "bits"} <= settings.keys():
+            method = said.get("quant_method") if isinstance(said, Mapping) else None
+            if method is None and isinstance(said, Mapping) and {"group_size", "bits"} <= said.keys():
                 method = "mlx" if key == "quantization" or "quantization" in inside else None
-            yield f"{part}.{key}" if part else key, _METHODS.get(str(method), str(method or "an unnamed method"))
+            how = _METHODS.get(str(method), str(method or "an unnamed method"))
+            yield _Section(
+                f"{part}.{key}" if part else key, how, str(method), said if isinstance(said, Mapping) else {}
+            )
 
 
 def _packed_kind(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str | None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint import content, discover, formats, hub, index
 from fastmerge.checkpoint.header import MAX_TENSORS, Seen, TensorInfo, listing, read_header
+from fastmerge.checkpoint.quantised import Found, Quantised, find
+from fastmerge.dtypes import FLOATS
 from fastmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ class Checkpoint:
         warnings: what a user should know about it.
         stale_quantisation: keys of the config, as dotted paths (``text_config.quantization_config``), that speak of
             a quantisation which no weight has: a result must not have them.
+        quantised: weights that are stored as codes and scales, by their names; only where they were asked for.
+        about: scales of the activations of a quantised model.
         alike: of a model that is in no file, as a merge is yet to make it, for each tensor that will hold the bytes of
             another one the name of that; None for a model on disk.
     """
@@ -59,6 +63,8 @@ class Checkpoint:
     config: Mapping[str, Any] = field(repr=False)
     warnings: tuple[str, ...] = ()
     stale_quantisation: tuple[str, ...] = ()
+    quantised: Mapping[str, Quantised] = field(default_factory=dict, repr=False)
+    about: tuple[TensorInfo, ...] = field(default=(), repr=False)
     alike: Mapping[str, str] | None = field(default=None, repr=False)
 
     @classmethod
@@ -68,6 +74,7 @@ class Checkpoint:
         *,
         revision: str | None = None,
         seen: Seen | None = None,
+        quantised: bool = False,
     ) -> Checkpoint:
         """Opens a file, an index, a model directory or a hub id; reads headers and config only. Pickles are refused.
 
@@ -78,12 +85,13 @@ class Checkpoint:
             ref_or_path: where the model is.
             revision: branch, tag or commit of a hub id; files on disk have none.
             seen: shared by the models of one recipe, so that equal headers are checked once.
+            quantised: whether codes and scales are read as the weights that they are, where their layout is known.
 
         Raises:
             CheckpointError: with every problem found in the model.
         """
         ref, path = hub.locate(os.fspath(ref_or_path), revision)
-        return cls._from_path(ref, path, seen)
+        return cls._from_path(ref, path, seen, quantised=quantised)
 
     @classmethod
     def open_files(cls, ref_or_path: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
@@ -100,7 +108,7 @@ class Checkpoint:
         return cls(ref, directory, (), {}, config)
 
     @classmethod
-    def _from_path(cls, ref: str, path: Path, seen: Seen | None) -> Checkpoint:
+    def _from_path(cls, ref: str, path: Path, seen: Seen | None, *, quantised: bool) -> Checkpoint:
         try:
             found = discover.find(path)
         except OSError as error:
@@ -134,13 +142,28 @@ class Checkpoint:
             problems += wrong
             warnings += odd
         problems += said
-        said, stale = formats.quantised(found.directory, config, tensors)
+        packed = None
+        if quantised and any(info.dtype not in FLOATS for info in tensors.values()):
+            packed = find([f.path for f in files], formats.settings(config), tensors)
+        said, stale = formats.quantised(found.directory, config, tensors, packed)
         problems += said
         problems += formats.adapters(found.directory, tensors)
         if problems:
             raise CheckpointError(problems)
         warnings += formats.stale(found.directory, stale)
-        return cls(ref, found.directory, tuple(files), tensors, config, tuple(warnings), stale)
+        packed = packed or Found({}, (), ())
+        warnings += formats.unsaid(found.directory, config, packed)
+        return cls(
+            ref,
+            found.directory,
+            tuple(files),
+            tensors,
+            config,
+            tuple(warnings),
+            stale,
+            packed.weights,
+            packed.activations,
+        )
 
     @property
     def identity(self) -> str:

@@ -76,7 +76,7 @@ def estimate(
         for o in job.ops:
             spec = ops[o].spec
             nbytes = spec.numel * sum([d.size for d in spec.dtypes])
-            writes += spec.numel * spec.out_dtype.size * len(ops[o].targets)
+            writes += spec.stored * len(ops[o].targets)
             if job.copy:
                 reads += nbytes
                 continue

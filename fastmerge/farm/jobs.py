@@ -18,7 +18,7 @@ from fastmerge.farm.store import Job
 from fastmerge.planning import ENGINE, Plan
 from fastmerge.planning.config_json import canonical
 from fastmerge.recipe import ModelRef, Recipe
-from fastmerge.recipe.schema import exists
+from fastmerge.recipe.refs import exists
 
 
 class Planner:
@@ -40,7 +40,7 @@ class Planner:
         for plan in plans:
             for ref, checkpoint in zip(plan.recipe.refs, plan.checkpoints, strict=False):
                 if ref.path not in stages:
-                    self._models[str(dataclasses.replace(ref, lora=None))] = checkpoint
+                    self._models[str(ref.bare)] = checkpoint
         return planned
 
     def job(self, name: str, recipe: Recipe, *, seed: int | None, shard_size: int) -> tuple[Job, Plan]:
@@ -103,8 +103,9 @@ def absolute(recipe: Recipe) -> Callable[[ModelRef], Any]:
     def plain(ref: ModelRef) -> Any:
         if ref.path in stages:
             return ref.plain()
-        lora = dataclasses.replace(ref.lora, path=_path(ref.lora.path)) if ref.lora is not None else None
-        return dataclasses.replace(ref, path=_path(ref.path), lora=lora).plain()
+        first, *more = [dataclasses.replace(a, path=_path(a.path)) for a in ref.adapters] or [None]
+        there = tuple([a for a in more if a is not None])
+        return dataclasses.replace(ref, path=_path(ref.path), lora=first, more=there).plain()
 
     return plain
 

@@ -206,7 +206,7 @@ class Wide:
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """One look-up per element, a panel at a time."""
-        table, out = _bfloat16(self.source.dtype.name), array(address, n, np.uint16)
+        table, out = bfloat16_bits(self.source.dtype.name), array(address, n, np.uint16)
         space = np.empty(min(n, PANEL), np.uint8)
         for at in range(0, n, PANEL):
             raw = space[: n - at]
@@ -215,7 +215,7 @@ class Wide:
 
 
 @functools.cache
-def _bfloat16(name: str) -> npt.NDArray[np.uint16]:
+def bfloat16_bits(name: str) -> npt.NDArray[np.uint16]:
     """The bfloat16 bits of all 256 values of an 8-bit float type (OCP 8-bit Floating Point Specification 1.0)."""
     mantissa, bias = {"float8_e4m3fn": (3, 7), "float8_e5m2": (2, 15)}[name]
     byte = np.arange(256)

@@ -14,6 +14,7 @@ from fastmerge.dtypes import DType
 
 if TYPE_CHECKING:
     from fastmerge.methods.base import Method
+    from fastmerge.ops.packing import Packing
 
 Grain = Literal["copy", "element", "row", "tensor", "matrix", "model"]
 """What one result depends on, and so how far the stream may cut the work.
@@ -54,13 +55,14 @@ class Spec:
         row: length of the last dimension; a tensor of fewer than two dimensions is one row.
         double: whether the arithmetic is fp64: exactly when an input is.
         grain: how far the work may be cut.
+        packing: how results are written that are stored as codes and scales; ``out_dtype`` is fp32 then.
         batch: equal for tensors of one kernel call: method, types, inputs, every parameter that is no number, and
             whether the definition stands in for kernels.
     """
 
     __slots__ = (
         *("batch", "double", "dtypes", "grain", "has_base", "method"),
-        *("models", "numel", "out_dtype", "row", "shape", "workspace"),
+        *("models", "numel", "out_dtype", "packing", "row", "shape", "workspace"),
     )
 
     def __init__(
@@ -72,6 +74,7 @@ class Spec:
         *,
         has_base: bool = False,
         models: tuple[int, ...] | None = None,
+        packing: Packing | None = None,
     ) -> None:
         """Derives the rest; ``models`` None counts from 0."""
         self.method = method
@@ -80,6 +83,7 @@ class Spec:
         self.out_dtype = out_dtype
         self.has_base = has_base
         self.models = tuple(range(len(dtypes) - has_base)) if models is None else models
+        self.packing = packing
         self.numel = math.prod(shape)
         self.row = shape[-1] if len(shape) > 1 else self.numel
         self.double = any(d.code == 0 for d in dtypes)
@@ -87,6 +91,16 @@ class Spec:
         self.workspace: int = method.workspace(self)
         what = type(method), method.gap(), method.wants(), method.words
         self.batch: tuple[object, ...] = (*what, dtypes, out_dtype, has_base, self.models)
+
+    @property
+    def cut(self) -> int:
+        """Elements at whose multiples the stream may cut, whatever the grain is."""
+        return self.packing.cut if self.packing is not None else 1
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a result where it is kept."""
+        return self.packing.nbytes if self.packing is not None else self.out_dtype.nbytes(self.numel)
 
     @property
     def rows(self) -> int:

@@ -19,6 +19,7 @@ from fastmerge.planning import config_json as configuring
 from fastmerge.planning import idle
 from fastmerge.planning.modules import Modules
 from fastmerge.planning.outputs import Outputs
+from fastmerge.planning.packing import BaseFormat, entries, placed
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.rows import Models, Row, Stacked, sliced, whole
 from fastmerge.recipe import UNNAMED, ModelRef, Recipe
@@ -131,12 +132,20 @@ def _plan(recipe: Recipe, models: Mapping[str, Checkpoint], seed: int | None, sh
             f"base_model {str(recipe.base_model)!r} is not one of the two models: it gives configuration and tokenizer "
             f"only; t = 0 is {first!r}"
         ] = None
+    stored = BaseFormat(recipe, donor, recipe.refs.index(donor_ref)) if outputs.as_base else None
+    if stored is not None:
+        made = tuple(stored.apply(made))
+        if stored.problems:
+            raise RecipeError(stored.problems)
+        warnings |= dict.fromkeys(stored.warnings)
+    packed = stored.entries if stored is not None else {}
     warnings |= dict.fromkeys(_compare(recipe, opened, donor_ref))
     config = None
     if donor.config:
         config, notes = configuring.rewrite(
             donor.config,
-            dtype=_main_type(made),
+            dtype=None if stored is not None else _main_type(made),
+            quantised=stored is not None and bool(donor.quantised),
             untied=outputs.notes.untied,
             stacks=_origins(list(stacks.values()), opened),
             structure=opened.structure(donor_ref) if stacks else None,
@@ -158,12 +167,12 @@ def _plan(recipe: Recipe, models: Mapping[str, Checkpoint], seed: int | None, sh
     identities = [c.identity for c in checkpoints]
     text = recipe.canonical(identities, seed=seed)
     metadata = {"format": "pt", "fastmerge": ENGINE, "fastmerge_recipe": text}
-    where = layout([(o.name, o.spec.out_dtype, o.spec.shape) for o in made], shard_size=shard_size, metadata=metadata)
+    where = layout(entries(made, packed), shard_size=shard_size, metadata=metadata)
     return Plan(
         recipe=recipe,
         seed=seed,
         checkpoints=checkpoints,
-        ops=_placed(made, where),
+        ops=_placed(made, where) if not packed else placed(made, where.places, packed),
         layout=where,
         config=config,
         carry=files,
@@ -214,7 +223,7 @@ def _open(
     for ref in refs:
         try:
             open_already = given.get(str(ref)) or given.get(str(ref.bare))
-            out[ref] = open_already or Checkpoint.open(ref.path, revision=ref.revision, seen=seen)
+            out[ref] = open_already or Checkpoint.open(ref.path, revision=ref.revision, seen=seen, quantised=True)
         except CheckpointError as e:
             problems += e.problems
         for adapter in ref.adapters:

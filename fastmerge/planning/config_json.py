@@ -34,6 +34,7 @@ def rewrite(
     stacks: Sequence[tuple[Stack, Sequence[SourceLayer]]],
     structure: Structure | None,
     names: Collection[str] = (),
+    quantised: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """The configuration of the output.
 
@@ -44,6 +45,7 @@ def rewrite(
         stacks: stacks of layers that slices made, with the origin of each layer of the output.
         structure: of the donor; used with ``stacks`` only.
         names: of the tensors of the output.
+        quantised: whether the output's weights are quantised as the donor's are.
 
     Returns:
         The configuration and warnings.
@@ -65,8 +67,8 @@ def rewrite(
         ties = _ties(out, names)
         out |= {} if ties is None else {_TIE: ties}
     for block in (out, *(b for b in out.values() if isinstance(b, dict))):
-        # Models whose tensors are quantised are refused: what is left of such a section describes none of them.
-        for key in _QUANTISED:
+        # Weights of the output are not quantised, whatever those of the donor are, but where that is asked for.
+        for key in _QUANTISED if not quantised else ():
             block.pop(key, None)
     for stack, layers in stacks:
         from fastmerge.planning.restack import count_keys, restack

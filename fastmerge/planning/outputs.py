@@ -19,6 +19,7 @@ from fastmerge.methods.passthrough import COPY, Passthrough
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op, Source, Spec
 from fastmerge.planning.inputs import Found, Inputs
+from fastmerge.planning.packing import AS_BASE
 from fastmerge.planning.rows import Models, Row, reference
 from fastmerge.planning.shapes import Shapes
 from fastmerge.recipe import ModelRef, Part, Recipe
@@ -105,7 +106,8 @@ class Outputs:
         self.inputs = Inputs(recipe, models)
         self.position = {ref: i for i, ref in enumerate(recipe.refs)}
         wanted = recipe.out_dtype or recipe.dtype
-        self.wanted = BY_NAME[wanted] if wanted else None
+        self.as_base = recipe.out_dtype == AS_BASE
+        self.wanted = BY_NAME[wanted] if wanted and not self.as_base else None
         parts = recipe.parts
         self.order = tuple(dict.fromkeys(s.model for part in parts for s in part.sources))
         self.parts = [_Part(recipe, part, self) for part in parts]
@@ -221,7 +223,8 @@ class Outputs:
             copied = len(set(types)) == 1 and (self.wanted is None or not types[0].name.startswith("float"))
             copied = copied and (len(types) == 1 or not types[0].bits)
             return Spec(COPY, shape, types, types[0]) if copied else None
-        dtype = F32 if part.keeps(row) else self.wanted or functools.reduce(promote, wanted)
+        plain = part.type_of(members, wanted) if self.as_base else functools.reduce(promote, wanted)
+        dtype = F32 if part.keeps(row) else self.wanted or plain
         method: Method = _COPIER
         if not single:
             try:
@@ -290,6 +293,10 @@ class _Part:
             order.insert(0, self.base)
         self.order = tuple(order)
         self.index = dict(enumerate(model_indices(recipe, part, owner.order)))
+
+    def type_of(self, members: Sequence[int], wanted: Sequence[DType]) -> DType:
+        """The type of the model whose names the output has, or else of the first that is there."""
+        return wanted[members.index(self.first) if self.first in members else 0]
 
     def outcome(self, row: Row) -> tuple[object, ...]:
         """All that a tensor's names and place say about its parameters: equal for equal ones."""

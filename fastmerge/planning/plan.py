@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastmerge.ops.sources import FileRange, Result, inputs_of
+from fastmerge.ops.sources import FileRange, Result, inputs_of, spared
 from fastmerge.planning.account import Account, Dropped
 from fastmerge.planning.tied import Ties
 
@@ -108,7 +108,7 @@ class Plan:
         read = copied = written = elements = 0
         alike = Counter((o.spec, len(o.inputs), len(o.targets)) for o in self.ops)
         for (spec, inputs, targets), count in alike.items():
-            nbytes = spec.out_dtype.nbytes(spec.numel) * targets * count
+            nbytes = spec.stored * targets * count
             if spec.grain == "copy":
                 action = "compared" if inputs > 1 else "copied"
                 copied += nbytes
@@ -117,8 +117,11 @@ class Plan:
             actions[action] += count
             elements += spec.numel * count
             written += nbytes
-            dtypes[spec.out_dtype.name] += nbytes
+            packing = spec.packing
+            kind = spec.out_dtype.name if packing is None else f"{packing.coding.code} and scales"
+            dtypes[kind] += nbytes
             read += sum([d.nbytes(spec.numel) for d in spec.dtypes]) * count
+        read -= sum([spared(op)[0] for op in self.ops if any(type(s) is not FileRange for s in op.inputs)])
         models = [str(ref) for ref in self.recipe.refs]
         stages = [name for name, _ in self.documents if name]
         if stages:

@@ -1,4 +1,4 @@
-"""From the tensors of models to the sources of ops: adapters are applied, 8-bit floats widened."""
+"""From the tensors of models to the sources of ops: adapters are applied, quantised weights are weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fastmerge.planning import tied
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint.adapter import Adapter
+    from fastmerge.checkpoint.quantised import Quantised
     from fastmerge.planning.applied import Changes
 
 FLOAT8 = frozenset({"float8_e4m3fn", "float8_e5m2"})
@@ -48,13 +49,15 @@ class ModelSources:
 
     def __init__(self, checkpoint: Checkpoint, model: int, adapters: Sequence[tuple[Adapter, int, float]] = ()) -> None:
         self._files = checkpoint.tensors
+        self._quantised = checkpoint.quantised
+        self._about = checkpoint.about
         self._model = model
-        self.tensors: Mapping[str, TensorInfo] = checkpoint.tensors
+        self.tensors: Mapping[str, TensorInfo] = _weights(checkpoint) if self._quantised else checkpoint.tensors
         self.config: Mapping[str, Any] = checkpoint.config
         self.problems: list[str] = []
         self.warnings: list[str] = []
         dtypes = {info.dtype.name for info in checkpoint.tensors.values()}
-        self.unchanged = self._plain = not adapters and not dtypes & FLOAT8
+        self.unchanged = self._plain = not adapters and not dtypes & FLOAT8 and not self._quantised
         self._changes: Changes | None = None
         self._relaid: Mapping[str, tuple[Mapping[str, TensorInfo], Callable[[Callable[[str], Source]], Source]]] = {}
         self._stored: dict[str, str] = {}  # name of the file's tensor, of tied ones that have none of their own
@@ -95,8 +98,13 @@ class ModelSources:
     def dropped(self) -> dict[str, list[str]]:
         """Tensors of the model's files in whose place others come, by rule."""
         own = self._changes.replaced if self._changes is not None else {}
-        names = [n for n in own if n in self._files and n not in self._stored.values()]
-        return {"replaced by the adapter": names} if names else {}
+        there = self._files.keys() | self._quantised.keys()
+        names = [n for n in own if n in there and n not in self._stored.values()]
+        rest = [i.name for n, w in self._quantised.items() for i in (*w.rest, *(w.parts if n in names else ()))]
+        rest += [i.name for i in self._about]
+        plain = [n for n in names if n not in self._quantised]
+        found = {"replaced by the adapter": plain, "says nothing of the values of weights": rest}
+        return {rule: these for rule, these in found.items() if these}
 
     def _untie(self, family: tied.Family, changes: Changes, base: str) -> None:
         """What becomes of tied tensors of which adapters change some.
@@ -174,13 +182,43 @@ class ModelSources:
         from fastmerge.ops.made import Wide
 
         name, changed = info.name, self.changes(info)
-        found: FileRange | None = None
-        if changed and self._changes is not None:
-            found = self._changes.own(name)
-        found = found or FileRange(self._files[self._stored.get(name, name)], self._model)
+        own = self._changes.own(name) if changed and self._changes is not None else None
+        found: Source = self._found(self._stored.get(name, name)) if own is None else own
         copied = copied and not changed
         dtype = BF16 if info.dtype.name in FLOAT8 and not copied else info.dtype
         source: Source = Wide(found) if found.dtype.name in FLOAT8 and not copied else found
         if changed and self._changes is not None:
             source = self._changes.applied(name, source)
         return source, dtype
+
+    def _found(self, name: str) -> Source:
+        """A tensor of the model, as its files have it."""
+        weight = self._quantised.get(name)
+        return FileRange(self._files[name], self._model) if weight is None else dequantised(weight, self._model)
+
+
+def dequantised(weight: Quantised, model: int) -> Source:
+    """A quantised weight as a source."""
+    from fastmerge.ops.quantised import Coding, Dequantised
+
+    codes, scale, zero, divisor = (
+        None if info is None else FileRange(info, model)
+        for info in (weight.codes, weight.scale, weight.zero, weight.divisor)
+    )
+    assert codes is not None
+    assert scale is not None
+    coding = Coding(weight.code, *weight.stored, weight.block)
+    return Dequantised(codes, scale, coding, weight.shape, weight.transposed, zero, divisor)
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """The tensors of a quantised model as weights: where codes are, in the type that the model computes with."""
+    weights = {w.codes.name: w for w in checkpoint.quantised.values()}
+    rest = {i.name for w in weights.values() for i in (*w.parts, *w.rest)} | {i.name for i in checkpoint.about}
+    out: dict[str, TensorInfo] = {}
+    for name, info in checkpoint.tensors.items():
+        if (weight := weights.get(name)) is not None:
+            out[weight.name] = info._replace(name=weight.name, dtype=weight.dtype, shape=weight.shape)
+        elif name not in rest:
+            out[name] = info
+    return out

@@ -23,6 +23,7 @@ from fastmerge.errors import CheckpointError, RecipeError
 from fastmerge.ops.sources import FileRange, Made, Result, results_of
 from fastmerge.ops.spec import Op, Source, Spec
 from fastmerge.planning import tied
+from fastmerge.planning.packing import AS_BASE
 from fastmerge.planning.plan import Plan
 from fastmerge.recipe import Recipe
 
@@ -57,6 +58,8 @@ def chain(
 
     with tempfile.TemporaryDirectory(prefix="fastmerge-") as scratch:
         for name, stage in (*recipe.stages, ("", recipe)):
+            if name and stage.out_dtype == AS_BASE:
+                raise RecipeError(f"{name}: out_dtype: as-base: what a stage makes is not written: expected a type")
             try:
                 made = plan(stage, given)
             except (RecipeError, CheckpointError) as error:

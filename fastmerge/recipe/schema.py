@@ -40,6 +40,20 @@ def dtype_name(raw: Any) -> str:
     raise ValueError(f"{raw!r} {what}: expected one of {', '.join(names)}{near}")
 
 
+def out_type(raw: Any) -> str:
+    """Reads a type of results: that of :func:`dtype_name`, or ``as-base``.
+
+    Raises:
+        ValueError: for anything else, with the nearest name.
+    """
+    if raw in ("as-base", "as_base"):
+        return "as-base"
+    try:
+        return dtype_name(raw)
+    except ValueError as error:
+        raise ValueError(f"{error}; or as-base") from None
+
+
 def _integer(value: Any) -> Any:
     """Integers as mergekit takes them: ``12``, ``"12"`` and ``12.0``; anything else goes on as it is."""
     if isinstance(value, float) and value.is_integer():
@@ -69,6 +83,7 @@ def _none_is_empty(value: Any) -> Any:
 Integer = Annotated[StrictInt, BeforeValidator(_integer)]
 Ref = Annotated[InstanceOf[ModelRef], BeforeValidator(model_ref)]
 DTypeName = Annotated[str, BeforeValidator(dtype_name)]
+OutType = Annotated[str, BeforeValidator(out_type)]
 Settings = InstanceOf[Parameters]
 NO_PARAMETERS = Parameters()
 
@@ -230,7 +245,7 @@ class Shape(Value):
     modules: Annotated[tuple[Module, ...], BeforeValidator(_none_is_empty)] = ()
     parameters: Settings = NO_PARAMETERS
     dtype: DTypeName | None = None
-    out_dtype: DTypeName | None = None
+    out_dtype: OutType | None = None
     tokenizer_source: Ref | None = None
     tokenizer: Tokenizer | None = None
     chat_template: StrictStr | None = None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fastmerge.ops.segments import TILE
 from fastmerge.ops.sources import workspace
 from fastmerge.ops.spec import Op, Spec
-from fastmerge.runtime.schedule import Cost, cost
+from fastmerge.runtime.schedule import Cost, cost, least_piece
 
 UNIT_ELEMENTS = 1 << 20
 """Elements per unit on CPU cores, where the budget allows it: 2 MiB per bf16 model. GPUs prefer more."""
@@ -86,6 +86,9 @@ def need(
             piece, keep = max(spec.row, TILE), max(spec.row, elements)
         else:
             piece, keep = TILE, elements * (2 if spec.grain == "tensor" else 1)
+        if spec.packing is not None and not uncut:
+            piece = least_piece(spec)
+            keep = max(keep, piece)
         least = max(least, price.of(min(n, piece)))
         best = max(best, price.of(min(n, keep)) + price.past)
         bundles = max(bundles, price)

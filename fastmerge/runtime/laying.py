@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from fastmerge.checkpoint import Place, of_fields
+from fastmerge.ops.packing import Packed
 from fastmerge.ops.sources import ALIGN, FileRange, Made, Memory, Result
 from fastmerge.ops.spec import Op, Source, Spec
 from fastmerge.runtime.schedule import BLOCK
+
+if TYPE_CHECKING:
+    from fastmerge.ops.packing import Packing
 
 
 class Run(NamedTuple):
@@ -104,6 +108,13 @@ def outs_of(
     shard = end = -1
     for op, e0, length in zip(ops, firsts, lengths, strict=True):
         for target in op.targets:
+            if type(target) is Packed:  # the codes will lie where the values are
+                codes = cast("Packing", op.spec.packing).ranges(target, e0, length)[0]
+                cursor += (codes.offset % BLOCK if codes.offset % ALIGN == 0 else 0) - cursor & (BLOCK - 1)
+                outs.append(cursor)
+                cursor += length * size
+                shard = -1
+                continue
             if type(target) is not Place:
                 outs.append(cast("Memory", target).address + e0 * size)
                 continue

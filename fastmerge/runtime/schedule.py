@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -88,6 +89,11 @@ def cost(op: Op) -> Cost:
     return Cost(sum(inputs) + outputs * op.spec.out_dtype.size, piece, 2 * BLOCK * len(inputs))
 
 
+def least_piece(spec: Spec) -> int:
+    """Elements of the smallest piece of a tensor that is cut; larger ones are multiples of it."""
+    return math.lcm(spec.row or 1 if spec.grain == "row" else TILE, spec.cut)
+
+
 @without_gc()
 def schedule(
     ops: Sequence[Op], *, slot: int | None = None, elements: int, whole: Callable[[Spec], bool] = lambda _: False
@@ -149,6 +155,9 @@ class _Cutter:
         elif self._slot is not None and price.element:
             most = min(most, (self._slot - price.piece) // price.element)
         step = max(1, room // spec.row) * spec.row if grain == "row" and spec.row else room
+        if spec.packing is not None:
+            least = least_piece(spec)
+            step = max(1, step // least) * least
         return _Kind(grain, (*spec.batch, grain, price), price, most, step)
 
     def jobs(self) -> Iterator[Job]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from fastmerge.checkpoint import Files, Place, Writer
 from fastmerge.errors import CheckpointError
+from fastmerge.ops.packing import Packed
 from fastmerge.ops.segments import HEADER, I64, OUT, Segments, segment_table
 from fastmerge.ops.sources import FileRange, Made, Memory, Result
 from fastmerge.ops.spec import Op, Source, Spec
@@ -18,6 +19,7 @@ from fastmerge.runtime.devices import Buffer
 from fastmerge.runtime.finite import NonFinite
 from fastmerge.runtime.kept import NOTHING, Kept, Room
 from fastmerge.runtime.laying import Laid, Run, lay, outs_of, runs_of, spread
+from fastmerge.runtime.losses import Losses
 from fastmerge.runtime.results import Results
 from fastmerge.runtime.schedule import BLOCK, Job, Unit
 
@@ -35,6 +37,7 @@ class OpStore:
         finite: looks for NaN and Inf; None where nobody asks.
         room: memory for inputs that would be read twice from a disk.
         results: makes those of other ops; None where no op takes any.
+        losses: takes what codes are wrong by; None where nothing is written as codes.
     """
 
     def __init__(
@@ -45,12 +48,14 @@ class OpStore:
         finite: NonFinite | None = None,
         room: Room = NOTHING,
         results: Results | None = None,
+        losses: Losses | None = None,
     ) -> None:
         self._ops = ops
         self._files = files
         self._writer = writer
         self._finite = finite
         self._results = results
+        self._losses = losses
         self._kept: Kept[Laid] = Kept(room)
         self._members: dict[int, Mapping[int, int]] = {}
 
@@ -190,10 +195,14 @@ class OpStore:
         columns = (OUT, *range(HEADER + len(segments.dtypes), segments.table.shape[1]))
         addresses = zip(*[segments.table[:, c].tolist() for c in columns], strict=True)
         rows: list[tuple[int, int, int, int]] = []
+        scales: list[npt.NDArray[np.uint8]] = []  # they are written before they go
+        packed: list[tuple[int, int, int, int]] = []
         shard = begin = stop = first = last = -1
         for (o, e0, length), outs in zip(unit.pieces, addresses, strict=True):
             nbytes = length * size
             for target, address in zip(self._ops[o].targets, outs, strict=True):
+                if type(target) is Packed:
+                    scales.append(self._pack(self._ops[o], target, (e0, length, address), packed))
                 if type(target) is not Place or not nbytes:
                     continue
                 offset = target.offset + e0 * size
@@ -202,8 +211,25 @@ class OpStore:
                     shard, begin, first = target.shard, offset, address
                 stop, last = offset + nbytes, address + nbytes
         rows.append((shard, begin, first, stop - begin))
-        if len(rows) > 1:
-            writer.write(np.array(rows[1:], np.int64))  # the first ends what was before the first piece
+        rows = [*rows[1:], *packed]  # the first ends what was before the first piece
+        if rows:
+            writer.write(np.array(rows, np.int64))
+
+    def _pack(
+        self, op: Op, target: Packed, piece: tuple[int, int, int], rows: list[tuple[int, int, int, int]]
+    ) -> npt.NDArray[np.uint8]:
+        """Turns a piece (first element, elements, address) of a result into codes; gives the bytes of its scales."""
+        packing = op.spec.packing
+        assert packing is not None
+        e0, length, address = piece
+        raw, loss = packing.encode(op.name, e0, length, address)
+        if self._losses is not None:
+            self._losses.add(op.name, loss)
+        for (shard, offset, nbytes), at in zip(
+            packing.ranges(target, e0, length), (address, raw.ctypes.data), strict=True
+        ):
+            rows.append((shard, offset, at, nbytes))
+        return raw
 
     def copy(self, unit: Unit) -> None:
         """Copies byte ranges, neighbours together; compares what must be equal first."""
@@ -277,6 +303,11 @@ class OpStore:
             for target in op.targets:
                 if isinstance(target, Memory):
                     return False
+                if isinstance(target, Packed):
+                    assert op.spec.packing is not None
+                    if not all(self._writer.done(*r) for r in op.spec.packing.ranges(target, start, length)):
+                        return False
+                    continue
                 place = cast("Place", target)
                 if not self._writer.done(place.shard, place.offset + start * size, length * size):
                     return False

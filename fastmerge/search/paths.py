@@ -69,7 +69,7 @@ def _count(model: str) -> int:
     """The layers of a model on disk."""
     from fastmerge.checkpoint import Checkpoint
     from fastmerge.planning.structure import structure
-    from fastmerge.recipe.schema import model_ref
+    from fastmerge.recipe.refs import model_ref
 
     checkpoint = Checkpoint.open(model_ref(model).path)
     main = structure(checkpoint.tensors, checkpoint.config or {}).main

@@ -242,7 +242,7 @@ def _loaded(ref: str) -> Any:
     from fastmerge.checkpoint import Checkpoint
     from fastmerge.checkpoint.header import listing
     from fastmerge.errors import BackendUnavailable, CheckpointError
-    from fastmerge.recipe.schema import model_ref
+    from fastmerge.recipe.refs import model_ref
 
     try:
         from transformers import AutoModelForCausalLM

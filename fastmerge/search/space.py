@@ -10,7 +10,7 @@ from typing import Any
 
 from fastmerge.errors import RecipeError, hint
 from fastmerge.recipe import ModelRef, Recipe
-from fastmerge.recipe.schema import model_ref
+from fastmerge.recipe.refs import model_ref
 from fastmerge.search import groups
 from fastmerge.search.genes import Candidate, Gene, check, told_apart
 

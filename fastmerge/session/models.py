@@ -9,7 +9,6 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from fastmerge.checkpoint import Checkpoint, Files, ShardFile, TensorInfo
 from fastmerge.dtypes import BY_NAME
 from fastmerge.errors import BudgetError, CheckpointError, FastMergeError, RecipeError, ShapeError
 from fastmerge.ops.sources import Memory
-from fastmerge.recipe.schema import ModelRef, model_ref
+from fastmerge.recipe.refs import ModelRef, model_ref
 from fastmerge.runtime.devices import Buffer, cores
 from fastmerge.runtime.workers import each
 from fastmerge.sizes import PROCESS, available, show_bytes
@@ -87,7 +86,7 @@ class Models:
                 ref = model_ref(model)
             except ValueError as error:
                 raise RecipeError(f"models: {error}") from None
-            base = replace(ref, lora=None)
+            base = ref.bare
             if name != str(ref):
                 if ref.lora is not None:
                     raise RecipeError(
@@ -95,10 +94,10 @@ class Models:
                     )
                 self.checkpoints[name] = Checkpoint.open(ref.path, revision=ref.revision)
                 return
-            if ref.lora is not None:
+            for adapter in ref.adapters:
                 from fastmerge.checkpoint.adapter import Adapter
 
-                Adapter.open(ref.lora.path, revision=ref.lora.revision)
+                Adapter.open(adapter.path, revision=adapter.revision)
             if str(base) not in self.checkpoints:
                 self.checkpoints[str(base)] = Checkpoint.open(base.path, revision=base.revision)
                 self._paths[os.path.realpath(base.path)] = str(base)
@@ -193,7 +192,7 @@ class Models:
         stages = {name for name, _ in recipe.stages}
         unknown = []
         for ref in dict.fromkeys(r for _, one in (*recipe.stages, ("", recipe)) for r in one.refs):
-            base = str(replace(ref, lora=None))
+            base = str(ref.bare)
             if base in given or base in stages:
                 continue
             same = self._paths.get(os.path.realpath(ref.path))

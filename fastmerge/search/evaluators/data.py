@@ -98,7 +98,7 @@ def tokenizer_of(given: Any) -> Any:
     if not isinstance(given, str | os.PathLike):
         return given
     from fastmerge.checkpoint import hub
-    from fastmerge.recipe.schema import model_ref
+    from fastmerge.recipe.refs import model_ref
 
     try:
         from transformers import AutoTokenizer
