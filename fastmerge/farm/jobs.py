@@ -103,9 +103,9 @@ def absolute(recipe: Recipe) -> Callable[[ModelRef], Any]:
     def plain(ref: ModelRef) -> Any:
         if ref.path in stages:
             return ref.plain()
-        first, *more = [dataclasses.replace(a, path=_path(a.path)) for a in ref.adapters] or [None]
-        there = tuple([a for a in more if a is not None])
-        return dataclasses.replace(ref, path=_path(ref.path), lora=first, more=there).plain()
+        adapters = [dataclasses.replace(a, path=_path(a.path)) for a in ref.adapters]
+        first = adapters[0] if adapters else None
+        return dataclasses.replace(ref, path=_path(ref.path), lora=first, more=tuple(adapters[1:])).plain()
 
     return plain
 
