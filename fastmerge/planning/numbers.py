@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def skeleton(recipe: Recipe) -> str:
-    """A recipe without the numbers among its parameters: equal where only these differ, and how they are laid out not.
+    """A recipe without the numbers among its parameters: equal exactly where two recipes differ in these alone.
 
     Words, booleans, filters and the lengths of gradients are part of it; so are layers and seeds.
     """
