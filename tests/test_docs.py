@@ -164,3 +164,31 @@ def test_the_page_of_searches_runs(place, capsys):
     assert set(weights(place / "merged")) == set(weights(place / "models" / "base"))
     table = page.split("| sampler |")[1].split("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", "".join(r.split("|")[1] for r in table.splitlines()[2:]))) == set(SAMPLERS)
+
+
+def test_the_page_of_evaluators_runs(place, capsys):
+    from click.testing import CliRunner
+
+    from fastmerge.cli import main
+    from fastmerge.search.evaluators.named import ARGUMENTS
+    from tests.search import small
+
+    for name in ("base", "math", "code"):
+        small.tokenizer().save_pretrained(place / "models" / name)
+    page = (ROOT / "docs" / "evaluators.md").read_text()
+    soup, served, packed = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    run(soup)
+    assert "stays" in capsys.readouterr().out
+    assert set(weights(place / "soup")) == set(weights(place / "models" / "base"))
+    run(served)
+    assert capsys.readouterr().out == "[1.0, 4.0]\n"
+    for line in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)[0].splitlines():
+        done = CliRunner().invoke(main, line.split("#")[0].split()[1:])
+        assert done.exit_code == 0, done.output
+    names = run(packed)
+    fm.merge(names["recipe"], "mean")
+    mean = weights(place / "mean")
+    for name, whole in names["packed"].items():
+        parts = [mean[name.replace("qkv_proj", p)] for p in ("q_proj", "k_proj", "v_proj")]
+        assert torch.equal(whole, torch.cat(parts))
+    assert set(re.findall(r"^\| `(\w+):", page, re.MULTILINE)) == set(ARGUMENTS)

@@ -39,7 +39,7 @@ def measure(evaluate: Evaluator, model: Any, items: Sequence[int], objectives: S
     columns = given if isinstance(given, Mapping) else dict.fromkeys(SCORE, given)
     if set(columns) != set(objectives):
         wanted = f"expected scores for {', '.join(objectives)}, got {', '.join(map(str, columns))}"
-        raise RecipeError(f"evaluate: {wanted}; several scores are named by 'objectives'")
+        raise RecipeError(f"evaluate: {wanted} ('objectives' names several)")
     out = [[number(score) for score in columns[name]] for name in objectives]
     for name, column in zip(objectives, out, strict=True):
         if len(column) != len(items):

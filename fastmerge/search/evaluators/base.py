@@ -176,14 +176,14 @@ def means(evaluate: Any, model: Any) -> dict[str, float]:
     wrapped = evaluate if isinstance(evaluate, Evaluator) else Function(evaluate)
     asked = range(len(wrapped))
     if not asked:
-        raise RecipeError("evaluator: expected one item or more, got none")
+        raise RecipeError("evaluate: expected one item or more, got none")
     given = wrapped(model, asked)
     by_name = given if isinstance(given, Mapping) else {"score": given}
     out = {}
     for name, some in by_name.items():
         numbers = [number(s) for s in some]
         if len(numbers) != len(asked):
-            raise RecipeError(f"evaluator: expected {len(asked)} scores, one for each item, got {len(numbers)}")
+            raise RecipeError(f"evaluate: expected {len(asked)} scores, one for each item, got {len(numbers)}")
         finite = all(map(math.isfinite, numbers))
         out[str(name)] = (math.fsum(numbers) if finite else sum(numbers)) / len(numbers)
     return out
@@ -197,7 +197,7 @@ def score(evaluate: Any, model: Any) -> float:
     """
     found = means(evaluate, model)
     if len(found) != 1:
-        raise RecipeError(f"evaluator: expected one objective, got {', '.join(found) or 'none'}")
+        raise RecipeError(f"evaluate: expected one objective, got {', '.join(found) or 'none'}")
     (value,) = found.values()
     return -math.inf if math.isnan(value) else value
 

@@ -37,9 +37,9 @@ def named(mapping: Mapping[str, Any], *, tokenizer: Any = None) -> Evaluator:
         function: package.module:function
 
     What stands under the key are the arguments of :class:`Perplexity`, :class:`Accuracy` and :class:`Harness`; a path
-    alone is ``data``, a list alone is ``tasks``. ``function`` is ``module:name`` or ``file.py:name``, or a mapping of
-    ``call`` (that) and of the arguments of :class:`Function`; it names a function of (model) or (model, data), or an
-    evaluator. The code that it names is run.
+    alone is ``data``, a list alone is ``tasks``. ``function`` is ``module:name`` (modules of the working directory
+    count) or ``file.py:name``, or a mapping of ``call``, which is that, and of the arguments of :class:`Function`. It
+    names a function of (model) or (model, data), or an evaluator. The code is run.
 
     Args:
         mapping: one of these.
@@ -106,18 +106,31 @@ def _found(place: str) -> Any:
     if not module or not name:
         raise RecipeError(f"function: expected module:name or file.py:name, got {place!r:.80}")
     try:
-        loaded = _from_file(module) if module.endswith(".py") else importlib.import_module(module)
+        loaded = _from_file(module) if module.endswith(".py") else _imported(module)
     except ModuleNotFoundError as error:
-        raise RecipeError(f"function: {place}: {error}; a file's name ends in .py") from None
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # something that the module needs
+        raise RecipeError(f"function: {place}: no module {error.name!r} here or among those installed") from None
     except OSError as error:
         raise RecipeError(f"function: {module}: cannot read: {error.strerror}") from None
     found: Any = loaded
     for part in name.split("."):
         if not hasattr(found, part):
             there = [n for n in vars(found) if not n.startswith("_")] if hasattr(found, "__dict__") else []
-            raise RecipeError(f"function: {module} has no {name!r}{hint(part, there)}")
+            raise RecipeError(f"function: module {module!r} has no {name!r}{hint(part, there)}")
         found = getattr(found, part)
     return found
+
+
+def _imported(module: str) -> Any:
+    """A module; those of the working directory count, however this program was started."""
+    here = os.getcwd()  # noqa: PTH109  as sys.path has it
+    sys.path.insert(0, here)
+    try:
+        return importlib.import_module(module)
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)
 
 
 def _from_file(path: str) -> Any:
