@@ -208,6 +208,19 @@ def diff(a: str, b: str, weights: bool, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False))
+@click.option("--out", default="page.html", show_default=True, type=click.Path(dir_okay=False), help="The file.")
+@click.option("--png", type=click.Path(file_okay=False), help="Write each figure as PNG into this directory, too.")
+def page(directory: str, out: str, png: str | None) -> None:
+    """Make an HTML page of a search, or of a merged model. Needs the extra "report"."""
+    from fastmerge.pages.command import page as made
+
+    found = made(directory)
+    found.write(out, png)
+    display.say(f"wrote {out}" + (f" and {len(found.figures)} figures in {png}" if png else ""))
+
+
+@main.command()
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List the merge methods, or describe the method NAME."""

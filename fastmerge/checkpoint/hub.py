@@ -62,8 +62,10 @@ def looks_like_id(ref: str) -> bool:
     return match is not None and ".." not in ref
 
 
-def locate(ref: str, revision: str | None = None) -> tuple[str, Path]:
+def locate(ref: str, revision: str | None = None, *, weights: bool = True) -> tuple[str, Path]:
     """Finds a model or adapter: what exists as a path is that path, also with an ``@``; else it is a hub id.
+
+    Without ``weights`` a snapshot may lack them.
 
     Returns:
         The reference, with the commit where it is a hub id, and the path, which exists.
@@ -83,7 +85,7 @@ def locate(ref: str, revision: str | None = None) -> tuple[str, Path]:
     if not _exists(ref):
         if not looks_like_id(ref):
             raise CheckpointError(f"{ref}: no such file or directory")
-        snapshot = resolve(ref, revision=revision)
+        snapshot = resolve(ref, revision=revision, weights=weights)
         return snapshot.ref, snapshot.path
     if not path.exists():
         raise CheckpointError(f"{ref}: a link to {os.path.realpath(path)}, which does not exist")
@@ -99,7 +101,7 @@ def _exists(ref: str) -> bool:
     return os.path.lexists(_expanded(ref))
 
 
-def resolve(ref: str, *, revision: str | None = None) -> Snapshot:
+def resolve(ref: str, *, revision: str | None = None, weights: bool = True) -> Snapshot:
     """Finds, or downloads, the snapshot that a hub id names.
 
     The revision is resolved to a commit first, so that a branch which moves between plan and run changes
@@ -108,6 +110,7 @@ def resolve(ref: str, *, revision: str | None = None) -> Snapshot:
     Args:
         ref: ``org/name`` or ``org/name@revision``.
         revision: branch, tag or commit; wins over none in ``ref``, and must not contradict one.
+        weights: whether weights are fetched as well.
 
     Raises:
         CheckpointError: not a hub id, not found, gated, or the hub is out of reach.
@@ -132,7 +135,7 @@ def resolve(ref: str, *, revision: str | None = None) -> Snapshot:
                 repo,
                 revision=commit,
                 allow_patterns=list(PATTERNS),
-                ignore_patterns=list(IGNORED),
+                ignore_patterns=list(IGNORED if weights else (*IGNORED, "*.safetensors")),
                 local_files_only=offline,
             )
         )

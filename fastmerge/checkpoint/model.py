@@ -86,6 +86,20 @@ class Checkpoint:
         return cls._from_path(ref, path, seen)
 
     @classmethod
+    def open_files(cls, ref_or_path: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+        """Opens a model for its small files alone: it has no tensors here, and need have none on disk.
+
+        Raises:
+            CheckpointError: there is nothing, or its config is damaged.
+        """
+        ref, path = hub.locate(os.fspath(ref_or_path), revision, weights=False)
+        directory = path if path.is_dir() else path.parent
+        config, problems = _config(directory)
+        if problems:
+            raise CheckpointError(problems)
+        return cls(ref, directory, (), {}, config)
+
+    @classmethod
     def _from_path(cls, ref: str, path: Path, seen: Seen | None) -> Checkpoint:
         try:
             found = discover.find(path)

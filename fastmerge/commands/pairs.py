@@ -109,7 +109,7 @@ def measure(a: Checkpoint, b: Checkpoint, pairs: Sequence[tuple[TensorInfo, Tens
                     return
                 i, start, count = pieces[k]
                 addresses = [
-                    _read(files, model, info, start, count, buffer.address)
+                    read(files, model, info, start, count, buffer.address)
                     for model, (info, buffer) in enumerate(zip(pairs[i], buffers, strict=True))
                 ]
                 found[k] = _compare(pairs[i], addresses, count)
@@ -123,8 +123,17 @@ def measure(a: Checkpoint, b: Checkpoint, pairs: Sequence[tuple[TensorInfo, Tens
     return out
 
 
-def _read(files: Files, model: int, info: TensorInfo, start: int, count: int, memory: int) -> int:
-    """Reads elements of a tensor; their address, aligned to them."""
+def read(files: Files, model: int, info: TensorInfo, start: int, count: int, memory: int) -> int:
+    """Reads elements of a tensor; their address, aligned to them.
+
+    Args:
+        files: opened.
+        model: position of the tensor's among them.
+        info: the tensor.
+        start: first element.
+        count: elements.
+        memory: address of a buffer with two pages more than they have bytes.
+    """
     begin, nbytes = info.offset + info.dtype.nbytes(start), info.dtype.nbytes(count)
     address = memory + begin % PAGE
     row = np.array([[files.fd(model, info.file), begin, address, nbytes]], np.int64)

@@ -366,6 +366,14 @@ def _listed_by_model(value: Any) -> bool:
     return is_list(value) and not any(_is_rule(v) for v in value)
 
 
+def more_than_all(value: Any, param: Param) -> bool:
+    """Whether a share is above 1, by which mergekit keeps everything.
+
+    A gradient with such a value would have other ones between, and is refused.
+    """
+    return type(value) in (int, float) and 1 < value < 1e300 and param.name in ("density", "select_topk")
+
+
 class _Reader:
     """Reads the values of one parameter of a call."""
 
@@ -378,7 +386,7 @@ class _Reader:
     def into(self, level: dict[str, Setting], value: Any) -> None:
         """Sets the parameter in a level; None stands for the default where that is a legal value."""
         if type(value) in _SCALARS:
-            level[self._param.name] = Setting((Rule(self._scalar(value)),))
+            level[self._param.name] = Setting((Rule(self._single(value)),))
         elif value is REQUIRED or (value is None and self._none):
             return
         elif value is None:
@@ -406,6 +414,12 @@ class _Reader:
         value = python_values(value)
         if is_list(value):
             return tuple(self._scalar(v) for v in value)
+        return self._single(value)
+
+    def _single(self, value: Any) -> Scalar:
+        if more_than_all(value, self._param):
+            log.warning("%s: %r is taken for 1, as in mergekit: everything is kept", self.where, value)
+            value = 1.0
         return self._scalar(value)
 
     def _scalar(self, value: Any) -> Scalar:

@@ -23,6 +23,7 @@ from fastmerge.planning.outputs import Outputs
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.rows import Models, Row, Stacked, sliced, whole
 from fastmerge.recipe import UNNAMED, ModelRef, Recipe
+from fastmerge.recipe.problems import hint
 from fastmerge.recipe.schema import UNION
 from fastmerge.version import __version__
 
@@ -83,12 +84,16 @@ def _plan(recipe: Recipe, models: Mapping[str, Checkpoint], seed: int | None, sh
     warnings |= dict.fromkeys(text for ref in recipe.refs for text in opened.sources[ref].warnings)
     warnings |= dict.fromkeys(opened.align(recipe))
     donor_ref = recipe.base_model or _first(recipe)
+    donor = opened.checkpoints[donor_ref]
+    tokenizer = donor
     vocabulary: Vocabulary | None = None
     united: United | None = None
     if recipe.tokenizer_source is not None:
         from fastmerge.planning.vocabulary import by_tokens
 
-        vocabulary, united = by_tokens(recipe, opened, donor_ref)
+        if recipe.tokenizer_source != UNION:
+            tokenizer = _giver(recipe, opened, models)
+        vocabulary, united = by_tokens(recipe, opened, donor_ref, tokenizer)
     outputs = Outputs(recipe, opened, seed, vocabulary)
     modules = Modules(recipe, opened)
     _same_depth(recipe, opened, modules)
@@ -127,9 +132,6 @@ def _plan(recipe: Recipe, models: Mapping[str, Checkpoint], seed: int | None, sh
             f"base_model {str(recipe.base_model)!r} is not one of the two models: it gives configuration and tokenizer "
             f"only; t = 0 is {first!r}"
         ] = None
-    donor = opened.checkpoints[donor_ref]
-    source = recipe.tokenizer_source
-    tokenizer = donor if source is None or source == UNION else opened.checkpoints[source]
     warnings |= dict.fromkeys(_compare(recipe, opened, donor_ref))
     config = None
     if donor.config:
@@ -222,6 +224,26 @@ def _open(
     if problems:
         raise CheckpointError(problems)
     return out, adapters
+
+
+def _giver(recipe: Recipe, models: Models, given: Mapping[str, Checkpoint]) -> Checkpoint:
+    """The model whose tokenizer a recipe takes; of one that is not merged only its small files.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    source = recipe.tokenizer_source
+    assert source is not None
+    found = models.checkpoints.get(source) or given.get(str(source))
+    if found is not None:
+        return found
+    try:
+        return Checkpoint.open_files(source.path, revision=source.revision)
+    except CheckpointError as e:
+        where = recipe.at(("tokenizer",) if recipe.tokenizer is not None else ("tokenizer_source",))
+        near = hint(str(source), [str(ref) for ref in recipe.refs])
+        what = f"{where}: {str(source)!r} is not a model of this recipe{near}"
+        raise RecipeError([f"{what}, nor any other: {p}" for p in e.problems]) from None
 
 
 def _compare(recipe: Recipe, models: Models, donor: ModelRef) -> list[str]:

@@ -192,8 +192,14 @@ class Vocabulary:
         return _Table(alone, index, np.ascontiguousarray(own[:, numbers].T))
 
 
-def by_tokens(recipe: Recipe, models: Models, donor: ModelRef) -> tuple[Vocabulary, United]:
+def by_tokens(recipe: Recipe, models: Models, donor: ModelRef, giver: Checkpoint) -> tuple[Vocabulary, United]:
     """The vocabulary that a recipe asks for.
+
+    Args:
+        recipe: with a ``tokenizer_source``.
+        models: opened, and aligned.
+        donor: the model of the configuration.
+        giver: the model of the tokenizer, which need not be merged.
 
     Raises:
         RecipeError: where a tokenizer that it takes is missing or not understood, or tokens are asked for that are
@@ -206,15 +212,15 @@ def by_tokens(recipe: Recipe, models: Models, donor: ModelRef) -> tuple[Vocabula
     rows, problems = _rows(models)
     if problems:
         raise RecipeError([f"{where}: {p}" for p in problems])
-    known, notes = _read(models, first, union=union, where=where)
-    base = known[first]
+    known, base, notes = _read(models, first, giver, union=union, where=where)
     block = recipe.tokenizer
     asked = block.tokens if block is not None else {}
     try:
         united = tokenizers.unite(
             base,
             [known[ref] for ref in known if ref != first] if union else [],
-            {models.checkpoints[ref].ref: n for ref, n in rows.items()},
+            {base.ref: max(base.numbers.values(), default=-1) + 1}
+            | {models.checkpoints[ref].ref: n for ref, n in rows.items()},
             {token: _flags(known, token, said) for token, said in asked.items()},
         )
     except RecipeError as e:
@@ -334,9 +340,9 @@ def _rows(models: Models) -> tuple[dict[ModelRef, int], list[str]]:
 
 
 def _read(
-    models: Models, first: ModelRef, *, union: bool, where: str
-) -> tuple[dict[ModelRef, Tokenizer], dict[str, None]]:
-    """The tokenizers of all models; equal files are read once.
+    models: Models, first: ModelRef, giver: Checkpoint, *, union: bool, where: str
+) -> tuple[dict[ModelRef, Tokenizer], Tokenizer, dict[str, None]]:
+    """The tokenizers of all models, and that of ``giver``, which is ``first``; equal files are read once.
 
     Raises:
         RecipeError: with every file that is not understood, and every tokenizer that is missed.
@@ -344,11 +350,10 @@ def _read(
     known: dict[ModelRef, Tokenizer] = {}
     problems: list[str] = []
     warnings: dict[str, None] = {}
-    mine = models.checkpoints[first]
     for ref in (first, *(r for r in models.checkpoints if r != first)):
-        model = models.checkpoints[ref]
+        model = models.checkpoints.get(ref, giver)
         try:
-            if ref != first and first in known and _equal(mine, model):
+            if ref != first and first in known and _equal(giver, model):
                 known[ref] = replace(known[first], ref=model.ref)
                 continue
             found = tokenizers.read(model)
@@ -357,16 +362,16 @@ def _read(
             continue
         if found is not None:
             known[ref] = found
-        elif ref == first or union:
+        elif ref == first or union or first not in models.checkpoints:
             problems.append(f"{where}: {str(ref)!r} has no tokenizer.json or other file that numbers its tokens")
-        elif first in known:
+        elif first in known:  # of a model that is merged with it
             known[ref] = replace(known[first], ref=model.ref)
             warnings[f"tokenizer: {str(ref)!r} has no tokenizer: its tokens are taken for those of {str(first)!r}"] = (
                 None
             )
     if problems:
         raise RecipeError(problems)
-    return {ref: known[ref] for ref in models.checkpoints}, warnings
+    return {ref: known[ref] for ref in models.checkpoints}, known[first], warnings
 
 
 def _equal(a: Checkpoint, b: Checkpoint) -> bool:

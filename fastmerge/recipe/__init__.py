@@ -197,6 +197,8 @@ class Recipe(Shape):
     def canonical(self, identities: Sequence[str] = (), *, seed: int | None = None) -> str:
         """The recipe as one line of JSON without any path: the same wherever the models lie.
 
+        A model that gives nothing but its tokenizer is ``another``.
+
         Args:
             identities: what each model of :attr:`refs` is (its header hash), then what each of :attr:`adapters` is;
                 their number where absent.
@@ -204,7 +206,7 @@ class Recipe(Shape):
         """
         names = {ref: i for i, ref in enumerate(self.refs)}
         loras = {ref: i for i, ref in enumerate(self.adapters)}
-        out = self.plain(lambda ref: [names[ref], loras[ref.lora]] if ref.lora else names[ref])
+        out = self.plain(lambda ref: [names[ref], loras[ref.lora]] if ref.lora else names.get(ref, "another"))
         out["seed"] = seed if seed is not None else self.seed or 0
         out["inputs"] = list(identities) or len(names) + len(loras)
         return json.dumps(out, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

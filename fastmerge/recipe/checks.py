@@ -176,17 +176,16 @@ def _tokenizer(recipe: Recipe, problems: Problems) -> Recipe:
     if recipe.tokenizer is not None and recipe.tokenizer_source is not None:
         problems.add(("tokenizer",), "give either 'tokenizer' or 'tokenizer_source', not both")
     block = recipe.tokenizer
-    loc: Loc = ("tokenizer_source",) if block is None else ("tokenizer", "source")
     source = recipe.tokenizer_source if block is None else block.source
     if source is not None and source != UNION:
-        source = _whose(recipe, source, loc, problems)
+        source = _whose(recipe, source)  # any model, as in mergekit
     if block is not None:
         tokens = {}
         for name, token in block.tokens.items():
             of = token.source
             if of is not None and of.model is not None:
-                model = _whose(recipe, of.model, ("tokenizer", "tokens", name, "source"), problems)
-                of = replace(of, model=model)
+                at = ("tokenizer", "tokens", name, "source")
+                of = replace(of, model=_member(recipe, of.model, at, problems))
             tokens[name] = replace(token, source=of)
         more = bool(tokens) or block.pad_to_multiple_of is not None
         block = block.model_copy(update={"source": source, "tokens": tokens}) if more else None
@@ -197,18 +196,24 @@ def _tokenizer(recipe: Recipe, problems: Problems) -> Recipe:
     return recipe.model_copy(update={"tokenizer": block, "tokenizer_source": source})
 
 
-def _whose(recipe: Shape, source: ModelRef, loc: Loc, problems: Problems) -> ModelRef:
+def _whose(recipe: Shape, source: ModelRef) -> ModelRef:
     """The model that a tokenizer, or a row of one, comes from: ``base`` is the base, or else the first model."""
     known = refs(recipe)
     if source == ModelRef("base") and known and source not in known:
         return known[0]
     source = replace(source, path=source.path.removeprefix("model:"))
-    if source not in known:  # the tokenizer of model+adapter is the model's
-        source = next((ref for ref in known if replace(ref, lora=None) == source), source)
-    if source not in known:
-        shown = [str(r) for r in known]
-        problems.add(loc, f"{str(source)!r} is not a model of this recipe{hint(str(source), shown)}")
-    return source
+    if source in known:
+        return source
+    # The tokenizer of model+adapter is the model's.
+    return next((ref for ref in known if replace(ref, lora=None) == source), source)
+
+
+def _member(recipe: Shape, source: ModelRef, loc: Loc, problems: Problems) -> ModelRef:
+    """The same, of a model that has rows here."""
+    found, known = _whose(recipe, source), refs(recipe)
+    if found not in known:
+        problems.add(loc, f"{str(found)!r} is not a model of this recipe{hint(str(found), [str(r) for r in known])}")
+    return found
 
 
 def refs(recipe: Shape) -> tuple[ModelRef, ...]:

@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastmerge.methods.base import Param
-from fastmerge.methods.parameters import Parameters, Rule, Scalar, Setting, Value, convert
+from fastmerge.methods.parameters import Parameters, Rule, Scalar, Setting, Value, convert, more_than_all
 from fastmerge.recipe.problems import Problems, misspelt
 from fastmerge.recipe.tree import Loc, Map, Seq, kind
-
-SHARES = ("density", "select_topk")
-"""Of which mergekit takes more than 1 for everything. A gradient would have other values between, and is refused."""
 
 MANY = 100
 """Entries of a parameter to which later ones are compared."""
@@ -83,7 +80,7 @@ def _value(raw: Any, param: Param | None, loc: Loc, problems: Problems) -> Value
         items = [_scalar(item, param, (*loc, i), problems) for i, item in enumerate(raw)]
         good = tuple(item for item in items if item is not None)
         return good if len(good) == len(items) else None
-    if type(raw) in (int, float) and 1 < raw < 1e300 and param is not None and param.name in SHARES:
+    if param is not None and more_than_all(raw, param):
         problems.warn(loc, f"{raw!r} is taken for 1, as in mergekit: everything is kept")
         raw = 1.0
     return _scalar(raw, param, loc, problems)

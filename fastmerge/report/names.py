@@ -42,6 +42,9 @@ class Names:
             for ref, checkpoint in zip(adapted, checkpoints[len(refs) :], strict=False):
                 if ref.lora is not None:
                     self._refs[ref] = replace(self._refs[ref], lora=self._named(ref.lora, checkpoint))
+            giver = one.tokenizer_source
+            if giver is not None and giver not in self._refs and Path(giver.path).exists():  # it is not merged
+                self._refs[giver] = replace(giver, path=self._last(giver.path, Path(giver.path)))
 
     def _named(self, ref: ModelRef, checkpoint: Checkpoint) -> ModelRef:
         if checkpoint.alike is not None:

@@ -89,7 +89,7 @@ def test_differing_names_are_refused_or_left_out():
         ("linear", {}, None, ["linear needs the parameter 'weight'"]),
         ("linear", {"wieght": 1}, None, ["wieght", "weight"]),
         ("ties", {"weight": 1.0}, None, ["base"]),
-        ("ties", {"weight": [1.0], "density": 2.0}, 0, ["weight", "density", "2 problems"]),
+        ("ties", {"weight": [1.0], "density": -2.0}, 0, ["weight", "density", "2 problems"]),
         ("slerp", {"t": 0.5}, 0, ["slerp", "expected 1"]),
     ],
 )

@@ -87,7 +87,7 @@ def test_equal_models(family, tmp_path):
 
 
 def test_a_model_is_equal_to_itself_without_a_look(family, monkeypatch):
-    monkeypatch.setattr(pairs, "_read", None)
+    monkeypatch.setattr(pairs, "read", None)
     found = diff(family["base"], family["base"] / "model.safetensors", weights=True)
     assert found.equal
 

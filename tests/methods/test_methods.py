@@ -203,7 +203,7 @@ def test_unknown_names():
     ("name", "parameters", "message"),
     [
         ("ties", {}, "ties needs the parameter 'weight'"),
-        ("ties", {"weight": 1.0, "density": 1.5}, r"expected a number in 0 .. 1; got 1.5"),
+        ("ties", {"weight": 1.0, "density": -1.5}, r"expected a number in 0 .. 1; got -1.5"),
         ("ties", {"weight": "much"}, "expected a number; got 'much'"),
         ("ties", {"weight": float("nan")}, "expected a finite number; got nan"),
         ("ties", {"weight": 1.0, "ties": "some"}, "expected one of index, all, spread; got 'some'"),
@@ -220,7 +220,7 @@ def test_bad_parameters(name, parameters, message):
 
 def test_all_problems_at_once():
     with pytest.raises(RecipeError) as e:
-        oracle.make_op(get("ties"), "w", (2,), [F32] * 2, {"x": 1, "density": 2.0})
+        oracle.make_op(get("ties"), "w", (2,), [F32] * 2, {"x": 1, "density": -2.0})
     assert len(e.value.problems) == 3
 
 

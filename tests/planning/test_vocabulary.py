@@ -115,6 +115,27 @@ def test_every_source(tmp_path, source, vocabulary, dtype):
     assert got["model.norm.weight"].shape == (8,), "as many as the base has rows, and none of them"
 
 
+@pytest.mark.parametrize("weights_too", [True, False])
+def test_the_tokenizer_of_a_model_that_is_not_merged(paths, tmp_path, weights_too):
+    """As mergekit takes it; a directory without weights does, and its place is in no file of the output."""
+    if not weights_too:
+        (paths["b"] / "model.safetensors").unlink()
+    got, config = merged(paths, tmp_path, "tokenizer_source: {b}", names=("a",))
+    assert config["vocab_size"] == len(WORDS["b"])
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert tokenizer.get_vocab() == {w: i for i, w in enumerate(WORDS["b"])}
+    for name in TENSORS:
+        assert close(got[name], oracle(paths, WORDS["b"], name, ("a",), "base")), name
+    for name in ("README.md", "mergekit_config.yml"):
+        assert str(tmp_path) not in (tmp_path / "out" / name).read_text()
+    assert b"another" in (tmp_path / "out" / "model.safetensors").read_bytes()
+    (paths["b"] / "tokenizer.json").unlink()
+    with pytest.raises(RecipeError, match="b' has no tokenizer.json or other file that numbers its tokens"):
+        merged(paths, tmp_path, "tokenizer_source: {b}", names=("a",))
+    with pytest.raises(RecipeError, match="c' is not a model of this recipe.*, nor any other: .*no such file"):
+        merged(paths | {"c": tmp_path / "c"}, tmp_path, "tokenizer_source: {c}", names=("a",))
+
+
 def test_without_a_base_shared_tokens_are_means(paths, tmp_path):
     vocabulary = [*WORDS["a"], "b1"]
     got, _ = merged(paths, tmp_path, names=("a", "b"), base=None, dtype="float32")
