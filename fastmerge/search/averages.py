@@ -134,7 +134,9 @@ class Averages:
         self._run(inputs, share, {name: t.out for name, t in self._tensors.items()})
         with torch.no_grad():
             for tensor in self._tensors.values():
-                if tensor.out is not tensor.target:
+                if tensor.out is tensor.target:
+                    torch.autograd.graph.increment_version(tensor.target)  # kernels write past torch
+                else:
                     tensor.target.copy_(tensor.out)
 
     def _run(self, inputs: Mapping[str, Sequence[Source]], share: _Share, outs: Mapping[str, torch.Tensor]) -> None:

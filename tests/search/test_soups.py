@@ -163,6 +163,18 @@ def test_an_adapter_is_part_of_its_model(family, tmp_path):
                            .model.layers[0].self_attn.q_proj.weight)  # fmt: skip
 
 
+def test_a_session_sees_that_its_target_was_written(family):
+    module = small.model(dtype=torch.bfloat16)
+    recipe = {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 1.0}} for m in family[:2]]}
+    with fm.Session(family) as session:
+        session.render(recipe, into=module)
+        wanted = module.lm_head.weight.detach().clone()
+        uniform_soup(family, into=module)
+        assert not torch.equal(module.lm_head.weight, wanted)
+        session.render(recipe, into=module)
+    assert torch.equal(module.lm_head.weight, wanted)
+
+
 def sum_of(model):
     return 0.0
 

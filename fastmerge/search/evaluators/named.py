@@ -110,7 +110,7 @@ def _found(place: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # something that the module needs
-        raise RecipeError(f"function: {place}: no module {error.name!r} here or among those installed") from None
+        raise RecipeError(f"function: {place}: {error}, here or among those installed") from None
     except OSError as error:
         raise RecipeError(f"function: {module}: cannot read: {error.strerror}") from None
     found: Any = loaded

@@ -130,7 +130,7 @@ def test_evaluators_by_name(tmp_path):
         ({"accuracy": 3}, "expected data, a text, got 3"),
         ({"lm_eval": "arc"}, "expected tasks, a list of names, got 'arc'"),
         ({"function": "nothing"}, "expected module:name or file.py:name"),
-        ({"function": "no_such_module_here:f"}, "no module 'no_such_module_here' here"),
+        ({"function": "no_such_module_here:f"}, "No module named 'no_such_module_here'"),
         ({"function": "no/such/file.py:f"}, "cannot read"),
         ({"function": "pathlib:Path"}, "expected a function or an evaluator, got the class Path"),
         ({"function": "math:nothing"}, "has no 'nothing'"),
