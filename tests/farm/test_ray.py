@@ -153,6 +153,8 @@ def test_a_node_is_killed(cluster, paths, home):
         nodes = {p.name.removeprefix("pid."): _node_of(cluster, int(p.read_text())) for p in home.glob("pid.*")}
         (lost,) = [weight for weight, node in nodes.items() if node is not cluster.head_node]
         cluster.remove_node(nodes[lost], allow_graceful=False)
+        pid = (home / f"pid.{lost}").read_text().strip()
+        until(lambda: not Path(f"/proc/{pid}").exists())  # it goes a little later than its node
         for path in home.glob("hold.*"):
             path.unlink()
         cluster.add_node(**NODE)
