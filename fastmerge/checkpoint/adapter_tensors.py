@@ -20,7 +20,7 @@ _LORA = re.compile(
 )
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(\.default)?")
 _BIAS, _MAGNITUDE = "B.bias", "magnitude_vector"
-_WRAPPED = ".base_layer"
+_WRAPPED, _UNKNOWN = ".base_layer", ""
 
 _REGISTERED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 """Parameters of modules of fused experts as transformers registers them: peft wraps the first one innermost."""
@@ -93,6 +93,8 @@ class Found:
             self.problems.append(f"patterns in {CONFIG}: {error}")
             return {}
         for (module, embedding), pair in self._sides.items():
+            if parameters.get(module) == _UNKNOWN:
+                continue
             if not {"A", "B"} <= set(pair):
                 said.add("lora_A without lora_B, or the other way round", module)
                 continue
@@ -119,6 +121,8 @@ class Found:
     def _parameters(self, said: _Said) -> dict[str, str]:
         """Of modules that peft wrapped around single parameters, the parameter: keys in the file do not name it.
 
+        ``_UNKNOWN`` where that cannot be told, which is said.
+
         Of several parameters of one module the innermost wrapper is that of the first; the keys of the outermost are
         the module's own, and each wrapper inside adds ``.base_layer``.
         """
@@ -135,13 +139,15 @@ class Found:
             if not names and wrapped == [bare]:
                 continue
             depths = sorted(wrapped, key=len, reverse=True)
+            full = [_UNKNOWN] * len(depths)
             if len(names) != len(wrapped) or len(depths[0]) != len(bare) + len(_WRAPPED) * (len(wrapped) - 1):
                 said.add(f"wrapped {len(wrapped)} times, and target_parameters names {sorted(names)}", bare)
             elif len(names) > 1 and not names <= set(_REGISTERED):
                 said.add(f"which of {sorted(names)} each update belongs to is not known", bare)
             else:
-                ordered = sorted(names, key=_REGISTERED.index) if len(names) > 1 else names
-                out |= {module: f"{bare}.{name}" for module, name in zip(depths, ordered, strict=True)}
+                ordered = [name for name in _REGISTERED if name in names] if len(names) > 1 else names
+                full = [f"{bare}.{name}" for name in ordered]
+            out |= dict(zip(depths, full, strict=True))
         return out
 
     def tokens(self) -> dict[str, Tokens]:

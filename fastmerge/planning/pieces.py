@@ -116,13 +116,20 @@ class Places:
             self._add(name, Piece(e * matrix[0] * matrix[1], tuple(matrix), update, e, transposed=transposed))
 
     def _transposes(self, name: str, shape: tuple[int, ...], update: Update) -> bool | None:
-        """Whether a matrix is stored ``[in, out]``; a square one of experts as its sibling that is none."""
-        if update.experts > 1 and len(set(shape)) == 1 and shape == update.matrix:
-            for other in (f"{name.rpartition('.')[0]}.{kind}" for kind in _WHOLE):
-                sibling, info = self._updates.get(other), self._tensors.get(other)
-                if sibling and info and len(set(info.shape[1:])) > 1:
-                    return sibling.transposes(other, info.shape[1:], self._type, flag=self._flag)
-        return update.transposes(name, shape, self._type, flag=self._flag)
+        """Whether a matrix is stored ``[in, out]``; of square experts as their sibling's, and None where none tells."""
+        found = update.transposes(name, shape, self._type, flag=self._flag)
+        if update.experts == 1 or found is None or len(set(shape)) > 1:
+            return found
+        for other in (f"{name.rpartition('.')[0]}.{kind}" for kind in _WHOLE):
+            sibling, info = self._updates.get(other), self._tensors.get(other)
+            if info is None or len(set(info.shape[1:])) == 1:
+                continue
+            if sibling is not None:
+                return sibling.transposes(other, info.shape[1:], self._type, flag=self._flag)
+            # Stored [E, in, out]; only of some types is that known to be what peft took it for.
+            if info.shape[1] < info.shape[2] and not found:
+                return None
+        return found
 
     def _elsewhere(self, name: str, update: Update) -> bool:
         """An update of a tensor that the model has under another name, or in another layout."""
@@ -194,7 +201,9 @@ class Places:
                 self._add(info.name, Piece(0, info.shape, update, e, row))
                 row += info.shape[0]
         if not whole:
-            self._wrong(f"{given(update)} of {update.experts} experts does not fit {len(singles)} single ones", name)
+            some = next((self._tensors[n] for parts in names for n in parts if n is not None), None)
+            ones = f"{len(singles)} single ones" + (f", such as {shown(some)}" if some is not None else "")
+            self._wrong(f"{given(update)} of {update.experts} experts does not fit {ones}", name)
         return True
 
 

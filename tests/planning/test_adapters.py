@@ -439,3 +439,81 @@ def test_rows_of_tokens_beside_an_update_are_refused(tmp_path, base):
     assert ["of a tensor that is changed otherwise too" in line for line in problems(passed(f"{base}+{path}"))] == [
         True
     ]
+
+
+# ---- fused experts ---------------------------------------------------------------------------------------
+
+MOE = "model.layers.0.mlp.experts"
+
+
+def moe(path, gate_up, down, model_type="toy"):
+    """A model of two fused experts; shapes of one expert."""
+    g = torch.Generator().manual_seed(1)
+    shapes = {f"{MOE}.gate_up_proj": gate_up, f"{MOE}.down_proj": down, "model.norm.weight": ()}
+    found = {n: torch.randn(2, *s, generator=g).bfloat16() for n, s in shapes.items()}
+    return write(path, found, layers=1, config={"model_type": model_type})
+
+
+def expert_factors(columns, rows, level="", rank=2):
+    g = torch.Generator().manual_seed(columns)
+    module = f"{PREFIX}{MOE}{level}"
+    a, b = torch.randn(2 * rank, columns, generator=g), torch.randn(rows, 2 * rank, generator=g)
+    return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+
+
+@pytest.mark.parametrize(
+    ("gate_up", "model_type", "turned"),
+    [((8, 4), "toy", False), ((4, 8), "gpt_oss", True), ((8, 4), "gpt_oss", True), ((4, 8), "toy", None)],
+)
+def test_square_experts_alone_go_by_what_is_known(tmp_path, gate_up, model_type, turned):
+    base, found = moe(tmp_path / "base", gate_up, (4, 4), model_type), expert_factors(4, 4)
+    text = passed(f"{base}+{adapter(tmp_path / 'a', found, target_parameters=['experts.down_proj'])}")
+    if turned is None:
+        lines = problems(text)
+        assert len(lines) == 1
+        assert "lora_B [4, 4] x lora_A [4, 4] does not fit bfloat16 [2, 4, 4]" in lines[0]
+        return
+    a, b = found.values()
+    delta = torch.einsum("ore,eri->eoi", b.reshape(4, 2, 2), a.reshape(2, 2, 4)) * 1.5
+    want = tensors(base)[f"{MOE}.down_proj"].float() + (delta.mT if turned else delta)
+    got = merge(tmp_path, text)[f"{MOE}.down_proj"]
+    assert torch.allclose(got.float(), want, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_square_experts_go_by_their_sibling(tmp_path, turned):
+    base = moe(tmp_path / "base", (4, 8) if turned else (8, 4), (4, 4))
+    both = expert_factors(4, 8, ".base_layer") | expert_factors(4, 4)
+    path = adapter(tmp_path / "a", both, target_parameters=["experts.down_proj", "experts.gate_up_proj"])
+    got = merge(tmp_path, passed(f"{base}+{path}"))
+    for name, (a, b) in zip(("gate_up_proj", "down_proj"), zip(*[iter(both.values())] * 2, strict=True), strict=True):
+        delta = torch.einsum("ore,eri->eoi", b.reshape(len(b), 2, 2), a.reshape(2, 2, -1)) * 1.5
+        want = tensors(base)[f"{MOE}.{name}"].float() + (delta.mT if turned else delta)
+        assert torch.allclose(got[f"{MOE}.{name}"].float(), want, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("found", "targets", "said"),
+    [
+        (expert_factors(4, 8), ["experts.down_proj"], "lora_B [8, 4] x lora_A [4, 4] does not fit bfloat16 [2, 4, 6]"),
+        (expert_factors(4, 12, rank=1), ["experts.gate_up_proj"], "does not fit bfloat16 [2, 12, 4]"),
+        (expert_factors(4, 12, rank=3), ["experts.gate_up_proj"], "does not fit bfloat16 [2, 12, 4]"),
+        (expert_factors(4, 12, rank=4), ["experts.gate_up_proj"], "does not fit bfloat16 [2, 12, 4]"),
+        (
+            expert_factors(4, 12),
+            ["experts.gate_up_proj", "experts.down_proj"],
+            "wrapped 1 times, and target_parameters",
+        ),
+        (
+            expert_factors(4, 12) | expert_factors(4, 12, ".base_layer"),
+            ["experts.gate_up_proj", "experts.other"],
+            "which of ['gate_up_proj', 'other'] each update belongs to is not known",
+        ),
+        (expert_factors(4, 12), ["experts.odd"], f"has no such tensors: '{MOE}.odd'"),
+    ],
+)
+def test_updates_of_experts_that_fit_nothing(tmp_path, found, targets, said):
+    base = moe(tmp_path / "base", (12, 4), (4, 6))
+    lines = problems(passed(f"{base}+{adapter(tmp_path / 'a', found, target_parameters=targets)}"))
+    assert len(lines) == 1
+    assert said in lines[0]
