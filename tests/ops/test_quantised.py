@@ -83,7 +83,7 @@ def test_blocks_of_float8_as_transformers_reads_them(kernels, shape, block, dtyp
     coding = Coding("float8_e4m3fn", int(np.prod(lead)), rows, columns, block)
     got = floats(Dequantised(memory(q), memory(scale), coding, shape))
     for out in (torch.float32, torch.bfloat16):
-        same(got.to(out), Fp8Dequantize(None)._dequantize_one(q, scale, output_dtype=out))  # noqa: SLF001
+        same(got.to(out), Fp8Dequantize(None)._dequantize_one(q, scale, output_dtype=out))
 
 
 def test_edges_of_blocks_have_scales_of_their_own(kernels):
@@ -99,7 +99,7 @@ def test_scales_that_are_powers_of_two(kernels):
     q = (random(32, 64) * 100).to(FP8)
     scale = torch.arange(110, 142, dtype=torch.uint8).reshape(32, 1)
     coding = Coding("float8_e4m3fn", 1, 32, 64, (1, 64))
-    want = Fp8Dequantize(None)._dequantize_one(q, scale, output_dtype=torch.float32)  # noqa: SLF001
+    want = Fp8Dequantize(None)._dequantize_one(q, scale, output_dtype=torch.float32)
     same(floats(Dequantised(memory(q), memory(scale), coding, (32, 64))), want)
     same(floats(Dequantised(memory(q), memory(scale.view(torch.float8_e8m0fnu)), coding, (32, 64))), want)
 
