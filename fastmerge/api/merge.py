@@ -266,8 +266,8 @@ def _report(
     return Report(
         out=out,
         seconds=time.perf_counter() - started,
-        bytes_read=int(stats.bytes_read),
-        bytes_written=int(stats.bytes_written),
+        bytes_read=round(stats.bytes_read),
+        bytes_written=round(stats.bytes_written),
         stages={"read": stats.read, "compute": stats.compute, "write": stats.write},
         bottleneck=stats.bottleneck,
         tensors=len(planned.ops),

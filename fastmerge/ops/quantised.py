@@ -7,6 +7,7 @@ no other definition of a quantised weight; what the libraries of each format com
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -128,6 +129,11 @@ class Dequantised:
         rows = _panel_rows(coding.columns)
         scales = (rows // coding.block[0] + 2) * coding.grid[1]
         return 16 * max(rows * coding.columns, PANEL) + 32 * scales + 64 * rows + max(map(workspace, self.inputs))
+
+    @property
+    def stored(self) -> int:
+        """Bytes of all that it is made from."""
+        return sum(s.dtype.nbytes(math.prod(s.shape)) for s in self.inputs)
 
     @property
     def _stride(self) -> int:

@@ -148,6 +148,15 @@ def results_of(source: Source) -> Iterator[Result]:
             yield from results_of(part)
 
 
+def spared(op: Op) -> tuple[int, int]:
+    """Bytes fewer than its elements take in the slot that are read, and written, for an op: quantised tensors."""
+    made = [s for s in op.inputs if type(s) is not FileRange]
+    read = sum([s.dtype.nbytes(op.spec.numel) - getattr(s, "stored", s.dtype.nbytes(op.spec.numel)) for s in made])
+    if op.spec.packing is None:
+        return read, 0
+    return read, op.spec.out_dtype.nbytes(op.spec.numel) - op.spec.stored
+
+
 def workspace(source: Source) -> int:
     """Most bytes beside the slot while a source is brought to it."""
     return source.workspace if _made(source) else 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastmerge.ops.sources import FileRange, Result, inputs_of
+from fastmerge.ops.sources import FileRange, Result, inputs_of, spared
 from fastmerge.planning.account import Account, Dropped
 from fastmerge.planning.tied import Ties
 
@@ -115,6 +115,7 @@ class Plan:
             kind = spec.out_dtype.name if packing is None else f"{packing.coding.code} and scales"
             dtypes[kind] += nbytes
             read += sum([d.nbytes(spec.numel) for d in spec.dtypes]) * count
+        read -= sum([spared(op)[0] for op in self.ops if any(type(s) is not FileRange for s in op.inputs)])
         models = [str(ref) for ref in self.recipe.refs]
         stages = [name for name, _ in self.documents if name]
         if stages:

@@ -161,7 +161,12 @@ def out_type(raw: Any) -> str:
     Raises:
         ValueError: for anything else, with the nearest name.
     """
-    return "as-base" if raw in ("as-base", "as_base") else dtype_name(raw)
+    if raw in ("as-base", "as_base"):
+        return "as-base"
+    try:
+        return dtype_name(raw)
+    except ValueError as error:
+        raise ValueError(f"{error}; or as-base") from None
 
 
 def _integer(value: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from fastmerge.errors import Interrupted
 from fastmerge.ops.program import Program
 from fastmerge.ops.segments import Segments
+from fastmerge.ops.sources import spared
 from fastmerge.ops.spec import Op
 from fastmerge.runtime.devices import Buffer, Device
 from fastmerge.runtime.schedule import Job
@@ -68,6 +69,7 @@ class Runner:
         self._store = store
         self._devices = devices
         self._factory = program
+        self._spared = {o: found for o, op in enumerate(ops) if any(found := spared(op))}
         self._alone = len(devices) == 1 or sum(len(j.units) for j in jobs) == 1
         self.stats = Stats()
         self._queue = Queue(ops, jobs, slot, self._make, store)
@@ -153,12 +155,16 @@ class Runner:
             self._store.store(unit, host)
             t3 = time.perf_counter()
         elements = sum([length for _, _, length in unit.pieces])
+        less = [0.0, 0.0]  # than elements take in the slot
+        for o, _, length in unit.pieces if self._spared else ():
+            for i, nbytes in enumerate(self._spared.get(o, ())):
+                less[i] += nbytes * length / self._ops[o].spec.numel
         self.stats.add(
             read=t1 - t0,
             compute=t2 - t1,
             write=t3 - t2,
-            bytes_read=elements * sum([d.size for d in host.dtypes]) if fresh else 0,
-            bytes_written=0 if statistics else elements * host.outputs * host.out_dtype.size,
+            bytes_read=elements * sum([d.size for d in host.dtypes]) - less[0] if fresh else 0,
+            bytes_written=0 if statistics else elements * host.outputs * host.out_dtype.size - less[1],
             units=1,
         )
 

@@ -227,7 +227,7 @@ def test_float8_scales_are_those_of_compressed_tensors(kernels, strategy):
     args = {"block_structure": [128, 128]} if strategy == "block" else {}
     how = scheme(num_bits=8, type="float", strategy=strategy, symmetric=True, **args)
     blocks = WEIGHTS.reshape(coding.grid[0], block[0], coding.grid[1], block[1])
-    scale, zero = calculate_qparams(blocks.amin((1, 3)), blocks.amax((1, 3)), how.weights)
+    scale, _ = calculate_qparams(blocks.amin((1, 3)), blocks.amax((1, 3)), how.weights)
     want = NaiveQuantizationCompressor.compress(
         {"weight": WEIGHTS, "weight_scale": scale.reshape(coding.grid) if strategy != "tensor" else scale.reshape(1)},
         how,
