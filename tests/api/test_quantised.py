@@ -84,11 +84,13 @@ def merged(document, out, **how):
 
 
 def equal(a, b):
+    """Whether two state dicts hold the same bytes; says where they do not."""
     assert a.keys() == b.keys()
     for name, t in a.items():
         assert t.dtype == b[name].dtype, name
         assert t.shape == b[name].shape, name
         assert torch.equal(t.view(torch.uint8), b[name].view(torch.uint8)), name
+    return True
 
 
 METHODS = [
@@ -112,7 +114,7 @@ def test_a_merge_is_that_of_the_weights(models, tmp_path, method, more, kinds):
         first = () if method not in ("linear", "karcher") else (base,)
         document = recipe(method, base if not first else None, *first, a, b, dtype="bfloat16", **more)
         out.append(merged(document, tmp_path / f"{len(out)}")[0])
-    equal(*out)
+    assert equal(*out)
 
 
 def test_one_model_becomes_the_weights_that_transformers_reads(models, tmp_path):
@@ -150,7 +152,7 @@ def test_back_into_float8_as_transformers_quantises(models, tmp_path, method, ki
     for name, want in dense.items():
         if name.endswith("_proj.weight"):
             pair = quantiser().convert({name: want})
-            equal({n: got[n] for n in pair}, pair)
+            assert equal({n: got[n] for n in pair}, pair)
             back = plain({n: got[n] for n in pair})[name].double()
             norm, wrong = norm + want.double().square().sum(), wrong + (back - want.double()).square().sum()
         else:
@@ -165,7 +167,7 @@ def test_back_into_float8_as_transformers_quantises(models, tmp_path, method, ki
 
 def test_one_model_as_base_is_copied_byte_for_byte(models, tmp_path):
     got, _ = merged(recipe("passthrough", None, models / "a-fp8", out_dtype="as-base"), tmp_path / "out")
-    equal(got, load_file(models / "a-fp8" / "model.safetensors"))
+    assert equal(got, load_file(models / "a-fp8" / "model.safetensors"))
 
 
 def test_layers_of_one_quantised_model_are_stacked(models, tmp_path):
@@ -209,7 +211,7 @@ def test_any_memory_and_backend_give_the_same_codes(large, tmp_path, method, how
     )
     want, _ = merged(document, tmp_path / "want")
     got, _ = merged(document, tmp_path / "got", **how)
-    equal(got, want)
+    assert equal(got, want)
 
 
 def test_an_interrupted_merge_goes_on(large, tmp_path, monkeypatch):
@@ -230,7 +232,7 @@ def test_an_interrupted_merge_goes_on(large, tmp_path, monkeypatch):
         with pytest.raises(OutputError, match="power cut"):
             merged(document, tmp_path / "out", memory="60MB")
     got, _ = merged(document, tmp_path / "out", memory="60MB", resume=True)
-    equal(got, want)
+    assert equal(got, want)
 
 
 # ---- other formats -------------------------------------------------------------------------------------
@@ -349,7 +351,7 @@ def test_packed_integers(tmp_path, columns, group, symmetric):
     got, _ = merged(document, tmp_path / "one")
     assert torch.equal(got["l.q_proj.weight"].double(), want[1])
     got, _ = merged({**document, "out_dtype": "as-base"}, tmp_path / "copied")
-    equal(got, load_file(tmp_path / "b" / "model.safetensors"))
+    assert equal(got, load_file(tmp_path / "b" / "model.safetensors"))
     with pytest.raises(RecipeError, match=r"float8_e4m3fn and MXFP4 only, and the base's are int4"):
         fm.plan(recipe("linear", None, tmp_path / "a", tmp_path / "b", out_dtype="as-base"))
 
@@ -372,7 +374,7 @@ def test_no_library_could_read_a_result_of_which_the_configuration_says_nothing(
     write(tmp_path / "unsaid", load_file(models / "a-fp8" / "model.safetensors"), None)
     document = recipe("passthrough", None, tmp_path / "unsaid")
     got, report = merged(document, tmp_path / "out")
-    equal(got, merged(recipe("passthrough", None, models / "a-fp8"), tmp_path / "a")[0])
+    assert equal(got, merged(recipe("passthrough", None, models / "a-fp8"), tmp_path / "a")[0])
     assert any("no quantization_config, and weights that are quantised" in text for text in report.warnings)
     with pytest.raises(RecipeError, match=r"as-base: its config\.json does not say"):
         fm.plan({**document, "out_dtype": "as-base"})
@@ -442,6 +444,6 @@ def test_a_lora_of_a_quantised_base(models, tmp_path):
     for kind in ("fp8", "plain"):
         document = recipe("passthrough", None, f"{models / f'base-{kind}'}+{adapter}", dtype="bfloat16")
         got.append(merged(document, tmp_path / kind)[0])
-    equal(*got)
+    assert equal(*got)
     base = load_file(models / "base-plain" / "model.safetensors")[f"{name}.weight"]
     assert (got[0][f"{name}.weight"].float() - base - 2 * b @ a).abs().max() < 0.1
