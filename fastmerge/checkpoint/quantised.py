@@ -244,7 +244,7 @@ class _Search:
             for block in ((1, columns), *self.blocks, _BLOCK, *((1, g) for g in self.groups)):
                 if grid[-2:] == (-(-rows // block[0]), -(-columns // block[1])):
                     return (lead, rows, columns), (min(block[0], rows), min(block[1], columns))
-            if rows % grid[-2] == 0 and columns % grid[-1] == 0:
+            if len(scale.shape) == len(shape) and rows % grid[-2] == 0 and columns % grid[-1] == 0:
                 return (lead, rows, columns), (rows // grid[-2], columns // grid[-1])
         if count == lead and scale.shape in ((lead,), (lead, 1), (lead, 1, 1)):
             return (lead, rows, columns), (rows, columns)

@@ -24,7 +24,7 @@ F32Array = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
 
-PANEL = 1 << 18
+PANEL = 1 << 19
 """Elements that are computed at a time, and one row at least."""
 
 NUMBERS = {"float8_e4m3fn": 0, "float8_e5m2": 1, "int8": 2, "int4": 3, "float4_e2m1fn": 4}
@@ -124,11 +124,11 @@ class Dequantised:
 
     @property
     def workspace(self) -> int:
-        """A panel of codes and of values (and numpy's), and its scales and zeros on their way."""
+        """A panel of codes, and of values that go elsewhere one by one; its scales and zeros; tables of its rows."""
         coding = self.coding
         rows = _panel_rows(coding.columns)
         scales = (rows // coding.block[0] + 2) * coding.grid[1]
-        return 16 * max(rows * coding.columns, PANEL) + 32 * scales + 64 * rows + max(map(workspace, self.inputs))
+        return 6 * max(rows * coding.columns, PANEL) + 32 * scales + 160 * rows + max(map(workspace, self.inputs))
 
     @property
     def stored(self) -> int:
