@@ -118,6 +118,7 @@ class _Search:
         self.paths = paths
         self.tensors = tensors
         self.problems: dict[str, list[str]] = {}
+        self.known: dict[tuple[object, ...], tuple[tuple[int, int, int], tuple[int, int]]] = {}
         self.blocks, self.groups = [*_blocks(settings)], [*_groups(settings)]
 
     def note(self, what: str, *names: str) -> None:
@@ -232,6 +233,15 @@ class _Search:
         self, info: TensorInfo, shape: tuple[int, ...], scale: TensorInfo
     ) -> tuple[tuple[int, int, int], tuple[int, int]] | None:
         """The weight as matrices, and the block of which each scale is; None where scales do not fit."""
+        key = (shape, scale.shape, scale.dtype)
+        found = self.known.get(key) or self._fitted(info, shape, scale)
+        if found is not None:
+            self.known[key] = found
+        return found
+
+    def _fitted(
+        self, info: TensorInfo, shape: tuple[int, ...], scale: TensorInfo
+    ) -> tuple[tuple[int, int, int], tuple[int, int]] | None:
         lead, rows, columns = math.prod(shape[:-2]), *((1, *shape)[-2:] if shape else (1, 1))
         count, numel = math.prod(scale.shape), math.prod(shape)
         if scale.dtype.tag not in _SCALES or not numel:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastmerge.backends.choose import cpu_backend, device_for, expected_gpus
+from fastmerge.ops.sources import spared
 from fastmerge.planning import Plan
 from fastmerge.runtime import budget as budgets
 from fastmerge.runtime.devices import cuda
@@ -81,7 +82,7 @@ def estimate(
                 reads += nbytes
                 continue
             passes = 2 if twice(ops, job) else 1
-            reads += passes * nbytes
+            reads += passes * (nbytes - spared(ops[o])[0])
             if passes > 1:
                 again, kept = again + nbytes - min(nbytes, keeps - kept), min(keeps, kept + nbytes)
             elements_time += spec.numel / (GPU_ELEMENT_RATE / passes if gpus else ELEMENT_RATE[spec.grain])

@@ -90,6 +90,12 @@ class Coding:
         return rows // self.rows * self.grid[0] + rows % self.rows // self.block[0]
 
 
+@functools.cache
+def coding(code: str, stored: tuple[int, int, int], block: tuple[int, int]) -> Coding:
+    """The coding of weights ``[L, R, C]``: one object for all that are alike."""
+    return Coding(code, *stored, block)
+
+
 @dataclass(frozen=True, eq=False)
 class Dequantised:
     """``(value(code) - zero) * scale`` in fp32; where the scales have a divisor, they are divided by it first.

@@ -18,7 +18,7 @@ from fastmerge.planning.names import kind
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint, Place, TensorInfo
     from fastmerge.checkpoint.quantised import Quantised
-    from fastmerge.ops.packing import Rule
+    from fastmerge.ops.packing import Packing, Rule
     from fastmerge.recipe import Recipe
 
 AS_BASE = "as-base"
@@ -64,6 +64,7 @@ class BaseFormat:
         self._kinds = {kind(name): weight for name, weight in base.quantised.items()}
         self._said = settings(base.config)
         self._specs: dict[tuple[object, ...], Spec] = {}
+        self._packings: dict[tuple[object, ...], Packing] = {}
         self.problems: list[str] = []
         self.warnings: list[str] = []
         self.entries: dict[str, tuple[Entry, Entry]] = {}
@@ -165,16 +166,13 @@ class BaseFormat:
 
     def _packed(self, op: Op, weight: Quantised) -> Op:
         """The op that computes the same, and whose result is written as codes and scales."""
-        from fastmerge.ops.packing import Packing
-        from fastmerge.ops.quantised import Coding
-
-        packing = Packing(Coding(weight.code, *weight.stored, weight.block), weight.scale.dtype, self._rule(weight))
+        packing = self._packing(weight)
         plain = op.spec.grain == "copy"
         inputs = op.inputs[:1] if plain else op.inputs
         if weight.transposed:
             inputs = tuple(map(_turned, inputs))
         shape = inputs[0].shape
-        key = (op.spec, packing)
+        key = (op.spec, id(packing))
         if key not in self._specs:
             types = tuple(s.dtype for s in inputs)
             method, models = (_COPIER, None) if plain else (op.spec.method, op.spec.models)
@@ -185,6 +183,15 @@ class BaseFormat:
         )
         self.entries[op.name] = codes, scale
         return op._replace(spec=self._specs[key], inputs=inputs)
+
+    def _packing(self, weight: Quantised) -> Packing:
+        from fastmerge.ops import packing
+        from fastmerge.ops.quantised import coding
+
+        how = coding(weight.code, weight.stored, weight.block), weight.scale.dtype, self._rule(weight)
+        if how not in self._packings:
+            self._packings[how] = packing.Packing(*how)
+        return self._packings[how]
 
     def _name(self, op: Op, weight: Quantised, info: TensorInfo) -> str:
         return op.name + info.name.removeprefix(weight.name)

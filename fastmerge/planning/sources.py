@@ -194,16 +194,12 @@ class ModelSources:
 
 def dequantised(weight: Quantised, model: int) -> Source:
     """A quantised weight as a source."""
-    from fastmerge.ops.quantised import Coding, Dequantised
+    from fastmerge.ops.quantised import Dequantised, coding
 
-    codes, scale, zero, divisor = (
-        None if info is None else FileRange(info, model)
-        for info in (weight.codes, weight.scale, weight.zero, weight.divisor)
-    )
-    assert codes is not None
-    assert scale is not None
-    coding = Coding(weight.code, *weight.stored, weight.block)
-    return Dequantised(codes, scale, coding, weight.shape, weight.transposed, zero, divisor)
+    zero, divisor = (None if info is None else FileRange(info, model) for info in (weight.zero, weight.divisor))
+    how = coding(weight.code, weight.stored, weight.block)
+    codes, scale = FileRange(weight.codes, model), FileRange(weight.scale, model)
+    return Dequantised(codes, scale, how, weight.shape, weight.transposed, zero, divisor)
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
