@@ -14,6 +14,7 @@ from fastmerge.methods.passthrough import COPY, Passthrough
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op, Source, Spec
 from fastmerge.planning.names import kind
+from fastmerge.planning.sources import FLOAT8
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint, Place, TensorInfo
@@ -101,6 +102,9 @@ class BaseFormat:
         for op in made:
             weight = self._weight(op.name)
             if weight is None:
+                info = self._base.tensors.get(op.name)
+                if info is not None and info.dtype.name in FLOAT8 and info.dtype is not op.spec.out_dtype:
+                    lost.setdefault("float8 weights without scales are copied only", []).append(op.name)
                 out.append(op)
                 continue
             names.add(op.name)

@@ -110,7 +110,8 @@ def outs_of(
         for target in op.targets:
             if type(target) is Packed:  # the codes will lie where the values are
                 codes = cast("Packing", op.spec.packing).ranges(target, e0, length)[0]
-                cursor += (codes.offset % BLOCK if codes.offset % ALIGN == 0 else 0) - cursor & (BLOCK - 1)
+                place = codes.offset if codes.offset % ALIGN == 0 else 0
+                cursor += (place - cursor) % BLOCK
                 outs.append(cursor)
                 cursor += length * size
                 shard = -1

@@ -388,6 +388,17 @@ def test_modules_that_are_named_by_their_layers_cannot_move(models, tmp_path):
         fm.plan({"merge_method": "passthrough", "slices": slices, "out_dtype": "as-base"})
 
 
+def test_float8_without_scales_is_not_written(tmp_path):
+    state = {n: w.to(FP8) if w.dim() == 2 else w for n, w in tiny.state(0).items()}
+    write(tmp_path / "plain8", state, None)
+    write(tmp_path / "dense", tiny.state(1), None)
+    document = recipe("linear", None, tmp_path / "plain8", tmp_path / "dense", out_dtype="as-base")
+    with pytest.raises(RecipeError, match=r"float8 weights without scales are copied only: 'lm_head\.weight'"):
+        fm.plan(document)
+    got, _ = merged(recipe("passthrough", None, tmp_path / "plain8", out_dtype="as-base"), tmp_path / "out")
+    assert equal(got, state)
+
+
 def test_a_stage_is_not_written(models):
     text = Recipe.load(recipe("linear", None, models / "a-fp8", models / "b-fp8", out_dtype="as-base")).to_yaml()
     stages = f"name: first\n{text}---\nmerge_method: passthrough\nmodels:\n- model: first\n"
