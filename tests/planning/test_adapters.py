@@ -393,6 +393,15 @@ def test_names_that_differ_by_a_prefix(tmp_path, base, prefix):
     assert [w for w in plan(Recipe.load(text)).warnings if "is taken for 'model.layers." in w]
 
 
+def test_adapters_that_name_layers_each_in_its_own_way(tmp_path, base):
+    found = factors(Q, base)
+    renamed = {n.replace(PREFIX, f"{PREFIX}language_model."): t for n, t in found.items()}
+    a, b = adapter(tmp_path / "a", found), adapter(tmp_path / "b", renamed)
+    got = merge(tmp_path, loaded(base, a, b))[f"{Q}.weight"]
+    want = one_by_one(tensors(base)[f"{Q}.weight"].float(), update(found), update(found))
+    assert torch.equal(got, want.bfloat16())
+
+
 def tokens(path, rows, delta, name="model.embed_tokens", **more):
     return adapter(
         path, {f"{PREFIX}{name}.token_adapter.trainable_tokens_delta": delta}, trainable_token_indices=rows, **more
