@@ -65,20 +65,23 @@ class Changes:
         self.ref = ", ".join(dict.fromkeys(a.adapter.checkpoint.ref for a in adapters))
         self.problems: list[str] = []
         self.warnings = [w for a in adapters for w in a.adapter.checkpoint.warnings]
-        self._updates = [dict(a.adapter.updates) for a in adapters]
+        self._updates: list[dict[str, Update]] = []
         self.replaced: dict[str, tuple[TensorInfo, Applied]] = {}
         self.tokens: dict[str, tuple[Tokens, Applied]] = {}
         self._pieces: dict[str, list[tuple[Piece, Applied]]] = {}
         for by in adapters:
-            replaced = {n: (i, by) for n, i in by.adapter.replaced.items() if not self._copy(n, i, by)}
-            tokens = {n: (t, by) for n, t in by.adapter.tokens.items()}
-            self._whole(by, [*replaced, *tokens, *(n for n, u in by.adapter.updates.items() if u.magnitude)])
+            names = self._names(by.adapter)
+            updates = {names.get(n, n): u for n, u in by.adapter.updates.items()}
+            own = {names.get(n, n): i for n, i in by.adapter.replaced.items()}
+            replaced = {n: (i, by) for n, i in own.items() if not (n in updates and self._copy(n, i, by))}
+            tokens = {names.get(n, n): (t, by) for n, t in by.adapter.tokens.items()}
+            self._whole(by, [*replaced, *tokens, *(n for n, u in updates.items() if u.magnitude)])
             twice = [n for n in (*replaced, *tokens) if n in self.replaced or n in self.tokens]
             if twice:
                 self.problems.append(f"{self.ref}: several adapters have their own {listing(twice)}")
+            self._updates.append(updates)
             self.replaced |= replaced
             self.tokens |= tokens
-        self._align()
 
     @property
     def updates(self) -> set[str]:
@@ -95,7 +98,7 @@ class Changes:
 
         Looked at only where it matters: what several adapters have, or what has a weight, is then an update alone.
         """
-        if (len(self._adapters) == 1 and by.weight == 1) or name not in by.adapter.updates:
+        if len(self._adapters) == 1 and by.weight == 1:
             return False
         mine = self._base.tensors.get(name)
         return mine is not None and tied.same(self._base, mine, info, by.adapter.checkpoint)
@@ -105,23 +108,20 @@ class Changes:
         if names and by.weight != 1:
             self.problems.append(f"{by.adapter.checkpoint.ref}: weight {by.weight:g} of {listing(names)}: {_WEIGHTED}")
 
-    def _align(self) -> None:
-        """Names as the model writes them, where they differ by a prefix."""
+    def _names(self, adapter: Adapter) -> dict[str, str]:
+        """Names as the model writes them for those of an adapter that differ by a prefix."""
         tensors = self._base.tensors
-        shapes: dict[str, tuple[int, ...]] = {n: i.shape for n, (i, _) in self.replaced.items()}
-        shapes |= {n: (len(t.rows), *t.info.shape[1:]) for n, (t, _) in self.tokens.items()}
-        for mine in self._updates:
-            for name, update in mine.items():
-                shapes[name] = _shape(update)
+        shapes: dict[str, tuple[int, ...]] = {n: i.shape for n, i in adapter.replaced.items()}
+        shapes |= {n: (len(t.rows), *t.info.shape[1:]) for n, t in adapter.tokens.items()}
+        shapes |= {n: _shape(u) for n, u in adapter.updates.items()}
         if all(name in tensors for name in shapes):
-            return
+            return {}
         renamed = {old: new for old, new in aligned(shapes.items(), tensors).items() if old != new}
-        for old, new in renamed.items():
-            self.rename(old, new)
         if renamed:
             old, new = next(iter(renamed.items()))
             more = f", and {len(renamed) - 1} more" if len(renamed) > 1 else ""
-            self.warnings.append(f"{self.ref}: {old!r} is taken for {new!r} of {self._base.ref!r}{more}")
+            self.warnings.append(f"{adapter.checkpoint.ref}: {old!r} is taken for {new!r} of {self._base.ref!r}{more}")
+        return renamed
 
     def rename(self, old: str, new: str) -> None:
         """Takes all that is said of a tensor as said of another one."""
