@@ -10,7 +10,7 @@ import torch
 from fastmerge.backends.reference import ReferenceProgram
 from fastmerge.dtypes import BF16, F16, F32, F64
 from fastmerge.keys import tensor_key
-from fastmerge.methods.parameters import called
+from fastmerge.methods.called import called
 from fastmerge.ops.blocks import torch_dtype
 from fastmerge.ops.segments import HEADER, TILE, Segments, segment_row
 from fastmerge.ops.spec import Op

@@ -11,7 +11,8 @@ from fastmerge.dtypes import BY_NAME, DType
 from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.methods import METHODS, get
 from fastmerge.methods.base import Method
-from fastmerge.methods.parameters import Resolver, called
+from fastmerge.methods.called import called
+from fastmerge.methods.parameters import Resolver
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.planning.from_tensors import TensorPlanner
 from fastmerge.tensors import check, check_inputs, extent

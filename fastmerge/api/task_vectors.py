@@ -19,7 +19,8 @@ from fastmerge.checkpoint import Checkpoint
 from fastmerge.dtypes import BF16, F16, F32
 from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.methods import METHODS
-from fastmerge.methods.parameters import called, is_list, number
+from fastmerge.methods.called import called
+from fastmerge.methods.parameters import is_list, number
 from fastmerge.ops.sources import FileRange
 from fastmerge.ops.spec import Op
 from fastmerge.planning.from_tensors import TensorPlanner

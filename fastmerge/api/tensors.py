@@ -60,7 +60,7 @@ def merge_tensors(
         method: a name of ``fastmerge methods``, or mergekit's object for one of its methods.
         parameters: scalars for all inputs, sequences in input order (without the base for parameters of
             non-base models), or mappings keyed by ``ids``; filters as in recipes
-            (:func:`fastmerge.methods.parameters.called`).
+            (:func:`fastmerge.methods.called.called`).
         ids: names of the inputs; 0, 1, ... where absent.
         base_index: which input is the base.
         name: of the tensor; with the seed it keys the random numbers.

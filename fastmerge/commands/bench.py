@@ -22,7 +22,7 @@ from fastmerge.commands.doctor import memcpy_rate
 from fastmerge.dtypes import BF16
 from fastmerge.methods import METHODS
 from fastmerge.methods.base import REQUIRED, Method
-from fastmerge.methods.parameters import called
+from fastmerge.methods.called import called
 from fastmerge.ops.segments import Segments, segment_row
 from fastmerge.ops.spec import Op, Spec
 from fastmerge.runtime.stream import compute

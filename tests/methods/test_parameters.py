@@ -9,7 +9,7 @@ import yaml
 
 import fastmerge as fm
 from fastmerge.methods import METHODS, get
-from fastmerge.methods.parameters import called
+from fastmerge.methods.called import called
 from fastmerge.planning import plan
 from fastmerge.recipe import Recipe
 from tests import tiny

@@ -15,7 +15,7 @@ from fastmerge.dtypes import BF16, BY_NAME, F32, F64
 from fastmerge.errors import CheckpointError, FastMergeError
 from fastmerge.keys import tensor_key
 from fastmerge.methods import get
-from fastmerge.methods.parameters import called
+from fastmerge.methods.called import called
 from fastmerge.methods.passthrough import COPY, Passthrough
 from fastmerge.ops.blocks import torch_dtype
 from fastmerge.ops.low_rank import LowRank

@@ -10,7 +10,7 @@ from fastmerge.dna.draft import Draft, Slot
 from fastmerge.dtypes import DType
 from fastmerge.errors import RecipeError, ShapeError, hint
 from fastmerge.methods import METHODS
-from fastmerge.methods.parameters import called
+from fastmerge.methods.called import called
 from fastmerge.ops.spec import Source, Spec
 
 
