@@ -91,7 +91,7 @@ def test_a_search_from_a_file(place):
         ({"sampler": "cmaes"}, r"did you mean 'cma'"),
         ({"sampler": {"cma": {"sgima": 1}}}, r"cma has no option 'sgima' \(did you mean 'sigma'\?\)"),
         ({"evaluator": {"function": "lm_head_score.py:scroe"}}, "did you mean 'score'"),
-        ({"evaluator": {"function": "no_such_score:score"}}, "no module 'no_such_score' here"),
+        ({"evaluator": {"function": "no_such_score:score"}}, "No module named 'no_such_score', here"),
         ({"evaluator": {"perplexty": "x"}}, r"did you mean 'perplexity'"),
         ({"recipe": {"merge_method": "linear"}}, "nothing is left to search for"),
     ],

@@ -319,7 +319,6 @@ def test_what_cannot_be_merged_loses():
         ({"eval_data": [1]}, "eval_data: an evaluator has its own items"),
         ({"racing": 2, "budget": 1, "sampler": "random"}, "budget: 1 is too small for one race of 2 rounds"),
     ],
-    ids=str,
 )
 def test_what_is_wrong_with_a_search_is_said(how, said):
     with pytest.raises(RecipeError, match=said):
