@@ -2,7 +2,6 @@
 
 ===========  ========================================================
 ``Part``     a run of another source (a matrix of a fused tensor)
-``Joined``   sources one behind the other (matrices as a fused tensor)
 ``Columns``  columns of sources side by side, in any order, with gaps
 ``Scaled``   rows or columns times a factor each
 ===========  ========================================================
@@ -12,9 +11,7 @@ They work on whole rows, a panel at a time. :mod:`fastmerge.ops.replicas` has on
 
 from __future__ import annotations
 
-import bisect
 import functools
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,54 +66,6 @@ class Part:
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """The same run, further on."""
         bring(self.source, np.array([[self.first + e0, n, address]], np.int64))
-
-
-@dataclass(frozen=True, eq=False)
-class Joined:
-    """Sources one behind the other, in a shape of their own.
-
-    Attributes:
-        sources: of any shapes.
-        shape: of all their elements.
-    """
-
-    sources: tuple[Source, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> DType:
-        """That which all sources go into."""
-        return functools.reduce(promote, [s.dtype for s in self.sources])
-
-    @property
-    def inputs(self) -> tuple[Source, ...]:
-        """What it joins."""
-        return self.sources
-
-    @property
-    def workspace(self) -> int:
-        """A panel that is widened, and what the source that takes most takes."""
-        return 16 * PANEL + max(map(workspace, self.sources))
-
-    @functools.cached_property
-    def _starts(self) -> list[int]:
-        """The first element of each source, and the end."""
-        return [0, *itertools.accumulate(math.prod(s.shape) for s in self.sources)]
-
-    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
-        """One source after the other; those of a narrower type are widened a panel at a time."""
-        dtype, at = self.dtype, e0
-        while at < e0 + n:
-            i = bisect.bisect_right(self._starts, at) - 1
-            source, first = self.sources[i], at - self._starts[i]
-            count = min(e0 + n, self._starts[i + 1]) - at
-            to = address + (at - e0) * dtype.size
-            if source.dtype is dtype:
-                bring(source, np.array([[first, count, to]], np.int64))
-            else:
-                count = min(count, PANEL)
-                array(to, count * dtype.size, np.uint8)[:] = brought(bring, source, first, count, dtype)
-            at += count
 
 
 class _Run(NamedTuple):

@@ -2,7 +2,7 @@
 
 ==============  ==========================================================
 ``Joined``      sources one after the other, in a shape of their own
-``Transposed``  a matrix with rows for columns
+``Transposed``  matrices with rows for columns
 ==============  ==========================================================
 
 No value is computed, so no bit changes; :class:`fastmerge.ops.gathered.Part` is the way back from ``Joined``.
@@ -13,19 +13,21 @@ from __future__ import annotations
 import functools
 import math
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fastmerge.dtypes import DType, promote
-from fastmerge.ops.gathered import raw
 from fastmerge.ops.made import array, brought
 from fastmerge.ops.sources import Bring, workspace
 from fastmerge.ops.spec import Source
 
-PANEL = 1 << 20
-"""Elements that are turned, or widened, at a time; one column of a matrix at least."""
+PANEL = 1 << 19
+"""Elements that are turned, or widened, at a time; one row of the result at least."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,11 +80,7 @@ class Joined:
 
 @dataclass(frozen=True, eq=False)
 class Transposed:
-    """``out[i, j] = source[j, i]``.
-
-    Attributes:
-        source: ``[R, C]``.
-    """
+    """Matrices of a source the other way round: ``[..., C, R]`` of ``[..., R, C]``."""
 
     source: Source
 
@@ -93,8 +91,9 @@ class Transposed:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``[C, R]``."""
-        return self.source.shape[::-1]
+        """The last two dimensions change places."""
+        *lead, rows, columns = self.source.shape
+        return (*lead, columns, rows)
 
     @property
     def inputs(self) -> tuple[Source, ...]:
@@ -102,33 +101,45 @@ class Transposed:
         return (self.source,)
 
     @property
-    def _columns(self) -> int:
-        """Columns of the source that are turned at a time."""
-        return max(1, PANEL // max(1, self.source.shape[0]))
-
-    @property
     def workspace(self) -> int:
-        """A panel as it is and turned, and the table of what is read; what the source takes."""
-        rows = self.source.shape[0]
-        return 2 * self.dtype.size * rows * self._columns + 48 * rows + workspace(self.source)
+        """A panel, and the table of its rows."""
+        rows, columns = self.source.shape[-2:]
+        return self.dtype.size * max(PANEL, columns) + 48 * min(PANEL, rows) + workspace(self.source)
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
-        """Of every row of the source the columns that the run needs are read, a panel at a time."""
-        rows, width = self.source.shape
-        if not n:
-            return
-        kind, size = raw(self.dtype), self.dtype.size
+        """Of a panel of the source's rows at a time the columns that the run touches."""
+        height, width = self.source.shape[-2:]
+        kind = np.dtype(f"u{self.dtype.size}")
         out = array(address, n, kind)
-        last = -(-(e0 + n) // rows)
-        for first in range(e0 // rows, last, self._columns):
-            count = min(self._columns, last - first)
-            panel = np.empty((rows, count), kind)
-            each = np.arange(rows, dtype=np.int64)
-            starts, to = each * width + first, panel.ctypes.data + each * count * size
-            runs = np.stack([starts, np.full(rows, count), to], axis=1)
-            if count == width:
-                runs = np.array([[0, rows * width, panel.ctypes.data]], np.int64)
-            bring(self.source, runs)
-            turned = panel.T.reshape(-1)
-            head, tail = max(e0, first * rows), min(e0 + n, (first + count) * rows)
-            out[head - e0 : tail - e0] = turned[head - first * rows : tail - first * rows]
+        for matrix, begin, end in matrices(height * width, e0, n):
+            mine = out[matrix * height * width + begin - e0 :][: end - begin]
+            first, last = begin // height, (end - 1) // height + 1
+            count, skip = last - first, begin - first * height
+            for top in range(0, height, step := max(1, PANEL // count)):
+                rows = np.arange(top, min(top + step, height), dtype=np.int64)
+                part = np.empty((len(rows), count), kind)
+                table = np.empty((len(rows), 3), np.int64)
+                table[:, 0] = (matrix * height + rows) * width + first
+                table[:, 1] = count
+                table[:, 2] = part.ctypes.data + part.strides[0] * np.arange(len(rows))
+                bring(self.source, table)
+                scatter(part, mine, skip, top, height)
+
+
+def matrices(size: int, e0: int, n: int) -> Iterator[tuple[int, int, int]]:
+    """The matrices that a run touches, each with the first and the last (exclusive) of its elements."""
+    for matrix in range(e0 // size, (e0 + n - 1) // size + 1) if n else ():
+        yield matrix, max(e0 - matrix * size, 0), min(e0 + n - matrix * size, size)
+
+
+def scatter(part: npt.NDArray[Any], out: npt.NDArray[Any], skip: int, top: int, height: int) -> None:
+    """Writes ``part [k, count]`` as columns ``top ..`` of rows of ``height``, of which ``out`` lacks ``skip``."""
+    k, count = part.shape
+    first, last = -(-skip // height), (skip + out.size) // height
+    if last > first:
+        whole = out[first * height - skip : last * height - skip].reshape(last - first, height)
+        whole[:, top : top + k] = part[:, first:last].T
+    for row in {0, count - 1} - set(range(first, last)):
+        begin, end = max(row * height + top, skip), min(row * height + top + k, skip + out.size)
+        if begin < end:
+            out[begin - skip : end - skip] = part[begin - row * height - top : end - row * height - top, row]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastmerge.dtypes import BF16, F16, F32, DType
+from fastmerge.ops.joined import matrices, scatter
 from fastmerge.ops.made import array, bfloat16_bits
 from fastmerge.ops.sources import Bring, workspace
 from fastmerge.ops.spec import Source
@@ -168,7 +168,7 @@ class Dequantised:
         coding, out = self.coding, array(address, n, np.float32)
         height = coding.rows
         size = height * coding.columns
-        for matrix, begin, end in _matrices(size, e0, n):
+        for matrix, begin, end in matrices(size, e0, n):
             mine = out[matrix * size + begin - e0 : matrix * size + end - e0]
             first, last = begin // height, (end - 1) // height + 1
             count, skip = last - first, begin - first * height
@@ -177,7 +177,7 @@ class Dequantised:
                 part = np.empty((len(rows), count), np.float32)
                 to = part.ctypes.data + 4 * count * np.arange(len(rows))
                 self._rows(bring, rows + matrix * height, np.full_like(rows, first), np.full_like(rows, count), to)
-                _scatter(part, mine, skip, top, height)
+                scatter(part, mine, skip, top, height)
 
     def _rows(self, bring: Bring, rows: I64, begin: I64, count: I64, to: I64) -> None:
         """Runs (first column, columns, address) of neighbouring rows of codes."""
@@ -231,60 +231,6 @@ class Dequantised:
         codes = words[word - word[0]] >> shift[:, None]
         zeros: F32Array = (codes & np.uint32(15)).astype(np.float32) - np.float32(8)
         return zeros
-
-
-@dataclass(frozen=True, eq=False)
-class Turned:
-    """Matrices of a source the other way round: ``[..., C, R]`` of ``[..., R, C]``."""
-
-    source: Source
-
-    @property
-    def dtype(self) -> DType:
-        """That of the source."""
-        return self.source.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The last two dimensions change places."""
-        *lead, rows, columns = self.source.shape
-        return (*lead, columns, rows)
-
-    @property
-    def inputs(self) -> tuple[Source, ...]:
-        """What it turns."""
-        return (self.source,)
-
-    @property
-    def workspace(self) -> int:
-        """A panel, and the table of its rows."""
-        columns = self.source.shape[-1]
-        return self.dtype.size * max(PANEL, columns) + 48 * PANEL + workspace(self.source)
-
-    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
-        """Of a panel of the source's rows at a time the columns that the run touches."""
-        height, width = self.source.shape[-2:]
-        kind = np.dtype(f"u{self.dtype.size}")
-        out = array(address, n, kind)
-        for matrix, begin, end in _matrices(height * width, e0, n):
-            mine = out[matrix * height * width + begin - e0 :][: end - begin]
-            first, last = begin // height, (end - 1) // height + 1
-            count, skip = last - first, begin - first * height
-            for top in range(0, height, step := _panel_rows(count)):
-                rows = np.arange(top, min(top + step, height), dtype=np.int64)
-                part = np.empty((len(rows), count), kind)
-                table = np.empty((len(rows), 3), np.int64)
-                table[:, 0] = (matrix * height + rows) * width + first
-                table[:, 1] = count
-                table[:, 2] = part.ctypes.data + part.strides[0] * np.arange(len(rows))
-                bring(self.source, table)
-                _scatter(part, mine, skip, top, height)
-
-
-def _matrices(size: int, e0: int, n: int) -> Iterator[tuple[int, int, int]]:
-    """The matrices that a run touches, each with the first and the last (exclusive) of its elements."""
-    for matrix in range(e0 // size, (e0 + n - 1) // size + 1) if n else ():
-        yield matrix, max(e0 - matrix * size, 0), min(e0 + n - matrix * size, size)
 
 
 def decode(
@@ -341,19 +287,6 @@ def floats(source: Source, bring: Bring, e0: int, n: int) -> F32Array:
 def powers() -> F32Array:
     """``2^(b - 127)`` of every byte b; 255 is NaN (OCP Microscaling Formats 1.0, E8M0)."""
     return np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan)).astype(np.float32)
-
-
-def _scatter(part: npt.NDArray[Any], out: npt.NDArray[Any], skip: int, top: int, height: int) -> None:
-    """Writes ``part [k, count]`` as columns ``top ..`` of rows of ``height``, of which ``out`` lacks ``skip``."""
-    k, count = part.shape
-    first, last = -(-skip // height), (skip + out.size) // height
-    if last > first:
-        whole = out[first * height - skip : last * height - skip].reshape(last - first, height)
-        whole[:, top : top + k] = part[:, first:last].T
-    for row in {0, count - 1} - set(range(first, last)):
-        begin, end = max(row * height + top, skip), min(row * height + top + k, skip + out.size)
-        if begin < end:
-            out[begin - skip : end - skip] = part[begin - row * height - top : end - row * height - top, row]
 
 
 def _panel_rows(width: int) -> int:

@@ -12,7 +12,8 @@ import numpy as np
 from fastmerge.checkpoint.header import listing
 from fastmerge.checkpoint.update import Update
 from fastmerge.dtypes import F32
-from fastmerge.ops.gathered import Columns, Joined, Part
+from fastmerge.ops.gathered import Columns, Part
+from fastmerge.ops.joined import Joined
 from fastmerge.ops.low_rank import LowRank
 from fastmerge.ops.made import Constant, Rows
 from fastmerge.ops.row_lengths import ColumnLengths, RowLengths

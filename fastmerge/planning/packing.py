@@ -211,13 +211,14 @@ class BaseFormat:
 
 def _turned(source: Source) -> Source:
     """Matrices the other way round, as the base stores them."""
-    from fastmerge.ops.quantised import Dequantised, Turned
+    from fastmerge.ops.joined import Transposed
+    from fastmerge.ops.quantised import Dequantised
 
     if type(source) is Dequantised and source.transposed:
         coding = source.coding
         stored = (*source.shape[:-2], coding.rows, coding.columns)
         return dataclasses.replace(source, shape=stored, transposed=False)
-    return Turned(source)
+    return Transposed(source)
 
 
 def _strings(value: Any) -> Iterator[str]:

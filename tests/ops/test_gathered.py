@@ -10,7 +10,8 @@ import torch
 
 from fastmerge.dtypes import BF16, F16, F32, F64
 from fastmerge.ops import gathered, replicas
-from fastmerge.ops.gathered import Columns, Joined, Part, Scaled
+from fastmerge.ops.gathered import Columns, Part, Scaled
+from fastmerge.ops.joined import Joined
 from fastmerge.ops.low_rank import LowRank
 from fastmerge.ops.made import Noise
 from fastmerge.ops.replicas import Split

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fastmerge.dtypes import BF16, BY_NAME, F16, F32, F64
 from fastmerge.ops import low_rank as updates
 from fastmerge.ops import row_lengths
-from fastmerge.ops.gathered import Columns, Joined, Part
+from fastmerge.ops.gathered import Columns, Part
+from fastmerge.ops.joined import Joined
 from fastmerge.ops.low_rank import LowRank
 from fastmerge.ops.made import Constant, Noise, Rows, Wide, load
 from fastmerge.ops.row_lengths import ColumnLengths, RowLengths

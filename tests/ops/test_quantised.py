@@ -18,9 +18,10 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from fastmerge.dtypes import BF16, BY_NAME, F32
 from fastmerge.errors import OutputError
 from fastmerge.ops import packing, quantised
+from fastmerge.ops.joined import Transposed
 from fastmerge.ops.made import rounded
 from fastmerge.ops.packing import Packed, Packing, Range
-from fastmerge.ops.quantised import Coding, Dequantised, Turned, values
+from fastmerge.ops.quantised import Coding, Dequantised, values
 from tests.ops.test_made import bring, memory, run
 
 FP8 = torch.float8_e4m3fn
@@ -115,7 +116,7 @@ def test_blocks_of_gpt_oss_as_transformers_reads_them(kernels):
     assert same(floats(source).bfloat16(), want)
     straight = Dequantised(memory(blocks), memory(scales), coding, (2, 6, 96))
     assert same(floats(straight), want.transpose(1, 2).float().contiguous())
-    assert same(floats(Turned(straight)), want.float())
+    assert same(floats(Transposed(straight)), want.float())
 
 
 def test_mxfp4_as_compressed_tensors_reads_it(kernels):
