@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -66,8 +67,10 @@ class Report:
         for said in every:
             nonfinite.update(said["nonfinite"])
             stages.update(said["stages"])
+        lost = [said["details"]["quantised"] for said in every if said["details"].get("quantised")]
         return replace(
             self,
+            details={**self.details, **({"quantised": _lost(lost)} if lost else {})},
             bytes_read=sum(said["bytes_read"] for said in every),
             bytes_written=sum(said["bytes_written"] for said in every),
             stages=dict(stages),
@@ -115,3 +118,16 @@ class Report:
             f"wrote {show_bytes(self.bytes_written)} in {self.seconds:.2f} s on {devices} "
             f"({self.gigabytes_per_second:.2f} GB/s, bottleneck {self.bottleneck})"
         )
+
+
+def _lost(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all parts lose together that were written as codes and scales."""
+    squares, errors = (sum(part[key] for part in parts) for key in ("squares", "squared_errors"))
+    return {
+        "tensors": sum(part["tensors"] for part in parts),
+        "relative_error": math.sqrt(errors / squares) if squares else 0.0,
+        "largest_error": max(part["largest_error"] for part in parts),
+        "squares": squares,
+        "squared_errors": errors,
+        "worst": max((part["worst"] for part in parts), key=lambda worst: worst["relative_error"]),
+    }

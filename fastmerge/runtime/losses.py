@@ -24,7 +24,8 @@ class Losses:
         """Of all tensors together, and of the one that loses most; empty where none was written as codes.
 
         ``relative_error`` is the root of the mean square of the differences between what was merged and what was
-        written, over that of what was merged; ``largest_error`` is the largest difference.
+        written, over that of what was merged; ``largest_error`` is the largest difference. ``squares`` and
+        ``squared_errors`` are the sums from which parts of a merge find that of all.
         """
         if not self._found:
             return {}
@@ -36,5 +37,7 @@ class Losses:
             "tensors": len(self._found),
             "relative_error": total.relative,
             "largest_error": total.most,
+            "squares": total.squares,
+            "squared_errors": total.errors,
             "worst": {"tensor": worst, "relative_error": self._found[worst].relative},
         }

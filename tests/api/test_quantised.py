@@ -165,6 +165,20 @@ def test_back_into_float8_as_transformers_quantises(models, tmp_path, method, ki
     assert fm.plan({**document, "out_dtype": "as-base"}).summary()["bytes_out"] == report.bytes_written
 
 
+def test_parts_have_the_bytes_of_the_whole_and_report_what_all_of_them_lose(models, tmp_path):
+    document = recipe("linear", None, models / "base-fp8", models / "a-fp8", out_dtype="as-base")
+    got, _ = merged(document, tmp_path / "whole")
+    for part in ("1/3", "2/3", "3/3"):
+        fm.merge(document, tmp_path / "parts", part=part, device="cpu")
+    assert equal(load_file(tmp_path / "parts" / "model.safetensors"), got)
+    lost, whole = (
+        json.loads((tmp_path / name / "merge_report.json").read_text())["details"]["quantised"]
+        for name in ("parts", "whole")
+    )
+    assert lost.pop("worst") == whole.pop("worst")
+    assert lost == pytest.approx(whole)
+
+
 def test_one_model_as_base_is_copied_byte_for_byte(models, tmp_path):
     got, _ = merged(recipe("passthrough", None, models / "a-fp8", out_dtype="as-base"), tmp_path / "out")
     assert equal(got, load_file(models / "a-fp8" / "model.safetensors"))
