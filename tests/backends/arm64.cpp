@@ -136,7 +136,8 @@ bool run(const char* name, Arguments a, Answer& answer) {
   const Kernels& k = kernels();
   const auto is = [name](const char* other) { return !std::strcmp(name, other); };
   if (is("combine"))
-    k.combine({a.table(), a.word(), a.array<double>(), a.array<double>(), a.flag(), a.flag(), a.array<int64_t>()});
+    k.combine(
+        {a.table(), a.word(), a.array<double>(), a.array<double>(), a.flag(), a.flag(), a.array<int64_t>(), a.flag()});
   else if (is("gram"))
     gram(a);
   else if (is("dot"))
@@ -177,6 +178,21 @@ bool run(const char* name, Arguments a, Answer& answer) {
     const Scratch strip = scratch_of(b.rank * kStrip * static_cast<int64_t>(sizeof(float)));
     b.strip = static_cast<float*>(strip.get());
     k.low_rank(b);
+  } else if (is("dequantise")) {
+    DequantiseArgs d{};
+    d.table = a.array<const DequantiseRow>(&d.rows), d.width = a.number(), d.code = a.word();
+    k.dequantise(d);
+  } else if (is("largest")) {
+    LargestArgs l{};
+    l.table = a.array<const LargestRow>(&l.rows), l.width = a.number();
+    k.largest(l);
+  } else if (is("quantise")) {
+    QuantiseError error{};
+    QuantiseArgs q{};
+    q.table = a.array<const QuantiseRow>(&q.rows), q.width = a.number(), q.code = a.word(), q.divide = a.flag();
+    q.error = &error;
+    k.quantise(q);
+    std::memcpy(answer.results, &error, sizeof error);
   } else if (is("peel"))
     k.peel({a.address<void>(), a.address<void>(), a.address<const int8_t>(), a.real(), a.number(), a.word()});
   else if (is("read_some"))

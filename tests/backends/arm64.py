@@ -23,9 +23,11 @@ MISSING = [n for n, there in (("aarch64-linux-gnu-g++", COMPILER), ("qemu-aarch6
 
 ARENA, PAGE, GUARD, FREE = 1 << 40, 4096, 64, b"\xa5"
 TRANSFERS = {"read_some": 2, "write_some": 2, "read_past": 3}
+CODES = {"dequantise": 6, "largest": 3, "quantise": 5}
+"""Kernels that take the address of a table, by its columns."""
 TABLELESS = ("fold", "philox_u16", "count_nonfinite", "apart", "peel", "low_rank")
 KERNELS = (
-    "combine", "gram", "dot", "delta_keys", "count", "kth", "l1", "votes", "consensus", "replicate", *TABLELESS,
+    "combine", "gram", "dot", "delta_keys", "count", "kth", "l1", "votes", "consensus", "replicate", *TABLELESS, *CODES,
 )  # fmt: skip
 
 
@@ -33,7 +35,7 @@ def build(folder):
     """Compiles the program with the flags of CMakeLists.txt; warnings are errors."""
     text = (ROOT / "CMakeLists.txt").read_text()
     flags = " ".join(re.findall(r"FM_FLAGS (-[^)]*)\)", text)).split()
-    kernels = re.search(r"set\(FM_KERNELS (.*?)\)", text).group(1).split()
+    kernels = re.search(r"set\(FM_KERNELS (.*?)\)", text, re.DOTALL).group(1).split()
     plain = re.split("[ ;]", re.search(r"COMPILE_LANGUAGE:CXX>:(-[^>]*)>", text).group(1))
     others = [f"csrc/{n}.cpp" for n in ("dispatch", "kth", "io", "past")]
     jobs = [(s, [*flags, "-DFM_ISA=neon"]) for s in kernels]
@@ -56,6 +58,10 @@ class Image:
     """
 
     def __init__(self, name, args):
+        if name == "combine" and len(args) == 8:
+            args = (*args, False)  # far
+        if name in CODES:
+            args = (rows_at(args[0], args[1], CODES[name]), *args[2:])
         table, rest = (None, args) if name in TABLELESS else (args[0].copy(), args[1:])
         columns = addresses(name, args)
         spans = [(a.ctypes.data, a.nbytes) for a in rest if isinstance(a, np.ndarray)]
@@ -126,6 +132,11 @@ class Image:
         return out
 
 
+def rows_at(address, rows, columns):
+    """The table at an address."""
+    return np.frombuffer(ctypes.string_at(address, 8 * rows * columns), np.int64).reshape(rows, columns)
+
+
 def joined(spans):
     """Spans of memory (address, bytes) in order, those that overlap as one."""
     found = []
@@ -143,6 +154,17 @@ def addresses(name, args):
     if name in TABLELESS:
         return {}
     table = args[0]
+    if name == "dequantise":
+        first, n, width, code = table[:, 1], table[:, 2], *args[1:]
+        blocks = np.where(n > 0, -(-(first + n) // width) * 4, 0)
+        codes = np.where(n > 0, (first + n + 1) // 2 if code in (3, 4) else first + n, 0)
+        return {0: codes, 3: blocks, 4: np.where(table[:, 4] > 0, blocks, 0), 5: 4 * n}
+    if name == "largest":
+        return {0: 4 * table[:, 1], 2: -(-table[:, 1] // args[1]) * 4}
+    if name == "quantise":
+        n, width, code, _ = table[:, 1], *args[1:]
+        blocks = -(-n // width) * 4
+        return {0: 4 * n, 2: blocks, 3: blocks, 4: n // 2 if code == 4 else n}
     if name in TRANSFERS:
         return {TRANSFERS[name]: table[:, -1]}
     inputs = HEADER + len(args[1])

@@ -16,7 +16,7 @@ import pytest
 from fastmerge import _native
 from fastmerge.backends.native import NativeKernels
 from tests.backends import arm64, test_native, test_native_consensus, test_native_select, test_native_values
-from tests.ops import test_gathered, test_replicate
+from tests.ops import test_gathered, test_quantised, test_replicate
 
 pytestmark = [
     pytest.mark.arm64,
@@ -102,6 +102,17 @@ def test_low_rank(arm):
     # Which NaN a sum of two gives is not said: such values have none.
     for code in (1, 2, 3):
         test_native_values.low_rank(9, 65, 5, code, special=False)
+    assert arm.unlike() == []
+
+
+def test_codes(arm):
+    for code in ("float8_e4m3fn", "float8_e5m2"):
+        test_quantised.test_every_float8_is_the_number_that_torch_says(None, code)
+    test_quantised.test_edges_of_blocks_have_scales_of_their_own(None)
+    test_quantised.test_blocks_of_gpt_oss_as_transformers_reads_them(None)
+    test_quantised.test_float8_blocks_are_those_of_transformers(None)
+    test_quantised.test_mxfp4_is_that_of_compressed_tensors(None)
+    test_quantised.test_every_float32_near_a_tie_goes_to_the_even_code(None)
     assert arm.unlike() == []
 
 
