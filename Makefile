@@ -48,9 +48,11 @@ beside: $(STAMP)  ## this build beside that of another work tree, TREE, in one r
 	$(BIN)/python bench/beside.py $(TREE)
 
 test-ray: $(STAMP)  ## farms on a real Ray of two nodes on this machine: a minute
+	$(BIN)/python -m pip install --quiet -c constraints.txt ray
 	$(BIN)/python -m pytest -m ray
 
 test-page: $(STAMP)  ## the pages in a headless Chromium (Debian: chromium)
+	$(BIN)/python -m pip install --quiet -c constraints.txt playwright
 	$(BIN)/python -m pytest -m page
 
 test-big: $(STAMP)  ## tensors of more than 2^31 elements, on sparse files: 20 GB of disk, 3 minutes
