@@ -33,7 +33,7 @@ from fastmerge.session.statistics import Statistics
 CALL = 1 << 19
 """Elements of results that a call makes at least: a tenth of a millisecond, next to which the call is nothing."""
 
-CALLS = 8
+CALLS = 32
 """Calls for each core, where there is so much work: the last one that ends is not waited for long."""
 
 COPY = 4 << 20
