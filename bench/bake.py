@@ -26,7 +26,6 @@ import generate
 from process import Run, Spread, fastmerge, run, warm, weights
 from report import Row, provenance, save, table, unfit, version
 
-TREE = Path(__file__).resolve().parents[1]
 FLOOR_TARGET, PEER_TARGET, ALLOWANCE = 1.25, 5.0, 300 * 10**6
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 JUDGED = ("7b", "8b")
@@ -90,7 +89,7 @@ def measured(args: argparse.Namespace, work: Path) -> Row:
     root = args.data / "adapters"
     adapters = [adapter(root / f"{args.size}-{args.rank}-{i}", args.size, args.rank, i) for i in range(args.adapters)]
     files = [f for model in (base, *adapters) for f in weights(model)]
-    ours = [*fastmerge(TREE), "lora", "bake", str(base), *map(str, adapters), "OUT"]
+    ours = [*fastmerge(), "lora", "bake", str(base), *map(str, adapters), "OUT"]
     ours += ["--device", "cpu", "--quiet", "--memory", args.memory]
     theirs = [sys.executable, str(Path(__file__).resolve()), "--peft", str(base), "OUT", *map(str, adapters)]
     made: list[Run] = []
