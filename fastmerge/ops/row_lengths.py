@@ -34,15 +34,8 @@ def squares(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 @dataclass(frozen=True, eq=False)
-class RowLengths:
-    """``v_o m_o / ||v_o||`` for each row ``v_o``: the factor is rounded once, and so is each product.
-
-    Any run of elements takes the whole rows that it touches.
-
-    Attributes:
-        source: ``[O, I]``, fp32 or fp64.
-        magnitude: ``[O]``.
-    """
+class _Lengths:
+    """A matrix, and the lengths that its rows or columns are given."""
 
     source: Source
     magnitude: Source
@@ -59,8 +52,20 @@ class RowLengths:
 
     @property
     def inputs(self) -> tuple[Source, ...]:
-        """The rows, and their lengths."""
+        """Both."""
         return (self.source, self.magnitude)
+
+
+@dataclass(frozen=True, eq=False)
+class RowLengths(_Lengths):
+    """``v_o m_o / ||v_o||`` for each row ``v_o``: the factor is rounded once, and so is each product.
+
+    Any run of elements takes the whole rows that it touches.
+
+    Attributes:
+        source: ``[O, I]``, fp32 or fp64.
+        magnitude: ``[O]``.
+    """
 
     @property
     def workspace(self) -> int:
@@ -87,7 +92,7 @@ class RowLengths:
 
 
 @dataclass(frozen=True, eq=False)
-class ColumnLengths:
+class ColumnLengths(_Lengths):
     """``v_o m_o / ||v_o||`` for each column ``v_o``, of a weight that is stored ``[in, out]``.
 
     The lengths take the whole tensor: whatever run is wanted first makes it once for them, and they are kept.
@@ -96,24 +101,6 @@ class ColumnLengths:
         source: ``[I, O]``, fp32 or fp64.
         magnitude: ``[O]``.
     """
-
-    source: Source
-    magnitude: Source
-
-    @property
-    def dtype(self) -> DType:
-        """That of the source."""
-        return self.source.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the source."""
-        return self.source.shape
-
-    @property
-    def inputs(self) -> tuple[Source, ...]:
-        """The columns, and their lengths."""
-        return (self.source, self.magnitude)
 
     @property
     def workspace(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -40,7 +41,7 @@ class Sampler(Protocol):
         """Goes on where another of the same genes and options was."""
 
 
-class _Listed:
+class _Listed(ABC):
     """Candidates in an order that no score changes.
 
     Args:
@@ -59,8 +60,9 @@ class _Listed:
         self._waiting: list[Candidate] = []
         self._every = self._candidates()
 
+    @abstractmethod
     def _candidates(self) -> Iterator[Candidate]:
-        raise NotImplementedError
+        """All of them, the same each time."""
 
     def ask(self, n: int | None = None) -> Sequence[Candidate]:
         """The next candidates: ``n`` of them, or a generation."""
