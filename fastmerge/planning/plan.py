@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,14 +84,14 @@ class Plan:
         copied = [op.inputs for op in self.ops if op.spec.grain == "copy"]
         merged = [op.inputs for op in self.ops if op.spec.grain != "copy"]
         for what, every in (("copied", copied), ("merged", merged)):
-            for inputs in every:
-                for source in inputs:
-                    if type(source) is FileRange:
-                        used[source.model][source.info.name] = what
-                        continue
-                    for part in inputs_of(source):
-                        if isinstance(part, FileRange):
-                            used[part.model][part.info.name] = what
+            for source in itertools.chain.from_iterable(every):
+                if type(source) is FileRange:
+                    info, model = source
+                    used[model][info.name] = what
+                    continue
+                for part in inputs_of(source):
+                    if isinstance(part, FileRange):
+                        used[part.model][part.info.name] = what
         return Account.of(list(zip(refs, self.checkpoints, strict=True)), used, self.dropped)
 
     def summary(self) -> dict[str, Any]:
