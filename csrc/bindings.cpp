@@ -25,7 +25,7 @@ void run(void (*kernel)(const Args&), const Args& args) {
 // ---- combine, gram, dot, fold --------------------------------------------------------------------------------
 
 void combine(const py::array& table, const py::array& ins, int out_code, const py::array& coef, const py::array& scale,
-             bool delta, bool per_row, const py::array& nonfinite, bool far) {
+             bool delta, bool per_row, const py::array& nonfinite, bool far, bool wide) {
   const int64_t parameters = coef.ndim() == 2 ? coef.shape(0) : 0;
   Needs needs;
   needs.parameters = parameters, needs.out_code = out_code, needs.by_row = per_row;
@@ -36,7 +36,7 @@ void combine(const py::array& table, const py::array& ins, int out_code, const p
   a.scale = data<double>(scale, "scale", {parameters, 2});
   a.out_code = out_code, a.delta = delta, a.per_row = per_row;
   a.nonfinite = data<int64_t>(nonfinite, "nonfinite", {a.table.segments}, true);
-  a.far = far;
+  a.far = far, a.wide = wide;
   run(kernels().combine, a);
 }
 
@@ -341,7 +341,7 @@ PYBIND11_MODULE(_native, m) {
     throw py::import_error(std::string("FASTMERGE_ISA=") + wanted + ": not built, or this machine cannot run it");
   using py::arg;
   m.def("combine", combine, arg("table"), arg("ins"), arg("out_code"), arg("coef"), arg("scale"), arg("delta"),
-        arg("per_row"), arg("nonfinite"), arg("far") = false);
+        arg("per_row"), arg("nonfinite"), arg("far") = false, arg("wide") = false);
   m.def("gram", gram, arg("table"), arg("ins"), arg("partials"), arg("delta"), arg("diff"), arg("per_row"));
   m.def("dot", dot, arg("table"), arg("ins"), arg("partials"));
   m.def("fold", fold, arg("partials"), arg("first"));

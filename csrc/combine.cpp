@@ -1,8 +1,8 @@
 // combine: out = sum c_i x_i (plain), or b + lambda sum c_i (x_i - b) (delta), one coefficient row per tensor or row.
 //
 // Up to kMost inputs of the output's own type are summed in registers (fused), more than kNamed of them by a loop that
-// counts. Everything else goes block by block through the first-level cache: widen, add up to four inputs per pass,
-// store. Both add in input order.
+// counts; in fp64 up to four of fp32. Everything else goes block by block through the first-level cache: widen, add up
+// to four inputs per pass, store. Both add in input order.
 #include "kernels.h"
 #include "lanes.h"
 #include "tile.h"
@@ -152,6 +152,43 @@ bool fusable(const CombineArgs& a) {
   return true;
 }
 
+// ---- fp32 in fp64 --------------------------------------------------------------------------------------------
+
+template <int M, bool kDivided>
+void wide_steps(const float* const* in, const double* coef, double div, int64_t n, float* out) {
+  const float* x[M];
+  double c[M];
+  for (int i = 0; i < M; ++i) x[i] = in[i], c[i] = coef[i];
+  FM_LOOP for (int64_t j = 0; j < n; ++j) {
+    double sum = c[0] * x[0][j];
+    for (int i = 1; i < M; ++i) sum = sum + c[i] * x[i][j];
+    out[j] = static_cast<float>(kDivided ? sum / div : sum);
+  }
+}
+
+template <int M>
+int64_t wide_run(const Segment& s, int64_t at, int64_t n, const double* coef, double div) {
+  const float* in[M];
+  for (int i = 0; i < M; ++i) in[i] = reinterpret_cast<const float*>(s.in[i]) + at;
+  float* out = reinterpret_cast<float*>(s.out) + at;
+  int64_t bad = 0;
+  for (int64_t m; n > 0; n -= m, out += m) {
+    m = n < kRun ? n : kRun;
+    div == 1.0 ? wide_steps<M, false>(in, coef, div, m, out) : wide_steps<M, true>(in, coef, div, m, out);
+    const int64_t found = nonfinite_block(out, m);
+    for (int64_t j = 0; j < (found ? m : 0); ++j) out[j] = store<float>(out[j]);  // canonical NaNs
+    bad += found;
+    for (int i = 0; i < M; ++i) in[i] += m;
+  }
+  return bad;
+}
+
+// Up to four inputs, each of its own compiled loop; 0 for more.
+int64_t (*wide_run_for(int32_t m))(const Segment&, int64_t, int64_t, const double*, double) {
+  constexpr decltype(&wide_run<1>) kRuns[] = {nullptr, wide_run<1>, wide_run<2>, wide_run<3>, wide_run<4>};
+  return m <= 4 ? kRuns[m] : nullptr;
+}
+
 // ---- by blocks --------------------------------------------------------------------------------------------
 
 // acc (+)= c0 v0 + c1 v1 + ... in this order; v = x, or x - base.
@@ -224,12 +261,14 @@ int64_t run(const CombineArgs& a, bool fuse, const Segment& s, int64_t at, int64
     if (a.out_code == kF16) return fused<Fp16, kDelta>(a.table.inputs, s, at, n, coef, narrow, a.far);
     return fused<float, kDelta>(a.table.inputs, s, at, n, coef, narrow, a.far);
   }
+  if (sizeof(W) == 8 && !kDelta && fuse) return wide_run_for(a.table.inputs)(s, at, n, coef, scale.div);
   return block_run<W, kDelta>(a, s, at, n, coef, scale);
 }
 
 template <class W, bool kDelta>
 void all(const CombineArgs& a) {
-  const bool fuse = fusable(a);
+  const bool narrow = sizeof(W) == 4 || (a.out_code == kF32 && a.table.inputs <= 4);
+  const bool fuse = narrow && fusable(a);
   for (int64_t i = 0; i < a.table.segments; ++i) {
     const Segment& s = a.table[i];
     int64_t bad = 0;
@@ -250,7 +289,7 @@ void all(const CombineArgs& a) {
 }  // namespace
 
 void combine(const CombineArgs& a) {
-  if (a.table.wide())
+  if (a.wide || a.table.wide())
     a.delta ? all<double, true>(a) : all<double, false>(a);
   else
     a.delta ? all<float, true>(a) : all<float, false>(a);

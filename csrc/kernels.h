@@ -58,6 +58,7 @@ struct CombineArgs {
   bool per_row;        // parameter row = group + e / row
   int64_t* nonfinite;  // [S], added to
   bool far;            // the caches will not be asked for the results: they are written past them
+  bool wide;           // computed in fp64, whatever the inputs are
 };
 
 struct GramArgs {

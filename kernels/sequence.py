@@ -47,7 +47,9 @@ class Vectors(NamedTuple):
 class Sequence:
     """The launches of one batch of whole tensors."""
 
-    def __init__(self, gpu: Gpu, segments: Any, order: I64 | None = None, *, per_row: bool = False) -> None:
+    def __init__(
+        self, gpu: Gpu, segments: Any, order: I64 | None = None, *, per_row: bool = False, wide: bool = False
+    ) -> None:
         """Takes the tensors.
 
         Args:
@@ -55,9 +57,10 @@ class Sequence:
             segments: whole tensors; parameters have a row for each, in this order.
             order: in which they are laid out; None keeps the given one.
             per_row: sums and parameters belong to rows of the tensors.
+            wide: the work is fp64, whatever the inputs are.
         """
         self.call = Call(gpu)
-        self.types = Types(segments.dtypes)
+        self.types = Types(segments.dtypes, wide=wide)
         self._order = order
         self._per_row = per_row
         self._out = int(segments.out_dtype.code)

@@ -60,10 +60,12 @@ class NativeKernels:
     def launcher(self) -> None:
         """None: kernels run at once."""
 
-    def combine(self, segments: Segments, coef: F64, scale: F64, *, delta: bool, per_row: bool) -> None:
+    def combine(
+        self, segments: Segments, coef: F64, scale: F64, *, delta: bool, per_row: bool, wide: bool = False
+    ) -> None:
         """Weighted sums into the output addresses."""
-        s = segments
-        self._native.combine(s.table, codes(s), s.out_dtype.code, coef, scale, delta, per_row, nonfinite(s), s.far)
+        s, bad = segments, nonfinite(segments)
+        self._native.combine(s.table, codes(s), s.out_dtype.code, coef, scale, delta, per_row, bad, s.far, wide)
 
     def gram(self, segments: Segments, partials: F64, *, delta: bool, diff: bool, per_row: bool) -> None:
         """Inner products of every tile."""

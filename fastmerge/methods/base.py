@@ -163,6 +163,8 @@ class Method(ABC):
     """Kernels of its program that not every backend has."""
     only_defined: ClassVar[str] = ""
     """Parameters of a method with a program that it does not take (see :meth:`gap`), as ``fastmerge methods`` says."""
+    wide: ClassVar[bool] = False
+    """Whether results of fp32 are computed in fp64: plain averages, which others compute with fused multiplications."""
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     """Parameter sets that tests and benches iterate: plain parameters (a sequence gives one value per model), and
     optionally ``preset``, ``models`` (how many non-base models; the contract decides otherwise) and ``base`` (true
