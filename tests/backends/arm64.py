@@ -58,8 +58,8 @@ class Image:
     """
 
     def __init__(self, name, args):
-        if name == "combine" and len(args) == 8:
-            args = (*args, False)  # far
+        if name == "combine":
+            args = (*args, False, False)[:10]  # far and wide
         if name in CODES:
             args = (rows_at(args[0], args[1], CODES[name]), *args[2:])
         table, rest = (None, args) if name in TABLELESS else (args[0].copy(), args[1:])

@@ -54,6 +54,13 @@ def test_combine(arm, kinds, delta):
     assert arm.unlike() == []
 
 
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("kinds", [(1,), (1, 3)], ids=str)
+def test_combine_in_fp64(arm, kinds, delta):
+    test_native.test_combine_in_fp64(kinds, delta)
+    assert arm.unlike() == []
+
+
 def test_combine_of_rows_and_large_tensors(arm):
     for row in (5, 100):
         test_native.test_combine_by_row_from_the_middle_of_a_row(row, True)

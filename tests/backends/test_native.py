@@ -103,7 +103,7 @@ def test_combine_in_fp64(kinds, delta):
             b.work = np.float64
             coef = rng.standard_normal((len(sizes), m))
             scale = np.stack([np.full(len(sizes), 0.7), [1.0, 3.0, 1.0, 0.3, 7.0]], 1)
-            _native.combine(b.table, b.ins, out_code, coef, scale, delta, False, b.nonfinite, wide=True)
+            _native.combine(b.table, b.ins, out_code, coef, scale, delta, False, b.nonfinite, False, True)
             for s in range(len(sizes)):
                 expected = store(combined(b.x(s), coef[s], *scale[s], delta), out_code)
                 assert np.array_equal(bits(b.outputs[s][1:-1]), bits(expected)), (m, out_code, sizes[s])
