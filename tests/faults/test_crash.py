@@ -1,4 +1,4 @@
-"""kill -9 at random moments of merges, then ``--resume``: the same bytes each time; 50 moments in ``make conformance``."""
+"""kill -9 at random moments of merges, then ``--resume``: the same bytes each time; ``make conformance`` has 50 more."""
 
 import json
 import subprocess
