@@ -1,4 +1,4 @@
-"""kill -9 at random moments of merges, then ``--resume``: the same bytes each time; ``make conformance`` has 50 more."""
+"""kill -9 at random moments of merges, then ``--resume``: the same bytes each time. ``make conformance`` has 50."""
 
 import json
 import subprocess
