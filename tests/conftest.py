@@ -1,10 +1,13 @@
 """Shared set-up of the suite: Triton in interpreter mode, no network, one copy of the kernels."""
 
+import gc
 import logging
 import os
 import sys
 
 import pytest
+
+from tests.interpreter import quicken
 
 # @triton.jit reads the mode when it decorates, so it is set before anything imports a kernel.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -16,29 +19,13 @@ sys.modules.setdefault("kernels", None)
 
 
 def pytest_collection_finish():
-    """Lets Triton's interpreter patch the language once per launch.
-
-    It looks through all of ``triton.language`` again at every call of a device function within a launch, and finds it
-    patched: half of the time that kernels take here.
-    """
-    interpreter = sys.modules.get("triton.runtime.interpreter")
-    if interpreter is None:
-        return
-    patch, patched = interpreter._patch_lang, set()
-
-    def patch_once(fn):
-        visible = {name for name in ("tl", "core") if fn.__globals__.get(name) is not None}
-        if patched and visible <= patched:
-            return None  # a call within a launch: nobody restores its scope
-        outermost = not patched
-        patched.update(visible)
-        scope = patch(fn)
-        if outermost:
-            restore = scope.restore
-            scope.restore = lambda: (patched.clear(), restore())
-        return scope
-
-    interpreter._patch_lang = patch_once
+    """What every one of some thousand tests would pay for otherwise."""
+    quicken()
+    # To loggers that pass nothing on pytest attaches its handlers one by one, six times a test; torch has dozens.
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True
+    gc.freeze()  # a million objects of libraries and of the collection, through which no test's garbage is to be sought
 
 
 @pytest.fixture(autouse=True)

@@ -65,7 +65,7 @@ class Call:
             sizes = [math.prod(shape) for shape in cuts.values()]
             f = layout.arenas(bench, sizes, kind)
         else:
-            side = 128 if bench.device == "cpu" else SIDE
+            side = 64 if bench.device == "cpu" else SIDE
             f = family(bench.device, side * side, 2, kind)
         wholes = [f.base, *f.tuned] if self.tuned else list(f.tuned)
         if not self.many:

@@ -61,7 +61,7 @@ def items(context: Context) -> Sequence[Item]:
             Item(f"{m} {d} {s}", functools.partial(speed, context, m, d, s, runs), needs=needs, limit=limit)
             for m in fast
             for s in STATES
-            if d == JUDGED or m == "ties"
+            if d == JUDGED or (m == "ties" and not (context.dry and s == "cold"))
         ]
     return found
 

@@ -49,6 +49,13 @@ def tidy() -> None:
             torch.cuda.empty_cache()
 
 
+def _quicken() -> None:
+    """Spares the interpreter what it does again and again, once an item has loaded it."""
+    from tests.interpreter import quicken
+
+    quicken()
+
+
 def main() -> None:
     """Answers until standard input ends."""
     context = Context.from_json(sys.argv[1])
@@ -60,6 +67,8 @@ def main() -> None:
             asked = json.loads(line)
             item = next(item for item in items(asked["part"], context) if item.name == asked["item"])
             answer = perform(item, Turn(asked["seconds"], asked["kept"]))
+            if context.dry:
+                _quicken()
             answers.write(json.dumps(answer, default=str) + "\n")
             answers.flush()
             if answer["status"] in ENDS:

@@ -15,8 +15,12 @@ TORCH = {0: torch.float64, 1: torch.float32, 2: torch.float16, 3: torch.bfloat16
 
 @pytest.fixture(params=ISAS, autouse=True)
 def isa(request):
-    with using(request.param):
+    """One of them; or all, for a test whose expected values take longer than the kernels."""
+    with using(request.param if isinstance(request.param, str) else ISAS[0]):
         yield request.param
+
+
+each_isa_in_turn = pytest.mark.parametrize("isa", [ISAS], ids="-".join, indirect=True)
 
 
 def values(code, n, rng, special=True):
@@ -70,9 +74,10 @@ def combined(x, c, lam, div, delta):
     return x[0] + lam * acc if delta else acc
 
 
+@each_isa_in_turn
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("kinds", DTYPES, ids=str)
-def test_combine(kinds, delta):
+def test_combine(isa, kinds, delta):
     rng = np.random.default_rng(len(kinds) + delta)
     for m in (2, 3, 4, 5, 9) if delta else (1, 2, 3, 4, 5, 8, 9):
         codes = tuple((kinds * 9)[:m])
@@ -82,14 +87,18 @@ def test_combine(kinds, delta):
             coef = rng.standard_normal((len(sizes), m))
             some = rng.random((len(sizes), 2)) < 0.5
             scale = np.where(some, 1.0, np.stack([rng.random(len(sizes)), np.full(len(sizes), 3.0)], 1))
-            _native.combine(b.table, b.ins, out_code, coef, scale, delta, False, b.nonfinite)
-            for s, n in enumerate(sizes):
-                lam, div = scale[s].astype(b.work)
-                expected = store(combined(b.x(s), coef[s].astype(b.work), lam, div, delta), out_code)
-                got = b.outputs[s]
-                assert np.array_equal(bits(got[1:-1]), bits(expected)), (codes, out_code, n)
-                assert (got[0], got[-1]) == (np.array(-7.0).astype(got.dtype),) * 2  # nothing beside it was touched
-                assert b.nonfinite[s] == (~np.isfinite(widen(expected, out_code, np.float64))).sum()
+            numbers = [(coef[s].astype(b.work), *scale[s].astype(b.work)) for s in range(len(sizes))]
+            wanted = [store(combined(b.x(s), *three, delta), out_code) for s, three in enumerate(numbers)]
+            for name in isa:
+                with using(name):
+                    _native.combine(b.table, b.ins, out_code, coef, scale, delta, False, b.nonfinite)
+                for s, expected in enumerate(wanted):
+                    got = b.outputs[s]
+                    assert np.array_equal(bits(got[1:-1]), bits(expected)), (name, codes, out_code, sizes[s])
+                    assert (got[0], got[-1]) == (np.array(-7.0).astype(got.dtype),) * 2  # nothing beside it was touched
+                    assert b.nonfinite[s] == (~np.isfinite(widen(expected, out_code, np.float64))).sum()
+                    got[:] = np.array(-7.0).astype(got.dtype)
+                b.nonfinite[:] = 0
 
 
 @pytest.mark.parametrize("kinds", [(1,), (3,), (1, 3)], ids=str)
@@ -240,8 +249,9 @@ def grams(x, delta, diff, row):
     return np.array(out)
 
 
+@each_isa_in_turn
 @pytest.mark.parametrize("kinds", DTYPES, ids=str)
-def test_gram(kinds):
+def test_gram(isa, kinds):
     rng = np.random.default_rng(len(kinds))
     for m, delta, diff in [
         (1, False, False),
@@ -257,10 +267,12 @@ def test_gram(kinds):
         b = Batch(tuple((kinds * 9)[:m]), sizes, 1, rng, special=False)
         pairs = (m - delta) * (m - delta + 1) // 2 + diff
         b.table[:, 6] = np.cumsum([0] + [-(-n // TILE) for n in sizes[:-1]])
-        partials = np.full((6, pairs), np.nan)
-        _native.gram(b.table, b.ins, partials, delta, diff, False)
         expected = np.concatenate([grams(b.x(s), delta, diff, n) for s, n in enumerate(sizes) if n])
-        assert np.array_equal(partials, expected), (m, delta, diff)
+        for name in isa:
+            partials = np.full((6, pairs), np.nan)
+            with using(name):
+                _native.gram(b.table, b.ins, partials, delta, diff, False)
+            assert np.array_equal(partials, expected), (name, m, delta, diff)
 
 
 def test_gram_by_row_and_any_chunking():
@@ -375,18 +387,21 @@ def dots(x):
     return np.array([[tile_sum(gradient[p] * (v[p] - base[p])) for v in others] for p in parts])
 
 
+@each_isa_in_turn
 @pytest.mark.parametrize("kinds", DTYPES, ids=str)
-def test_dot(kinds):
+def test_dot(isa, kinds):
     """One to nine models, in registers and by blocks: every tail of a tile, a row of lanes and a step."""
     rng = np.random.default_rng(len(kinds))
     for m in (3, 4, 5, 6, 7, 11):
         sizes = [1, 15, 300, 2048, 0, 10_007, 65_536, 70_007]
         b = Batch(tuple((kinds * 11)[:m]), sizes, 1, rng, special=False)
         b.table[:, 6] = np.cumsum([0] + [-(-n // TILE) for n in sizes[:-1]])
-        partials = np.full((8, m - 2), np.nan)
-        _native.dot(b.table, b.ins, partials)
         expected = np.concatenate([dots(b.x(s)) for s, n in enumerate(sizes) if n])
-        assert np.array_equal(partials, expected), m
+        for name in isa:
+            partials = np.full((8, m - 2), np.nan)
+            with using(name):
+                _native.dot(b.table, b.ins, partials)
+            assert np.array_equal(partials, expected), (name, m)
 
 
 def test_dot_of_special_values_and_any_chunking():

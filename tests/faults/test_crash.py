@@ -1,4 +1,4 @@
-"""kill -9 at 50 random moments of merges, then ``--resume``: the same bytes each time."""
+"""kill -9 at random moments of merges, then ``--resume``: the same bytes each time. ``make conformance`` has 50."""
 
 import json
 import subprocess
@@ -10,7 +10,15 @@ import pytest
 from tests import tiny
 
 
-@pytest.mark.parametrize(("moments", "mode"), [(35, "fresh"), (15, "overwrite")])
+@pytest.mark.parametrize(
+    ("moments", "mode"),
+    [
+        (12, "fresh"),
+        (6, "overwrite"),
+        pytest.param(35, "fresh", marks=pytest.mark.conformance),
+        pytest.param(15, "overwrite", marks=pytest.mark.conformance),
+    ],
+)
 def test_killed_at_any_moment_and_resumed(tmp_path, moments, mode):
     paths = tiny.family(tmp_path / "models", hidden=128, vocab=8000, layers=3)
     recipe = tmp_path / "recipe.yml"

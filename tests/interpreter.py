@@ -1,0 +1,47 @@
+"""Triton's interpreter, quicker: on small tensors nearly all of its time goes into what it does again and again."""
+
+import sys
+
+
+def quicken():
+    """Has the interpreter, where it is loaded, prepare the language once, and remember types.
+
+    By itself it looks through all of ``triton.language`` at every launch, again at every call of a device function, and
+    takes everything back at the end; nothing in such a process compiles, so nothing asks for the originals. And every
+    value of a kernel makes its type anew, and a table of all types to find numpy's.
+    """
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None or hasattr(interpreter._patch_lang, "patched"):
+        return
+    patch, nothing = interpreter._patch_lang, interpreter._LangPatchScope()
+
+    def patch_once(fn):
+        visible = {name for name in ("tl", "core") if fn.__globals__.get(name) is not None}
+        if not visible or visible - patch_once.patched:
+            patch(fn)
+            patch_once.patched |= visible
+        return nothing
+
+    patch_once.patched = set()
+    interpreter._patch_lang = patch_once
+    numpy_of, types = interpreter._get_np_dtype, {}
+
+    def numpy_of_name(kind):
+        name = kind.scalar.name  # a block is stored as its elements
+        if name not in types:
+            types[name] = numpy_of(kind)
+        return types[name]
+
+    interpreter._get_np_dtype = numpy_of_name
+    core = interpreter.tl.core
+    type_of, shapes = core._type_for_tuple_values, {}
+
+    def type_of_shape(values, fields=None):
+        if fields or not all(type(x) is core.constexpr and type(x.value) is int for x in values):
+            return type_of(values, fields)
+        key = tuple(x.value for x in values)
+        if key not in shapes:
+            shapes[key] = type_of(values)
+        return shapes[key]
+
+    core._type_for_tuple_values = type_of_shape
