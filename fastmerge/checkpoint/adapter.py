@@ -20,7 +20,23 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""``init_lora_weights`` that leave the base as it is; others (pissa, olora, ...) change it when training starts."""
+"""``init_lora_weights`` that leave the base as it is."""
+
+_CONVERTED = (
+    "save the adapter again with peft's path_initial_model_for_weight_conversion (it takes the adapter as it was "
+    "before training)"
+)
+_AGAIN = f"{_CONVERTED}, or merge it into its base with peft, which makes that change again"
+_GONE = f"{_CONVERTED}; peft does not make that change again when it loads the adapter, and merges something else"
+_CHANGING = {
+    "pissa_niter": _GONE,  # of random numbers
+    "pissa": _AGAIN,
+    "olora": _AGAIN,
+    "corda": _GONE,
+    "lora_ga": _GONE,
+    "loftq": "merge it with the quantised base that it was trained on, or with peft, which quantises the base again",
+}
+"""How ``init_lora_weights`` begin that change the base when training starts, and the way around."""
 
 _MERGED = "merge the adapter into its base with peft first"
 _OTHER = {
@@ -110,10 +126,7 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
         if config.get(key) not in (None, False, [], {})
     ]
     if (init.lower() if isinstance(init, str) else init) not in _INITS:
-        found.append(
-            f"init_lora_weights {init!r:.80} changed the base when training started: save the adapter again with "
-            "peft's path_initial_model_for_weight_conversion, or merge it into its base with peft first"
-        )
+        found.append(f"init_lora_weights {init!r:.80} {_about(init)}")
     flags, maps = ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"), ("rank_pattern", "alpha_pattern")
     odd = [(k, "true or false") for k in flags if config.get(k) not in (None, False, True, [])]
     odd += [(k, "a map from patterns to numbers") for k in maps if not isinstance(config.get(k) or {}, Mapping)]
@@ -123,6 +136,15 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     if not isinstance(runs, list) or not all(map(_run, runs)):
         odd.append(("layer_replication", "pairs [first, end) with 0 <= first < end"))
     return found + [f"{key} {config[key]!r:.80}; expected {what}" for key, what in odd]
+
+
+def _about(init: Any) -> str:
+    """What an initialisation did to the base, and what to do about it."""
+    around = next((a for name, a in _CHANGING.items() if str(init).lower().startswith(name)), None)
+    if around is not None:
+        return f"changed the base when training started: {around}"
+    known = ", ".join(str(i).lower() for i in _INITS if i is not None)
+    return f"is not known, and may have changed the base when training started; expected {known}"
 
 
 def _run(value: Any) -> bool:

@@ -143,7 +143,10 @@ def inputs_of(source: Source) -> tuple[Source, ...]:
     """The sources that a source is made from in the end; itself where it is simply there."""
     if not _made(source):
         return (source,)
-    return tuple(i for s in source.inputs for i in inputs_of(s))
+    inputs = source.inputs
+    if {*map(type, inputs)} == {FileRange}:  # as nearly all are
+        return inputs
+    return tuple([i for s in inputs for i in inputs_of(s)])
 
 
 def results_of(source: Source) -> Iterator[Result]:

@@ -122,7 +122,9 @@ class Plan:
             kind = spec.out_dtype.name if packing is None else f"{packing.coding.code} and scales"
             dtypes[kind] += nbytes
             read += sum([d.nbytes(spec.numel) for d in spec.dtypes]) * count
-        read -= sum([spared(op)[0] for op in self.ops if any(type(s) is not FileRange for s in op.inputs)])
+        kinds = {kind for op in self.ops for kind in map(type, op.inputs)}
+        if any(hasattr(kind, "stored") for kind in kinds):
+            read -= sum([spared(op)[0] for op in self.ops])
         models = [str(ref) for ref in self.recipe.refs]
         stages = [name for name, _ in self.documents if name]
         if stages:

@@ -105,8 +105,25 @@ for _ in range(50):
         *(({"target_parameters": t}, "; expected a list of names") for t in ("experts", [3], {"a": 1})),
         *(
             ({"init_lora_weights": i}, f"init_lora_weights {i!r} changed the base when training started")
-            for i in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "new", ["x"], {}, 2)
+            for i in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga")
         ),
+        *(
+            ({"init_lora_weights": i}, f"init_lora_weights {i!r} is not known, and may have changed the base")
+            for i in ("new", ["x"], {}, 2, ["pissa"])
+        ),
+        *(
+            (
+                {"init_lora_weights": i},
+                "path_initial_model_for_weight_conversion (it takes the adapter as it was before",
+            )
+            for i in ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga")
+        ),
+        *(({"init_lora_weights": i}, "or merge it into its base with peft, which") for i in ("pissa", "olora")),
+        *(
+            ({"init_lora_weights": i}, "peft does not make that change again when it loads the adapter")
+            for i in ("pissa_niter_16", "corda", "lora_ga")
+        ),
+        ({"init_lora_weights": "loftq"}, "merge it with the quantised base that it was trained on"),
         ({"use_rslora": "false"}, "use_rslora 'false'; expected true or false"),
         ({"fan_in_fan_out": [1]}, "fan_in_fan_out [1]; expected true or false"),
         ({"rank_pattern": [4]}, "rank_pattern [4]; expected a map"),
