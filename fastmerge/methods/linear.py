@@ -34,6 +34,8 @@ def _tables(spec: Spec) -> tuple[tuple[float, ...], float]:
 class Average(Method):
     """Methods that say which coefficients and divisor a weighted sum of the inputs has; the rest follows."""
 
+    coded = True
+
     @abstractmethod
     def table(self, spec: Spec) -> tuple[Sequence[float], float]:
         """One coefficient per input, and what their sum is divided by."""
