@@ -174,16 +174,18 @@ void load_input(const Table& t, const Segment& s, int i, int64_t at, int64_t n, 
 }
 
 // Blocks of a table's segments, in which inputs that are coded are fp32, and with them what fp32 holds exactly: then
-// all inputs are of one type. Where nothing is coded, the segments themselves.
+// all inputs are of one type. So are results of 16 bits until a block of them is stored. Where nothing is coded, the
+// segments themselves.
 class Stage {
  public:
-  explicit Stage(const Table& t) : table_(t), given_(t.codes) {
+  explicit Stage(const Table& t, int32_t out_code = kF32) : table_(t), given_(t.codes), out_code_(out_code) {
     used_ = std::find(t.codes, t.codes + t.inputs, int32_t{kCoded}) != t.codes + t.inputs;
     if (!used_) return;
     const size_t inputs = static_cast<size_t>(t.inputs);
+    through_ = !t.wide() && size_of(out_code) == 2;
     row_.reset(new int64_t[columns_of(t)]);
     codes_.reset(new int32_t[inputs]);
-    memory_.reset(new float[inputs * kApart + 16]);
+    memory_.reset(new float[(inputs + 1) * kApart + 16]);
     values_ = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) / sizeof(float);
     for (size_t i = 0; i < inputs; ++i) codes_[i] = t.codes[i] == kF64 ? kF64 : kF32;
     table_.codes = codes_.get();
@@ -192,15 +194,17 @@ class Stage {
   Stage& operator=(const Stage&) = delete;
 
   bool used() const { return used_; }
-  // The table with the types that blocks have.
+  // The table and the output with the types that blocks have.
   const Table& table() const { return table_; }
+  int32_t out_code() const { return through_ ? int32_t{kF32} : out_code_; }
 
-  // The segment for whoever reads elements [at, at + n) of it, n <= kBlock; `model` >= 0: of the base and that model
+  // The segment for whoever works on elements [at, at + n) of it, n <= kBlock; `model` >= 0: on the base and that model
   // only. Holds until the next one is asked for.
   const Segment& block(const Segment& s, int64_t at, int64_t n, int32_t model = -1) {
     if (!used_) return s;
     auto& row = *reinterpret_cast<Segment*>(row_.get());
     std::copy_n(&s.out, columns_of(table_), row_.get());
+    if (through_) row.out = place(table_.inputs, at);
     for (int32_t i = 0; i < table_.inputs; ++i) {
       if (given_[i] == kF64 || (model >= 0 && i != 0 && i != model + 1)) continue;
       float* to = values_ + i * kApart;
@@ -208,19 +212,29 @@ class Stage {
         decode(*reinterpret_cast<const Coded*>(s.in[i]), s.e0 + at, n, to);
       else
         load_any(given_[i], s.in[i], at, n, to);
-      row.in[i] = reinterpret_cast<int64_t>(to) - at * static_cast<int64_t>(sizeof(float));
+      row.in[i] = place(i, at);
     }
     return row;
+  }
+
+  // Ends a block whose results are written, `bad` of them not finite: how many of those that the segment gets are not.
+  int64_t stored(const Segment& s, int64_t at, int64_t n, int64_t bad) const {
+    return through_ ? store_any(out_code_, s.out, at, n, values_ + table_.inputs * kApart) : bad;
   }
 
  private:
   static constexpr int64_t kApart = kBlock + 16;  // streams 4 KiB apart would share cache sets
   static size_t columns_of(const Table& t) { return static_cast<size_t>(kHeader + t.inputs + t.outputs - 1); }
+  // The address from which element `at` is the first of a buffer.
+  int64_t place(int32_t i, int64_t at) const {
+    return reinterpret_cast<int64_t>(values_ + i * kApart) - at * static_cast<int64_t>(sizeof(float));
+  }
 
   Table table_;
   const int32_t* given_;
-  bool used_;
-  float* values_ = nullptr;
+  int32_t out_code_;
+  bool used_, through_ = false;
+  float* values_ = nullptr;  // of every input, and results
   std::unique_ptr<int64_t[]> row_;
   std::unique_ptr<int32_t[]> codes_;
   std::unique_ptr<float[]> memory_;

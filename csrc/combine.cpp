@@ -228,16 +228,16 @@ int64_t run(const CombineArgs& a, bool fuse, const Segment& s, int64_t at, int64
 
 template <class W, bool kDelta>
 void all(const CombineArgs& given) {
-  Stage stage(given.table);
+  Stage stage(given.table, given.out_code);
   CombineArgs a = given;
-  a.table = stage.table();
+  a.table = stage.table(), a.out_code = stage.out_code();
   const bool fuse = fusable(a);
   const auto part = [&](const Segment& s, int64_t at, int64_t n, int64_t p) {
     if (!stage.used()) return run<W, kDelta>(a, fuse, s, at, n, p);
     int64_t bad = 0;
     for (const int64_t end = at + n; at < end; at += kBlock) {
       const int64_t m = end - at < kBlock ? end - at : kBlock;
-      bad += run<W, kDelta>(a, fuse, stage.block(s, at, m), at, m, p);
+      bad += stage.stored(s, at, m, run<W, kDelta>(a, fuse, stage.block(s, at, m), at, m, p));
     }
     return bad;
   };

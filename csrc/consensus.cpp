@@ -250,12 +250,12 @@ struct Work {
 };
 
 // The fused loop of a call; none where there is none.
-MergeBlock fused_for(const ConsensusArgs& a, const Table& t) {
+MergeBlock fused_for(const ConsensusArgs& a, const Table& t, int32_t out_code) {
 #if FM_FUSED
   const bool added = a.elect == kElectNone, mean = a.merge == kMergeMean;
   const bool by_mass = a.elect == kElectMass && !a.split && a.merge != kMergeMax && a.zero != kZeroBase;
   const bool plain = a.keep.round_code == -1 && !(a.keep.drop && a.keep.trim);
-  const int32_t code = plain && (added || by_mass) ? one_type(t, a.out_code) : -1;
+  const int32_t code = plain && (added || by_mass) ? one_type(t, out_code) : -1;
   const int64_t models = a.table.inputs - 1;
   const Joined mix = added ? kAdded : mean ? kMean : kSum;
   if (code == kBF16) return merge_for<Bf16>(models, mix, a.keep.drop);
@@ -268,9 +268,9 @@ MergeBlock fused_for(const ConsensusArgs& a, const Table& t) {
 template <class W>
 void consensus_all(const ConsensusArgs& a) {
   auto* rank = static_cast<int64_t*>(__builtin_alloca(static_cast<size_t>(a.table.inputs) * sizeof(int64_t)));
-  Stage stage(a.table);
+  Stage stage(a.table, a.out_code);
   Work<W> work(stage.table(), a.keep, a.f, mix_for<W>(a.elect, a.split, a.merge), rank);
-  const MergeBlock fused = fused_for(a, stage.table());
+  const MergeBlock fused = fused_for(a, stage.table(), stage.out_code());
   for (int64_t r = 0; r < a.table.segments; ++r) {
     const Segment& s = a.table[r];
     if (s.length == 0) continue;
@@ -288,7 +288,7 @@ void consensus_all(const ConsensusArgs& a) {
       n = block_length(s.e0 + at, s.length - at);
       const Segment& block = stage.block(s, at, n);
       if (fused && !rule.huge && work.fused(block, at, n, merge)) {
-        bad += fused(block, at, merge, n);
+        bad += stage.stored(s, at, n, fused(block, at, merge, n));
         continue;
       }
       work.mixed(block, rule, at, n);
