@@ -2,10 +2,9 @@
 //
 // Up to kMost inputs of the output's own type are summed in registers (fused), more than kNamed of them by a loop that
 // counts; in fp64 up to four of fp32. Everything else goes block by block through the first-level cache: widen, add up
-// to four inputs per pass, store. Both add in input order.
-#include "kernels.h"
+// to four inputs per pass, store. Both add in input order. Coded inputs become blocks of fp32 first.
+#include "coded.h"
 #include "lanes.h"
-#include "tile.h"
 
 namespace fastmerge {
 namespace FM_ISA {
@@ -266,19 +265,30 @@ int64_t run(const CombineArgs& a, bool fuse, const Segment& s, int64_t at, int64
 }
 
 template <class W, bool kDelta>
-void all(const CombineArgs& a) {
-  const bool narrow = sizeof(W) == 4 || (a.out_code == kF32 && a.table.inputs <= 4);
-  const bool fuse = narrow && fusable(a);
+void all(const CombineArgs& given) {
+  Stage stage(given.table, given.out_code);
+  CombineArgs a = given;
+  a.table = stage.table(), a.out_code = stage.out_code();
+  const bool fuse = (sizeof(W) == 4 || (a.out_code == kF32 && a.table.inputs <= 4)) && fusable(a);
+  const auto part = [&](const Segment& s, int64_t at, int64_t n, int64_t p) {
+    if (!stage.used()) return run<W, kDelta>(a, fuse, s, at, n, p);
+    int64_t bad = 0;
+    for (const int64_t end = at + n; at < end; at += kBlock) {
+      const int64_t m = end - at < kBlock ? end - at : kBlock;
+      bad += stage.stored(s, at, m, run<W, kDelta>(a, fuse, stage.block(s, at, m), at, m, p));
+    }
+    return bad;
+  };
   for (int64_t i = 0; i < a.table.segments; ++i) {
     const Segment& s = a.table[i];
     int64_t bad = 0;
     if (!a.per_row) {
-      bad = run<W, kDelta>(a, fuse, s, 0, s.length, s.group);
+      bad = part(s, 0, s.length, s.group);
     } else {
       for (int64_t at = 0; at < s.length;) {
         const int64_t e = s.e0 + at, left = s.row - e % s.row, rest = s.length - at;
         const int64_t n = left < rest ? left : rest;
-        bad += run<W, kDelta>(a, fuse, s, at, n, s.group + e / s.row);
+        bad += part(s, at, n, s.group + e / s.row);
         at += n;
       }
     }

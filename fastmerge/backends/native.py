@@ -14,12 +14,17 @@ if TYPE_CHECKING:
 
 I32: TypeAlias = "npt.NDArray[np.int32]"
 
+CODED = 4
+"""What kernels call inputs that are codes and scales."""
+
 _CODES: dict[tuple[int, ...], I32] = {}
 
 
 def codes(segments: Segments) -> I32:
     """Input types as the kernels take them."""
-    key = tuple(d.code for d in segments.dtypes)
+    key = tuple([d.code for d in segments.dtypes])
+    if segments.coded:
+        key = tuple([CODED if c else code for code, c in zip(key, segments.coded, strict=True)])
     if key not in _CODES:
         import numpy as np
 

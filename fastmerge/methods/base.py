@@ -161,6 +161,9 @@ class Method(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     needs: ClassVar[tuple[str, ...]] = ()
     """Kernels of its program that not every backend has."""
+    coded: ClassVar[bool] = False
+    """Whether its program reads inputs by kernels alone that take codes and scales: all but ``dot`` and
+    ``replicate``."""
     only_defined: ClassVar[str] = ""
     """Parameters of a method with a program that it does not take (see :meth:`gap`), as ``fastmerge methods`` says."""
     wide: ClassVar[bool] = False

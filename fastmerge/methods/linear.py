@@ -35,6 +35,7 @@ class Average(Method):
     """Methods that say which coefficients and divisor a weighted sum of the inputs has; the rest follows."""
 
     wide = True
+    coded = True
 
     @abstractmethod
     def table(self, spec: Spec) -> tuple[Sequence[float], float]:

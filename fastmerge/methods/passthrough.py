@@ -39,6 +39,7 @@ class Passthrough(Method):
     formula = "out = s x"
     paper = "https://arxiv.org/abs/2312.15166"
     contract = Contract("ignored", least=1, most=1)
+    coded = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mergekit": {}}
     wide = True
     cases = ({}, {"scale": 0.5}, {"scale": -1.7}, {"scale": 0.0})

@@ -190,8 +190,8 @@ class Dequantised:
         if coding.code == "int8" and size > 1:
             raw ^= 128
         at = coding.scale_rows(rows)
-        scales = self._scales(bring, int(at[0]), int(at[-1]) - int(at[0]) + 1)
-        zeros = self._zeros(bring, int(at[0]), len(scales)) if self.zero is not None else None
+        scales = self.multipliers(bring, int(at[0]), int(at[-1]) - int(at[0]) + 1)
+        zeros = self.zeros(bring, int(at[0]), len(scales)) if self.zero is not None else None
         codes = raw.ctypes.data + rows * stride - start * size
         at = (at - at[0]) * 4 * coding.grid[1]
         decode(
@@ -205,7 +205,7 @@ class Dequantised:
             to=to,
         )
 
-    def _scales(self, bring: Bring, first: int, rows: int) -> F32Array:
+    def multipliers(self, bring: Bring, first: int, rows: int) -> F32Array:
         """Rows of scales of all matrices, as they are multiplied with."""
         width = self.coding.grid[1]
         scales = floats(self.scale, bring, first * width, rows * width)
@@ -214,7 +214,7 @@ class Dequantised:
                 scales = scales / floats(self.divisor, bring, 0, 1)
         return scales.reshape(rows, width)
 
-    def _zeros(self, bring: Bring, first: int, rows: int) -> F32Array:
+    def zeros(self, bring: Bring, first: int, rows: int) -> F32Array:
         """Rows of zeros of all matrices."""
         assert self.zero is not None
         (height, width), size = self.coding.grid, self.zero.dtype.size
@@ -280,6 +280,13 @@ def floats(source: Source, bring: Bring, e0: int, n: int) -> F32Array:
         return raw.view(np.float16).astype(np.float32)
     if dtype.name == "float8_e4m3fn":
         return values(dtype.name)[raw]
+    return two_to(raw)
+
+
+def two_to(raw: U8) -> F32Array:
+    """``2^(b - 127)`` of bytes: their exponent is that of fp32, but for the first and the last one."""
+    if raw.size and raw.min() > 0 and raw.max() < 255:
+        return (raw.astype(np.uint32) << np.uint32(23)).view(np.float32)
     return powers()[raw]
 
 

@@ -86,7 +86,8 @@ class Spec:
         self.packing = packing
         self.numel = math.prod(shape)
         self.row = shape[-1] if len(shape) > 1 else self.numel
-        self.double = any(d.code == 0 for d in dtypes) or (method.wide and out_dtype is F32)
+        averaged = method.wide and out_dtype is F32 and packing is None
+        self.double = averaged or any(d.code == 0 for d in dtypes)
         self.grain: Grain = method.grain(self)
         self.workspace: int = method.workspace(self)
         what = type(method), method.gap(), method.wants(), method.words

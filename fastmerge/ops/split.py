@@ -133,7 +133,7 @@ class SplitProgram(Program):
             rows = np.flatnonzero(owner == n)
             table = segments.table[rows]
             table[:, GROUP] = self._local[table[:, GROUP]]
-            out.append((n, rows, Segments(table, segments.dtypes, segments.out_dtype, np.zeros(len(rows), np.int64))))
+            out.append((n, rows, segments.pieces(table, np.zeros(len(rows), np.int64))))
         return out
 
     def resident(self, segments: Segments) -> None:

@@ -15,7 +15,14 @@ import pytest
 
 from fastmerge import _native
 from fastmerge.backends.native import NativeKernels
-from tests.backends import arm64, test_native, test_native_consensus, test_native_select, test_native_values
+from tests.backends import (
+    arm64,
+    test_native,
+    test_native_coded,
+    test_native_consensus,
+    test_native_select,
+    test_native_values,
+)
 from tests.ops import test_gathered, test_quantised, test_replicate
 
 pytestmark = [
@@ -120,6 +127,16 @@ def test_codes(arm):
     test_quantised.test_float8_blocks_are_those_of_transformers(None)
     test_quantised.test_mxfp4_is_that_of_compressed_tensors(None)
     test_quantised.test_every_float32_near_a_tie_goes_to_the_even_code(None)
+    assert arm.unlike() == []
+
+
+@pytest.mark.parametrize("shape", test_native_coded.SHAPES, ids=lambda s: s[0])
+def test_coded_inputs(arm, shape):
+    # Which NaN a sum of two gives is not said, nor its sign: fp32 results are canonical, keys and sums as well.
+    test_native_coded.test_combine(shape, (4, 3, 4))
+    test_native_coded.test_sums_and_selection(shape, (4, 0, 4))
+    test_native_coded.test_consensus(shape, (4, 4, 4))
+    test_native_coded.test_thresholds_of_whole_tensors(shape)
     assert arm.unlike() == []
 
 
