@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastmerge import planning
 from fastmerge.backends.choose import choose
-from fastmerge.errors import BackendUnavailable, FastMergeError, RecipeError, ShapeError
+from fastmerge.errors import FastMergeError, RecipeError, ShapeError
 from fastmerge.ops.sources import Memory
 from fastmerge.planning.numbers import renumbered, skeleton
 from fastmerge.recipe import Recipe
 from fastmerge.session.binding import Bound, Contents
+from fastmerge.session.homes import homes_of
+from fastmerge.session.launching import Launching
 from fastmerge.session.models import Models
 from fastmerge.session.running import check, run
 from fastmerge.session.sources import Sources
@@ -70,14 +72,12 @@ class Session:
         device: str | torch.device = "cpu",
         backend: str | None = None,
     ) -> None:
-        if str(device) not in ("cpu", "auto"):
-            raise BackendUnavailable(
-                f"device {str(device)!r}: a session holds models and targets on the CPU; expected cpu"
-            )
-        self._backend = choose("cpu", backend)
-        self._models = Models(models)
+        self._backend = choose(str(device), backend, said=f"device {str(device)!r}")
+        homes = homes_of(self._backend) if self._backend.gpus else None
+        self._models = Models(models, homes)
         self._sources = Sources(self._models)
-        self._statistics = Statistics(self._backend.kernels)
+        self._statistics = Statistics(self._backend.kernels if homes is None else None)
+        self._gpus = None if homes is None else Launching(homes, self._statistics)
         self._contents = Contents()
         self._warned: set[str] = set()
         self._plans: dict[Hashable, tuple[Plan, list[Op]]] = {}
@@ -180,15 +180,23 @@ class Session:
                     log.warning("%s", text)
             self._warned |= set(plan.warnings)
             found, specs = (plan, self._sources.ops(plan.ops, plan.checkpoints)), {}
-            self._backend.check(found[1])
-            check(found[1])
+            self._check(found[1])
         if not recipe.stages:
             _keep(self._plans, key, found)
         if tensors is None:
-            tensors = allocate(found[1])
-        bound = Bound(found[0], *placed(found[1], tensors, self._models.lent))
+            tensors = allocate(found[1], self._models.homes)
+        bound = Bound(found[0], *placed(found[1], tensors, self._models.lent, gpus=self._gpus is not None))
         bound.use(specs)
         return bound, tensors
+
+    def _check(self, ops: Sequence[Op]) -> None:
+        """Refuses what cannot be rendered here, before anything is."""
+        if self._gpus is not None and self._models.homes is not None:
+            self._gpus.check(ops)
+            check(ops, self._models.homes.same)
+        else:
+            self._backend.check(ops)
+            check(ops)
 
     def write(self, bounds: Sequence[Bound], *, everything: bool) -> None:
         """Computes what targets do not hold; for this package."""
@@ -213,7 +221,10 @@ class Session:
         if pairs:
             ops, tensors = zip(*pairs, strict=True)
             self._contents.forget(tensors)  # until all of it is there
-            run(ops, self._backend, self._statistics)
+            if self._gpus is not None:
+                self._gpus.run(ops, tensors)
+            else:
+                run(ops, self._backend, self._statistics)
             self._contents.keep(ops, tensors)
 
     def _open(self) -> None:
@@ -225,6 +236,8 @@ class Session:
         self._closed = True
         self._plans.clear()
         self._bounds.clear()
+        if self._gpus is not None:
+            self._gpus.close()
         self._statistics.close()
         self._sources.close()
         self._models.close()
