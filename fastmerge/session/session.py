@@ -49,14 +49,19 @@ class Session:
             session.render({"merge_method": "linear", ...}, into=model)
 
     Every render has the bytes of the same recipe merged on disk; NaN and Inf are passed on, and not counted. A session
-    renders for one thread at a time, on all cores.
+    renders for one thread at a time: on all cores, or on its GPUs, where results may still be under way, in the order
+    of the current streams.
 
     Args:
         models: references as recipes write them (paths, hub ids, ``base+adapter``), or a mapping of the names that
             recipes use to references, state dictionaries or modules. Files are read once, into memory of the session's
-            own; tensors of a caller are used where they are and must not change.
-        device: ``cpu``, where models and targets are; ``auto`` is the same.
-        backend: ``native``, ``reference`` or None for the best one.
+            own; tensors of a caller are used where they are and must not change. (GPUs get copies of those on the CPU.)
+        device: where models are: ``cpu``, ``cuda``, ``cuda:1``, a list ``cuda:0,cuda:1`` that shares the tensors by
+            bytes, or ``auto`` (all GPUs that can be used, else the CPU).
+        backend: ``native``, ``reference``, ``triton`` or None for the best one there.
+
+    Attributes:
+        device: where models are, as torch names it: of several GPUs the first.
 
     Raises:
         RecipeError: for something that is no model.
@@ -78,6 +83,7 @@ class Session:
         self._sources = Sources(self._models)
         self._statistics = Statistics(self._backend.kernels if homes is None else None)
         self._gpus = None if homes is None else Launching(homes, self._statistics)
+        self.device = "cpu" if homes is None else homes.all[0].backend.home
         self._contents = Contents()
         self._warned: set[str] = set()
         self._plans: dict[Hashable, tuple[Plan, list[Op]]] = {}
@@ -103,6 +109,7 @@ class Session:
 
         Raises:
             RecipeError, CheckpointError: as :func:`fastmerge.plan`.
+            BackendUnavailable: where GPUs have no way to do what the recipe asks for.
             ShapeError: where ``into`` does not fit what the recipe makes; nothing was written.
             OutputError: where a method cannot work on its data; some tensors were written.
         """
@@ -213,7 +220,7 @@ class Session:
                 some = [pair for pair in some if pair[0].spec.grain != "model"]
             for pair in some:
                 inputs = pair[0].inputs
-                there = all(type(source) is Memory for source in inputs)
+                there = all([type(source) is Memory for source in inputs])
                 due.setdefault(inputs if there else id(pair[0]), []).append(pair)
         self._run([pair for pairs in due.values() for pair in pairs])
 
