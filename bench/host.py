@@ -4,8 +4,8 @@
     python bench/host.py --methods ties      # some
     python bench/host.py ../before           # beside commit 1d9f8df: a work tree with its extension, as for beside.py
 
-Rows ``render ...`` are of a session on a GPU: *host ms* a render with other numbers than before, *again ms* one with the
-same numbers that writes everything.
+Rows ``render ...`` are of a session on a GPU: *host ms* a render with other numbers than before, *again ms* one with
+the same numbers that writes everything.
 
 Everything runs as on a GPU but for the device itself: its memory is host memory that nobody touches, a copy copies
 nothing, and a compiled kernel that is launched does nothing. So what is left is the host's own time, and launches,
@@ -166,7 +166,7 @@ def stubbed(counts: Counts) -> Iterator[None]:
     class There(Home):
         """A GPU that has every tensor."""
 
-        def has(self, tensor: torch.Tensor) -> bool:  # noqa: ARG002
+        def has(self, tensor: torch.Tensor) -> bool:
             return True
 
     kernels: Any = object.__new__(TritonKernels)  # the constructor rightly refuses a CPU

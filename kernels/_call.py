@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ import torch
 import triton
 
 from ._ptx import unpacked
+
+log = logging.getLogger("fastmerge")
 
 Array = npt.NDArray[Any]
 
@@ -144,14 +147,18 @@ class Gpu:
         """
         if self.device.type != "cuda" or INTERPRETED or torch.cuda.is_current_stream_capturing():
             return None
-        found, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            found.capture_begin(capture_error_mode="thread_local")
-            try:
-                for launch in launches:
-                    launch()
-            finally:
-                found.capture_end()
+        found = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                found.capture_begin(capture_error_mode="thread_local")
+                try:
+                    for launch in launches:
+                        launch()
+                finally:
+                    found.capture_end()
+        except RuntimeError as error:  # the launches themselves do the same
+            log.warning("no CUDA graph of %d launches: %s", len(launches), error)
+            return None
         replay: Callable[[], None] = found.replay
         return replay
 

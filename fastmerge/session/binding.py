@@ -80,7 +80,7 @@ class Contents:
         None where other numbers count: those of a stage, or of all tensors together.
         """
         spec = op.spec
-        if spec.grain == "model" or any([type(source) is not Memory for source in op.inputs]):
+        if spec.grain == "model" or any(type(source) is not Memory for source in op.inputs):
             return None
         words = self._words.get(spec)
         if words is None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from fastmerge.dtypes import BY_NAME, DType
 from fastmerge.errors import BudgetError
 from fastmerge.ops.sources import Memory, Result
 from fastmerge.ops.spec import Op
+from fastmerge.runtime.devices.cuda import out_of_memory
 from fastmerge.runtime.resident import current
 from fastmerge.sizes import available, show_bytes
 
@@ -37,6 +38,23 @@ class Home:
         """Makes it the current device meanwhile."""
         return current(self.backend.home)
 
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """The same, with its errors as fastmerge's own.
+
+        Raises:
+            BudgetError: where the kernels' temporaries find no room.
+        """
+        try:
+            with self.current():
+                yield
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise BudgetError(
+                f"{self.name}: no room for the kernels' temporaries beside the session's models"
+            ) from None
+
     def has(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies there."""
         return str(tensor.device) == self.backend.home
@@ -54,6 +72,13 @@ class Home:
         except torch.OutOfMemoryError:
             nbytes = math.prod(shape) * dtype.itemsize
             raise BudgetError(f"{self.name}: {show_bytes(nbytes)} more do not fit in its memory") from None
+
+    def wait(self) -> None:
+        """Until it has done everything."""
+        if self.backend.home.startswith("cuda"):
+            import torch
+
+            torch.cuda.synchronize(self.backend.home)
 
     def free(self) -> int:
         """Bytes that can be had."""
@@ -113,9 +138,10 @@ class Homes:
         return Memory(tensor.data_ptr(), dtype, tuple(shape))
 
     def bring(self, source: torch.Tensor, dtype: DType, shape: Sequence[int], home: int) -> Memory:
-        """A copy of a contiguous tensor, for as long as the session lives."""
+        """A copy of a contiguous tensor, for as long as the session lives; it is there for every stream."""
         there = self.all[home].new(source.shape, source.dtype)
         there.copy_(source)
+        self.all[home].wait()
         return self.keep(there, dtype, shape, home)
 
     def together(self, op: Op) -> Op:

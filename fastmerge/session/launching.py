@@ -2,8 +2,8 @@
 
 A batch of tensors of one kind is one sequence. Its tables are what depends on the numbers of a recipe: a render with
 others makes them anew on the host and sends them in one copy; addresses, launches and memory stay, and from the second
-run on the launches are a CUDA graph. Where passes are due that nobody has made yet, the sequence has them, and what
-they found is kept (:mod:`fastmerge.session.statistics`): later sequences of the same tensors apply only.
+run on the launches are a CUDA graph. Where passes are due that nobody has made yet, another sequence has them before
+the merge, and what they find is kept (:mod:`fastmerge.session.statistics`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from fastmerge.session.statistics import Statistics
 if TYPE_CHECKING:
     import torch
 
-MOST = 256
-"""Sequences that are kept, each with its scratch on the device: tables, and a little for each tensor."""
+MOST = 128
+"""Sequences that are kept, each with its scratch on the device: tables, a little for each tensor, and where thresholds
+are selected some hundredths of a model."""
 
 
 class Ready(NamedTuple):
@@ -48,13 +49,11 @@ class Started(NamedTuple):
         bound: its launches.
         ops: of its tensors.
         asks: what of it is to be kept; None for nothing.
-        key: under which it is kept.
     """
 
     bound: Bound
     ops: list[Op]
     asks: Sequence[Hashable] | None
-    key: Hashable
 
 
 class Launching:
@@ -186,7 +185,7 @@ class Launching:
         left: list[tuple[int, Op]] = []
         started: list[tuple[int, Started]] = []
         for home in sorted({home for home, _ in work}):
-            with self._homes.all[home].current():
+            with self._homes.all[home].working():
                 for ops, segments in batches([op for at, op in work if at == home]):
                     some, rest = self._start(home, ops, segments, wait=wait)
                     started += [(home, some)] if some is not None else []
@@ -196,17 +195,16 @@ class Launching:
                 some.bound.check()
                 if some.asks is not None:
                     self._known.keep(some.ops, some.asks, some.bound.found())
-                    self._ready.pop(some.key, None)
         return left
 
     def _start(self, home: int, ops: list[Op], segments: Segments, *, wait: bool) -> tuple[Started | None, list[Op]]:
         """Launches a batch; gives what is under way, and the ops that wait for its statistics."""
-        kind = (home, *ops[0].spec.batch, ops[0].spec.grain)
-        key, specs = (kind, segments.table.tobytes()), [op.spec for op in ops]
+        kind, specs = (home, *ops[0].spec.batch, ops[0].spec.grain), [op.spec for op in ops]
+        key = (kind, segments.table.tobytes(), False)
         known = self._ready.get(key)
         if known is not None and known.specs == specs:  # compared by identity
             known.bound.run()
-            return Started(known.bound, ops, None, key), []
+            return Started(known.bound, ops, None), []
         backend, rest = self._homes.all[home].backend, list[Op]()
         program = backend.program(ops)
         asks = None if program.ready else program.asks()
@@ -226,14 +224,15 @@ class Launching:
             if asks is not None:
                 self._known.keep(ops, asks, program.found())
             return None, rest
+        key = (*key[:2], asks is not None)
+        known = self._ready.pop(key, None)
         if known is not None and known.bound.take(bound):
             bound = known.bound
-        self._ready.pop(key, None)
         self._ready[key] = Ready(bound, specs)
         while len(self._ready) > MOST:
             self._ready.pop(next(iter(self._ready)))
         bound.run()
-        return Started(bound, ops, asks, key), rest
+        return Started(bound, ops, asks), rest
 
     @staticmethod
     def _first(ops: Sequence[Op], asks: Sequence[Hashable], lacking: Sequence[int]) -> dict[int, None]:

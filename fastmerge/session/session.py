@@ -220,7 +220,7 @@ class Session:
                 some = [pair for pair in some if pair[0].spec.grain != "model"]
             for pair in some:
                 inputs = pair[0].inputs
-                there = all([type(source) is Memory for source in inputs])
+                there = all(type(source) is Memory for source in inputs)
                 due.setdefault(inputs if there else id(pair[0]), []).append(pair)
         self._run([pair for pairs in due.values() for pair in pairs])
 

@@ -42,9 +42,9 @@ def pretend(monkeypatch, count):
 
 
 def log(monkeypatch):
-    """The names of the kernels that are launched from now on, and ``send`` and ``bring`` between them."""
+    """The names of the kernels that are launched from now on; ``bind``, ``send`` and ``bring`` between them."""
     seen = []
-    runner, send, bring = _call.Gpu.runner, _call.Gpu.send, _call.Gpu.bring
+    runner, bind, send, bring = _call.Gpu.runner, _call.Call._bind, _call.Gpu.send, _call.Gpu.bring
 
     def noted(self, launch):
         run = runner(self, launch)
@@ -52,6 +52,7 @@ def log(monkeypatch):
         return lambda *args, **named: seen.append(name) or run(*args, **named)
 
     monkeypatch.setattr(_call.Gpu, "runner", noted)
+    monkeypatch.setattr(_call.Call, "_bind", lambda self: seen.append("bind") or bind(self))
     monkeypatch.setattr(_call.Gpu, "send", lambda self, *args: seen.append("send") or send(self, *args))
     monkeypatch.setattr(_call.Gpu, "bring", lambda self, *args: seen.append("bring") or bring(self, *args))
     return seen

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+import triton.language as tl
 
 import fastmerge as fm
 from fastmerge.errors import BackendUnavailable, OutputError, ShapeError
-from fastmerge.kernels import _call, kth
+from fastmerge.kernels import _call, kth, selection
 from tests import tiny
 from tests.session import logical
 from tests.session.family import different, merged, recipe
+from tests.session.series import SERIES, documents
 
 if not _call.INTERPRETED:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -43,46 +45,6 @@ def opened(paths, monkeypatch):
         yield gpus, cpu
 
 
-def numbers(key, *values):
-    return [{key: v} for v in values]
-
-
-SERIES = {
-    "linear": ("linear", None, "abc", {}, numbers("weight", 0.3, [0.2, -0.1, 0.7])),
-    "task_arithmetic": ("task_arithmetic", "base", "abc", {}, numbers("weight", 0.3, [0.2, -0.1, 0.7])),
-    "ties": (
-        "ties",
-        "base",
-        "abc",
-        {"weight": 0.5, "density": 0.4},
-        [{}, {"weight": [0.2, 0.9, 0.4]}, {"density": [0.4, 0.2, 0.9]}, {"weight": 0.1}],
-    ),
-    "ties spread": ("ties", "base", "ab", {"density": 0.4, "ties": "spread"}, numbers("weight", 0.5, 0.9)),
-    "breadcrumbs": ("breadcrumbs", "base", "ab", {"density": 0.6, "gamma": 0.02}, numbers("weight", 0.5, 0.9)),
-    "dare_ties": ("dare_ties", "base", "ab", {"weight": 0.5, "density": 0.4}, [{}, {"density": 0.7}]),
-    "della": ("della", "base", "ab", {"density": 0.5, "epsilon": 0.2}, numbers("weight", 0.5, 0.8)),
-    "slerp": ("slerp", "base", "a", {"t": 0.3}, numbers("t", 0.3, 0.8)),
-    "slerp rows": ("slerp", "base", "a", {"t": 0.3, "scope": "row"}, numbers("t", 0.3, 0.8)),
-    "model_stock": ("model_stock", "base", "abc", {}, [{}, {}]),
-    "nuslerp": ("nuslerp", None, "ab", {}, numbers("weight", [0.3, 0.7], [0.6, 0.2])),
-    "sce": ("sce", "base", "ab", {}, numbers("select_topk", 0.5, 0.2)),
-    "passthrough": ("passthrough", None, "a", {}, [{}, {}]),
-}
-SHARED = {"t", "scope", "ties", "select_topk", "epsilon"}
-
-
-def documents(paths, name):
-    """The recipes of a series: the same but for numbers."""
-    method, base, names, given, changes = SERIES[name]
-    out = []
-    for change in changes:
-        values = {**given, **change}
-        extra = {"parameters": {k: v for k, v in values.items() if k in SHARED}}
-        own = {k: v for k, v in values.items() if k not in SHARED}
-        out.append(recipe(paths, method, base=base, names=names, extra=extra, **own))
-    return out
-
-
 @pytest.mark.parametrize("name", SERIES)
 def test_a_series_of_renders_has_the_bytes_of_the_cpu(opened, paths, name, tmp_path):
     gpus, cpu = opened
@@ -96,49 +58,34 @@ def test_a_series_of_renders_has_the_bytes_of_the_cpu(opened, paths, name, tmp_p
 
 
 def test_known_statistics_cost_no_pass(paths, monkeypatch):
-    """What is launched, render by render, on one GPU: upload, statistics the first time only, the merge."""
+    """What one GPU is asked for, render by render: tables, passes the first time only, the merge; bound once."""
     logical.pretend(monkeypatch, 1)
     seen = logical.log(monkeypatch)
 
-    def launched(session, document, target):
+    def asked(session, document, target):
         seen.clear()
-        session.render(document, target)
+        session.render(document, target, everything=True)
         return seen.copy()
 
-    last = {"send", "cuts", "ties", "consensus"}
-
+    merge = {"send", "cuts", "ties", "consensus"}
     with fm.Session(list(paths.values()), device="cuda") as session:
-        first, *others = documents(paths, "ties")
+        first, second, denser, last = documents(paths, "ties")
         target = session.render(first)
         assert {"kth", "settle"} < set(seen)
-        merge, selects, again = (launched(session, document, target) for document in others)
-        assert set(merge) <= last  # other weights
-        assert {"kth", "settle"} < set(selects)  # another density is selected, in the same sequence as the merge,
+        assert set(asked(session, second, target)) <= {"bind", *merge}  # other weights
+        selects = asked(session, denser, target)  # another density is selected, in one sequence with the merge
+        assert {"kth", "settle"} < set(selects)
         assert selects.index("bring") == len(selects) - 1  # and nobody waits in between
-        assert set(again) <= last  # the first density again
-        for name in ("slerp", "model_stock", "nuslerp"):
+        for document in (last, second, denser, denser):
+            assert set(asked(session, document, target)) <= merge
+        for name, merge in (("linear", {"send", "combine"}), ("model_stock", {"send", "combine"})):
             first, second = documents(paths, name)
             target = session.render(first)
-            seen.clear()
-            session.render(second, target, everything=True)
-            assert set(seen) == {"send", "combine"}, name
-
-
-def test_a_sequence_is_bound_once(paths, monkeypatch):
-    """Other numbers are other tables of the same launches, in the same memory of the device."""
-    logical.pretend(monkeypatch, 1)
-    with fm.Session(list(paths.values()), device="cuda") as session:
-        for name in ("linear", "dare_ties", "ties"):
-            first, *others = documents(paths, name)
-            target = session.render(first)
-            session.render(others[0], target)  # of ties, the first one without a selection
-            bound = []
-            whole = _call.Call._bind
-            monkeypatch.setattr(_call.Call, "_bind", lambda self: bound.append(1) or whole(self))
-            for document in (first, others[0], others[-1]):
-                session.render(document, target, everything=True)
-            monkeypatch.setattr(_call.Call, "_bind", whole)
-            assert bound == [], name
+            assert set(asked(session, second, target)) <= {"bind", *merge}
+            assert set(asked(session, first, target)) == merge
+        first, second = documents(paths, "dare_ties")  # sums of magnitudes depend on random numbers
+        target = session.render(first)
+        assert "bind" not in asked(session, second, target)
 
 
 def test_only_what_changes_is_launched(opened, paths):
@@ -162,7 +109,7 @@ def test_only_what_changes_is_launched(opened, paths):
 
 def test_tensors_are_spread_by_bytes_and_results_land_where_the_target_is(paths, monkeypatch):
     made = logical.pretend(monkeypatch, 2)
-    document = recipe(paths, "ties", base="base", weight=0.5, density=0.3)
+    document = recipe(paths, "linear", weight=0.5)
     with fm.Session(list(paths.values())) as cpu:
         expected = cpu.render(document)
     with fm.Session(list(paths.values()), device="cuda:0,cuda:1") as session:
@@ -202,7 +149,8 @@ def test_inputs_of_two_gpus_are_brought_together_once(paths, monkeypatch, tmp_pa
 
 def test_a_batch_is_its_recipes_one_by_one(opened, paths):
     gpus, cpu = opened
-    some = [*documents(paths, "ties"), *documents(paths, "linear"), *documents(paths, "ties")[::-1]]
+    first, second, *_ = documents(paths, "ties")
+    some = [first, documents(paths, "linear")[0], second]
     for got, document in zip(gpus.render_batch(some), some, strict=True):
         assert different(got, cpu.render(document)) == []
 
@@ -243,13 +191,13 @@ def test_adapters_are_applied_and_eight_bits_widened(paths, tmp_path, monkeypatc
         assert different(session.render(named), expected) == []
 
 
-def stages(paths, density):
+def stages(paths, weight):
     return f"""
 name: first
 merge_method: ties
 base_model: {paths["base"]}
 models: [{{model: {paths["a"]}}}, {{model: {paths["b"]}}}]
-parameters: {{weight: 0.5, density: {density}}}
+parameters: {{weight: {weight}, density: 0.3}}
 ---
 merge_method: linear
 models:
@@ -261,12 +209,12 @@ models:
 def test_stages_are_made_on_the_way(opened, paths, tmp_path):
     gpus, _ = opened
     target = None
-    for density in (0.3, 0.6):
-        target = gpus.render(stages(paths, density), target)
-        assert different(target, merged(stages(paths, density), tmp_path)) == []
+    for weight in (0.3, 0.6):
+        target = gpus.render(stages(paths, weight), target)
+        assert different(target, merged(stages(paths, weight), tmp_path)) == []
 
 
-def test_what_has_no_way_on_gpus_is_named(paths, monkeypatch, tmp_path):
+def test_what_has_no_way_on_gpus_is_named(paths, monkeypatch):
     logical.pretend(monkeypatch, 2)
     whole = recipe(paths, "ties", base="base", weight=0.5, density=0.3, extra={"parameters": {"trim_scope": "model"}})
     with fm.Session(list(paths.values()), device="cuda:0,cuda:1") as session:
@@ -275,14 +223,22 @@ def test_what_has_no_way_on_gpus_is_named(paths, monkeypatch, tmp_path):
         target = {n: torch.zeros(s, dtype=torch.bfloat16, device="meta") for n, s in SHAPES.items()}
         with pytest.raises(ShapeError, match="on the CPU or a GPU, got one on meta"):
             session.render(recipe(paths, "linear", weight=0.5), target)
+
+
+def test_ranks_of_all_tensors_together(monkeypatch):
     logical.pretend(monkeypatch, 1)
-    with fm.Session(list(paths.values()), device="cuda") as session:
-        assert different(session.render(whole), merged(whole, tmp_path)) == []
+    monkeypatch.setattr(selection, "RANKED", tl.constexpr(512))
+    rng = torch.Generator().manual_seed(1)
+    states = {n: {k: torch.randn(size, generator=rng) for k, size in (("y", 9), ("x", 20))} for n in ("base", "a")}
+    extra = {"parameters": {"trim_scope": "model"}}
+    document = recipe({n: n for n in states}, "ties", base="base", names="a", weight=0.5, density=0.3, extra=extra)
+    with fm.Session(states, device="cuda") as session, fm.Session(states) as cpu:
+        assert different(session.render(document), cpu.render(document)) == []
 
 
 def test_a_failed_render_is_not_remembered(monkeypatch):
     logical.pretend(monkeypatch, 1)
-    states = {n: {"x": torch.ones(300) * (i + 1), "y": torch.ones(700)} for i, n in enumerate("ab")}
+    states = {n: {"x": torch.ones(3) * (i + 1), "y": torch.ones(7)} for i, n in enumerate("ab")}
     document = {"merge_method": "slerp", "base_model": "a", "models": [{"model": "b"}], "parameters": {"t": 0.5}}
     states["b"]["y"][3] = float("nan")
     with fm.Session(states, device="cuda") as session:
