@@ -288,7 +288,7 @@ RENDERED: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("weight", {}),
     "ties": ("weight", {"density": 0.3}),
     "slerp": ("t", {}),
-    "dare_ties": ("weight", {"density": 0.4, "rescale_norm": "keep"}),
+    "dare_ties": ("weight", {"density": 0.4}),
 }
 """Methods of renders: the number that changes, and the others."""
 

@@ -198,7 +198,7 @@ class Call:
         self._sent = self._room = 0
         self._launches: list[Launch] = []
         self._bound: list[Callable[[], None]] | None = None
-        self._often: bool | None = None
+        self._tried = False  # a graph of the launches
         self._here: torch.Tensor | None = None
         self._there: torch.Tensor | None = None
 
@@ -251,8 +251,8 @@ class Call:
         with self._gpu.turn():
             if self._bound is None:
                 self._bind()
-            elif self._often is None:
-                self._often = True
+            elif not self._tried:
+                self._tried = True
                 graph = self._gpu.graph(self._bound) if len(self._bound) > 1 else None
                 self._bound = [graph] if graph is not None else self._bound
             if self._sent and self._bound:
@@ -273,12 +273,14 @@ class Call:
         """The tables of a call that has the same launches, for the runs to come; False where it has others."""
         if self.shape != other.shape:
             return False
+        self._given.clear()
         self._image, self._here = other.image(), None
         return True
 
     def release(self) -> None:
         """Gives the device's memory back, in the order of the stream; the next run gets some again."""
-        self._there = self._bound = self._often = None
+        self._there = self._bound = None
+        self._tried = False
 
     def image(self) -> bytearray:
         """The tables as they are sent."""

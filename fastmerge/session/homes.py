@@ -114,9 +114,9 @@ class Homes:
         """The GPU with the fewest bytes."""
         return self._bytes.index(min(self._bytes))
 
-    def place(self, name: str) -> int:
-        """The GPU of the tensors of a name."""
-        return self._names.setdefault(name, self.fewest)
+    def place(self, name: str, home: int | None = None) -> int:
+        """The GPU of the tensors of a name; ``home`` for a name of which one is there already."""
+        return self._names.setdefault(name, self.fewest if home is None else home)
 
     def of_tensor(self, tensor: torch.Tensor) -> int | None:
         """The GPU that a tensor lies on, if it is one of the session's."""

@@ -30,6 +30,20 @@ MOST = 128
 are selected some hundredths of a model."""
 
 
+class Work(NamedTuple):
+    """An op to run.
+
+    Attributes:
+        home: its GPU.
+        passing: whether an input is what a stage has just made, of which nothing is known and nothing is kept.
+        op: over memory.
+    """
+
+    home: int
+    passing: bool
+    op: Op
+
+
 class Ready(NamedTuple):
     """A sequence that has run.
 
@@ -103,17 +117,17 @@ class Launching:
         """
         at = [self._homes.of(op) for op in ops]
         settled, made = self._settled(ops, at)
-        work: list[tuple[int, Op]] = []
+        work: list[Work] = []
         later: list[tuple[Memory, int, Memory, str]] = []
-        for op, tensor, home in zip(settled, tensors, at, strict=True):
-            target, device = cast("Memory", op.targets[0]), str(tensor.device)
+        for given, op, tensor, home in zip(ops, settled, tensors, at, strict=True):
+            target, device, passing = cast("Memory", op.targets[0]), str(tensor.device), op is not given
             if op.spec.grain == "copy":
                 later.append((cast("Memory", op.inputs[0]), home, target, device))
             elif self._homes.all[home].has(tensor):
-                work.append((home, op))
+                work.append(Work(home, passing, op))
             else:
                 room = self._room(target, tensor, home)
-                work.append((home, op._replace(targets=(room,))))
+                work.append(Work(home, passing, op._replace(targets=(room,))))
                 later.append((room, home, target, device))
         if again := self._launch(work, wait=True):
             self._launch(again, wait=False)
@@ -150,7 +164,8 @@ class Launching:
                     kept.append(self._new(source.op, home).copy_(made))
                     made = kept[-1]
                 inputs.append(Memory(made.data_ptr(), source.dtype, source.shape))
-            out.append(op._replace(inputs=tuple(inputs)))
+            same = not any(type(source) is Result for source in op.inputs)
+            out.append(op if same else op._replace(inputs=tuple(inputs)))
         return out, kept
 
     def _new(self, op: Op, home: int) -> torch.Tensor:
@@ -172,24 +187,24 @@ class Launching:
 
     # ---- what runs -------------------------------------------------------------------------------------------
 
-    def _launch(self, work: Sequence[tuple[int, Op]], *, wait: bool) -> list[tuple[int, Op]]:
+    def _launch(self, work: Sequence[Work], *, wait: bool) -> list[Work]:
         """Launches everything on all GPUs, then asks for errors and for what is to be kept.
 
         Args:
-            work: ops, each with its GPU.
+            work: to be done.
             wait: leave those to a second time whose statistics this one finds.
 
         Returns:
             What was left.
         """
-        left: list[tuple[int, Op]] = []
+        left: list[Work] = []
         started: list[tuple[int, Started]] = []
-        for home in sorted({home for home, _ in work}):
+        for home, passing in sorted({(one.home, one.passing) for one in work}):
             with self._homes.all[home].working():
-                for ops, segments in batches([op for at, op in work if at == home]):
-                    some, rest = self._start(home, ops, segments, wait=wait)
+                for ops, segments in batches([one.op for one in work if one[:2] == (home, passing)]):
+                    some, rest = self._start(home, ops, segments, passing=passing, wait=wait)
                     started += [(home, some)] if some is not None else []
-                    left += [(home, op) for op in rest]
+                    left += [Work(home, passing, op) for op in rest]
         for home, some in started:
             with self._homes.all[home].current():
                 some.bound.check()
@@ -197,7 +212,9 @@ class Launching:
                     self._known.keep(some.ops, some.asks, some.bound.found())
         return left
 
-    def _start(self, home: int, ops: list[Op], segments: Segments, *, wait: bool) -> tuple[Started | None, list[Op]]:
+    def _start(
+        self, home: int, ops: list[Op], segments: Segments, *, passing: bool, wait: bool
+    ) -> tuple[Started | None, list[Op]]:
         """Launches a batch; gives what is under way, and the ops that wait for its statistics."""
         kind, specs = (home, *ops[0].spec.batch, ops[0].spec.grain), [op.spec for op in ops]
         key = (kind, segments.table.tobytes(), False)
@@ -207,7 +224,7 @@ class Launching:
             return Started(known.bound, ops, None), []
         backend, rest = self._homes.all[home].backend, list[Op]()
         program = backend.program(ops)
-        asks = None if program.ready else program.asks()
+        asks = None if program.ready or passing else program.asks()
         if asks is not None:
             found = self._known.of(ops, asks)
             lacking = [i for i, one in enumerate(found) if one is None]
@@ -217,7 +234,7 @@ class Launching:
             elif wait and len(due := self._first(ops, asks, lacking)) < len(ops):
                 rest = [op for i, op in enumerate(ops) if i not in due]
                 ((ops, segments),) = batches([ops[i] for i in due])
-                return self._start(home, ops, segments, wait=False)[0], rest
+                return self._start(home, ops, segments, passing=False, wait=False)[0], rest
         bound = program.bind(segments)
         if bound is None:  # pass by pass, or by its definition
             compute(program, segments)

@@ -153,8 +153,9 @@ class Models:
             elif self.homes is None:
                 lent[key] = Memory(held.data_ptr(), dtype, shape)
             else:
+                place = self.homes.place(key, home)
                 keep = self.homes.bring if home is None else self.homes.keep
-                lent[key] = keep(held, dtype, shape, self.homes.place(key) if home is None else home)
+                lent[key] = keep(held, dtype, shape, place if home is None else home)
             lenders[key] = held
         if problems:
             raise ShapeError(problems)

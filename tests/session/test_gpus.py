@@ -46,15 +46,52 @@ def opened(paths, monkeypatch):
 
 
 @pytest.mark.parametrize("name", SERIES)
-def test_a_series_of_renders_has_the_bytes_of_the_cpu(opened, paths, name, tmp_path):
-    gpus, cpu = opened
+def test_a_series_of_renders_has_the_bytes_of_the_cpu(paths, name, tmp_path, monkeypatch):
+    logical.pretend(monkeypatch, 1)
     target, expected = None, None
-    for turn, document in enumerate(documents(paths, name)):
+    with fm.Session(list(paths.values()), device="cuda") as gpu, fm.Session(list(paths.values())) as cpu:
+        for turn, document in enumerate(documents(paths, name)):
+            target = gpu.render(document, target)
+            expected = cpu.render(document, expected)
+            assert different(target, expected) == []
+            if turn == 0:
+                assert different(target, merged(document, tmp_path)) == []
+
+
+@pytest.mark.parametrize("name", ["linear", "slerp"])
+def test_two_gpus_have_the_bytes_of_the_cpu(opened, paths, name):
+    gpus, cpu = opened
+    target = None
+    for document in documents(paths, name):
         target = gpus.render(document, target)
-        expected = cpu.render(document, expected)
-        assert different(target, expected) == []
-        if turn == 0:
-            assert different(target, merged(document, tmp_path)) == []
+        assert different(target, cpu.render(document)) == []
+
+
+def test_launches_that_run_again_are_one_graph(monkeypatch):
+    """Captured once, in the second run, and replayed with other numbers; whether a graph is right a GPU has to show."""
+    logical.pretend(monkeypatch, 1)
+    seen = []
+
+    def graph(gpu, launches):
+        def replay():
+            seen.append("replayed")
+            for launch in launches:
+                launch()
+
+        seen.append("captured")
+        return replay
+
+    monkeypatch.setattr(_call.Gpu, "graph", graph)
+    states = {n: {"x": torch.arange(9.0) * (i + 1)} for i, n in enumerate(("base", "a"))}
+    target, expected = None, None
+    with fm.Session(states, device="cuda") as gpu, fm.Session(states) as cpu:
+        for weight in (0.1, 0.2, 0.3, 0.4):  # the first selects, and is a sequence of its own
+            document = recipe(
+                {n: n for n in states}, "ties", base="base", names="a", dtype=None, weight=weight, density=0.5
+            )
+            target, expected = gpu.render(document, target), cpu.render(document, expected)
+            assert different(target, expected) == []
+    assert seen == ["captured", "replayed", "replayed"]
 
 
 def test_known_statistics_cost_no_pass(paths, monkeypatch):
@@ -76,7 +113,7 @@ def test_known_statistics_cost_no_pass(paths, monkeypatch):
         selects = asked(session, denser, target)  # another density is selected, in one sequence with the merge
         assert {"kth", "settle"} < set(selects)
         assert selects.index("bring") == len(selects) - 1  # and nobody waits in between
-        for document in (last, second, denser, denser):
+        for document in (last, denser):
             assert set(asked(session, document, target)) <= merge
         for name, merge in (("linear", {"send", "combine"}), ("model_stock", {"send", "combine"})):
             first, second = documents(paths, name)
@@ -194,22 +231,20 @@ def test_adapters_are_applied_and_eight_bits_widened(paths, tmp_path, monkeypatc
 def stages(paths, weight):
     return f"""
 name: first
-merge_method: ties
-base_model: {paths["base"]}
-models: [{{model: {paths["a"]}}}, {{model: {paths["b"]}}}]
-parameters: {{weight: {weight}, density: 0.3}}
----
 merge_method: linear
-models:
-  - {{model: first, parameters: {{weight: 0.6}}}}
-  - {{model: {paths["c"]}, parameters: {{weight: 0.4}}}}
+models: [{{model: {paths["a"]}, parameters: {{weight: {weight}}}}}, {{model: {paths["b"]}, parameters: {{weight: 1}}}}]
+---
+merge_method: slerp
+base_model: {paths["c"]}
+models: [{{model: first}}]
+parameters: {{t: 0.4}}
 """
 
 
 def test_stages_are_made_on_the_way(opened, paths, tmp_path):
     gpus, _ = opened
     target = None
-    for weight in (0.3, 0.6):
+    for weight in (0.3, 0.9):  # inner products of what a stage makes are not those of what it made before
         target = gpus.render(stages(paths, weight), target)
         assert different(target, merged(stages(paths, weight), tmp_path)) == []
 
