@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from fastmerge.recipe import Recipe
 
 
+MOST = 4096
+"""Specs whose numbers are kept as text."""
+
+
 class Written(NamedTuple):
     """What a session last wrote to a tensor.
 
@@ -41,6 +45,7 @@ class Contents:
 
     def __init__(self) -> None:
         self._known: dict[int, Written] = {}
+        self._words: dict[Spec, str] = {}
 
     def holds(self, op: Op, tensor: torch.Tensor) -> bool:
         """Whether a tensor has the result of an op already."""
@@ -50,7 +55,7 @@ class Contents:
             and known.tensor() is tensor
             and known.version == _version(tensor)
             and known.content is not None
-            and known.content == _content(op)
+            and known.content == self._content(op)
         )
 
     def forget(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -67,24 +72,28 @@ class Contents:
         for op, tensor in zip(ops, tensors, strict=True):
             if not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)  # so that autograd knows as well
-                self._known[tensor.data_ptr()] = Written(weakref.ref(tensor), _version(tensor), _content(op))
+                self._known[tensor.data_ptr()] = Written(weakref.ref(tensor), _version(tensor), self._content(op))
+
+    def _content(self, op: Op) -> tuple[object, ...] | None:
+        """Equal where the bytes are: inputs, method with its numbers (-0.0 is not 0.0), and all else that counts.
+
+        None where other numbers count: those of a stage, or of all tensors together.
+        """
+        spec = op.spec
+        if spec.grain == "model" or any(type(source) is not Memory for source in op.inputs):
+            return None
+        words = self._words.get(spec)
+        if words is None:
+            if len(self._words) > MOST:
+                self._words.clear()
+            words = self._words[spec] = repr(spec.method)
+        return (op.inputs, words, op.key, spec.out_dtype, spec.has_base, spec.models)
 
 
 def _version(tensor: torch.Tensor) -> int:
     """How often torch has counted a change."""
     found: int = tensor._version  # noqa: SLF001  it has no other name
     return found
-
-
-def _content(op: Op) -> tuple[object, ...] | None:
-    """Equal where the bytes are: inputs, method with its numbers (-0.0 is not 0.0), and all else that counts.
-
-    None where other numbers count: those of a stage, or of all tensors together.
-    """
-    spec = op.spec
-    if spec.grain == "model" or any(type(source) is not Memory for source in op.inputs):
-        return None
-    return (op.inputs, repr(spec.method), op.key, spec.out_dtype, spec.has_base, spec.models)
 
 
 class Bound:

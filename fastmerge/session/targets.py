@@ -19,6 +19,8 @@ from fastmerge.tensors import check, extent
 if TYPE_CHECKING:
     import torch
 
+    from fastmerge.session.homes import Homes
+
 log = logging.getLogger("fastmerge")
 
 
@@ -38,8 +40,8 @@ def tensors_of(into: Any) -> dict[str, torch.Tensor]:
     return dict(into)
 
 
-def allocate(ops: Sequence[Op]) -> dict[str, torch.Tensor]:
-    """New tensors for the results of ops."""
+def allocate(ops: Sequence[Op], homes: Homes | None) -> dict[str, torch.Tensor]:
+    """New tensors for the results of ops, each on the GPU that makes it."""
     import torch
 
     out = {}
@@ -47,12 +49,13 @@ def allocate(ops: Sequence[Op]) -> dict[str, torch.Tensor]:
         kind = getattr(torch, op.spec.out_dtype.name, None)
         if kind is None:
             raise ShapeError(f"{op.name}: torch has no tensors of {op.spec.out_dtype.name}")
-        out[op.name] = torch.empty(op.spec.shape, dtype=kind)
+        new = torch.empty if homes is None else homes.all[homes.of(op)].new
+        out[op.name] = new(op.spec.shape, dtype=kind)
     return out
 
 
 def placed(
-    ops: Sequence[Op], tensors: Mapping[str, torch.Tensor], lent: Callable[[int, int], bool]
+    ops: Sequence[Op], tensors: Mapping[str, torch.Tensor], lent: Callable[[int, int], bool], *, gpus: bool
 ) -> tuple[list[Op], list[torch.Tensor]]:
     """Ops whose results go to these tensors, and for each op its tensor.
 
@@ -63,6 +66,7 @@ def placed(
         ops: of a plan, with inputs in memory.
         tensors: of the target.
         lent: whether a range of addresses is part of a model of the session.
+        gpus: whether targets may be on GPUs.
 
     Raises:
         ShapeError: with every tensor that does not fit: names, shapes, types, places.
@@ -78,7 +82,7 @@ def placed(
         if tensor is None:
             continue
         covered.add(tensor.data_ptr())
-        if problem := _problem(op, tensor):
+        if problem := _problem(op, tensor, gpus=gpus):
             problems.append(f"{names[op.name]}: {problem}")
             continue
         if lent(*extent(tensor)):
@@ -135,7 +139,7 @@ def _own(name: str, tensor: torch.Tensor) -> bool:
     return buffer(name, _info(name, tuple(tensor.shape)))
 
 
-def _problem(op: Op, tensor: torch.Tensor) -> str | None:
+def _problem(op: Op, tensor: torch.Tensor, *, gpus: bool) -> str | None:
     """Why a result cannot go to a tensor."""
     wanted: DType = op.spec.out_dtype
     if tuple(tensor.shape) != op.spec.shape:
@@ -145,8 +149,9 @@ def _problem(op: Op, tensor: torch.Tensor) -> str | None:
         return (
             f"the recipe makes {wanted.name}, got a tensor of {kind} ('out_dtype: {kind}' in the recipe rounds to that)"
         )
-    if tensor.device.type != "cpu":
-        return f"expected a tensor on the CPU, as the models are, got one on {tensor.device}"
+    if tensor.device.type not in ("cpu", *(["cuda"] if gpus else [])):
+        where = "on the CPU or a GPU" if gpus else "on the CPU, as the models are"
+        return f"expected a tensor {where}, got one on {tensor.device}"
     return None if tensor.is_contiguous() else f"expected a contiguous tensor, got strides {list(tensor.stride())}"
 
 

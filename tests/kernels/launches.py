@@ -126,7 +126,7 @@ def sequences():
         def call(kernels, c):
             s = kernels.sequence(c.segments, per_row=per_row)
             vectors = s.gram(delta=delta, diff=diff)
-            s.combine(*solve(s, vectors, c.groups), delta=delta, div=delta, vectors=vectors)
+            s.combine(*solve(s, vectors, c.groups), delta=delta, div=delta, first=vectors.here[:-1])
             s.run()
 
         return call
