@@ -6,12 +6,13 @@ fp32, which then never leave a core's cache.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import ctypes
+import functools
 
 import numpy as np
 
 from fastmerge.ops.made import array
-from fastmerge.ops.quantised import NUMBERS, Dequantised, F32Array, decode
+from fastmerge.ops.quantised import FOUR_BITS, I64, NUMBERS, Dequantised, F32Array, decode
 from fastmerge.ops.sources import ALIGN, Bring
 from fastmerge.ops.spec import Source
 
@@ -21,63 +22,58 @@ WORDS = 12
 _HEAD = -(-8 * WORDS // ALIGN) * ALIGN
 
 
-class Coded(NamedTuple):
-    """A run of a quantised tensor as it is stored, with scales (and zeros) in fp32.
+class Coded:
+    """Runs of a quantised tensor as it is stored, each with its scales (and zeros) in fp32.
 
-    Attributes:
+    Args:
         of: the tensor, whose rows of codes have no gaps between them.
     """
 
-    of: Dequantised
-
-    def _rows(self, e0: int, n: int) -> tuple[int, int]:
-        """The first row of blocks, of all matrices, and how many there are."""
-        coding = self.of.coding
-        down, high = coding.grid[0], coding.block[0]
-        first, last = ((e // coding.columns) for e in (e0, e0 + n - 1))
-        begin, end = (row // coding.rows * down + row % coding.rows // high for row in (first, last))
-        return begin, end - begin + 1
-
-    def _codes(self, e0: int, n: int) -> tuple[int, int]:
-        """The first element of the codes as they are stored, and how many there are."""
-        each = _each(self.of)
-        return e0 // each, -(-(e0 + n) // each) - e0 // each
+    def __init__(self, of: Dequantised) -> None:
+        coding = of.coding
+        self.of = of
+        self._columns, self._height, self._high = coding.columns, coding.rows, coding.block[0]
+        self._down, self._across = coding.grid
+        self._size, self._each = of.codes.dtype.size, _each(of)
+        self._tables = 1 if of.zero is None else 2
 
     def room(self, e0: int, n: int) -> int:
         """Bytes of elements ``e0 .. e0 + n``."""
-        cells = self._rows(e0, n)[1] * self.of.coding.grid[1] * 4
-        return _HEAD + cells * (1 if self.of.zero is None else 2) + self._codes(e0, n)[1] * self.of.codes.dtype.size
+        first, last = e0 // self._columns, (e0 + n - 1) // self._columns
+        height, high, each = self._height, self._high, self._each
+        rows = (last // height - first // height) * self._down + last % height // high - first % height // high + 1
+        codes = -(-(e0 + n) // each) - e0 // each
+        return _HEAD + 4 * rows * self._across * self._tables + codes * self._size
 
-    def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
-        """Brings elements ``e0 .. e0 + n`` to an address."""
+    def fill(self, bring: Bring, runs: I64) -> None:
+        """Brings runs (first element, elements, address), each of at least one element."""
         of, coding = self.of, self.of.coding
-        row, rows = self._rows(e0, n)
-        start, count = self._codes(e0, n)
-        each, size = _each(of), of.codes.dtype.size
+        e0, n, address = runs.T
+        row = coding.scale_rows(e0 // self._columns)
+        rows = coding.scale_rows((e0 + n - 1) // self._columns) - row + 1
+        start = e0 // self._each
+        count = -(-(e0 + n) // self._each) - start
+        cells = rows * self._across
         tables = [of.multipliers(bring, row, rows)]
         if of.zero is not None:
-            tables.append(of.zeros(bring, row, rows))
-        at, cells = _HEAD, tables[0].size
-        for table in tables:
-            array(address + at, cells, np.float32)[:] = table.reshape(-1)
-            at += 4 * cells
-        bring(of.codes, np.array([[start, count, address + at]], np.int64))
-        if coding.code == "int8" and size > 1:
-            array(address + at, count * size, np.uint8)[:] ^= 128
-        zeros = _HEAD + 4 * cells if of.zero is not None else 0
-        array(address, WORDS, np.int64)[:] = (
-            at + count * size,
-            start * each,
-            count * each,
-            _HEAD,
-            zeros,
-            at,
-            row,
-            coding.rows,
-            coding.columns,
-            *coding.block,
-            NUMBERS[coding.code],
-        )
+            pairs = zip(row.tolist(), rows.tolist(), strict=True)
+            tables.append(np.concatenate([of.zeros(bring, first, some) for first, some in pairs]))
+        at = _HEAD + 4 * cells * self._tables
+        bring(of.codes, np.stack([start, count, address + at], axis=1))
+        if coding.code == "int8" and self._size > 1:
+            for to, items in zip((address + at).tolist(), count.tolist(), strict=True):
+                array(to, items * self._size, np.uint8)[:] ^= 128
+        words = np.empty((len(runs), WORDS), np.int64)
+        words[:, 0], words[:, 1], words[:, 2] = at + count * self._size, start * self._each, count * self._each
+        words[:, 3], words[:, 4], words[:, 5], words[:, 6] = _HEAD, 0, at, row
+        if of.zero is not None:
+            words[:, 4] = _HEAD + 4 * cells
+        words[:, 7:] = coding.rows, coding.columns, *coding.block, NUMBERS[coding.code]
+        behind = np.cumsum(cells) - cells
+        for i, (to, some, skip) in enumerate(zip(address.tolist(), cells.tolist(), behind.tolist(), strict=True)):
+            ctypes.memmove(to, words.ctypes.data + 8 * WORDS * i, 8 * WORDS)
+            for t, table in enumerate(tables):
+                ctypes.memmove(to + _HEAD + 4 * some * t, table.ctypes.data + 4 * skip, 4 * some)
 
 
 def _each(source: Dequantised) -> int:
@@ -85,23 +81,31 @@ def _each(source: Dequantised) -> int:
     return source.codes.dtype.size * (2 if source.coding.four else 1)
 
 
+@functools.lru_cache(maxsize=64)
+def coded(source: Dequantised) -> Coded | None:
+    """A source as a coded input; None where it cannot be one."""
+    if source.transposed or source.coding.columns % _each(source):
+        return None
+    return Coded(source)
+
+
 def fits(source: Source, e0: int, n: int) -> bool:
     """Whether a run of a source can be a coded input, and is no larger then than in fp32."""
-    if type(source) is not Dequantised or source.transposed or source.coding.columns % _each(source):
+    if type(source) is not Dequantised:
         return False
-    return n > 0 and Coded(source).room(e0, n) <= source.dtype.size * n
+    found = coded(source)
+    return found is not None and n > 0 and found.room(e0, n) <= source.dtype.size * n
 
 
 def values_at(address: int, e0: int, n: int) -> F32Array:
     """Elements ``e0 .. e0 + n`` of the coded input at an address."""
-    _, first, _, scales, zeros, codes, row, height, columns, high, width, number = array(
-        address, WORDS, np.int64
-    ).tolist()
+    words = array(address, WORDS, np.int64).tolist()
+    _, first, _, scales, zeros, codes, row, height, columns, high, width, number = words
     code = next(name for name, known in NUMBERS.items() if known == number)
     rows = np.arange(e0 // columns, -(-(e0 + n) // columns), dtype=np.int64)
     begin = np.maximum(rows * columns, e0)
     count = np.minimum((rows + 1) * columns, e0 + n) - begin
-    half = 2 if code in ("int4", "float4_e2m1fn") else 1
+    half = 2 if code in FOUR_BITS else 1
     down, across = -(-height // high), -(-columns // width)
     at = 4 * across * (rows // height * down + rows % height // high - row)
     out = np.empty(n, np.float32)

@@ -114,8 +114,8 @@ class Packing:
         """Where the codes and the scales of elements ``e0 .. e0 + n`` go, which begin and end where they may be cut."""
         coding = self.coding
         half = 2 if coding.four else 1
-        rows = np.array([e0 // coding.columns, (e0 + n) // coding.columns - 1])
-        first, last = coding.scale_rows(rows).tolist()
+        first = coding.scale_rows(e0 // coding.columns)
+        last = coding.scale_rows((e0 + n) // coding.columns - 1)
         per = coding.grid[1] * self.scale.size
         codes, scales = target
         return (

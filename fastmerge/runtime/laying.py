@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from fastmerge.checkpoint import Place, of_fields
 from fastmerge.ops.coded import Coded, fits
+from fastmerge.ops.coded import coded as coded_input
 from fastmerge.ops.packing import Packed
 from fastmerge.ops.sources import ALIGN, FileRange, Made, Memory, Result
 from fastmerge.ops.spec import Op, Source, Spec
@@ -173,7 +174,7 @@ def lay(
             cursor = (cursor + ALIGN - 1) & -ALIGN
             past = False
             if codes:
-                packed = Coded(cast("Dequantised", source))
+                packed = cast("Coded", coded_input(cast("Dequantised", source)))
                 made.append((packed, start, nbytes // dtype.size, cursor))
                 nbytes = packed.room(start, nbytes // dtype.size)
             elif type(source) is not FileRange:

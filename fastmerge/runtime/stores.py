@@ -167,9 +167,14 @@ class OpStore:
         if results:
             assert self._results is not None
             self._results.make(self, results)
+        coded: dict[Coded, list[tuple[int, int, int]]] = {}
         for source, e0, n, address in made:
-            if not isinstance(source, Result):
+            if isinstance(source, Coded):
+                coded.setdefault(source, []).append((e0, n, address))
+            elif not isinstance(source, Result):
                 source.fill(self.bring, e0, n, address)
+        for packed, runs in coded.items():
+            packed.fill(self.bring, np.array(runs, np.int64))
 
     def _fd(self, source: FileRange) -> int:
         assert self._files is not None

@@ -48,7 +48,7 @@ def coded(source, e0, n):
     packed = Coded(source)
     room = np.full(packed.room(e0, n) + 64, 0xDD, np.uint8)
     at = -room.ctypes.data % 64
-    packed.fill(bring, e0, n, room.ctypes.data + at)
+    packed.fill(bring, np.array([[e0, n, room.ctypes.data + at]], np.int64))
     assert array(room.ctypes.data + at, 1, np.int64)[0] == packed.room(e0, n)
     assert (room[at + packed.room(e0, n) :] == 0xDD).all(), "written past its room"
     return room[at:]
