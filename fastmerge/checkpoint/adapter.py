@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastmerge.checkpoint import discover, hub
 from fastmerge.checkpoint.adapter_tensors import CONFIG, Found
 from fastmerge.checkpoint.header import TensorInfo, listing, read_header
 from fastmerge.checkpoint.model import Checkpoint, ShardFile
+from fastmerge.checkpoint.system import open_regular
 from fastmerge.checkpoint.update import Tokens, Update, stored_transposed
 from fastmerge.errors import CheckpointError
 
@@ -104,6 +106,10 @@ class Adapter:
             raise CheckpointError([f"{path / WEIGHTS}: {p}" for p in found.problems])
         odd = [key for key in sorted(config) if key not in _PLAIN and config[key] and key not in _OTHER]
         warnings = [f"{path / CONFIG}: settings that are not known are ignored: {listing(odd)}"] if odd else []
+        whole = found.replaced or tokens or any(u.magnitude for u in updates.values())
+        if not whole and _silent(path / WEIGHTS, updates.values()):
+            warnings.append(f"{path / WEIGHTS}: every update is zero, as of an adapter that was never trained, or that "
+                            f"peft loaded without its weights and saved again: the base stays as it is")  # fmt: skip
         # The settings are as much of what the adapter is as its tensors are.
         flag, replication = bool(config.get("fan_in_fan_out")), config.get("layer_replication") or []
         told: list[Any] = [header.digest, [[name, u.scale] for name, u in updates.items()], flag]
@@ -113,6 +119,34 @@ class Adapter:
         checkpoint = Checkpoint(ref, path, (file,), tensors, config, tuple(warnings))
         runs = tuple((first, end) for first, end in replication)
         return cls(checkpoint, updates, found.replaced, tokens, runs, flag)
+
+
+def _silent(path: Path, updates: Iterable[Update]) -> bool:
+    """Whether one factor of every update is zero: 4 KiB of one tell nearly always that it is not.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        fd = open_regular(path)
+        try:
+            return all(_zero(fd, u.a) or (u.b is not None and _zero(fd, u.b)) for u in updates)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read: {error.strerror}") from None
+
+
+def _zero(fd: int, info: TensorInfo) -> bool:
+    """Whether all bytes of a tensor are zero; a file that ends early is no business of this."""
+    at, step = info.offset, 1 << 12
+    end = at + info.nbytes
+    while at < end:
+        data = os.pread(fd, min(step, end - at), at)
+        if not data or data.count(0) < len(data):
+            return False
+        at, step = at + len(data), 1 << 20
+    return True
 
 
 def _unsupported(config: Mapping[str, Any]) -> list[str]:

@@ -225,3 +225,23 @@ def test_an_adapter_is_no_model(tmp_path):
     path = adapter(tmp_path / "a")
     with pytest.raises(CheckpointError, match="a LoRA adapter, not a model: 'model: BASE"):
         Checkpoint.open(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "silent"),
+    [
+        ({f"{Q}.lora_A.weight": (4, 32), f"{Q}.lora_B.weight": torch.zeros(32, 4)}, True),
+        ({f"{Q}.lora_A.weight": torch.zeros(4, 32), f"{Q}.lora_B.weight": (32, 4)}, True),
+        (PAIR, False),
+        # Not a zero in the first bytes alone, one update of two, a whole tensor besides.
+        ({f"{Q}.lora_A.weight": (4, 32), f"{Q}.lora_B.weight": torch.eye(4096, 4).flip(0)}, False),
+        ({**PAIR, f"{Q.replace('q_', 'k_')}.lora_A.weight": (4, 32),
+          f"{Q.replace('q_', 'k_')}.lora_B.weight": torch.zeros(32, 4)}, False),
+        ({f"{Q}.lora_A.weight": (4, 32), f"{Q}.lora_B.weight": torch.zeros(32, 4),
+          "base_model.model.lm_head.weight": (9, 32)}, False),
+    ],
+)  # fmt: skip
+def test_updates_that_are_all_zero_are_warned_of(tmp_path, tensors, silent):
+    """As peft saves an adapter whose weights it did not find: the merge would be the base, without a word."""
+    said = Adapter.open(str(adapter(tmp_path / "a", tensors))).checkpoint.warnings
+    assert bool([w for w in said if "every update is zero" in w]) == silent
