@@ -2,7 +2,8 @@
 //
 // Up to kMost inputs of the output's own type are summed in registers (fused), more than kNamed of them by a loop that
 // counts. Everything else goes block by block through the first-level cache: widen, add up to four inputs per pass,
-// store. Both add in input order.
+// store. Segments that share their inputs, the candidates of a search, share their loads as well. All add in input
+// order.
 #include "kernels.h"
 #include "lanes.h"
 #include "tile.h"
@@ -66,7 +67,6 @@ __attribute__((noinline)) int64_t fused_steps(const Terms<T, M>& terms, T* out, 
       store16<kFar>(acc, out + j, peak);
     }
   }
-  if (kFar) streamed();
   if (all_finite(peak, out)) return 0;
   for (int64_t j = 0; j < n; ++j) out[j] = store<T>(load<float>(out[j]));  // canonical NaNs
   return nonfinite_block(out, n);
@@ -117,6 +117,7 @@ int64_t fused_run(int count, const Segment& s, int64_t at, int64_t n, const doub
     bad += far ? fused_scaled<T, M, kDelta, true>(terms, out, m, scale)
                : fused_scaled<T, M, kDelta, false>(terms, out, m, scale);
   }
+  streamed();
   return n > 0 ? bad + fused_few<T, M, kDelta>(terms, out, n, scale) : bad;
 }
 
@@ -227,10 +228,184 @@ int64_t run(const CombineArgs& a, bool fuse, const Segment& s, int64_t at, int64
   return block_run<W, kDelta>(a, s, at, n, coef, scale);
 }
 
+// ---- candidates -------------------------------------------------------------------------------------------
+//
+// Segments of the same inputs that follow each other: a block of the inputs is widened once, into the first-level
+// cache, and read from there for each of them.
+
+constexpr int64_t kSome = 4 * kStep;  // elements that go together; fewer at the end of a segment go by themselves
+
+// A block of M inputs, in the order of T; with kDelta the base, and what the others differ from it by.
+template <class T, int M, bool kDelta>
+struct Widened {
+  static constexpr int64_t kElements = M > 4 ? kBlock / 2 : kBlock;
+  alignas(64) float x[M][kElements];
+  float most;  // the largest magnitude of an input; infinite or a NaN where one of the values is
+};
+
+template <class T, int M, bool kDelta>
+void widen_all(const Segment& s, int64_t at, int64_t n, Widened<T, M, kDelta>& to) {
+  const T* in[M];
+  for (int i = 0; i < M; ++i) in[i] = reinterpret_cast<const T*>(s.in[i]) + at;
+  Peak peak;
+  clear(peak);
+  for (int64_t line = 0; line < n; line += kLine<T>) {
+    for (int i = 0; i < M; ++i) __builtin_prefetch(in[i] + line + kAhead);
+    for (int64_t j = line; j < line + kLine<T>; j += kStep) {
+      Lanes base, v;
+      for (int i = 0; i < M; ++i) {
+        load16(in[i] + j, v);
+        for (const Vec& part : v.v) peak32(peak, part);
+        if (kDelta && i == 0) base = v;
+        put16(kDelta && i > 0 ? v - base : v, to.x[i] + j);
+      }
+    }
+  }
+  to.most = largest_magnitude(peak);
+}
+
+// Whether all results are finite, and all that is computed on the way, whatever inputs of such magnitudes are: below
+// half of T's largest, which leaves room for what roundings add.
+template <class T, int M, bool kDelta>
+bool stays_finite(double most, const double* coef, Scale<float> s) {
+  const double limit = infinity(static_cast<const T*>(nullptr)) == 0x7c00 ? 0x1p15 : 0x1p127;
+  double mix = 0;
+  for (int i = kDelta ? 1 : 0; i < M; ++i) mix += __builtin_fabs(static_cast<float>(coef[i]));
+  const double reach = kDelta ? 2 * most : most;
+  mix *= reach;
+  const double divided = mix / __builtin_fabs(s.div);
+  const double result = kDelta ? most + __builtin_fabs(s.lambda) * divided : divided;
+  return reach < limit && mix < limit && divided < limit && result < limit;
+}
+
+// How a sum is divided: not at all, or exactly, or by a product with the divisor's inverse, which is off by less than
+// kNear units in the last place.
+enum Division { kNone, kExact, kProduct };
+
+template <class T, int M, bool kDelta, Division kDivision, bool kFar, class Watch>
+FM_LANES void shared_steps(const float (&x)[M][Widened<T, M, kDelta>::kElements], const float* c, Scale<float> s,
+                           int64_t from, int64_t to, T* out, Watch& watch) {
+  constexpr int kFrom = kDelta ? 1 : 0;
+  for (int64_t j = from; j < to; j += kStep) {
+    Lanes base, v, acc;
+    for (int i = kFrom; i < M; ++i) {
+      load16(x[i] + j, v);
+      acc = i == kFrom ? c[i] * v : acc + c[i] * v;
+    }
+    if (kDivision == kExact) acc = acc / s.div;
+    if (kDivision == kProduct) acc = s.div * acc;
+    if (kDelta) load16(x[0] + j, base);
+    if (kDelta) acc = base + s.lambda * acc;
+    store16<kFar>(acc, out + j, watch);
+  }
+}
+
+// n elements of a block for one segment. Divisions take longer than all the rest; the product rounds to another bf16
+// than the quotient only near the middle between two, and there the quotients are computed.
+template <class T, int M, bool kDelta, bool kFar>
+__attribute__((noinline)) void shared_out(const Widened<T, M, kDelta>& in, const double* coef, Scale<float> s, T* out,
+                                          int64_t n) {
+  float c[M];
+  for (int i = 0; i < M; ++i) c[i] = static_cast<float>(coef[i]);
+  Unwatched none;
+  if (s.div == 1.0f) return shared_steps<T, M, kDelta, kNone, kFar>(in.x, c, s, 0, n, out, none);
+  constexpr bool kTells = kTellsNear && !kDelta && sizeof(T) == 2 && infinity(static_cast<const T*>(nullptr)) == 0x7f80;
+  const float size = __builtin_fabsf(s.div);
+  if constexpr (kTells) {
+    if (size > 0x1p-60f && size < 0x1p60f) {
+      const Scale<float> inverse = {s.lambda, 1.0f / s.div};
+      for (int64_t j = 0; j < n; j += kSome) {
+        Near near;
+        clear(near);
+        shared_steps<T, M, kDelta, kProduct, kFar>(in.x, c, inverse, j, j + kSome, out, near);
+        if (__builtin_expect(any(near), 0))
+          shared_steps<T, M, kDelta, kExact, kFar>(in.x, c, s, j, j + kSome, out, none);
+      }
+      return;
+    }
+  }
+  shared_steps<T, M, kDelta, kExact, kFar>(in.x, c, s, 0, n, out, none);
+}
+
+// Segments [first, last), of M inputs of the output's own type.
+template <class T, int M, bool kDelta>
+void shared(const CombineArgs& a, int64_t first, int64_t last) {
+  Widened<T, M, kDelta> in;
+  const Segment& s = a.table[first];
+  const bool far = a.far || (last - first) * s.length * static_cast<int64_t>(sizeof(T)) >= kFarBytes;
+  for (int64_t at = 0; at < s.length; at += in.kElements) {
+    const int64_t n = s.length - at < in.kElements ? s.length - at : in.kElements, whole = n & -kSome;
+    widen_all(s, at, whole, in);
+    for (int64_t i = first; i < last; ++i) {
+      const Segment& mine = a.table[i];
+      const double* coef = a.coef + mine.group * M;
+      const Scale<float> scale = {static_cast<float>(a.scale[2 * mine.group]),
+                                  static_cast<float>(a.scale[2 * mine.group + 1])};
+      T* out = reinterpret_cast<T*>(mine.out) + at;
+      const bool fine = stays_finite<T, M, kDelta>(in.most, coef, scale);
+      const int64_t done = fine ? whole : 0;
+      const bool past = far && reinterpret_cast<intptr_t>(out) % 64 == 0;
+      if (done)
+        past ? shared_out<T, M, kDelta, true>(in, coef, scale, out, done)
+             : shared_out<T, M, kDelta, false>(in, coef, scale, out, done);
+      if (done < n) a.nonfinite[i] += run<float, kDelta>(a, true, mine, at + done, n - done, mine.group);
+    }
+  }
+  if (far) streamed();
+}
+
+using SharedRun = void (*)(const CombineArgs&, int64_t, int64_t);
+
+template <class T, bool kDelta>
+SharedRun shared_for(int32_t inputs) {
+  switch (inputs) {
+    case 2:
+      return shared<T, 2, kDelta>;
+    case 3:
+      return shared<T, 3, kDelta>;
+    case 4:
+      return shared<T, 4, kDelta>;
+    case 5:
+      return shared<T, 5, kDelta>;
+    case 6:
+      return shared<T, 6, kDelta>;
+    case 7:
+      return shared<T, 7, kDelta>;
+    case kNamed:
+      return shared<T, kNamed, kDelta>;
+    default:
+      return nullptr;
+  }
+}
+
+// How segments that share their inputs are computed; null where each is by itself.
+template <bool kDelta>
+SharedRun shared_run(const CombineArgs& a) {
+  if (a.per_row || !fusable(a)) return nullptr;
+  if (a.out_code == kBF16) return shared_for<Bf16, kDelta>(a.table.inputs);
+  if (a.out_code == kF16) return shared_for<Fp16, kDelta>(a.table.inputs);
+  return shared_for<float, kDelta>(a.table.inputs);
+}
+
+// The end of the segments from i on whose inputs are those of i.
+int64_t alike_until(const Table& t, int64_t i) {
+  const Segment& s = t[i];
+  const auto inputs = static_cast<size_t>(t.inputs) * sizeof s.in[0];
+  int64_t end = i + 1;
+  while (end < t.segments && t[end].length == s.length && memcmp(t[end].in, s.in, inputs) == 0) ++end;
+  return end;
+}
+
 template <class W, bool kDelta>
 void all(const CombineArgs& a) {
   const bool fuse = fusable(a);
+  const SharedRun together = sizeof(W) == 4 ? shared_run<kDelta>(a) : nullptr;
   for (int64_t i = 0; i < a.table.segments; ++i) {
+    if (const int64_t end = together ? alike_until(a.table, i) : 0; end > i + 1) {
+      together(a, i, end);
+      i = end - 1;
+      continue;
+    }
     const Segment& s = a.table[i];
     int64_t bad = 0;
     if (!a.per_row) {
