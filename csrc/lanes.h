@@ -54,15 +54,12 @@ struct Unwatched {};
 FM_LANES void peak16(Unwatched&, Word) {}
 FM_LANES void peak32(Unwatched&, Vec) {}
 
-// In its place where values are up to kNear - 1 units of their last place off: whether any came so near to the middle
-// between two of bf16 that the right one might have been rounded to the other. For bf16 on AVX2 and NEON.
+// In its place where values are finite and up to kNear - 1 units of their last place off: whether any came so near to
+// the middle between two of bf16 that the right one might have been rounded to the other. For bf16 on AVX2 and NEON.
 struct Near {
   Word n;  // the least distance from kNear below the middle on
 };
 constexpr uint16_t kNear = 8;
-FM_LANES void peak16(Near&, Word) {}
-template <class P>
-FM_LANES void low16(P&, Word) {}
 
 FM_LANES Lanes operator+(const Lanes& a, const Lanes& b) {
   Lanes r;
@@ -116,9 +113,6 @@ FM_LANES void peak32(Peak& t, Vec r) {
 
 constexpr bool kTellsNear = true;
 FM_LANES void clear(Near& t) { t.n = _mm256_set1_epi16(-1); }
-FM_LANES void low16(Near& t, Word low) {
-  t.n = _mm256_min_epu16(t.n, _mm256_add_epi16(low, _mm256_set1_epi16(kNear - 0x8000)));
-}
 FM_LANES bool any(const Near& t) {
   return _mm256_movemask_epi8(_mm256_cmpeq_epi16(t.n, _mm256_min_epu16(t.n, _mm256_set1_epi16(2 * kNear))));
 }
@@ -139,12 +133,20 @@ FM_LANES void store16(const Lanes& a, Bf16* p, P& t) {
   const Word even = _mm256_castps_si256(a.v[0]), odd = _mm256_castps_si256(a.v[1]);
   const Word high = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
   const Word low = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa);
-  low16(t, low);
   // Rounds up where low is 0x8000 or more, less one where high is even: the top bit of that difference, from 0 on.
   const Word even_high = _mm256_andnot_si256(high, _mm256_set1_epi16(1));
   const Word r = _mm256_add_epi16(high, _mm256_srli_epi16(_mm256_subs_epu16(low, even_high), 15));
   put<kStream>(p, r);
   peak16(t, r);
+}
+// Half of a bf16's last place and kNear more are added: right unless what is left is at most twice kNear.
+template <bool kStream = false>
+FM_LANES void store16(const Lanes& a, Bf16* p, Near& t) {
+  const Word half = _mm256_set1_epi32(0x8000 + kNear);
+  const Word even = _mm256_add_epi32(_mm256_castps_si256(a.v[0]), half);
+  const Word odd = _mm256_add_epi32(_mm256_castps_si256(a.v[1]), half);
+  put<kStream>(p, _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa));
+  t.n = _mm256_min_epu16(t.n, _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa));
 }
 FM_LANES void load16(const Fp16* p, Lanes& r) {
   r.v[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -262,21 +264,16 @@ FM_LANES void peak32(Peak& t, Vec r) {
 
 constexpr bool kTellsNear = true;
 FM_LANES void clear(Near& t) { t.n = vdupq_n_u16(0xffff); }
-FM_LANES void low16(Near& t, Word low) {
-  t.n = vminq_u16(t.n, vaddq_u16(low, vdupq_n_u16(static_cast<uint16_t>(kNear - 0x8000))));
-}
 FM_LANES bool any(const Near& t) { return vminvq_u16(t.n) <= 2 * kNear; }
 
 FM_LANES Lanes canonical(Lanes a) {
   for (Vec& x : a.v) x = vbslq_f32(vceqq_f32(x, x), x, vdupq_n_f32(float_of(kNanF32)));
   return a;
 }
-template <class P>
-FM_LANES Word bf16_of(Vec x, Vec y, P& t) {  // as for AVX2
+FM_LANES Word bf16_of(Vec x, Vec y) {  // as for AVX2
   const Word a = vreinterpretq_u16_f32(x), b = vreinterpretq_u16_f32(y);
-  const Word high = vuzp2q_u16(a, b), low = vuzp1q_u16(a, b), even_high = vbicq_u16(vdupq_n_u16(1), high);
-  low16(t, low);
-  return vsraq_n_u16(high, vqsubq_u16(low, even_high), 15);
+  const Word high = vuzp2q_u16(a, b), even_high = vbicq_u16(vdupq_n_u16(1), high);
+  return vsraq_n_u16(high, vqsubq_u16(vuzp1q_u16(a, b), even_high), 15);
 }
 FM_LANES void load16(const Bf16* p, Lanes& r) {
   for (int i = 0; i < 4; ++i)
@@ -285,9 +282,19 @@ FM_LANES void load16(const Bf16* p, Lanes& r) {
 template <bool kStream = false, class P>
 FM_LANES void store16(const Lanes& a, Bf16* p, P& t) {
   for (int i = 0; i < 2; ++i) {
-    const Word r = bf16_of(a.v[2 * i], a.v[2 * i + 1], t);
+    const Word r = bf16_of(a.v[2 * i], a.v[2 * i + 1]);
     put<kStream>(p + 8 * i, r);
     peak16(t, r);
+  }
+}
+template <bool kStream = false>
+FM_LANES void store16(const Lanes& a, Bf16* p, Near& t) {  // as for AVX2
+  const uint32x4_t half = vdupq_n_u32(0x8000 + kNear);
+  for (int i = 0; i < 2; ++i) {
+    const Word x = vreinterpretq_u16_u32(vaddq_u32(vreinterpretq_u32_f32(a.v[2 * i]), half));
+    const Word y = vreinterpretq_u16_u32(vaddq_u32(vreinterpretq_u32_f32(a.v[2 * i + 1]), half));
+    put<kStream>(p + 8 * i, vuzp2q_u16(x, y));
+    t.n = vminq_u16(t.n, vuzp1q_u16(x, y));
   }
 }
 FM_LANES void load16(const Fp16* p, Lanes& r) {

@@ -15,7 +15,14 @@ import pytest
 
 from fastmerge import _native
 from fastmerge.backends.native import NativeKernels
-from tests.backends import arm64, test_native, test_native_consensus, test_native_select, test_native_values
+from tests.backends import (
+    arm64,
+    test_native,
+    test_native_candidates,
+    test_native_consensus,
+    test_native_select,
+    test_native_values,
+)
 from tests.ops import test_gathered, test_quantised, test_replicate
 
 pytestmark = [
@@ -51,6 +58,12 @@ def test_every_kernel_is_known():
 @pytest.mark.parametrize("kinds", [(3,), (2,), (1,), (0,), (3, 1, 2)], ids=str)
 def test_combine(arm, kinds, delta):
     test_native.test_combine(kinds, delta)
+    assert arm.unlike() == []
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_candidates_of_the_same_inputs(arm, delta):
+    test_native_candidates.test_candidates_of_the_same_inputs(3, 3e38, delta)
     assert arm.unlike() == []
 
 
