@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastmerge import planning
 from fastmerge.backends.choose import choose
 from fastmerge.errors import FastMergeError, RecipeError, ShapeError
-from fastmerge.ops.sources import Memory
 from fastmerge.planning.numbers import renumbered, skeleton
 from fastmerge.recipe import Recipe
-from fastmerge.session.binding import Bound, Contents
+from fastmerge.session.binding import Bound, Contents, Due
 from fastmerge.session.homes import homes_of
 from fastmerge.session.launching import Launching
 from fastmerge.session.models import Models
@@ -208,31 +207,29 @@ class Session:
     def write(self, bounds: Sequence[Bound], *, everything: bool) -> None:
         """Computes what targets do not hold; for this package."""
         self._open()
-        targets = [t.data_ptr() for bound in bounds for t in bound.tensors if t.numel()]
+        every = [bound.all() for bound in bounds]
+        targets = [one.address for some in every for one in some if one.op.spec.numel]
         if len(set(targets)) < len(targets):
             raise ShapeError("into: two recipes of a batch have the same tensors as targets")
-        due: dict[object, list[tuple[Op, torch.Tensor]]] = {}
-        for bound in bounds:
-            pairs = [*zip(bound.ops, bound.tensors, strict=True)]
-            some = [pair for pair in pairs if everything or not self._contents.holds(*pair)]
-            if any(op.spec.grain == "model" for op, _ in some):  # which all tensors decide together
-                self._run([pair for pair in pairs if pair[0].spec.grain == "model"])
-                some = [pair for pair in some if pair[0].spec.grain != "model"]
-            for pair in some:
-                inputs = pair[0].inputs
-                there = all(type(source) is Memory for source in inputs)
-                due.setdefault(inputs if there else id(pair[0]), []).append(pair)
-        self._run([pair for pairs in due.values() for pair in pairs])
+        groups: dict[object, list[Due]] = {}
+        for some in every:
+            due = [one for one in some if everything or not self._contents.holds(one)]
+            if any(one.op.spec.grain == "model" for one in due):  # which all tensors decide together
+                self._run([one for one in some if one.op.spec.grain == "model"])
+                due = [one for one in due if one.op.spec.grain != "model"]
+            for one in due:
+                groups.setdefault(id(one.op) if one.inputs is None else one.inputs, []).append(one)
+        self._run([one for group in groups.values() for one in group])
 
-    def _run(self, pairs: Sequence[tuple[Op, torch.Tensor]]) -> None:
-        if pairs:
-            ops, tensors = zip(*pairs, strict=True)
-            self._contents.forget(tensors)  # until all of it is there
+    def _run(self, due: Sequence[Due]) -> None:
+        if due:
+            self._contents.forget(due)  # until all of it is there
+            ops = [one.op for one in due]
             if self._gpus is not None:
-                self._gpus.run(ops, tensors)
+                self._gpus.run(ops, [one.tensor for one in due])
             else:
                 run(ops, self._backend, self._statistics)
-            self._contents.keep(ops, tensors)
+            self._contents.keep(due)
 
     def _open(self) -> None:
         if self._closed:

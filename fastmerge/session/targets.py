@@ -14,6 +14,7 @@ from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op
 from fastmerge.planning.missing import buffer
 from fastmerge.planning.names import align, shown
+from fastmerge.runtime.devices import Buffer
 from fastmerge.tensors import check, extent
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from fastmerge.session.homes import Homes
 
 log = logging.getLogger("fastmerge")
+
+LINE = 64
+"""Bytes of a cache line, at whose multiples new tensors start: what is written past the caches is written by lines."""
 
 
 def tensors_of(into: Any) -> dict[str, torch.Tensor]:
@@ -41,16 +45,27 @@ def tensors_of(into: Any) -> dict[str, torch.Tensor]:
 
 
 def allocate(ops: Sequence[Op], homes: Homes | None) -> dict[str, torch.Tensor]:
-    """New tensors for the results of ops, each on the GPU that makes it."""
+    """New tensors for the results of ops: each on the GPU that makes it, or all in memory of huge pages.
+
+    That is written faster, and stays as long as one of them does.
+    """
     import torch
 
+    kinds = {op.name: getattr(torch, op.spec.out_dtype.name, None) for op in ops}
+    lost = [f"{op.name}: torch has no tensors of {op.spec.out_dtype.name}" for op in ops if kinds[op.name] is None]
+    if lost:
+        raise ShapeError(lost)
+    if homes is not None:
+        return {op.name: homes.all[homes.of(op)].new(op.spec.shape, dtype=kinds[op.name]) for op in ops}
+    sizes = [op.spec.out_dtype.nbytes(op.spec.numel) for op in ops]
+    starts = [0, *itertools.accumulate(-(-size // LINE) * LINE for size in sizes)]
+    memory = Buffer.allocate(starts[-1])
+    data = memory.data[memory.address - memory.data.ctypes.data :] if starts[-1] else memory.data
     out = {}
-    for op in ops:
-        kind = getattr(torch, op.spec.out_dtype.name, None)
-        if kind is None:
-            raise ShapeError(f"{op.name}: torch has no tensors of {op.spec.out_dtype.name}")
-        new = torch.empty if homes is None else homes.all[homes.of(op)].new
-        out[op.name] = new(op.spec.shape, dtype=kind)
+    for op, start in zip(ops, starts, strict=False):
+        kind, count = kinds[op.name], op.spec.numel
+        flat = torch.frombuffer(data, dtype=kind, count=count, offset=start) if count else torch.empty(0, dtype=kind)
+        out[op.name] = flat.view(op.spec.shape)
     return out
 
 

@@ -18,6 +18,7 @@ from fastmerge.backends.native import NativeKernels
 from tests.backends import (
     arm64,
     test_native,
+    test_native_candidates,
     test_native_coded,
     test_native_consensus,
     test_native_select,
@@ -65,6 +66,12 @@ def test_combine(arm, kinds, delta):
 @pytest.mark.parametrize("kinds", [(1,), (1, 3)], ids=str)
 def test_combine_in_fp64(arm, kinds, delta):
     test_native.test_combine_in_fp64(kinds, delta)
+    assert arm.unlike() == []
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_candidates_of_the_same_inputs(arm, delta):
+    test_native_candidates.test_candidates_of_the_same_inputs(3, 3e38, delta)
     assert arm.unlike() == []
 
 
