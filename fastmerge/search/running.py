@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from fastmerge.backends.choose import choose
 from fastmerge.errors import FastMergeError, OutputError, RecipeError
 from fastmerge.search import pareto
 from fastmerge.search.baselines import baselines as usual
@@ -150,6 +151,8 @@ def search(
         OutputError: the directory has another search, or one and ``resume`` is not set.
         BackendUnavailable: the device cannot be used here.
     """
+    if session is None:
+        choose(device, said=f"device {device!r}")  # before anything is merged or written
     made = space if isinstance(space, Space) else Space(space)
     scored = evaluator(
         named(evaluate, tokenizer=made.base.path) if isinstance(evaluate, Mapping) else evaluate, eval_data

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from fastmerge.errors import BackendUnavailable
 from fastmerge.kernels import _call
-from fastmerge.search import search
+from fastmerge.search import running, search
+from fastmerge.session import session
 from tests import tiny
 from tests.session import logical
 from tests.session.family import different
@@ -15,6 +17,7 @@ if not _call.INTERPRETED:
 
 def test_a_search_on_a_gpu_is_that_of_the_cpu(tmp_path, monkeypatch):
     made = logical.pretend(monkeypatch, 1)
+    monkeypatch.setattr(running, "choose", session.choose)
     rng = torch.Generator().manual_seed(0)
     states = {n: {"x": torch.randn(3, 50, generator=rng), "y": torch.randn(9, generator=rng)} for n in "ab"}
     paths = {n: str(tiny.write(tmp_path / n, state)) for n, state in states.items()}
@@ -35,3 +38,9 @@ def test_a_search_on_a_gpu_is_that_of_the_cpu(tmp_path, monkeypatch):
     gpu, cpu = ([(e.genes, e.scores) for e in found[device].evaluations] for device in ("cuda", "cpu"))
     assert gpu == cpu
     assert different(targets["cuda"], targets["cpu"]) == []
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(BackendUnavailable, match="device 'gpu': unknown device"):
+        search({}, len, device="gpu", directory=tmp_path / "found")
+    assert not list(tmp_path.iterdir())

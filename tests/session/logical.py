@@ -27,7 +27,7 @@ def pretend(monkeypatch, count):
     """Makes ``device="cuda..."`` so many logical GPUs; gives those of each session as it is opened."""
     whole, opened = session.choose, []
 
-    def choose(device, name, **said):
+    def choose(device, name=None, **said):
         if not device.startswith("cuda"):
             return whole(device, name, **said)
         return Backend("triton", TritonKernels("cpu"), tuple(range(count)))
