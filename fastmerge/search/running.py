@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fastmerge.errors import FastMergeError, OutputError, RecipeError
+from fastmerge.errors import FastMergeError, NoSpace, OutputError, RecipeError
 from fastmerge.search import pareto
 from fastmerge.search.baselines import baselines as usual
 from fastmerge.search.evaluation import SCORE, evaluator, measure
@@ -145,6 +145,7 @@ def search(
     Raises:
         RecipeError: an argument is wrong; or what a recipe, the sampler or the evaluator says.
         OutputError: the directory has another search, or one and ``resume`` is not set.
+        NoSpace: the disk is full; what was evaluated is kept, and ``resume`` goes on.
     """
     made = space if isinstance(space, Space) else Space(space)
     scored = evaluator(
@@ -178,6 +179,8 @@ def search(
             try:
                 scene.render(made.recipe(candidate))
             except (RecipeError, OutputError) as error:  # one model twice, weights that sum to 0, ...
+                if isinstance(error, NoSpace):
+                    raise  # which says nothing of the candidate
                 refused.append(error)
                 log.warning("a candidate that cannot be merged counts as the worst: %s", _first(error))
                 return [(-math.inf,) * len(names)]
