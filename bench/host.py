@@ -4,6 +4,9 @@
     python bench/host.py --methods ties      # some
     python bench/host.py ../before           # beside commit 1d9f8df: a work tree with its extension, as for beside.py
 
+Rows ``render ...`` are of a session on a GPU: *host ms* a render with other numbers than before, *again ms* one with
+the same numbers that writes everything.
+
 Everything runs as on a GPU but for the device itself: its memory is host memory that nobody touches, a copy copies
 nothing, and a compiled kernel that is launched does nothing. So what is left is the host's own time, and launches,
 uploads, allocations and waits can be counted. (A real launch adds what the driver takes, some 3 microseconds by
@@ -13,6 +16,7 @@ estimate.) Results and inputs are not counted: they are the caller's. See the RE
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -156,6 +160,14 @@ def stubbed(counts: Counts) -> Iterator[None]:
     from fastmerge.backends.choose import Backend
     from fastmerge.kernels.backend import TritonKernels
     from fastmerge.runtime import resident
+    from fastmerge.session import session
+    from fastmerge.session.homes import Home, Homes
+
+    class There(Home):
+        """A GPU that has every tensor."""
+
+        def has(self, tensor: torch.Tensor) -> bool:
+            return True
 
     kernels: Any = object.__new__(TritonKernels)  # the constructor rightly refuses a CPU
     kernels.device, kernels.gpu = torch.device("cpu"), device(counts)
@@ -170,6 +182,8 @@ def stubbed(counts: Counts) -> Iterator[None]:
     with (
         mock.patch.object(JITFunction, "warmup", warmup),
         mock.patch.object(tensors, "choose", choose),
+        mock.patch.object(session, "choose", choose),
+        mock.patch.object(session, "homes_of", lambda backend: Homes([There("cuda:0", backend)])),
         mock.patch.dict(resident._KEPT, clear=True),  # noqa: SLF001  calls of other devices
     ):
         yield
@@ -270,6 +284,64 @@ def rows(methods: Sequence[str], sizes: Sequence[str], seconds: float) -> Iterat
             yield {"method": method, "tensors": size, **asdict(counts), "host ms": whole, "again ms": again, "met": met}
 
 
+RENDERED: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("weight", {}),
+    "ties": ("weight", {"density": 0.3}),
+    "slerp": ("t", {}),
+    "dare_ties": ("weight", {"density": 0.4}),
+}
+"""Methods of renders: the number that changes, and the others."""
+
+
+def document(method: str, value: float) -> dict[str, Any]:
+    """A recipe of the models ``base``, ``a`` and ``b``."""
+    changed, given = RENDERED[method]
+    names = ["a"] if method == "slerp" else ["a", "b"]
+    values = {changed: value, **given}
+    out: dict[str, Any] = {"merge_method": method, "dtype": "bfloat16"}
+    if method != "linear":
+        out["base_model"] = "base"
+    if method == "slerp":
+        return {**out, "models": [{"model": "a"}], "parameters": values}
+    return {**out, "models": [{"model": name, "parameters": values} for name in names]}
+
+
+def renders(methods: Sequence[str], sizes: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]:
+    """Counts of a render with other numbers, when what passes find is known; and times."""
+    import fastmerge as fm
+
+    for method in methods:
+        for size in sizes:
+            counts, numbers = Counts(), itertools.count(1)
+            with (
+                stubbed(counts),
+                fm.Session({name: model(size) for name in ("base", "a", "b")}, device="cuda") as session,
+            ):
+                target = model(size)
+                bound = session.bind(document(method, 0.5), target)
+                given = [fm.Recipe.load(document(method, value / 1000)) for value in range(400)]
+
+                def other(bound: Any = bound, given: Any = given, numbers: Any = numbers) -> None:
+                    bound.render(given[next(numbers) % len(given)])
+
+                other()
+                other()
+                counts.reset()
+                other()
+                found = asdict(counts)
+                whole = timed(other, seconds)
+                again = timed(lambda bound=bound: bound.render(everything=True), seconds)  # type: ignore[misc]
+            met = whole <= BARS[size]
+            yield {
+                "method": f"render {method}",
+                "tensors": size,
+                **found,
+                "host ms": whole,
+                "again ms": again,
+                "met": met,
+            }
+
+
 def before(tree: str, methods: Sequence[str], sizes: Sequence[str], seconds: float) -> None:
     """Times of the same calls in a work tree of commit 1d9f8df, by JSON; its kernels are launched by Triton itself."""
     # An editable installation in this environment would come first.
@@ -315,6 +387,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tree", nargs="?", help="another work tree, with its extension")
     parser.add_argument("--methods", nargs="*", default=list(GIVEN), choices=list(GIVEN), metavar="METHOD")
+    parser.add_argument("--renders", nargs="*", default=list(RENDERED), choices=list(RENDERED), metavar="METHOD")
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=SIZES, metavar="SIZE")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each figure")
     parser.add_argument("--json", type=Path, help="file to write")
@@ -328,7 +401,8 @@ def main() -> int:
     print(f"{'method':16} {'tensors':>12} {'launches':>8} {'uploads':>7} {'allocs':>6} {'waits':>5} {'between':>7} "
           f"{'before ms':>9} {'host ms':>8} {'again ms':>8} {'scratch MB':>10}")  # fmt: skip
     out = []
-    for row in rows(options.methods, options.sizes, options.seconds):
+    rendered = renders(options.renders, [s for s in options.sizes if s != "one"], options.seconds)
+    for row in itertools.chain(rows(options.methods, options.sizes, options.seconds), rendered):
         row["before ms"] = old.get((row["method"], row["tensors"]))
         out.append(row)
         print(f"{row['method']:16} {row['tensors']:>12} {row['launches']:8} {row['uploads']:7} {row['allocations']:6} "

@@ -25,10 +25,10 @@ void run(void (*kernel)(const Args&), const Args& args) {
 // ---- combine, gram, dot, fold --------------------------------------------------------------------------------
 
 void combine(const py::array& table, const py::array& ins, int out_code, const py::array& coef, const py::array& scale,
-             bool delta, bool per_row, const py::array& nonfinite, bool far) {
+             bool delta, bool per_row, const py::array& nonfinite, bool far, bool wide) {
   const int64_t parameters = coef.ndim() == 2 ? coef.shape(0) : 0;
   Needs needs;
-  needs.parameters = parameters, needs.out_code = out_code, needs.by_row = per_row;
+  needs.parameters = parameters, needs.out_code = out_code, needs.by_row = per_row, needs.coded = true;
   check_code(out_code, "out_code");
   CombineArgs a;
   a.table = check_table(table, ins, needs);
@@ -36,7 +36,7 @@ void combine(const py::array& table, const py::array& ins, int out_code, const p
   a.scale = data<double>(scale, "scale", {parameters, 2});
   a.out_code = out_code, a.delta = delta, a.per_row = per_row;
   a.nonfinite = data<int64_t>(nonfinite, "nonfinite", {a.table.segments}, true);
-  a.far = far;
+  a.far = far, a.wide = wide;
   run(kernels().combine, a);
 }
 
@@ -45,7 +45,7 @@ void gram(const py::array& table, const py::array& ins, const py::array& partial
   GramArgs a;
   Needs needs;
   needs.partials = partials.ndim() == 2 ? partials.shape(0) : 0;
-  needs.by_row = per_row, needs.tiles = true, needs.base = delta ? 1 : 0;
+  needs.by_row = per_row, needs.tiles = true, needs.base = delta ? 1 : 0, needs.coded = true;
   a.table = check_table(table, ins, needs);
   const int64_t m = a.table.inputs - (delta ? 1 : 0);
   if (diff && m < 2) fail("diff: expected at least 2 vectors, got " + std::to_string(m));
@@ -116,7 +116,7 @@ void delta_keys(const py::array& table, const py::array& ins, int round_code, bo
                 const py::array& bern, const py::array& out) {
   const Deltas deltas{round_code, drop, model_index, bern};
   Needs needs;
-  needs.parameters = deltas.parameters(), needs.base = 1;
+  needs.parameters = deltas.parameters(), needs.base = 1, needs.coded = true;
   DeltaKeysArgs a;
   a.table = check_table(table, ins, needs);
   const int64_t n = a.table.inputs - 1;
@@ -132,7 +132,7 @@ void count(const py::array& table, const py::array& ins, int round_code, bool dr
            const py::array& keys, const py::array& where, const py::array& used) {
   const Deltas deltas{round_code, drop, model_index, bern};
   Needs needs;
-  needs.parameters = deltas.parameters(), needs.tiles = true, needs.base = 1;
+  needs.parameters = deltas.parameters(), needs.tiles = true, needs.base = 1, needs.coded = true;
   needs.partials = counts.ndim() == 3 ? counts.shape(0) : 0;
   CountArgs a;
   a.table = check_table(table, ins, needs);
@@ -151,7 +151,7 @@ void find_kth(const py::array& table, const py::array& ins, int round_code, bool
               const py::array& bern, const py::array& ranks, const py::array& thr, const py::array& found) {
   const Deltas deltas{round_code, drop, model_index, bern};
   Needs needs;
-  needs.parameters = deltas.parameters(), needs.base = 1;
+  needs.parameters = deltas.parameters(), needs.base = 1, needs.coded = true;
   KthArgs a;
   a.table = check_table(table, ins, needs);
   const int64_t n = a.table.inputs - 1, p = needs.parameters;
@@ -176,7 +176,7 @@ void l1(const py::array& table, const py::array& ins, int round_code, bool drop,
         const py::array& sums, const py::object& bits, bool given) {
   const Keep keep{{round_code, drop, model_index, bern}, trim, thr, cut};
   Needs needs;
-  needs.parameters = keep.parameters(), needs.tiles = true, needs.base = 1;
+  needs.parameters = keep.parameters(), needs.tiles = true, needs.base = 1, needs.coded = true;
   needs.partials = sums.ndim() == 3 ? sums.shape(0) : 0;
   L1Args a;
   a.table = check_table(table, ins, needs);
@@ -192,7 +192,7 @@ void votes(const py::array& table, const py::array& ins, int round_code, bool dr
   const Keep keep{{round_code, drop, model_index, bern}, trim, thr, cut};
   check_word(elect, 2, "elect");
   Needs needs;
-  needs.parameters = keep.parameters(), needs.tiles = true, needs.base = 1;
+  needs.parameters = keep.parameters(), needs.tiles = true, needs.base = 1, needs.coded = true;
   needs.partials = counts.ndim() == 2 ? counts.shape(0) : 0;
   VotesArgs a;
   a.table = check_table(table, ins, needs);
@@ -214,7 +214,7 @@ void consensus(const py::array& table, const py::array& ins, int out_code, int r
   check_word(merge, 2, "merge");
   Needs needs;
   needs.parameters = keep.parameters(), needs.tiles = trim || !bits.is_none(), needs.base = 1,
-  needs.out_code = out_code;
+  needs.out_code = out_code, needs.coded = true;
   ConsensusArgs a;
   a.table = check_table(table, ins, needs);
   a.out_code = out_code;
@@ -341,7 +341,7 @@ PYBIND11_MODULE(_native, m) {
     throw py::import_error(std::string("FASTMERGE_ISA=") + wanted + ": not built, or this machine cannot run it");
   using py::arg;
   m.def("combine", combine, arg("table"), arg("ins"), arg("out_code"), arg("coef"), arg("scale"), arg("delta"),
-        arg("per_row"), arg("nonfinite"), arg("far") = false);
+        arg("per_row"), arg("nonfinite"), arg("far") = false, arg("wide") = false);
   m.def("gram", gram, arg("table"), arg("ins"), arg("partials"), arg("delta"), arg("diff"), arg("per_row"));
   m.def("dot", dot, arg("table"), arg("ins"), arg("partials"));
   m.def("fold", fold, arg("partials"), arg("first"));

@@ -16,8 +16,8 @@
 
 namespace fastmerge {
 
-// Codes of element types, as fastmerge.dtypes numbers them.
-enum Code : int32_t { kF64 = 0, kF32 = 1, kF16 = 2, kBF16 = 3 };
+// Codes of element types, as fastmerge.dtypes numbers them; and of inputs that are codes and scales (Coded, kernels.h).
+enum Code : int32_t { kF64 = 0, kF32 = 1, kF16 = 2, kBF16 = 3, kCoded = 4 };
 
 // Storage of the two 16-bit types; fp32 and fp64 are stored as float and double.
 struct Fp16 {
@@ -31,7 +31,8 @@ constexpr uint16_t kNanBF16 = 0x7fc0, kNanF16 = 0x7e00;
 constexpr uint32_t kNanF32 = 0x7fc00000u;
 constexpr uint64_t kNanF64 = 0x7ff8000000000000ull;
 
-FM_HD int64_t size_of(int32_t code) { return code == kF64 ? 8 : code == kF32 ? 4 : 2; }
+// From the address of an element to that of the next: all elements of a coded input have the same.
+FM_HD int64_t size_of(int32_t code) { return code == kF64 ? 8 : code == kF32 ? 4 : code == kCoded ? 0 : 2; }
 
 FM_HD uint32_t bits_of(float x) {
   uint32_t u;

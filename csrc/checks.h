@@ -28,6 +28,7 @@ struct Needs {
   bool by_row = false;      // parameter row and tiles go by row
   bool tiles = false;       // pieces start where a tile does
   int64_t base = 0;         // 1 where input 0 is a base, 2 where the last is a gradient as well: one more at least
+  bool coded = false;       // inputs may be codes and scales
 };
 
 [[noreturn]] inline void fail_at(int64_t s, const std::string& what) {
@@ -54,9 +55,28 @@ inline void check_word(int value, int most, const char* name) {
     fail(std::string(name) + ": expected 0.." + std::to_string(most) + ", got " + std::to_string(value));
 }
 
+// A coded input of a segment.
+inline void check_coded(const Coded& c, const Segment& s, int64_t i) {
+  const bool four = c.code == kInt4 || c.code == kE2M1;
+  if (c.code < 0 || c.code > kE2M1 || c.height < 1 || c.columns < 1 || c.high < 1 || c.width < 1 || c.row < 0)
+    fail_at(i, "a coded input of no such code, or sizes below 1");
+  if (s.e0 < c.first || s.e0 + s.length > c.first + c.count || c.first < 0 || (four && c.first % 2))
+    fail_at(i, "a coded input that begins or ends inside the piece");
+  const int64_t across = (c.columns + c.width - 1) / c.width;
+  const int64_t last = (c.first + c.count - 1) / c.columns;
+  const int64_t rows = last / c.height * ((c.height + c.high - 1) / c.high) + last % c.height / c.high + 1 - c.row;
+  const auto holds = [&](int64_t at, int64_t n, int64_t align) {
+    return at >= static_cast<int64_t>(sizeof(Coded)) && n >= 0 && at <= c.nbytes - n && at % align == 0;
+  };
+  if (!holds(c.scales, 4 * rows * across, 4) || (c.zeros && !holds(c.zeros, 4 * rows * across, 4)) ||
+      !holds(c.codes, four ? (c.count + 1) / 2 : c.count, 1))
+    fail_at(i, "a coded input whose parts lie beside it");
+}
+
 inline void check(const Table& t, const Needs& needs) {
   if (t.inputs <= needs.base) fail("ins: expected at least " + std::to_string(needs.base + 1) + " inputs");
-  for (int32_t i = 0; i < t.inputs; ++i) check_code(t.codes[i], "ins");
+  for (int32_t i = 0; i < t.inputs; ++i)
+    if (!needs.coded || t.codes[i] != kCoded) check_code(t.codes[i], "ins");
   if (needs.out_code >= 0) check_code(needs.out_code, "out_code");
   for (int64_t i = 0; i < t.segments; ++i) {
     const Segment& s = t[i];
@@ -67,9 +87,11 @@ inline void check(const Table& t, const Needs& needs) {
       if (t.output(s, e) == 0 || t.output(s, e) % size_of(needs.out_code) != 0)
         fail_at(i, (t.outputs > 1 ? "address of output " + std::to_string(e) : std::string("the output address")) +
                        " is 0 or not aligned to its elements");
-    for (int32_t m = 0; m < t.inputs; ++m)
-      if (s.in[m] == 0 || s.in[m] % size_of(t.codes[m]) != 0)
+    for (int32_t m = 0; m < t.inputs; ++m) {
+      if (s.in[m] == 0 || s.in[m] % (t.codes[m] == kCoded ? 8 : size_of(t.codes[m])) != 0)
         fail_at(i, "address of input " + std::to_string(m) + " is 0 or not aligned to its elements");
+      if (t.codes[m] == kCoded) check_coded(*reinterpret_cast<const Coded*>(s.in[m]), s, i);
+    }
     if (needs.parameters >= 0) {
       const int64_t last = s.group + (needs.by_row ? (s.e0 + s.length - 1) / s.row : 0);
       if (s.group < 0 || last >= needs.parameters)

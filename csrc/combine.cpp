@@ -1,11 +1,11 @@
 // combine: out = sum c_i x_i (plain), or b + lambda sum c_i (x_i - b) (delta), one coefficient row per tensor or row.
 //
 // Up to kMost inputs of the output's own type are summed in registers (fused), more than kNamed of them by a loop that
-// counts. Everything else goes block by block through the first-level cache: widen, add up to four inputs per pass,
-// store. Both add in input order.
-#include "kernels.h"
-#include "lanes.h"
-#include "tile.h"
+// counts; in fp64 up to four of fp32. Everything else goes block by block through the first-level cache: widen, add up
+// to four inputs per pass, store. Segments that share their inputs, the candidates of a search, share their loads as
+// well. All add in input order. Coded inputs become blocks of fp32 first.
+#include "candidates.h"
+#include "coded.h"
 
 namespace fastmerge {
 namespace FM_ISA {
@@ -14,12 +14,6 @@ namespace {
 constexpr int kNamed = 8, kMost = 64;
 constexpr int64_t kRun = 8192;  // elements after which a fused run looks at what it stored
 
-// The parameters of one run, rounded once to the work type.
-template <class W>
-struct Scale {
-  W lambda, div;
-};
-
 // ---- fused ----------------------------------------------------------------------------------------------
 
 // What is done to a sum: nothing, times lambda, or divided as well.
@@ -27,9 +21,6 @@ enum Scaling { kUnit, kLambda, kDivided };
 
 // A far run is one whose output the caches could not hold, or that the caller calls so: it is written past them.
 constexpr int64_t kFarBytes = 8 << 20;
-constexpr int64_t kAhead = 1024;  // elements; a far run fetches its inputs this much earlier
-template <class T>
-constexpr int64_t kLine = 64 / sizeof(T);  // elements of a cache line, which a far run fetches once
 
 // A sum of M inputs; M = 0 stands for any number of them.
 template <class T, int M>
@@ -66,7 +57,6 @@ __attribute__((noinline)) int64_t fused_steps(const Terms<T, M>& terms, T* out, 
       store16<kFar>(acc, out + j, peak);
     }
   }
-  if (kFar) streamed();
   if (all_finite(peak, out)) return 0;
   for (int64_t j = 0; j < n; ++j) out[j] = store<T>(load<float>(out[j]));  // canonical NaNs
   return nonfinite_block(out, n);
@@ -117,6 +107,7 @@ int64_t fused_run(int count, const Segment& s, int64_t at, int64_t n, const doub
     bad += far ? fused_scaled<T, M, kDelta, true>(terms, out, m, scale)
                : fused_scaled<T, M, kDelta, false>(terms, out, m, scale);
   }
+  streamed();
   return n > 0 ? bad + fused_few<T, M, kDelta>(terms, out, n, scale) : bad;
 }
 
@@ -150,6 +141,43 @@ bool fusable(const CombineArgs& a) {
   for (int32_t i = 0; i < a.table.inputs; ++i)
     if (a.table.codes[i] != a.out_code) return false;
   return true;
+}
+
+// ---- fp32 in fp64 --------------------------------------------------------------------------------------------
+
+template <int M, bool kDivided>
+void wide_steps(const float* const* in, const double* coef, double div, int64_t n, float* out) {
+  const float* x[M];
+  double c[M];
+  for (int i = 0; i < M; ++i) x[i] = in[i], c[i] = coef[i];
+  FM_LOOP for (int64_t j = 0; j < n; ++j) {
+    double sum = c[0] * x[0][j];
+    for (int i = 1; i < M; ++i) sum = sum + c[i] * x[i][j];
+    out[j] = static_cast<float>(kDivided ? sum / div : sum);
+  }
+}
+
+template <int M>
+int64_t wide_run(const Segment& s, int64_t at, int64_t n, const double* coef, double div) {
+  const float* in[M];
+  for (int i = 0; i < M; ++i) in[i] = reinterpret_cast<const float*>(s.in[i]) + at;
+  float* out = reinterpret_cast<float*>(s.out) + at;
+  int64_t bad = 0;
+  for (int64_t m; n > 0; n -= m, out += m) {
+    m = n < kRun ? n : kRun;
+    div == 1.0 ? wide_steps<M, false>(in, coef, div, m, out) : wide_steps<M, true>(in, coef, div, m, out);
+    const int64_t found = nonfinite_block(out, m);
+    for (int64_t j = 0; j < (found ? m : 0); ++j) out[j] = store<float>(out[j]);  // canonical NaNs
+    bad += found;
+    for (int i = 0; i < M; ++i) in[i] += m;
+  }
+  return bad;
+}
+
+// Up to four inputs, each of its own compiled loop; 0 for more.
+int64_t (*wide_run_for(int32_t m))(const Segment&, int64_t, int64_t, const double*, double) {
+  constexpr decltype(&wide_run<1>) kRuns[] = {nullptr, wide_run<1>, wide_run<2>, wide_run<3>, wide_run<4>};
+  return m <= 4 ? kRuns[m] : nullptr;
 }
 
 // ---- by blocks --------------------------------------------------------------------------------------------
@@ -224,22 +252,112 @@ int64_t run(const CombineArgs& a, bool fuse, const Segment& s, int64_t at, int64
     if (a.out_code == kF16) return fused<Fp16, kDelta>(a.table.inputs, s, at, n, coef, narrow, a.far);
     return fused<float, kDelta>(a.table.inputs, s, at, n, coef, narrow, a.far);
   }
+  if (sizeof(W) == 8 && !kDelta && fuse) return wide_run_for(a.table.inputs)(s, at, n, coef, scale.div);
   return block_run<W, kDelta>(a, s, at, n, coef, scale);
 }
 
+// ---- candidates -------------------------------------------------------------------------------------------
+
+// Segments [first, last), of M inputs of the output's own type.
+template <class T, int M, bool kDelta>
+void shared(const CombineArgs& a, int64_t first, int64_t last) {
+  Widened<T, M, kDelta> in;
+  const Segment& s = a.table[first];
+  const bool far = a.far || (last - first) * s.length * static_cast<int64_t>(sizeof(T)) >= kFarBytes;
+  for (int64_t at = 0; at < s.length; at += in.kElements) {
+    const int64_t n = s.length - at < in.kElements ? s.length - at : in.kElements, whole = n & -kSome;
+    widen_all(s, at, whole, in);
+    for (int64_t i = first; i < last; ++i) {
+      const Segment& mine = a.table[i];
+      const double* coef = a.coef + mine.group * M;
+      const Scale<float> scale = {static_cast<float>(a.scale[2 * mine.group]),
+                                  static_cast<float>(a.scale[2 * mine.group + 1])};
+      T* out = reinterpret_cast<T*>(mine.out) + at;
+      const bool fine = stays_finite<T, M, kDelta>(in.most, coef, scale);
+      const int64_t done = fine ? whole : 0;
+      const bool past = far && reinterpret_cast<intptr_t>(out) % 64 == 0;
+      if (done)
+        past ? shared_out<T, M, kDelta, true>(in, coef, scale, out, done)
+             : shared_out<T, M, kDelta, false>(in, coef, scale, out, done);
+      if (done < n) a.nonfinite[i] += run<float, kDelta>(a, true, mine, at + done, n - done, mine.group);
+    }
+  }
+  if (far) streamed();
+}
+
+using SharedRun = void (*)(const CombineArgs&, int64_t, int64_t);
+
+template <class T, bool kDelta>
+SharedRun shared_for(int32_t inputs) {
+  switch (inputs) {
+    case 2:
+      return shared<T, 2, kDelta>;
+    case 3:
+      return shared<T, 3, kDelta>;
+    case 4:
+      return shared<T, 4, kDelta>;
+    case 5:
+      return shared<T, 5, kDelta>;
+    case 6:
+      return shared<T, 6, kDelta>;
+    case 7:
+      return shared<T, 7, kDelta>;
+    case kNamed:
+      return shared<T, kNamed, kDelta>;
+    default:
+      return nullptr;
+  }
+}
+
+// How segments that share their inputs are computed; null where each is by itself.
+template <bool kDelta>
+SharedRun shared_run(const CombineArgs& a) {
+  if (a.per_row || !fusable(a)) return nullptr;
+  if (a.out_code == kBF16) return shared_for<Bf16, kDelta>(a.table.inputs);
+  if (a.out_code == kF16) return shared_for<Fp16, kDelta>(a.table.inputs);
+  return shared_for<float, kDelta>(a.table.inputs);
+}
+
+// The end of the segments from i on whose inputs are those of i.
+int64_t alike_until(const Table& t, int64_t i) {
+  const Segment& s = t[i];
+  const auto inputs = static_cast<size_t>(t.inputs) * sizeof s.in[0];
+  int64_t end = i + 1;
+  while (end < t.segments && t[end].length == s.length && memcmp(t[end].in, s.in, inputs) == 0) ++end;
+  return end;
+}
+
 template <class W, bool kDelta>
-void all(const CombineArgs& a) {
-  const bool fuse = fusable(a);
+void all(const CombineArgs& given) {
+  Stage stage(given.table, given.out_code);
+  CombineArgs a = given;
+  a.table = stage.table(), a.out_code = stage.out_code();
+  const bool fuse = (sizeof(W) == 4 || (a.out_code == kF32 && a.table.inputs <= 4)) && fusable(a);
+  const auto part = [&](const Segment& s, int64_t at, int64_t n, int64_t p) {
+    if (!stage.used()) return run<W, kDelta>(a, fuse, s, at, n, p);
+    int64_t bad = 0;
+    for (const int64_t end = at + n; at < end; at += kBlock) {
+      const int64_t m = end - at < kBlock ? end - at : kBlock;
+      bad += stage.stored(s, at, m, run<W, kDelta>(a, fuse, stage.block(s, at, m), at, m, p));
+    }
+    return bad;
+  };
+  const SharedRun together = sizeof(W) == 4 && !stage.used() ? shared_run<kDelta>(a) : nullptr;
   for (int64_t i = 0; i < a.table.segments; ++i) {
+    if (const int64_t end = together ? alike_until(a.table, i) : 0; end > i + 1) {
+      together(a, i, end);
+      i = end - 1;
+      continue;
+    }
     const Segment& s = a.table[i];
     int64_t bad = 0;
     if (!a.per_row) {
-      bad = run<W, kDelta>(a, fuse, s, 0, s.length, s.group);
+      bad = part(s, 0, s.length, s.group);
     } else {
       for (int64_t at = 0; at < s.length;) {
         const int64_t e = s.e0 + at, left = s.row - e % s.row, rest = s.length - at;
         const int64_t n = left < rest ? left : rest;
-        bad += run<W, kDelta>(a, fuse, s, at, n, s.group + e / s.row);
+        bad += part(s, at, n, s.group + e / s.row);
         at += n;
       }
     }
@@ -250,7 +368,7 @@ void all(const CombineArgs& a) {
 }  // namespace
 
 void combine(const CombineArgs& a) {
-  if (a.table.wide())
+  if (a.wide || a.table.wide())
     a.delta ? all<double, true>(a) : all<double, false>(a);
   else
     a.delta ? all<float, true>(a) : all<float, false>(a);

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 
+#include "coded.h"
 #include "fused.h"
 
 namespace fastmerge {
@@ -249,12 +250,12 @@ struct Work {
 };
 
 // The fused loop of a call; none where there is none.
-MergeBlock fused_for(const ConsensusArgs& a) {
+MergeBlock fused_for(const ConsensusArgs& a, const Table& t, int32_t out_code) {
 #if FM_FUSED
   const bool added = a.elect == kElectNone, mean = a.merge == kMergeMean;
   const bool by_mass = a.elect == kElectMass && !a.split && a.merge != kMergeMax && a.zero != kZeroBase;
   const bool plain = a.keep.round_code == -1 && !(a.keep.drop && a.keep.trim);
-  const int32_t code = plain && (added || by_mass) ? one_type(a.table, a.out_code) : -1;
+  const int32_t code = plain && (added || by_mass) ? one_type(t, out_code) : -1;
   const int64_t models = a.table.inputs - 1;
   const Joined mix = added ? kAdded : mean ? kMean : kSum;
   if (code == kBF16) return merge_for<Bf16>(models, mix, a.keep.drop);
@@ -267,8 +268,9 @@ MergeBlock fused_for(const ConsensusArgs& a) {
 template <class W>
 void consensus_all(const ConsensusArgs& a) {
   auto* rank = static_cast<int64_t*>(__builtin_alloca(static_cast<size_t>(a.table.inputs) * sizeof(int64_t)));
-  Work<W> work(a.table, a.keep, a.f, mix_for<W>(a.elect, a.split, a.merge), rank);
-  const MergeBlock fused = fused_for(a);
+  Stage stage(a.table, a.out_code);
+  Work<W> work(stage.table(), a.keep, a.f, mix_for<W>(a.elect, a.split, a.merge), rank);
+  const MergeBlock fused = fused_for(a, stage.table(), stage.out_code());
   for (int64_t r = 0; r < a.table.segments; ++r) {
     const Segment& s = a.table[r];
     if (s.length == 0) continue;
@@ -284,11 +286,12 @@ void consensus_all(const ConsensusArgs& a) {
     work.start();
     for (int64_t at = 0, n; at < s.length; at += n, ++work.block) {
       n = block_length(s.e0 + at, s.length - at);
-      if (fused && !rule.huge && work.fused(s, at, n, merge)) {
-        bad += fused(s, at, merge, n);
+      const Segment& block = stage.block(s, at, n);
+      if (fused && !rule.huge && work.fused(block, at, n, merge)) {
+        bad += stage.stored(s, at, n, fused(block, at, merge, n));
         continue;
       }
-      work.mixed(s, rule, at, n);
+      work.mixed(block, rule, at, n);
       apply_block(rule, mean, n, work.sums, work.base, work.out);
       bad += store_any(a.out_code, s.out, at, n, work.out);
     }
@@ -299,8 +302,9 @@ void consensus_all(const ConsensusArgs& a) {
 template <class W>
 void votes_all(const VotesArgs& a) {
   auto* rank = static_cast<int64_t*>(__builtin_alloca(static_cast<size_t>(a.table.inputs) * sizeof(int64_t)));
-  Work<W> work(a.table, a.keep, a.f, mix_for<W>(a.elect == kElectCount ? kElectCount : kElectMass, a.split, kVoteOnly),
-               rank);
+  Stage stage(a.table);
+  Work<W> work(stage.table(), a.keep, a.f,
+               mix_for<W>(a.elect == kElectCount ? kElectCount : kElectMass, a.split, kVoteOnly), rank);
   const Rule<W> rule{};
   for (int64_t r = 0; r < a.table.segments; ++r) {
     const Segment& s = a.table[r];
@@ -311,7 +315,7 @@ void votes_all(const VotesArgs& a) {
       counts[0] = counts[1] = 0;
       for (int64_t n; at < end; at += n) {
         n = block_length(s.e0 + at, end - at);
-        work.mixed(s, rule, at, n);
+        work.mixed(stage.block(s, at, n), rule, at, n);
         int32_t up = 0, down = 0;
         for (int64_t j = 0; j < n; ++j) up += work.out[j] > W(0), down += work.out[j] < W(0);
         counts[0] += up;

@@ -14,6 +14,8 @@ namespace FM_ISA {
 namespace {
 
 constexpr int64_t kAhead = 1024;  // elements; inputs are fetched this much earlier
+template <class T>
+constexpr int64_t kLine = 64 / sizeof(T);  // elements of a cache line
 
 // The inputs of a tile, from its first element on.
 struct Tile {
@@ -30,15 +32,12 @@ struct Tile {
 
 // ---- in registers -----------------------------------------------------------------------------------------
 
-// acc[k] += g (x[k] - b) for all models; the sums are in the order of T.
+// acc[k] += g (x[k] - b) of n < kLine elements from element e of the tile on.
 template <class T>
-void add_narrow(const Tile& t, float* acc) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  const int models = t.models(), inputs = models + 2;
-  for (int64_t e = 0; e < t.n; e += kStep) {
-    const int64_t m = t.n - e < kStep ? t.n - e : kStep;
-    if (e % kLine == 0)
-      for (int i = 0; i < inputs; ++i) __builtin_prefetch(t.input<T>(i) + e + kAhead);
+void add_few(const Tile& t, int64_t e, int64_t n, float* acc) {
+  const int models = t.models();
+  for (const int64_t end = e + n; e < end; e += kStep) {
+    const int64_t m = end - e < kStep ? end - e : kStep;
     T stage[kStep];
     Lanes gradient, base, v, sum;
     load16(whole_steps(t.input<T>(models + 1) + e, m, stage), gradient);
@@ -50,6 +49,41 @@ void add_narrow(const Tile& t, float* acc) {
       put16(sum + gradient * (v - base), to);
     }
   }
+}
+
+// The same of n elements, whole lines from the first on, and of N models; N = 0 stands for any number of them.
+template <class T, int N>
+__attribute__((noinline)) void add_lines(const Tile& t, int64_t n, float* acc) {
+  const int models = N ? N : t.models();
+  const T *base = t.input<T>(0), *gradient = t.input<T>(models + 1), *x[N ? N : 1];
+  for (int k = 0; k < N; ++k) x[k] = t.input<T>(k + 1);
+  for (int64_t row = 0; row < n; row += kLanes)
+    for (int64_t line = row; line < n && line < row + kLanes; line += kLine<T>) {
+      __builtin_prefetch(base + line + kAhead);
+      __builtin_prefetch(gradient + line + kAhead);
+      for (int k = 0; k < models; ++k) __builtin_prefetch((N ? x[k] : t.input<T>(k + 1)) + line + kAhead);
+      for (int64_t j = line; j < line + kLine<T>; j += kStep) {
+        Lanes g, b, v, sum;
+        load16(gradient + j, g);
+        load16(base + j, b);
+        float* to = acc + (j - row);
+        for (int k = 0; k < models; ++k, to += kLanes) {
+          load16((N ? x[k] : t.input<T>(k + 1)) + j, v);
+          load16(to, sum);
+          put16(sum + g * (v - b), to);
+        }
+      }
+    }
+}
+
+template <class T>
+void add_narrow(const Tile& t, float* acc) {
+  using Add = void (*)(const Tile&, int64_t, float*);
+  constexpr Add kNamed[] = {add_lines<T, 0>, add_lines<T, 1>, add_lines<T, 2>, add_lines<T, 3>, add_lines<T, 4>,
+                            add_lines<T, 5>, add_lines<T, 6>, add_lines<T, 7>, add_lines<T, 8>};
+  const int64_t whole = t.n & -kLine<T>;
+  kNamed[t.models() <= 8 ? t.models() : 0](t, whole, acc);
+  add_few<T>(t, whole, t.n - whole, acc);
 }
 
 // ---- by blocks --------------------------------------------------------------------------------------------

@@ -4,8 +4,7 @@
 // A tile is walked by chunks of kWide lanes, so that a chunk's running sums stay in the first-level cache; four
 // elements of each lane are widened at a time, so that a running sum is loaded and stored once per four products.
 // Elements past the end are widened to +0: a lane starts at +0 and can never become -0, so adding +0 changes nothing.
-#include "kernels.h"
-#include "tile.h"
+#include "coded.h"
 
 namespace fastmerge {
 namespace FM_ISA {
@@ -92,13 +91,13 @@ void sums(int m, bool diff, const W* x, W* acc) {
 // Widens up to kWide elements of one row of lanes; beyond the end of the tile (n elements from `at`) zeros. Rows are
 // 2048 elements apart, which no hardware foresees: what the next chunk will ask for (`ahead`) is fetched meanwhile.
 template <class W>
-void widen_row(int32_t code, int64_t address, int64_t at, int64_t start, int64_t n, int64_t ahead, W* dst) {
-  const int64_t size = size_of(code);
-  const char* next = reinterpret_cast<const char*>(address) + (at + ahead) * size;
+void widen_row(const Table& t, const Segment& s, int i, int64_t at, int64_t start, int64_t n, int64_t ahead, W* dst) {
+  const int64_t size = size_of(t.codes[i]);
+  const char* next = reinterpret_cast<const char*>(s.in[i]) + (at + ahead) * size;
   for (int64_t byte = 0; byte < kWide * size; byte += 64) __builtin_prefetch(next + byte);
   int64_t m = n - start < kWide ? n - start : kWide;
   if (m > 0)
-    load_any(code, address, at + start, m, dst);
+    load_input(t, s, i, at + start, m, dst);
   else
     m = 0;
   const int64_t whole = round_up(m);
@@ -123,10 +122,10 @@ void tile(const GramArgs& a, const Segment& s, int64_t at, int64_t n, W* scratch
       for (int u = 0; u < deep; ++u) {
         const int64_t start = (r + u) * kLanes + c * kWide;
         const int64_t ahead = c + 1 < used ? start + kWide : n + (r + u) * kLanes;
-        if (a.delta) widen_row(a.table.codes[0], s.in[0], at, start, n, ahead, base);
+        if (a.delta) widen_row(a.table, s, 0, at, start, n, ahead, base);
         for (int i = 0; i < m; ++i) {
           W* dst = x + i * kInput + u * kWide;
-          widen_row(a.table.codes[i + from], s.in[i + from], at, start, n, ahead, dst);
+          widen_row(a.table, s, i + from, at, start, n, ahead, dst);
           if (a.delta) FM_LOOP for (int64_t j = 0; j < kWide; ++j) dst[j] = dst[j] - base[j];
         }
       }

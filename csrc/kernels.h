@@ -58,6 +58,7 @@ struct CombineArgs {
   bool per_row;        // parameter row = group + e / row
   int64_t* nonfinite;  // [S], added to
   bool far;            // the caches will not be asked for the results: they are written past them
+  bool wide;           // computed in fp64, whatever the inputs are
 };
 
 struct GramArgs {
@@ -238,6 +239,19 @@ struct LowRankArgs {
 
 // Quantised weights: what a code is of. Those of 4 bits lie two in a byte, the first one low.
 enum Quantised : int32_t { kE4M3, kE5M2, kInt8, kInt4, kE2M1 };
+
+// What the address of a coded input leads to; scales, zeros and codes follow it. Logical indices say which elements are
+// read, so that all pieces of a run share it.
+struct Coded {
+  int64_t nbytes;        // of all of it
+  int64_t first, count;  // elements that are there, as logical indices; codes of 4 bits begin with an even one
+  int64_t scales, zeros,
+      codes;                // bytes from here on: fp32 of every block, of rows of blocks from `row` on; zeros 0 for
+  int64_t row;              // none; codes without gaps
+  int64_t height, columns;  // of a matrix
+  int64_t high, width;      // of a block
+  int64_t code;
+};
 
 // Elements first .. first + n of a row of codes, which starts at `codes`: (value - zero) * scale, in fp32.
 struct DequantiseRow {

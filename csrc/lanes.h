@@ -49,6 +49,17 @@ struct Lanes {
 struct Peak {
   Word n;
 };
+// In its place where all results are known to be finite.
+struct Unwatched {};
+FM_LANES void peak16(Unwatched&, Word) {}
+FM_LANES void peak32(Unwatched&, Vec) {}
+
+// In its place where values are finite and up to kNear - 1 units of their last place off: whether any came so near to
+// the middle between two of bf16 that the right one might have been rounded to the other. For bf16 on AVX2 and NEON.
+struct Near {
+  Word n;  // the least distance from kNear below the middle on
+};
+constexpr uint16_t kNear = 8;
 
 FM_LANES Lanes operator+(const Lanes& a, const Lanes& b) {
   Lanes r;
@@ -100,6 +111,12 @@ FM_LANES void peak32(Peak& t, Vec r) {
   t.n = _mm256_max_epi32(t.n, _mm256_and_si256(_mm256_castps_si256(r), _mm256_set1_epi32(0x7fffffff)));
 }
 
+constexpr bool kTellsNear = true;
+FM_LANES void clear(Near& t) { t.n = _mm256_set1_epi16(-1); }
+FM_LANES bool any(const Near& t) {
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi16(t.n, _mm256_min_epu16(t.n, _mm256_set1_epi16(2 * kNear))));
+}
+
 FM_LANES Lanes canonical(Lanes a) {
   if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(a.v[0], a.v[1], _CMP_UNORD_Q)), 0))
     for (Vec& x : a.v) x = _mm256_blendv_ps(x, _mm256_set1_ps(float_of(kNanF32)), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
@@ -111,23 +128,32 @@ FM_LANES void load16(const Bf16* p, Lanes& r) {
   r.v[0] = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
   r.v[1] = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(-65536)));
 }
-template <bool kStream = false>
-FM_LANES void store16(const Lanes& a, Bf16* p, Peak& t) {
+template <bool kStream = false, class P>
+FM_LANES void store16(const Lanes& a, Bf16* p, P& t) {
   const Word even = _mm256_castps_si256(a.v[0]), odd = _mm256_castps_si256(a.v[1]);
   const Word high = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
   const Word low = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa);
-  // Rounds up where low + 0x7fff + (high & 1) carries: avg adds one more and keeps the carry as its top bit.
-  const Word half = _mm256_and_si256(_mm256_or_si256(high, _mm256_set1_epi16(0x7ffe)), _mm256_set1_epi16(0x7fff));
-  const Word r = _mm256_add_epi16(high, _mm256_srli_epi16(_mm256_avg_epu16(low, half), 15));
+  // Rounds up where low is 0x8000 or more, less one where high is even: the top bit of that difference, from 0 on.
+  const Word even_high = _mm256_andnot_si256(high, _mm256_set1_epi16(1));
+  const Word r = _mm256_add_epi16(high, _mm256_srli_epi16(_mm256_subs_epu16(low, even_high), 15));
   put<kStream>(p, r);
   peak16(t, r);
+}
+// Half of a bf16's last place and kNear more are added: right unless what is left is at most twice kNear.
+template <bool kStream = false>
+FM_LANES void store16(const Lanes& a, Bf16* p, Near& t) {
+  const Word half = _mm256_set1_epi32(0x8000 + kNear);
+  const Word even = _mm256_add_epi32(_mm256_castps_si256(a.v[0]), half);
+  const Word odd = _mm256_add_epi32(_mm256_castps_si256(a.v[1]), half);
+  put<kStream>(p, _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa));
+  t.n = _mm256_min_epu16(t.n, _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa));
 }
 FM_LANES void load16(const Fp16* p, Lanes& r) {
   r.v[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   r.v[1] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
 }
-template <bool kStream = false>
-FM_LANES void store16(const Lanes& a, Fp16* p, Peak& t) {
+template <bool kStream = false, class P>
+FM_LANES void store16(const Lanes& a, Fp16* p, P& t) {
   const Word r = _mm256_set_m128i(_mm256_cvtps_ph(a.v[1], _MM_FROUND_TO_NEAREST_INT),
                                   _mm256_cvtps_ph(a.v[0], _MM_FROUND_TO_NEAREST_INT));
   put<kStream>(p, r);
@@ -150,6 +176,10 @@ FM_LANES void peak32(Peak& t, Vec r) {
   const Word magnitude = _mm_and_si128(_mm_castps_si128(r), _mm_set1_epi32(0x7fffffff));
   t.n = either(_mm_cmpgt_epi32(magnitude, t.n), magnitude, t.n);
 }
+
+constexpr bool kTellsNear = false;
+FM_LANES void clear(Near&) {}
+FM_LANES bool any(const Near&) { return true; }
 
 FM_LANES Lanes canonical(Lanes a) {
   const Vec some = _mm_or_ps(_mm_cmpunord_ps(a.v[0], a.v[1]), _mm_cmpunord_ps(a.v[2], a.v[3]));
@@ -193,8 +223,8 @@ FM_LANES void load16(const Bf16* p, Lanes& r) {
     r.v[2 * i + 1] = _mm_castsi128_ps(_mm_unpackhi_epi16(zero, x));
   }
 }
-template <bool kStream = false>
-FM_LANES void store16(const Lanes& a, Bf16* p, Peak& t) {
+template <bool kStream = false, class P>
+FM_LANES void store16(const Lanes& a, Bf16* p, P& t) {
   for (int i = 0; i < 2; ++i) {
     const Word r = _mm_packs_epi32(bf16_of(a.v[2 * i]), bf16_of(a.v[2 * i + 1]));
     put<kStream>(p + 8 * i, r);
@@ -209,8 +239,8 @@ FM_LANES void load16(const Fp16* p, Lanes& r) {
     r.v[2 * i + 1] = f32_of(_mm_unpackhi_epi16(x, zero));
   }
 }
-template <bool kStream = false>
-FM_LANES void store16(const Lanes& a, Fp16* p, Peak& t) {
+template <bool kStream = false, class P>
+FM_LANES void store16(const Lanes& a, Fp16* p, P& t) {
   for (int i = 0; i < 2; ++i) {
     const Word r = _mm_packs_epi32(fp16_of(a.v[2 * i]), fp16_of(a.v[2 * i + 1]));
     put<kStream>(p + 8 * i, r);
@@ -232,33 +262,47 @@ FM_LANES void peak32(Peak& t, Vec r) {
   t.n = vreinterpretq_u16_u32(vmaxq_u32(vreinterpretq_u32_u16(t.n), magnitude));
 }
 
+constexpr bool kTellsNear = true;
+FM_LANES void clear(Near& t) { t.n = vdupq_n_u16(0xffff); }
+FM_LANES bool any(const Near& t) { return vminvq_u16(t.n) <= 2 * kNear; }
+
 FM_LANES Lanes canonical(Lanes a) {
   for (Vec& x : a.v) x = vbslq_f32(vceqq_f32(x, x), x, vdupq_n_f32(float_of(kNanF32)));
   return a;
 }
-FM_LANES uint16x4_t bf16_of(Vec x) {
-  const uint32x4_t u = vreinterpretq_u32_f32(x);
-  const uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
-  return vshrn_n_u32(vaddq_u32(vaddq_u32(u, vdupq_n_u32(0x7fff)), odd), 16);
+FM_LANES Word bf16_of(Vec x, Vec y) {  // as for AVX2
+  const Word a = vreinterpretq_u16_f32(x), b = vreinterpretq_u16_f32(y);
+  const Word high = vuzp2q_u16(a, b), even_high = vbicq_u16(vdupq_n_u16(1), high);
+  return vsraq_n_u16(high, vqsubq_u16(vuzp1q_u16(a, b), even_high), 15);
 }
 FM_LANES void load16(const Bf16* p, Lanes& r) {
   for (int i = 0; i < 4; ++i)
     r.v[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p) + 4 * i), 16));
 }
-template <bool kStream = false>
-FM_LANES void store16(const Lanes& a, Bf16* p, Peak& t) {
+template <bool kStream = false, class P>
+FM_LANES void store16(const Lanes& a, Bf16* p, P& t) {
   for (int i = 0; i < 2; ++i) {
-    const Word r = vcombine_u16(bf16_of(a.v[2 * i]), bf16_of(a.v[2 * i + 1]));
+    const Word r = bf16_of(a.v[2 * i], a.v[2 * i + 1]);
     put<kStream>(p + 8 * i, r);
     peak16(t, r);
+  }
+}
+template <bool kStream = false>
+FM_LANES void store16(const Lanes& a, Bf16* p, Near& t) {  // as for AVX2
+  const uint32x4_t half = vdupq_n_u32(0x8000 + kNear);
+  for (int i = 0; i < 2; ++i) {
+    const Word x = vreinterpretq_u16_u32(vaddq_u32(vreinterpretq_u32_f32(a.v[2 * i]), half));
+    const Word y = vreinterpretq_u16_u32(vaddq_u32(vreinterpretq_u32_f32(a.v[2 * i + 1]), half));
+    put<kStream>(p + 8 * i, vuzp2q_u16(x, y));
+    t.n = vminq_u16(t.n, vuzp1q_u16(x, y));
   }
 }
 FM_LANES void load16(const Fp16* p, Lanes& r) {
   for (int i = 0; i < 4; ++i)
     r.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p) + 4 * i)));
 }
-template <bool kStream = false>
-FM_LANES void store16(const Lanes& a, Fp16* p, Peak& t) {
+template <bool kStream = false, class P>
+FM_LANES void store16(const Lanes& a, Fp16* p, P& t) {
   for (int i = 0; i < 2; ++i) {
     const Word r = vcombine_u16(vreinterpret_u16_f16(vcvt_f16_f32(a.v[2 * i])),
                                 vreinterpret_u16_f16(vcvt_f16_f32(a.v[2 * i + 1])));
@@ -276,6 +320,9 @@ FM_LANES void put(void* p, Word r) {
 FM_LANES void streamed() {}
 FM_LANES void clear(Peak& t) { t.n = 0; }
 FM_LANES void peak32(Peak& t, Vec r) { t.n = key_of(r) > t.n ? key_of(r) : t.n; }
+constexpr bool kTellsNear = false;
+FM_LANES void clear(Near&) {}
+FM_LANES bool any(const Near&) { return true; }
 FM_LANES Lanes canonical(Lanes a) {
   for (Vec& x : a.v) x = store<float>(x);
   return a;
@@ -284,15 +331,15 @@ template <class T>
 FM_LANES void load16(const T* p, Lanes& r) {
   for (int i = 0; i < 16; ++i) r.v[i] = load<float>(p[i]);
 }
-template <bool kStream = false, class T>
-FM_LANES void store16(const Lanes& a, T* p, Peak& t) {
+template <bool kStream = false, class T, class P>
+FM_LANES void store16(const Lanes& a, T* p, P& t) {
   for (int i = 0; i < 16; ++i) p[i] = store<T>(a.v[i]), peak32(t, load<float>(p[i]));
 }
 
 #endif
 
-template <bool kStream = false>
-FM_LANES void store16(const Lanes& a, float* p, Peak& t) {
+template <bool kStream = false, class P>
+FM_LANES void store16(const Lanes& a, float* p, P& t) {
   for (int i = 0; i < kParts; ++i) {
     Word r;
     memcpy(&r, &a.v[i], sizeof r);
@@ -305,20 +352,25 @@ constexpr uint32_t infinity(const Bf16*) { return 0x7f80; }
 constexpr uint32_t infinity(const Fp16*) { return 0x7c00; }
 constexpr uint32_t infinity(const float*) { return 0x7f800000; }
 
+// The largest lane, of the width of N.
+template <class N>
+FM_LANES uint32_t largest_of(const Peak& t) {
+  N lanes[sizeof(Word) / sizeof(N)];
+  uint32_t most = 0;
+  memcpy(lanes, &t.n, sizeof t.n);
+  for (const N n : lanes) most = n > most ? n : most;
+  return most;
+}
+
 // Whether all results of type T since clear() are finite.
 template <class T>
 FM_LANES bool all_finite(const Peak& t, const T* type) {
-  constexpr bool kNarrow = sizeof(T) == 2 && sizeof(Word) > 4;
-  uint16_t narrow[sizeof(Word) / 2];
-  uint32_t wide[sizeof(Word) / 4], most = 0;
-  memcpy(narrow, &t.n, sizeof t.n);
-  memcpy(wide, &t.n, sizeof t.n);
-  for (size_t i = 0; i < sizeof(Word) / (kNarrow ? 2 : 4); ++i) {
-    const uint32_t n = kNarrow ? narrow[i] : wide[i];
-    most = n > most ? n : most;
-  }
-  return most < (sizeof(Word) > 4 ? infinity(type) : 0x7f800000u);
+  if (sizeof(Word) == 4) return largest_of<uint32_t>(t) < 0x7f800000u;  // of the values in fp32
+  return (sizeof(T) == 2 ? largest_of<uint16_t>(t) : largest_of<uint32_t>(t)) < infinity(type);
 }
+
+// The largest magnitude since clear(), where peak32 alone was used; infinite or a NaN where one of the values was.
+FM_LANES float largest_magnitude(const Peak& t) { return float_of(largest_of<uint32_t>(t)); }
 
 // From the order of a storage type to the logical one, and back.
 template <class T>

@@ -3,6 +3,7 @@
 // count reads a block of the base once and each model once: four compares per key, sums in vectors; two where the
 // bracket is one key, as those of bf16 checkpoints often are. Keys strictly inside the bracket, about one in a hundred,
 // are found by a mask over 32 keys and appended at the end of the block.
+#include "coded.h"
 #include "fused.h"
 
 namespace fastmerge {
@@ -13,14 +14,16 @@ template <class W>
 void keys_all(const DeltaKeysArgs& a) {
   const int64_t models = a.table.inputs - 1;
   auto* out = static_cast<Key<W>*>(a.out);
+  Stage stage(a.table);
   alignas(64) W base[kBlock], d[kBlock];
   for (int64_t r = 0; r < a.table.segments; ++r) {
     const Segment& s = a.table[r];
     for (int64_t at = 0, n; at < s.length; at += n, out += n * models) {
       n = block_length(s.e0 + at, s.length - at);
-      base_block(a.table, s, at, n, base);
+      const Segment& block = stage.block(s, at, n);
+      base_block(stage.table(), block, at, n, base);
       for (int32_t i = 0; i < models; ++i) {
-        delta_block(a.table, s, i, at, n, a.deltas.round_code, base, d);
+        delta_block(stage.table(), block, i, at, n, a.deltas.round_code, base, d);
         if (a.deltas.drop) drop_delta(a.deltas, s, models, i, at, n, d);
         for (int64_t j = 0; j < n; ++j) out[j * models + i] = static_cast<Key<W>>(rank_key(d[j]));
       }
@@ -236,7 +239,10 @@ CountBlock count_for(const CountArgs& a) {
 }
 
 template <class W>
-void count_all(const CountArgs& a) {
+void count_all(const CountArgs& given) {
+  Stage stage(given.table);
+  CountArgs a = given;
+  a.table = stage.table();
   const int64_t models = a.table.inputs - 1;
   const CountBlock block = count_for<W>(a);
   for (int64_t r = 0; r < a.table.segments; ++r) {
@@ -247,7 +253,7 @@ void count_all(const CountArgs& a) {
       for (int64_t c = 0; c < models * 4; ++c) counts[c] = 0;
       for (int64_t n; at < end; at += n) {
         n = block_length(s.e0 + at, end - at);
-        block(a, s, at, n, counts);
+        block(a, stage.block(s, at, n), at, n, counts);
       }
     }
   }
@@ -262,12 +268,14 @@ inline W fold_lanes(W* lane) {
 
 // One tile of one model: the base is read again for each, so that two sets of lanes are all that is live.
 template <class W>
-void l1_tile(const L1Args& a, const Segment& s, int32_t i, int64_t at, int64_t end, int64_t block, double* sums) {
+void l1_tile(const L1Args& a, Stage& stage, const Segment& given, int32_t i, int64_t at, int64_t end, int64_t block,
+             double* sums) {
   const int64_t models = a.table.inputs - 1;
   alignas(64) W whole[kLanes] = {}, kept[kLanes] = {}, base[kBlock], d[kBlock];
   int64_t rank = 0;
   for (int64_t n; at < end; at += n) {
-    n = block_length(s.e0 + at, end - at);
+    n = block_length(given.e0 + at, end - at);
+    const Segment& s = stage.block(given, at, n, i);
     W* w = whole + ((s.e0 + at) & (kLanes - 1));
     W* k = kept + ((s.e0 + at) & (kLanes - 1));
     base_block(a.table, s, at, n, base);
@@ -285,15 +293,17 @@ void l1_tile(const L1Args& a, const Segment& s, int32_t i, int64_t at, int64_t e
 #if FM_FUSED
 // The same for tensors of one storage type and no trim.
 template <class T>
-void l1_fused(const L1Args& a, const Segment& s, int32_t i, int64_t at, int64_t end, int64_t block, double* sums) {
+void l1_fused(const L1Args& a, Stage& stage, const Segment& given, int32_t i, int64_t at, int64_t end, int64_t block,
+              double* sums) {
   const int64_t models = a.table.inputs - 1;
-  const auto *base = reinterpret_cast<const T*>(s.in[0]), *x = reinterpret_cast<const T*>(s.in[1 + i]);
-  const int32_t t = a.keep.drop ? a.keep.bern[s.group * models + i] : 65536;
+  const int32_t t = a.keep.drop ? a.keep.bern[given.group * models + i] : 65536;
   alignas(64) float whole[kLanes] = {}, kept[kLanes] = {};
   alignas(64) uint32_t drawn[kWords];
   for (int64_t n; at < end; at += n) {
-    const int64_t lane = (s.e0 + at) & (kLanes - 1);
-    n = block_length(s.e0 + at, end - at);
+    const int64_t lane = (given.e0 + at) & (kLanes - 1);
+    n = block_length(given.e0 + at, end - at);
+    const Segment& s = stage.block(given, at, n, i);
+    const auto *base = reinterpret_cast<const T*>(s.in[0]), *x = reinterpret_cast<const T*>(s.in[1 + i]);
     uint32_t *left = left_bits(a.keep, models, i, block++), *bits = left ? left : drawn;
     if (!left || !a.keep.given) drop_bits(t, s, a.keep.model_index[i], at, n, bits);
     add_magnitudes(x + at, base + at, bits, n, whole + lane, kept + lane);
@@ -304,7 +314,7 @@ void l1_fused(const L1Args& a, const Segment& s, int32_t i, int64_t at, int64_t 
 }
 #endif
 
-using L1Tile = void (*)(const L1Args&, const Segment&, int32_t, int64_t, int64_t, int64_t, double*);
+using L1Tile = void (*)(const L1Args&, Stage&, const Segment&, int32_t, int64_t, int64_t, int64_t, double*);
 
 template <class W>
 L1Tile l1_for(const L1Args& a) {
@@ -318,7 +328,10 @@ L1Tile l1_for(const L1Args& a) {
 }
 
 template <class W>
-void l1_all(const L1Args& a) {
+void l1_all(const L1Args& given) {
+  Stage stage(given.table);
+  L1Args a = given;
+  a.table = stage.table();
   const int64_t models = a.table.inputs - 1;
   const L1Tile tile = l1_for<W>(a);
   int64_t block = 0;
@@ -327,7 +340,7 @@ void l1_all(const L1Args& a) {
     double* sums = a.sums + s.stats * models * 2;
     for (int64_t at = 0, end; at < s.length; at = end, sums += models * 2) {
       end = at + tile_length(s.e0 + at, s.length - at);
-      for (int32_t i = 0; i < models; ++i) tile(a, s, i, at, end, block, sums + 2 * i);
+      for (int32_t i = 0; i < models; ++i) tile(a, stage, s, i, at, end, block, sums + 2 * i);
       block += blocks_of(end - at);
     }
   }

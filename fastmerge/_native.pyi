@@ -33,11 +33,13 @@ def combine(
     per_row: bool,
     nonfinite: _I64,
     far: bool = False,
+    wide: bool = False,
 ) -> None:
     """``sum c_i x_i / div``, or ``b + lambda (sum c_i (x_i - b) / div)``; coef [P, M], scale [P, 2], nonfinite [S].
 
     The parameter row is the segment's group, or group + e // row with ``per_row``. Counts of results that are not
     finite are added to ``nonfinite``. Results that are ``far``, as large ones always are, are written past the caches.
+    ``wide`` computes in fp64, whatever the inputs are.
     """
 
 def gram(table: _I64, ins: _I32, partials: _F64, delta: bool, diff: bool, per_row: bool) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ import torch
 import triton
 
 from ._ptx import unpacked
+
+log = logging.getLogger("fastmerge")
 
 Array = npt.NDArray[Any]
 
@@ -137,6 +140,28 @@ class Gpu:
             done.synchronize()
         return here
 
+    def graph(self, launches: list[Callable[[], None]]) -> Callable[[], None] | None:
+        """The launches as one CUDA graph, on whatever stream is current then; None where that cannot be.
+
+        They have run before: nothing is compiled or loaded meanwhile.
+        """
+        if self.device.type != "cuda" or INTERPRETED or torch.cuda.is_current_stream_capturing():
+            return None
+        found = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                found.capture_begin(capture_error_mode="thread_local")
+                try:
+                    for launch in launches:
+                        launch()
+                finally:
+                    found.capture_end()
+        except RuntimeError as error:  # the launches themselves do the same
+            log.warning("no CUDA graph of %d launches: %s", len(launches), error)
+            return None
+        replay: Callable[[], None] = found.replay
+        return replay
+
     def runner(self, launch: Launch) -> Callable[..., None]:
         """What a launch calls with its arguments, addresses (tensors in the interpreter) and constants."""
         if INTERPRETED:
@@ -173,6 +198,7 @@ class Call:
         self._sent = self._room = 0
         self._launches: list[Launch] = []
         self._bound: list[Callable[[], None]] | None = None
+        self._tried = False  # a graph of the launches
         self._here: torch.Tensor | None = None
         self._there: torch.Tensor | None = None
 
@@ -180,6 +206,11 @@ class Call:
     def scratch(self) -> int:
         """Bytes of device memory that the call takes."""
         return self._sent + self._room
+
+    @property
+    def shape(self) -> tuple[int, int, list[Launch]]:
+        """What does not depend on the tables' contents: their bytes, those of scratch, and the launches."""
+        return self._sent, self._room, self._launches
 
     # ---- preparing -----------------------------------------------------------------------------------------
 
@@ -213,10 +244,17 @@ class Call:
     # ---- running -------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Sends the tables and launches; the first time it also allocates, and compiles what is new."""
+        """Sends the tables and launches; the first time it also allocates, and compiles what is new.
+
+        From the second time on the launches are one graph, where the device has such and there are several.
+        """
         with self._gpu.turn():
             if self._bound is None:
                 self._bind()
+            elif not self._tried:
+                self._tried = True
+                graph = self._gpu.graph(self._bound) if len(self._bound) > 1 else None
+                self._bound = [graph] if graph is not None else self._bound
             if self._sent and self._bound:
                 assert self._there is not None
                 if self._here is None:
@@ -231,16 +269,30 @@ class Call:
         self._image[place.offset : place.offset + place.nbytes] = array.tobytes()
         self._here = None
 
+    def take(self, other: Call) -> bool:
+        """The tables of a call that has the same launches, for the runs to come; False where it has others."""
+        if self.shape != other.shape:
+            return False
+        self._given.clear()
+        self._image, self._here = other.image(), None
+        return True
+
     def release(self) -> None:
         """Gives the device's memory back, in the order of the stream; the next run gets some again."""
         self._there = self._bound = None
+        self._tried = False
 
-    def _bind(self) -> None:
+    def image(self) -> bytearray:
+        """The tables as they are sent."""
         if self._given:
             self._image = bytearray(self._sent)
             for offset, a in self._given:
                 self._image[offset : offset + len(a)] = a
             self._given.clear()
+        return self._image
+
+    def _bind(self) -> None:
+        self.image()
         self._there = self._gpu.allocate(self.scratch)
         sent = self._there.data_ptr()
         room = sent + self._sent

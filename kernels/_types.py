@@ -22,10 +22,10 @@ class Types:
         about: the arguments that say so to a launcher.
     """
 
-    def __init__(self, dtypes: Any) -> None:
-        """Takes the inputs' types, base first."""
+    def __init__(self, dtypes: Any, *, wide: bool = False) -> None:
+        """Takes the inputs' types, base first; ``wide`` where the work is fp64 whatever they are."""
         self.codes = [int(d.code) for d in dtypes]
-        self.wide = 0 in self.codes
+        self.wide = wide or 0 in self.codes
         self.about: dict[str, Any] = {"inputs": len(self.codes), "codes": pack(self.codes), "wide": self.wide}
 
     @property

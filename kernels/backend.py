@@ -57,9 +57,11 @@ class TritonKernels:
         """Itself."""
         return self
 
-    def sequence(self, segments: Any, order: I64 | None = None, *, per_row: bool = False) -> Sequence:
-        """The launches of a batch of whole tensors; the program adds its steps."""
-        return Sequence(self.gpu, segments, order, per_row=per_row)
+    def sequence(
+        self, segments: Any, order: I64 | None = None, *, per_row: bool = False, wide: bool = False
+    ) -> Sequence:
+        """The launches of a batch of whole tensors; the program adds its steps. ``wide`` works in fp64."""
+        return Sequence(self.gpu, segments, order, per_row=per_row, wide=wide)
 
     @staticmethod
     def ways(segments: Any) -> I64:
@@ -107,9 +109,11 @@ class TritonKernels:
 
     # ---- kernels ---------------------------------------------------------------------------------------
 
-    def combine(self, segments: Any, coef: Array, scale: Array, *, delta: bool, per_row: bool) -> None:
+    def combine(
+        self, segments: Any, coef: Array, scale: Array, *, delta: bool, per_row: bool, wide: bool = False
+    ) -> None:
         """Weighted sums into the output addresses; ``coef [P, M]``, ``scale [P, 2]`` (lambda, divisor)."""
-        s, types, call = segments, Types(segments.dtypes), Call(self.gpu)
+        s, types, call = segments, Types(segments.dtypes, wide=wide), Call(self.gpu)
         out, bad, table = int(s.out_dtype.code), self._bad(call, s), call.put(s.table)
         places = call.put(types.work(coef)), call.put(types.work(scale)), bad
         about = {"out": out, "delta": bool(delta), "div": bool((scale[:, 1] != 1).any()), "per_row": bool(per_row)}

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from . import combine, consensus, gram, l1, selection, solve, votes
 from ._call import Call, Gpu, Place
 from ._keep import Keep, cuts
-from ._launch import I64, tiles_of
+from ._launch import I64, bounds, tiles_of
 from ._types import Types
 
 Array = npt.NDArray[Any]
@@ -47,7 +47,9 @@ class Vectors(NamedTuple):
 class Sequence:
     """The launches of one batch of whole tensors."""
 
-    def __init__(self, gpu: Gpu, segments: Any, order: I64 | None = None, *, per_row: bool = False) -> None:
+    def __init__(
+        self, gpu: Gpu, segments: Any, order: I64 | None = None, *, per_row: bool = False, wide: bool = False
+    ) -> None:
         """Takes the tensors.
 
         Args:
@@ -55,9 +57,10 @@ class Sequence:
             segments: whole tensors; parameters have a row for each, in this order.
             order: in which they are laid out; None keeps the given one.
             per_row: sums and parameters belong to rows of the tensors.
+            wide: the work is fp64, whatever the inputs are.
         """
         self.call = Call(gpu)
-        self.types = Types(segments.dtypes)
+        self.types = Types(segments.dtypes, wide=wide)
         self._order = order
         self._per_row = per_row
         self._out = int(segments.out_dtype.code)
@@ -69,6 +72,7 @@ class Sequence:
         self._addressed: list[tuple[Place, I64, int]] = []
         self._tiles: Place | None = None
         self._bad: Place | None = None
+        self._selected: Place | None = None
         given = segments.nonfinite
         self._nonfinite = given if len(given) and not isinstance(given, np.ndarray) else None
         self._back: tuple[Place, Place] | None = None
@@ -168,10 +172,18 @@ class Sequence:
         self.call.launch(solve.model_stock_kernel, (-(-total // LANES),), args, *flags, num_warps=LANES // 32)
         return coef, scale
 
-    def combine(self, coef: Any, scale: Any, *, delta: bool, div: bool, vectors: Vectors | None = None) -> None:
-        """The weighted sum, from tables of the host (a row per tensor) or of the device (a row per vector)."""
-        if vectors is not None:
-            self.table[:, 5] = vectors.here[:-1]
+    def combine(self, coef: Any, scale: Any, *, delta: bool, div: bool, first: I64 | None = None) -> None:
+        """The weighted sum, from tables of the host or of the device.
+
+        Args:
+            coef: ``[P, M]``.
+            scale: ``[P, 2]``.
+            delta: as of the kernel.
+            div: as of the kernel.
+            first: ``[S]`` a tensor's first row of the tables, which have one per vector; None: one per tensor.
+        """
+        if first is not None:
+            self.table[:, 5] = first
             self._sent = None
         places = [p if isinstance(p, Place) else self._work(p) for p in (coef, scale)]
         about = {"out": self._out, "delta": delta, "div": div, "per_row": self._per_row}
@@ -193,11 +205,32 @@ class Sequence:
             call, types, self.table, table, self._rows, self._tile_prefix(), deltas, self._ordered(ranks),
             ties=ties, together=together,
         )  # fmt: skip
+        self._selected = found[2]
+        return self._trimmed(deltas, found, spread=ties == "spread")
+
+    def given(self, deltas: selection.Deltas, thr: Array, cut: I64, *, ties: str) -> Keep:
+        """The same from what is known: thresholds ``[S, N]`` and cuts ``[S, N, 3]``."""
+        found = np.concatenate([bounds(thr, wide=self.types.wide)[:, :, None], cut], axis=2)
+        queries = self.call.put(np.arange(len(found))), self.call.zeros((len(found),), np.int64)
+        places = (*queries, self.call.put(self._ordered(found)))
+        return self._trimmed(deltas, places, spread=ties == "spread")
+
+    def selected(self) -> list[tuple[Array, I64]]:
+        """Thresholds and cuts that the last run selected, of each tensor, in the order of the caller; waits."""
+        assert self._selected is not None
+        found = self.array(self._selected)
+        if self._order is not None:
+            found = found[np.argsort(self._order)]
+        return [(row[:, 0].astype(np.uint64), row[:, 1:].copy()) for row in found]
+
+    def _trimmed(self, deltas: selection.Deltas, found: tuple[Place, Place, Place], *, spread: bool) -> Keep:
+        """The keep pipeline of thresholds and cuts that are on the device."""
+        call, types = self.call, self.types
         size = (len(self.table), len(types.codes) - 1)
         outs = call.room(size, types.key), call.room(size, np.int64), call.room(size, np.int32)
         about = {"round_code": deltas.round_code, "drop": deltas.drop}
-        cuts(call, outs, table, found, deltas.models, deltas.bernoulli, **about, **types.about)
-        return Keep((deltas.models, deltas.bernoulli, *outs), (deltas.round_code, deltas.drop, True, ties == "spread"))
+        cuts(call, outs, self._table(), found, deltas.models, deltas.bernoulli, **about, **types.about)
+        return Keep((deltas.models, deltas.bernoulli, *outs), (deltas.round_code, deltas.drop, True, spread))
 
     def untrimmed(self, deltas: selection.Deltas) -> Keep:
         """The keep pipeline without a trim."""

@@ -78,9 +78,9 @@ def quiet(function):
 class Piece:
     """One row of a table, loaded."""
 
-    def __init__(self, segments, row):
+    def __init__(self, segments, row, *, wide=False):
         self.out, self.n, self.e0, self.row, self.key, self.group, self.stats, *addresses = (int(v) for v in row)
-        self.work = np.float64 if any(d.code == 0 for d in segments.dtypes) else np.float32
+        self.work = np.float64 if wide or any(d.code == 0 for d in segments.dtypes) else np.float32
         pairs = zip(addresses, segments.dtypes, strict=True)
         self.x = [widen(memory(a, self.n, d.code), d.code, self.work) for a, d in pairs]
 
@@ -125,8 +125,8 @@ class Piece:
         return out
 
 
-def pieces(segments):
-    return [Piece(segments, row) for row in segments.table]
+def pieces(segments, *, wide=False):
+    return [Piece(segments, row, wide=wide) for row in segments.table]
 
 
 def flat(keep):
@@ -141,8 +141,8 @@ class NumpyKernels:
         return None
 
     @quiet
-    def combine(self, segments, coef, scale, *, delta, per_row):
-        for n, p in enumerate(pieces(segments)):
+    def combine(self, segments, coef, scale, *, delta, per_row, wide=False):
+        for n, p in enumerate(pieces(segments, wide=wide)):
             row = np.full(p.n, p.group)
             if per_row:
                 row = p.group + (p.e0 + np.arange(p.n)) // p.row

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.gpu import renders
 from bench.gpu.calls import CALLS, LATTICE, MODEL, PROFILED, kinds
 from bench.gpu.data import KINDS
 from bench.gpu.merges import DEVICES, JUDGED, SPEED_METHODS, STATES
@@ -58,6 +59,10 @@ def faster(name: str, peer: str, least: float) -> Bar:
 
 BARS = (
     *(bar for name in CALLS for bar in call(name)),
+    *(
+        Bar(f"a session's render, {m} {MODEL}, other numbers, ms", "calls", [f"render {m} {MODEL}"], "ms", most=bar)
+        for m, bar in renders.BARS.items()
+    ),
     faster("ties", "mergekit", 18.0),
     faster("ties", "compile", 12.0),
     faster(f"ties {MODEL}", "mergekit", 20.0),

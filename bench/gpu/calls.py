@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.gpu import layout, peers, profiled
+from bench.gpu import layout, peers, profiled, renders
 from bench.gpu.data import KINDS, family
 from bench.gpu.eager import DENSITY, T
 from bench.gpu.plan import Absent, Context, Item, Row
@@ -132,7 +132,8 @@ def items(context: Context) -> Sequence[Item]:
 
     first = [item(f"{name} {LATTICE}", alone, name, LATTICE, needs=6) for name in CALLS]
     rest = [item(f"{name} {k}", alone, name, k) for name in CALLS for k in kinds(name)[1:]]
-    found = [*first, *rest, *(item(f"profile {name}", spent, name) for name in PROFILED)]
+    profiles = [item(f"profile {name}", spent, name) for name in PROFILED]
+    found = [*first, *rest, *profiles, *(item(f"render {m} {MODEL}", render, m, needs=8) for m in renders.BARS)]
     last = []
     for name in CALLS:
         found += [item(f"{name} {peer}", beside, name, peer, needs=6) for peer in ("eager", "mergekit")]
@@ -164,6 +165,12 @@ def alone(bench: Bench, name: str, kind: str) -> Row:
         "beyond MB": None if beyond is None else round(beyond / 1e6, 2),
         "model GB": round(one / 1e9, 3),
     }
+
+
+def render(bench: Bench, method: str) -> Row:
+    """A session's renders of the model."""
+    runs = RUNS if bench.warm else 1
+    return renders.rendered(bench, method, shapes(small=bench.device == "cpu"), runs, SECONDS)
 
 
 def nbytes(model: Any) -> int:

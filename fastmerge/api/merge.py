@@ -272,7 +272,7 @@ def _merge(
         finite = NonFinite(nan)
         results = Results(host(placed.chosen), planned.ops, nan)
         losses = Losses()
-        store = OpStore(planned.ops, files, writer, finite, placed.room, results, losses)
+        store = OpStore(planned.ops, files, writer, finite, placed.room, results, losses, placed.chosen.coded)
         program = placed.chosen.program
         runner = Runner(planned.ops, placed.jobs, store, placed.workers, program, slot=placed.slot)
         with progress(planned) if progress else nullcontext() as tick:

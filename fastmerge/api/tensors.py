@@ -353,7 +353,7 @@ def _on_cpu(ops: Sequence[Op], chosen: Backend, checkpoints: Sequence[Checkpoint
     slot = need(ops, whole=chosen.whole).best
     jobs = schedule(ops, slot=slot, elements=elements, whole=chosen.whole)
     with Files(checkpoints) as files:
-        store = OpStore(ops, files, results=Results(chosen, ops, "warn"))
+        store = OpStore(ops, files, results=Results(chosen, ops, "warn"), coded=chosen.coded)
         Runner(ops, jobs, store, workers, chosen.program, slot=slot).run()
     for checkpoint in checkpoints:
         checkpoint.recheck()

@@ -70,6 +70,10 @@ class Backend:
         """Whether tensors of a spec are never cut: definitions work on whole ones, and some programs do."""
         return spec.grain == "matrix" or self.defined(spec)
 
+    def coded(self, spec: Spec) -> bool:
+        """Whether its kernels take the quantised inputs of a spec as codes and scales, not as fp32."""
+        return self.name == "native" and spec.method.coded and not self.defined(spec)
+
     def program(self, ops: Sequence[Op]) -> Program:
         """The program of the ops of one job: of kernels where there are some, else of the definition."""
         first = ops[0].spec

@@ -14,12 +14,17 @@ if TYPE_CHECKING:
 
 I32: TypeAlias = "npt.NDArray[np.int32]"
 
+CODED = 4
+"""What kernels call inputs that are codes and scales."""
+
 _CODES: dict[tuple[int, ...], I32] = {}
 
 
 def codes(segments: Segments) -> I32:
     """Input types as the kernels take them."""
-    key = tuple(d.code for d in segments.dtypes)
+    key = tuple([d.code for d in segments.dtypes])
+    if segments.coded:
+        key = tuple([CODED if c else code for code, c in zip(key, segments.coded, strict=True)])
     if key not in _CODES:
         import numpy as np
 
@@ -60,10 +65,12 @@ class NativeKernels:
     def launcher(self) -> None:
         """None: kernels run at once."""
 
-    def combine(self, segments: Segments, coef: F64, scale: F64, *, delta: bool, per_row: bool) -> None:
+    def combine(
+        self, segments: Segments, coef: F64, scale: F64, *, delta: bool, per_row: bool, wide: bool = False
+    ) -> None:
         """Weighted sums into the output addresses."""
-        s = segments
-        self._native.combine(s.table, codes(s), s.out_dtype.code, coef, scale, delta, per_row, nonfinite(s), s.far)
+        s, bad = segments, nonfinite(segments)
+        self._native.combine(s.table, codes(s), s.out_dtype.code, coef, scale, delta, per_row, bad, s.far, wide)
 
     def gram(self, segments: Segments, partials: F64, *, delta: bool, diff: bool, per_row: bool) -> None:
         """Inner products of every tile."""

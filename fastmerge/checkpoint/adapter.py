@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastmerge.checkpoint import discover, hub
 from fastmerge.checkpoint.adapter_tensors import CONFIG, Found
 from fastmerge.checkpoint.header import TensorInfo, listing, read_header
 from fastmerge.checkpoint.model import Checkpoint, ShardFile
+from fastmerge.checkpoint.system import open_regular
 from fastmerge.checkpoint.update import Tokens, Update, stored_transposed
 from fastmerge.errors import CheckpointError
 
@@ -20,7 +22,23 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""``init_lora_weights`` that leave the base as it is; others (pissa, olora, ...) change it when training starts."""
+"""``init_lora_weights`` that leave the base as it is."""
+
+_CONVERTED = (
+    "save the adapter again with peft's path_initial_model_for_weight_conversion (it takes the adapter as it was "
+    "before training)"
+)
+_AGAIN = f"{_CONVERTED}, or merge it into its base with peft, which makes that change again"
+_GONE = f"{_CONVERTED}; peft does not make that change again when it loads the adapter, and merges something else"
+_CHANGING = {
+    "pissa_niter": _GONE,  # of random numbers
+    "pissa": _AGAIN,
+    "olora": _AGAIN,
+    "corda": _GONE,
+    "lora_ga": _GONE,
+    "loftq": "merge it with the quantised base that it was trained on, or with peft, which quantises the base again",
+}
+"""How ``init_lora_weights`` begin that change the base when training starts, and the way around."""
 
 _MERGED = "merge the adapter into its base with peft first"
 _OTHER = {
@@ -88,6 +106,10 @@ class Adapter:
             raise CheckpointError([f"{path / WEIGHTS}: {p}" for p in found.problems])
         odd = [key for key in sorted(config) if key not in _PLAIN and config[key] and key not in _OTHER]
         warnings = [f"{path / CONFIG}: settings that are not known are ignored: {listing(odd)}"] if odd else []
+        whole = found.replaced or tokens or any(u.magnitude for u in updates.values())
+        if not whole and _silent(path / WEIGHTS, updates.values()):
+            warnings.append(f"{path / WEIGHTS}: every update is zero, as of an adapter that was never trained, or that "
+                            f"peft loaded without its weights and saved again: the base stays as it is")  # fmt: skip
         # The settings are as much of what the adapter is as its tensors are.
         flag, replication = bool(config.get("fan_in_fan_out")), config.get("layer_replication") or []
         told: list[Any] = [header.digest, [[name, u.scale] for name, u in updates.items()], flag]
@@ -97,6 +119,34 @@ class Adapter:
         checkpoint = Checkpoint(ref, path, (file,), tensors, config, tuple(warnings))
         runs = tuple((first, end) for first, end in replication)
         return cls(checkpoint, updates, found.replaced, tokens, runs, flag)
+
+
+def _silent(path: Path, updates: Iterable[Update]) -> bool:
+    """Whether one factor of every update is zero: 4 KiB of one tell nearly always that it is not.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        fd = open_regular(path)
+        try:
+            return all(_zero(fd, u.a) or (u.b is not None and _zero(fd, u.b)) for u in updates)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read: {error.strerror}") from None
+
+
+def _zero(fd: int, info: TensorInfo) -> bool:
+    """Whether all bytes of a tensor are zero; a file that ends early is no business of this."""
+    at, step = info.offset, 1 << 12
+    end = at + info.nbytes
+    while at < end:
+        data = os.pread(fd, min(step, end - at), at)
+        if not data or data.count(0) < len(data):
+            return False
+        at, step = at + len(data), 1 << 20
+    return True
 
 
 def _unsupported(config: Mapping[str, Any]) -> list[str]:
@@ -110,10 +160,7 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
         if config.get(key) not in (None, False, [], {})
     ]
     if (init.lower() if isinstance(init, str) else init) not in _INITS:
-        found.append(
-            f"init_lora_weights {init!r:.80} changed the base when training started: save the adapter again with "
-            "peft's path_initial_model_for_weight_conversion, or merge it into its base with peft first"
-        )
+        found.append(f"init_lora_weights {init!r:.80} {_about(init)}")
     flags, maps = ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"), ("rank_pattern", "alpha_pattern")
     odd = [(k, "true or false") for k in flags if config.get(k) not in (None, False, True, [])]
     odd += [(k, "a map from patterns to numbers") for k in maps if not isinstance(config.get(k) or {}, Mapping)]
@@ -123,6 +170,15 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     if not isinstance(runs, list) or not all(map(_run, runs)):
         odd.append(("layer_replication", "pairs [first, end) with 0 <= first < end"))
     return found + [f"{key} {config[key]!r:.80}; expected {what}" for key, what in odd]
+
+
+def _about(init: Any) -> str:
+    """What an initialisation did to the base, and what to do about it."""
+    around = next((a for name, a in _CHANGING.items() if str(init).lower().startswith(name)), None)
+    if around is not None:
+        return f"changed the base when training started: {around}"
+    known = ", ".join(str(i).lower() for i in _INITS if i is not None)
+    return f"is not known, and may have changed the base when training started; expected {known}"
 
 
 def _run(value: Any) -> bool:

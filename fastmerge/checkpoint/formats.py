@@ -108,6 +108,11 @@ def settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return next((section.settings for section in _sections(config)), {})
 
 
+def not_floats(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether any tensor is of a type for no arithmetic."""
+    return not {info.dtype for info in tensors.values()} <= set(FLOATS)
+
+
 def quantised(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], found: Found | None = None
 ) -> tuple[list[str], tuple[str, ...]]:
@@ -126,7 +131,8 @@ def quantised(
     sections = list(_sections(config))
     read = {i.name for w in found.weights.values() for i in (*w.parts, *w.rest)} if found else frozenset[str]()
     signs: dict[str, list[str]] = {}
-    odd = {name: info for name, info in tensors.items() if info.dtype not in FLOATS and name not in read}
+    others = tensors.items() if not_floats(tensors) else ()
+    odd = {name: info for name, info in others if info.dtype not in FLOATS and name not in read}
     for name, info in odd.items():
         if sign := _packed_kind(name, info, tensors):
             signs.setdefault(sign, []).append(name)
@@ -138,11 +144,11 @@ def quantised(
     if not sections or problems:
         problems += [f"{where}: {section.key}: quantised with {section.how}" for section in sections]
         return problems, ()
-    narrow = [n for n, i in odd.items() if i.dtype.tag in _NARROW and len(i.shape) > 1 and not n.endswith("bias")]
+    codes = [n for n, i in odd.items() if i.dtype.tag in _NARROW and len(i.shape) > 1 and not n.endswith("bias")]
     scales = [name for name in tensors if _SCALES.search(name)] if not read and _SCALES.search(text) else []
-    if narrow or scales:
-        what, names = (f"weights of type {odd[narrow[0]].dtype.name}", narrow) if narrow else ("scales", scales)
-        lost = bool(narrow) and odd[narrow[0]].dtype.tag in _FLOAT8
+    if codes or scales:
+        what, names = (f"weights of type {odd[codes[0]].dtype.name}", codes) if codes else ("scales", scales)
+        lost = bool(codes) and odd[codes[0]].dtype.tag in _FLOAT8
         advice = f"without scales, which turn such codes into weights: {_LOST}" if lost else _INSTEAD
         said = f"and there are {what}: {listing(names)}: {advice}"
         return [f"{where}: {section.key}: quantised with {section.how}, {said}" for section in sections], ()

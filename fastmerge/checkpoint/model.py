@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint import content, discover, formats, hub, index
 from fastmerge.checkpoint.header import MAX_TENSORS, Seen, TensorInfo, listing, read_header
 from fastmerge.checkpoint.quantised import Found, Quantised, find
-from fastmerge.dtypes import FLOATS
 from fastmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+_NAME = attrgetter("name")
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Checkpoint:
             except CheckpointError as error:
                 problems.extend(error.problems)
                 continue
-            mine = {info.name: info for info in header.tensors}
+            mine = dict(zip(map(_NAME, header.tensors), header.tensors, strict=True))
             if not tensors.keys().isdisjoint(mine.keys()):
                 for name in (n for n in mine if n in tensors):
                     twice.setdefault(f"{files[tensors[name].file].path.name} and {file.name}", []).append(name)
@@ -143,7 +145,7 @@ class Checkpoint:
             warnings += odd
         problems += said
         packed = None
-        if quantised and any(info.dtype not in FLOATS for info in tensors.values()):
+        if quantised and formats.not_floats(tensors):
             packed = find([f.path for f in files], formats.settings(config), tensors)
         said, stale = formats.quantised(found.directory, config, tensors, packed)
         problems += said

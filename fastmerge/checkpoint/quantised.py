@@ -119,7 +119,7 @@ class _Search:
         self.tensors = tensors
         self.problems: dict[str, list[str]] = {}
         self.known: dict[tuple[object, ...], tuple[tuple[int, int, int], tuple[int, int]]] = {}
-        self.blocks, self.groups = [*_blocks(settings)], [*_groups(settings)]
+        self.blocks, self.groups = [*blocks(settings)], [*groups(settings)]
 
     def note(self, what: str, *names: str) -> None:
         """A problem of tensors."""
@@ -285,14 +285,14 @@ class _Search:
 _BESIDE = ("input_scale", "input_global_scale", "activation_scale")
 
 
-def _blocks(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+def blocks(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     """The sizes of blocks that a configuration names."""
     for found in (settings.get("weight_block_size"), *(w.get("block_structure") for w in _weights(settings))):
         if isinstance(found, list) and len(found) == 2 and all(isinstance(n, int) and n > 0 for n in found):
             yield found[0], found[1]
 
 
-def _groups(settings: Mapping[str, Any]) -> Iterator[int]:
+def groups(settings: Mapping[str, Any]) -> Iterator[int]:
     """The sizes of groups of columns that a configuration names."""
     sizes = [w.get("group_size") for w in _weights(settings)]
     yield from dict.fromkeys(n for n in sizes if isinstance(n, int) and n > 0)

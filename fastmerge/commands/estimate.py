@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastmerge.backends.choose import cpu_backend, device_for, expected_gpus
-from fastmerge.ops.sources import spared
+from fastmerge.ops.sources import all_spared
 from fastmerge.planning import Plan
 from fastmerge.runtime import budget as budgets
 from fastmerge.runtime.devices import cuda
@@ -72,6 +72,7 @@ def estimate(
     n, cached = (max(1, min(s.number, units) if gpus else s.number) for s in (slots, warm))
     reads = elements_time = 0.0
     again = writes = 0
+    spares = all_spared(ops)
     for job in jobs:
         kept = 0
         for o in job.ops:
@@ -82,7 +83,7 @@ def estimate(
                 reads += nbytes
                 continue
             passes = 2 if twice(ops, job) else 1
-            reads += passes * (nbytes - spared(ops[o])[0])
+            reads += passes * (nbytes - spares.get(o, (0, 0))[0])
             if passes > 1:
                 again, kept = again + nbytes - min(nbytes, keeps - kept), min(keeps, kept + nbytes)
             elements_time += spec.numel / (GPU_ELEMENT_RATE / passes if gpus else ELEMENT_RATE[spec.grain])

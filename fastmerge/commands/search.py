@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Continue the search in OUT; with a larger budget, go further.")
 @click.option("--dry-run", is_flag=True, help="Show the genes and the middle recipe; evaluate and write nothing.")
 @click.option("--budget", type=click.IntRange(1), help="Candidates to evaluate.  [default: that of FILE, else 100]")
+@click.option("--device", default="cpu", show_default=True, help="Of models: cpu, auto, cuda, or cuda:0,cuda:1.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
-def search(file: str, out: str, resume: bool, dry_run: bool, budget: int | None, quiet: bool) -> None:
+def search(file: str, out: str, resume: bool, dry_run: bool, budget: int | None, device: str, quiet: bool) -> None:
     """Look for the best merge of the space in FILE; OUT takes every evaluation, and the best recipe."""
     from fastmerge.search.document import Document, plain
     from fastmerge.search.space import Space
@@ -36,6 +37,7 @@ def search(file: str, out: str, resume: bool, dry_run: bool, budget: int | None,
     found = run(
         space,
         plain(document.evaluator),
+        device=device,
         sampler=plain(document.sampler),
         budget=wanted,
         directory=out,

@@ -161,8 +161,13 @@ class Method(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     needs: ClassVar[tuple[str, ...]] = ()
     """Kernels of its program that not every backend has."""
+    coded: ClassVar[bool] = False
+    """Whether its program reads inputs by kernels alone that take codes and scales: all but ``dot`` and
+    ``replicate``."""
     only_defined: ClassVar[str] = ""
     """Parameters of a method with a program that it does not take (see :meth:`gap`), as ``fastmerge methods`` says."""
+    wide: ClassVar[bool] = False
+    """Whether results of fp32 are computed in fp64: plain averages, which others compute with fused multiplications."""
     cases: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     """Parameter sets that tests and benches iterate: plain parameters (a sequence gives one value per model), and
     optionally ``preset``, ``models`` (how many non-base models; the contract decides otherwise) and ``base`` (true

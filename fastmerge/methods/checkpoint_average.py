@@ -39,8 +39,8 @@ class CheckpointAverage(Average):
     (1 + cos(pi t)) / 2; ``inverse_sqrt`` 1 - sqrt(t). ``ema``: c_0 = d^(N-1), c_j = (1 - d) d^(N-1-j) with the decay d.
 
     Shapes: ``x_j: [*S]`` -> ``[*S]``; each checkpoint is read once.
-    Numerics: coefficients in fp64 from +, -, *, / and square roots, the sum in fp32 (fp64 where an input is fp64) in
-    input order, one rounding; ``uniform`` and ``linear`` sum first and divide by N.
+    Numerics: coefficients in fp64 from +, -, *, / and square roots, the sum in fp32 (fp64 where an input is fp64 or the
+    result fp32) in input order, one rounding; ``uniform`` and ``linear`` sum first and divide by N.
     Paper: Tian et al. 2025, "WSM: Decay-Free Learning Rate Schedule via Checkpoint Merging", arXiv 2507.17634;
     uniform: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima", arXiv 1803.05407.
     """

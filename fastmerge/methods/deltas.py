@@ -33,6 +33,8 @@ def _rules(spec: Spec) -> Consensus:
 class TaskVectors(Method):
     """Methods of the consensus family: each says what :class:`Consensus` its parameters make, the rest follows."""
 
+    coded = True
+
     weight: tuple[float | None, ...] = per_model("coefficient of the model's task vector; null is 1/N")
     lam: float = shared("factor of the merged task vector", 1.0, name="lambda")
     delta_dtype: Literal["fp32", "base"] = shared("task vectors are exact, or rounded to the base's type", "fp32")

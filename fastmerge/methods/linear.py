@@ -34,6 +34,9 @@ def _tables(spec: Spec) -> tuple[tuple[float, ...], float]:
 class Average(Method):
     """Methods that say which coefficients and divisor a weighted sum of the inputs has; the rest follows."""
 
+    wide = True
+    coded = True
+
     @abstractmethod
     def table(self, spec: Spec) -> tuple[Sequence[float], float]:
         """One coefficient per input, and what their sum is divided by."""
@@ -51,7 +54,7 @@ class Average(Method):
 
         tables = PerSpec(_tables, ops)
         coef, scale = tables.rows(lambda t: t[0]), tables.rows(lambda t: (1.0, t[1]))
-        return CombineProgram(kernels, coef, scale, delta=False)
+        return CombineProgram(kernels, coef, scale, delta=False, wide=ops[0].spec.double)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +64,8 @@ class Linear(Average):
     .. math:: \frac{\sum_i w_i x_i}{\sum_i w_i} \quad\text{(without normalize: } \textstyle\sum_i w_i x_i)
 
     Shapes: ``x_i: [*S]`` -> ``[*S]``.
-    Numerics: fp32 (fp64 where an input is fp64) in input order, one division, one rounding. The weights are
-    summed in fp64; where the type could not hold them, a power of two takes weights and sum into its range.
+    Numerics: fp32 (fp64 where an input is fp64 or the result fp32) in input order, one division, one rounding. The
+    weights are summed in fp64; where the type could not hold them, a power of two takes weights and sum into its range.
     Paper: Wortsman et al. 2022, "Model soups", arXiv 2203.05482.
     """
 

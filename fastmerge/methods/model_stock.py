@@ -72,6 +72,7 @@ class ModelStock(Method):
     formula = "out = t mean(w) + (1 - t) w0, t = N cos th / (1 + (N - 1) cos th)"
     paper = "https://arxiv.org/abs/2403.19522"
     contract = Contract("required", least=2)
+    coded = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mergekit": {},
         "paper": {"floor": 0.0},

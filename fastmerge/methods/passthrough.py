@@ -29,8 +29,8 @@ class Passthrough(Method):
     .. math:: s\,x
 
     Shapes: ``x: [*S]`` -> ``[*S]``.
-    Numerics: fp32 (fp64 for fp64), one rounding; without a scale, and where the type stays, plans copy the
-    bytes and compute nothing.
+    Numerics: fp32 (fp64 for fp64 and for fp32 results), one rounding; without a scale, and where the type stays, plans
+    copy the bytes and compute nothing.
     Paper: none; the building block of frankenmerges such as SOLAR, arXiv 2312.15166.
     """
 
@@ -39,7 +39,9 @@ class Passthrough(Method):
     formula = "out = s x"
     paper = "https://arxiv.org/abs/2312.15166"
     contract = Contract("ignored", least=1, most=1)
+    coded = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mergekit": {}}
+    wide = True
     cases = ({}, {"scale": 0.5}, {"scale": -1.7}, {"scale": 0.0})
 
     scale: tuple[float | None, ...] = per_input("factor; null copies the bytes", None)
@@ -62,7 +64,7 @@ class Passthrough(Method):
 
         tables = PerSpec(_tables, ops)
         coef, scale = tables.rows(lambda t: t[0]), tables.rows(lambda t: (1.0, t[1]))
-        return CombineProgram(kernels, coef, scale, delta=False)
+        return CombineProgram(kernels, coef, scale, delta=False, wide=ops[0].spec.double)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,6 +132,7 @@ class Sce(Method):
     formula = "out = b + sum_A w_i d_i / sum_A w_i, w_i ~ mean(d_i^2), A = models whose delta has the elected sign"
     paper = "https://arxiv.org/abs/2408.07990"
     contract = Contract("required")
+    coded = True
     only_defined = "select_topk below 1"
     cases = (
         {},

@@ -108,6 +108,7 @@ class Slerp(Method):
     formula = "out = sin((1-t) th)/sin th a + sin(t th)/sin th b; (1-t) a + t b where |cos th| > threshold"
     paper = "https://dl.acm.org/doi/10.1145/325165.325242"
     contract = Contract("required", least=1, most=1)
+    coded = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mergekit": {},
         "task_vectors": {"t": 0.5, "scope": "row", "fallback": "all_rows"},

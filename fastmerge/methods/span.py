@@ -66,6 +66,8 @@ class Span(Method):
     With a base, the vectors are the task vectors, and their combination is added to it.
     """
 
+    coded = True
+
     difference: ClassVar[bool] = False
     """Whether the squared difference of the first two vectors is wanted as well."""
     undefined: ClassVar[str] = ""

@@ -65,7 +65,7 @@ def deltas_in_range(
 class CombineProgram(OnePass):
     """``(sum c_i x_i) / div``, or ``b + lambda (sum c_i (x_i - b)) / div``; ready at once."""
 
-    def __init__(self, kernels: Kernels, coef: F64, scale: F64, *, delta: bool) -> None:
+    def __init__(self, kernels: Kernels, coef: F64, scale: F64, *, delta: bool, wide: bool = False) -> None:
         """Takes the tables.
 
         Args:
@@ -73,20 +73,23 @@ class CombineProgram(OnePass):
             coef: ``[P, M]``, one row per tensor; with ``delta`` the base's coefficient is ignored.
             scale: ``[P, 2]`` lambda, divisor.
             delta: combine deltas from input 0 instead of the inputs.
+            wide: work in fp64, whatever the inputs are.
         """
         self._kernels = kernels
         self._coef = coef
         self._scale = scale
         self._delta = delta
+        self._wide = wide
 
     def bind(self, segments: Segments) -> Bound | None:
         """The same, as a launch."""
         if self._kernels.launcher is None:
             return None
-        s = self._kernels.launcher.sequence(segments)
+        s = self._kernels.launcher.sequence(segments, wide=self._wide)
         s.combine(self._coef, self._scale, delta=self._delta, div=bool((self._scale[:, 1] != 1).any()))
         return Launches(s)
 
     def apply(self, segments: Segments) -> None:
         """One kernel call."""
-        self._kernels.combine(segments, self._coef, self._scale, delta=self._delta, per_row=False)
+        tables = self._coef, self._scale
+        self._kernels.combine(segments, *tables, delta=self._delta, per_row=False, wide=self._wide)

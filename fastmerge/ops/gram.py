@@ -125,14 +125,23 @@ class GramProgram(Program):
         return self._tables is not None
 
     def bind(self, segments: Segments) -> Bound | None:
-        """Sums, solve and the weighted sum, one behind the other."""
-        if self._steps is None or self._kernels.launcher is None:
+        """Sums, solve and the weighted sum, one behind the other; the last alone where inner products were given."""
+        launcher, known, rows = self._kernels.launcher, self._tables, self._vectors.tolist()
+        if launcher is None or (known is None and self._steps is None):
             return None
-        s = self._kernels.launcher.sequence(segments, per_row=self._per_row)
+        s = launcher.sequence(segments, per_row=self._per_row)
+        if known is not None:
+            s.combine(*known, delta=self._delta, div=bool((known[1][:, 1] != 1).any()), first=self._first)
+            return Launches(s)
+        assert self._steps is not None
         vectors = s.gram(delta=self._delta, diff=self._diff)
         coef, scale = self._steps(s, vectors, self._ops)
-        s.combine(coef, scale, delta=self._delta, div=self._delta, vectors=vectors)
-        return Launches(s, self._ops, lambda bad, ops: refuse(ops, bad, self._vectors.tolist()))
+        s.combine(coef, scale, delta=self._delta, div=self._delta, first=vectors.here[:-1])
+
+        def check(_: Any, bad: int, ops: Sequence[Op]) -> None:
+            refuse(ops, bad, rows)
+
+        return Launches(s, self._ops, check, lambda s: np.split(s.array(vectors.sums), self._first[1:]))
 
     def pieces(self) -> I64 | None:
         """Everything."""

@@ -142,13 +142,16 @@ class Sequence(Protocol):
 class Launcher(Protocol):
     """What a backend offers whose kernels are launched, and run while the host goes on."""
 
-    def sequence(self, segments: Segments, order: I64 | None = None, *, per_row: bool = False) -> Any:
+    def sequence(
+        self, segments: Segments, order: I64 | None = None, *, per_row: bool = False, wide: bool = False
+    ) -> Any:
         """An empty :class:`Sequence` of whole tensors.
 
         Args:
             segments: whole tensors, each of its own group, in order.
             order: in which they are laid out.
             per_row: whether sums and coefficients belong to rows.
+            wide: whether the work is fp64, whatever the inputs are.
         """
 
     def ways(self, segments: Segments) -> I64:
@@ -165,8 +168,13 @@ class Kernels(Protocol):
     def supports(self, spec: Spec) -> str | None:
         """Why there is no kernel for a spec, so that its definition runs; None where there is one."""
 
-    def combine(self, segments: Segments, coef: F64, scale: F64, *, delta: bool, per_row: bool) -> None:
-        """``(sum c_i x_i) / div``, or ``b + lambda (sum c_i (x_i - b)) / div``; coef ``[P, M]``, scale ``[P, 2]``."""
+    def combine(
+        self, segments: Segments, coef: F64, scale: F64, *, delta: bool, per_row: bool, wide: bool = False
+    ) -> None:
+        """``(sum c_i x_i) / div``, or ``b + lambda (sum c_i (x_i - b)) / div``; coef ``[P, M]``, scale ``[P, 2]``.
+
+        With ``wide`` in fp64, whatever the inputs are.
+        """
 
     def gram(self, segments: Segments, partials: F64, *, delta: bool, diff: bool, per_row: bool) -> None:
         """Inner products of every tile into ``partials [R, pairs]``, from row ``stats`` of each segment on."""

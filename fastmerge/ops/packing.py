@@ -23,7 +23,7 @@ import numpy.typing as npt
 from fastmerge.dtypes import BF16, F16, F32, DType
 from fastmerge.errors import OutputError
 from fastmerge.ops.made import array
-from fastmerge.ops.quantised import I64, NUMBERS, Coding, F32Array, extension, powers, values
+from fastmerge.ops.quantised import I64, NUMBERS, Coding, F32Array, extension, two_to, values
 
 Rule = Literal["reciprocal", "power", "divide", "mx"]
 
@@ -114,8 +114,8 @@ class Packing:
         """Where the codes and the scales of elements ``e0 .. e0 + n`` go, which begin and end where they may be cut."""
         coding = self.coding
         half = 2 if coding.four else 1
-        rows = np.array([e0 // coding.columns, (e0 + n) // coding.columns - 1])
-        first, last = coding.scale_rows(rows).tolist()
+        first = coding.scale_rows(e0 // coding.columns)
+        last = coding.scale_rows((e0 + n) // coding.columns - 1)
         per = coding.grid[1] * self.scale.size
         codes, scales = target
         return (
@@ -166,9 +166,10 @@ class Packing:
     def _scales(self, most: F32Array) -> tuple[F32Array, F32Array, npt.NDArray[np.uint8]]:
         """Scales, what values are multiplied with (or divided by), and the scales as they are stored."""
         if self.rule == "mx":
-            exponent = ((most.view(np.uint32) + np.uint32(1 << 21)) >> np.uint32(23)).astype(np.int64) - 2
-            raw = np.clip(exponent, 0, 254).astype(np.uint8)
-            return powers()[raw], powers()[raw], raw.reshape(-1)
+            exponent = (most.view(np.uint32) + np.uint32(1 << 21)) >> np.uint32(23)
+            raw = (np.clip(exponent, 2, 256) - np.uint32(2)).astype(np.uint8)
+            scale = two_to(raw)
+            return scale, scale, raw.reshape(-1)
         one, limit = np.float32(1), np.float32(_MOST)
         with np.errstate(all="ignore"):
             if self.rule == "divide":
@@ -183,7 +184,7 @@ class Packing:
             if self.rule == "power":
                 bits = scale.view(np.uint32)
                 up = (bits >> np.uint32(23)) + ((bits & np.uint32(0x7FFFFF)) > 0)
-                scale = powers()[np.clip(up, 1, 253)]
+                scale = two_to(np.clip(up, 1, 253).astype(np.uint8))
             scale, raw = stored(scale, self.scale)
             if self.rule == "power" or self.scale is not F32:
                 factor = one / scale
@@ -213,7 +214,7 @@ def stored(scale: F32Array, dtype: DType) -> tuple[F32Array, npt.NDArray[np.uint
         )
         return (near.astype(np.uint32) << 16).view(np.float32), near.view(np.uint8).reshape(-1)
     raw = (bits >> np.uint32(23)).astype(np.uint8)  # powers of two
-    return powers()[raw], raw.reshape(-1)
+    return two_to(raw), raw.reshape(-1)
 
 
 def largest(x: I64, n: int, width: int, out: I64) -> None:

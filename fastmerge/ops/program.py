@@ -28,6 +28,12 @@ class Bound(Protocol):
     def move(self, segments: Segments, ops: Sequence[Op]) -> bool:
         """Turns to other tensors of the same specs, aligned alike; False where that cannot be done."""
 
+    def take(self, other: Bound) -> bool:
+        """Turns to the numbers of an equal program with the same tensors; False where its launches are others."""
+
+    def found(self) -> Sequence[Any]:
+        """What :meth:`Program.found` has, once all of it has run; waits. For programs that ask."""
+
     def release(self) -> None:
         """Keeps no memory of the device until the next run."""
 
@@ -50,7 +56,9 @@ class Program(Protocol):
         """True once :meth:`apply` may be called; False while a statistics pass is due."""
 
     def bind(self, segments: Segments) -> Bound | None:
-        """All passes over tensors in device memory at once; None where the backend, or the method, works pass by pass.
+        """All passes over tensors in device memory at once, but for those whose results were given.
+
+        None where the backend, or the method, works pass by pass.
 
         Args:
             segments: every group once, whole, in order.
@@ -100,32 +108,56 @@ class Launches:
     """A sequence of launches as a :class:`Bound`."""
 
     def __init__(
-        self, sequence: Steps, ops: Sequence[Op] = (), check: Callable[[int, Sequence[Op]], None] | None = None
+        self,
+        sequence: Steps,
+        ops: Sequence[Op] = (),
+        check: Callable[[Any, int, Sequence[Op]], None] | None = None,
+        found: Callable[[Any], Sequence[Any]] | None = None,
     ) -> None:
-        """Takes the sequence, its ops, and what raises the error of the vector whose sums are not finite."""
-        self._sequence = sequence
-        self._ops = ops
-        self._check = check
+        """Takes the sequence, its ops, and what is asked of it afterwards.
+
+        Args:
+            sequence: of launches.
+            ops: of its tensors.
+            check: raises the error of the vector whose sums are not finite.
+            found: reads what was found.
+        """
+        self.sequence = sequence
+        self.ops = ops
+        self.refuse = check
+        self.read = found
 
     def run(self) -> None:
         """Launches everything."""
-        self._sequence.run()
+        self.sequence.run()
 
     def move(self, segments: Segments, ops: Sequence[Op]) -> bool:
         """Other addresses and keys in the tables."""
-        self._sequence.move(segments)
-        self._ops = ops
+        self.sequence.move(segments)
+        self.ops = ops
         return True
+
+    def take(self, other: Bound) -> bool:
+        """The tables of the other, which need not run any more."""
+        if not isinstance(other, Launches) or not self.sequence.call.take(other.sequence.call):
+            return False
+        self.ops, self.refuse, self.read = other.ops, other.refuse, other.read
+        return True
+
+    def found(self) -> Sequence[Any]:
+        """Reads it."""
+        assert self.read is not None
+        return self.read(self.sequence)
 
     def release(self) -> None:
         """The scratch."""
-        self._sequence.call.release()
+        self.sequence.call.release()
 
     def check(self) -> None:
         """Waits and raises where a sum was not finite."""
-        wrong = self._sequence.wrong()
-        if wrong is not None and self._check is not None:
-            self._check(wrong, self._ops)
+        wrong = self.sequence.wrong()
+        if wrong is not None and self.refuse is not None:
+            self.refuse(self.sequence, wrong, self.ops)
 
 
 class OnePass(Program):

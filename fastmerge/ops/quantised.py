@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ from fastmerge.ops.spec import Source
 F32Array = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
+
+N = TypeVar("N", int, I64)
 
 PANEL = 1 << 19
 """Elements that are computed at a time, and one row at least."""
@@ -85,8 +87,8 @@ class Coding:
         """Whether two codes lie in a byte."""
         return self.code in FOUR_BITS
 
-    def scale_rows(self, rows: I64) -> I64:
-        """The row of the scales, of all matrices, for rows of all matrices."""
+    def scale_rows(self, rows: N) -> N:
+        """The row of the scales, of all matrices, for a row of all matrices, or for several."""
         return rows // self.rows * self.grid[0] + rows % self.rows // self.block[0]
 
 
@@ -190,8 +192,8 @@ class Dequantised:
         if coding.code == "int8" and size > 1:
             raw ^= 128
         at = coding.scale_rows(rows)
-        scales = self._scales(bring, int(at[0]), int(at[-1]) - int(at[0]) + 1)
-        zeros = self._zeros(bring, int(at[0]), len(scales)) if self.zero is not None else None
+        scales = self.multipliers(bring, int(at[0]), int(at[-1]) - int(at[0]) + 1)
+        zeros = self.zeros(bring, int(at[0]), len(scales)) if self.zero is not None else None
         codes = raw.ctypes.data + rows * stride - start * size
         at = (at - at[0]) * 4 * coding.grid[1]
         decode(
@@ -205,16 +207,16 @@ class Dequantised:
             to=to,
         )
 
-    def _scales(self, bring: Bring, first: int, rows: int) -> F32Array:
-        """Rows of scales of all matrices, as they are multiplied with."""
+    def multipliers(self, bring: Bring, first: int | I64, rows: int | I64) -> F32Array:
+        """Rows of scales of all matrices, as they are multiplied with; of several runs one behind the other."""
         width = self.coding.grid[1]
         scales = floats(self.scale, bring, first * width, rows * width)
         if self.divisor is not None:
             with np.errstate(all="ignore"):
                 scales = scales / floats(self.divisor, bring, 0, 1)
-        return scales.reshape(rows, width)
+        return scales.reshape(-1, width)
 
-    def _zeros(self, bring: Bring, first: int, rows: int) -> F32Array:
+    def zeros(self, bring: Bring, first: int, rows: int) -> F32Array:
         """Rows of zeros of all matrices."""
         assert self.zero is not None
         (height, width), size = self.coding.grid, self.zero.dtype.size
@@ -267,11 +269,12 @@ def decode(
             array(address, n, np.float32)[:] = found * array(scale, blocks, np.float32)[block]
 
 
-def floats(source: Source, bring: Bring, e0: int, n: int) -> F32Array:
-    """A run of scales as fp32; bytes are powers of two."""
-    dtype = source.dtype
-    raw = np.empty(n * dtype.size, np.uint8)
-    bring(source, np.array([[e0, n, raw.ctypes.data]], np.int64))
+def floats(source: Source, bring: Bring, e0: int | I64, n: int | I64) -> F32Array:
+    """Scales as fp32, of a run or of several ones; bytes are powers of two."""
+    dtype, counts = source.dtype, np.atleast_1d(n)
+    ends = np.cumsum(counts)
+    raw = np.empty(int(ends[-1]) * dtype.size, np.uint8)
+    bring(source, np.stack([np.atleast_1d(e0), counts, raw.ctypes.data + (ends - counts) * dtype.size], axis=1))
     if dtype is F32:
         return raw.view(np.float32)
     if dtype is BF16:
@@ -280,6 +283,13 @@ def floats(source: Source, bring: Bring, e0: int, n: int) -> F32Array:
         return raw.view(np.float16).astype(np.float32)
     if dtype.name == "float8_e4m3fn":
         return values(dtype.name)[raw]
+    return two_to(raw)
+
+
+def two_to(raw: U8) -> F32Array:
+    """``2^(b - 127)`` of bytes: their exponent is that of fp32, but for the first and the last one."""
+    if raw.size and raw.min() > 0 and raw.max() < 255:
+        return (raw.astype(np.uint32) << np.uint32(23)).view(np.float32)
     return powers()[raw]
 
 

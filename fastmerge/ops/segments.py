@@ -44,7 +44,8 @@ class Segments:
     of the tile, or of the row for methods that work by row, unless a program asked for it otherwise.
     Kernels add their non-finite outputs to ``nonfinite`` ``[S]``, which is empty where nobody asks; on a GPU it is a
     tensor of the device, so that counting does not wait. Results that are ``far`` are more than caches hold: kernels
-    may write them past these.
+    may write them past these. Of an input that is ``coded`` the address is that of its codes and scales
+    (:mod:`fastmerge.ops.coded`), the same for all elements: kernels find them by their logical indices.
     """
 
     table: I64
@@ -52,6 +53,18 @@ class Segments:
     out_dtype: DType
     nonfinite: I64 = field(default_factory=_no_counters)
     far: bool = False
+    coded: tuple[bool, ...] = ()
+
+    @property
+    def steps(self) -> list[int]:
+        """Bytes from an element of each input to the next."""
+        sizes = [d.size for d in self.dtypes]
+        return [0 if c else n for n, c in zip(sizes, self.coded, strict=True)] if self.coded else sizes
+
+    def pieces(self, table: I64, nonfinite: I64 | None = None) -> Segments:
+        """Other pieces of the same inputs; nobody asks for their non-finite outputs unless counters are given."""
+        counters = _no_counters() if nonfinite is None else nonfinite
+        return Segments(table, self.dtypes, self.out_dtype, counters, coded=self.coded)
 
     @property
     def outputs(self) -> int:

@@ -7,7 +7,9 @@ chunking gives the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 from fastmerge.dtypes import DType
@@ -132,11 +134,19 @@ def panel_bytes(spec: Spec, elements: int, pieces: int = 1) -> int:
     return sum(elements * size + (pieces + 1) * ALIGN for size in sizes)
 
 
+def kinds_of(ops: Iterable[Op]) -> frozenset[type]:
+    """The kinds of source that ops have. There may be tens of thousands, and nearly all plans have files alone."""
+    return frozenset(map(type, itertools.chain.from_iterable(map(_INPUTS, ops))))
+
+
 def inputs_of(source: Source) -> tuple[Source, ...]:
     """The sources that a source is made from in the end; itself where it is simply there."""
     if not _made(source):
         return (source,)
-    return tuple(i for s in source.inputs for i in inputs_of(s))
+    inputs = source.inputs
+    if {*map(type, inputs)} == {FileRange}:  # as nearly all are
+        return inputs
+    return tuple([i for s in inputs for i in inputs_of(s)])
 
 
 def results_of(source: Source) -> Iterator[Result]:
@@ -157,11 +167,19 @@ def spared(op: Op) -> tuple[int, int]:
     return read, op.spec.out_dtype.nbytes(op.spec.numel) - op.spec.stored
 
 
+def all_spared(ops: Sequence[Op]) -> dict[int, tuple[int, int]]:
+    """:func:`spared` of the ops that spare anything, by position."""
+    if not kinds_of(ops) - {FileRange, Memory} and not any(spec.packing for spec in {op.spec for op in ops}):
+        return {}
+    return {o: found for o, op in enumerate(ops) if any(found := spared(op))}
+
+
 def workspace(source: Source) -> int:
     """Most bytes beside the slot while a source is brought to it."""
     return source.workspace if _made(source) else 0
 
 
+_INPUTS = attrgetter("inputs")
 _KINDS: dict[type, bool] = {FileRange: False, Result: True}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from fastmerge.dtypes import DType
+from fastmerge.dtypes import F32, DType
 
 if TYPE_CHECKING:
     from fastmerge.methods.base import Method
@@ -53,7 +53,7 @@ class Spec:
         models: position of each other input among the recipe's non-base models (random numbers use it).
         numel: elements of the result; 1 for a 0-d one.
         row: length of the last dimension; a tensor of fewer than two dimensions is one row.
-        double: whether the arithmetic is fp64: exactly when an input is.
+        double: whether the arithmetic is fp64: where an input is, and for fp32 results of methods that ask for it.
         grain: how far the work may be cut.
         packing: how results are written that are stored as codes and scales; ``out_dtype`` is fp32 then.
         batch: equal for tensors of one kernel call: method, types, inputs, every parameter that is no number, and
@@ -86,7 +86,8 @@ class Spec:
         self.packing = packing
         self.numel = math.prod(shape)
         self.row = shape[-1] if len(shape) > 1 else self.numel
-        self.double = any(d.code == 0 for d in dtypes)
+        averaged = method.wide and out_dtype is F32 and packing is None
+        self.double = averaged or any(d.code == 0 for d in dtypes)
         self.grain: Grain = method.grain(self)
         self.workspace: int = method.workspace(self)
         what = type(method), method.gap(), method.wants(), method.words

@@ -30,31 +30,52 @@ def by_kind(kinds: Sequence[Hashable], build: Callable[[list[int]], Program]) ->
 class _Bounds:
     """Several, one behind the other."""
 
-    def __init__(self, parts: Sequence[Bound], rows: Sequence[tuple[I64, Segments]], whole: Segments) -> None:
-        self._parts = parts
-        self._rows = rows
+    def __init__(
+        self, parts: Sequence[Bound], rows: Sequence[tuple[I64, Segments]], whole: Segments, asked: Sequence[bool]
+    ) -> None:
+        self.parts = parts
+        self.rows = rows
         self._whole = whole
+        self.asked = asked
 
     def run(self) -> None:
         """Starts each."""
-        for part in self._parts:
+        for part in self.parts:
             part.run()
         if len(self._whole.nonfinite):
-            for rows, some in self._rows:
+            for rows, some in self.rows:
                 self._whole.nonfinite[rows] = some.nonfinite
 
     def move(self, segments: Segments, ops: Sequence[Op]) -> bool:
         """Not possible."""
         return False
 
+    def take(self, other: Bound) -> bool:
+        """Of each, where they are the same tensors."""
+        if not isinstance(other, _Bounds) or len(other.parts) != len(self.parts):
+            return False
+        pairs = zip(self.rows, other.rows, strict=True)
+        if not all(np.array_equal(mine[0], theirs[0]) for mine, theirs in pairs):
+            return False
+        self.asked = other.asked
+        return all(mine.take(theirs) for mine, theirs in zip(self.parts, other.parts, strict=True))
+
+    def found(self) -> Sequence[Any]:
+        """Of each; None for tensors of which nothing was asked."""
+        out: list[Any] = [None] * len(self._whole)
+        for part, (rows, _), asked in zip(self.parts, self.rows, self.asked, strict=True):
+            for row, one in zip(rows.tolist(), part.found(), strict=True) if asked else ():
+                out[row] = one
+        return out
+
     def release(self) -> None:
         """Of each."""
-        for part in self._parts:
+        for part in self.parts:
             part.release()
 
     def check(self) -> None:
         """Of each."""
-        for part in self._parts:
+        for part in self.parts:
             part.check()
 
 
@@ -124,7 +145,8 @@ class SplitProgram(Program):
             if bound is None:
                 return None
             made.append(bound)
-        return _Bounds(made, [(rows, some) for _, rows, some in parts], segments)
+        asked = [self._parts[n][1].asks() is not None for n, _, _ in parts]
+        return _Bounds(made, [(rows, some) for _, rows, some in parts], segments, asked)
 
     def _cut(self, segments: Segments) -> list[tuple[int, I64, Segments]]:
         owner = self._part[segments.table[:, GROUP]]
@@ -133,7 +155,7 @@ class SplitProgram(Program):
             rows = np.flatnonzero(owner == n)
             table = segments.table[rows]
             table[:, GROUP] = self._local[table[:, GROUP]]
-            out.append((n, rows, Segments(table, segments.dtypes, segments.out_dtype, np.zeros(len(rows), np.int64))))
+            out.append((n, rows, segments.pieces(table, np.zeros(len(rows), np.int64))))
         return out
 
     def resident(self, segments: Segments) -> None:

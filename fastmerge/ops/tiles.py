@@ -46,7 +46,7 @@ def number(segments: Segments, *, per_row: bool = False) -> tuple[Segments, I64,
     ends = np.cumsum(tiles)
     table[:, STATS] = ends - tiles
     spans = np.stack([table[:, GROUP], first, tiles], axis=1)
-    return Segments(table, segments.dtypes, segments.out_dtype, segments.nonfinite), spans, int(tiles.sum())
+    return segments.pieces(table, segments.nonfinite), spans, int(tiles.sum())
 
 
 def gather(partials: Sequence[Partial], tiles: I64) -> npt.NDArray[Any]:

@@ -286,22 +286,28 @@ def _giver(recipe: Recipe, models: Models, given: Mapping[str, Checkpoint]) -> C
 
 
 def _compare(recipe: Recipe, models: Models, donor: ModelRef) -> list[str]:
-    """What the configurations of the models say otherwise than the donor's, which the output takes.
+    """What the configurations of the models say otherwise than the donor's, and how they are quantised otherwise.
 
     Raises:
         RecipeError: where layers are taken over from a model in which they compute something else.
     """
     mine = models.checkpoints[donor].config
     configs = {ref: c.config for ref, c in models.checkpoints.items() if c.config != mine}
+    out: list[str] = []
+    if any(c.quantised for c in models.checkpoints.values()):
+        from fastmerge.planning import quantisation
+
+        every = [(str(ref), c) for ref, c in models.checkpoints.items()]
+        out = quantisation.disagreements(str(donor), models.checkpoints[donor], every)
     if not configs:
-        return []
+        return out
     from fastmerge.planning import compare as comparing
 
     alone = {part.sources[0].model for part in recipe.parts if part.ranges and len(part.sources) == 1}
     problems = comparing.strangers(str(donor), mine, [(str(r), c) for r, c in configs.items() if r in alone])
     if problems:
         raise RecipeError(problems)
-    return comparing.disagreements(str(donor), mine, [(str(r), c) for r, c in configs.items()])
+    return comparing.disagreements(str(donor), mine, [(str(r), c) for r, c in configs.items()]) + out
 
 
 def _by_row(recipe: Recipe, models: Models, modules: Modules) -> list[Checkpoint]:

@@ -112,7 +112,7 @@ class Experts(NamedTuple):
 
     def of(self, role: str, expert: int, *, bias: bool = False) -> str:
         """The tensor of one expert, where each has its own."""
-        return f"{self._module}.{expert}.{_leaf(self.spelling.roles, role)}.{'bias' if bias else 'weight'}"
+        return f"{self._module}.{expert}.{self._tail(role, bias=bias)}"
 
     def stack(self, role: str, *, bias: bool = False) -> str:
         """The stack that holds a role."""
@@ -130,7 +130,11 @@ class Experts(NamedTuple):
         kinds = (False, True) if self.biased else (False,)
         if self.spelling.stacks:
             return [self.stack(role, bias=b) for role in (UP, DOWN) for b in kinds]
-        return [self.of(role, e, bias=b) for e in range(self.number) for role in self.roles for b in kinds]
+        module, tails = self._module, [self._tail(role, bias=b) for role in self.roles for b in kinds]
+        return [f"{module}.{e}.{tail}" for e in range(self.number) for tail in tails]
+
+    def _tail(self, role: str, *, bias: bool) -> str:
+        return f"{_leaf(self.spelling.roles, role)}.{'bias' if bias else 'weight'}"
 
     @property
     def _module(self) -> str:

@@ -74,10 +74,12 @@ def relay(models: Models, refs: Sequence[ModelRef], wanted: Layout) -> list[str]
     beside: dict[str, tuple[int, ...]] | None = None
     for ref in refs:
         if ref != first and beside is None:
-            beside = _beside(models.tensors(first), find(models.tensors(first), models.config(first)))
+            beside = _beside(models.tensors(first), experts[first])
         done = _relaid(models.tensors(ref), experts[ref], frame, beside or {})
         if done is not None:
             models.relay(ref, done)
+            if ref == first:
+                experts[first] = find(done.tensors, models.config(first))
             whose = f"as {str(first)!r} has them" if wanted == "base" else wanted
             out.append(f"{str(ref)!r}: experts are laid out {whose}: {done.what}")
     return out
@@ -115,6 +117,7 @@ def _relaid(
     """A model's tensors with its experts spelled as the reference does; None where they are."""
     made: dict[str, tuple[dict[str, TensorInfo], Callable[[Take], Source]]] = {}
     groups: dict[str, dict[str, TensorInfo]] = {}  # new tensors, by the first one that goes in
+    known: dict[tuple[str, ...], tuple[dict[str, TensorInfo], DType]] = {}
     gone: set[str] = set()
     moved: list[tuple[str, Spelling, Spelling]] = []
     said: Counter[str] = Counter()
@@ -132,8 +135,10 @@ def _relaid(
                 info = tensors[build]
                 groups.setdefault(build, {})[name] = info
                 continue
-            inputs = {n: tensors[n] for n in build.names}
-            dtype = functools.reduce(promote, {_computed(i.dtype) for i in inputs.values()})
+            if build.names not in known:  # thousands of tensors may be made of one
+                inputs = {n: tensors[n] for n in build.names}
+                known[build.names] = inputs, functools.reduce(promote, {_computed(i.dtype) for i in inputs.values()})
+            inputs, dtype = known[build.names]
             info = TensorInfo(name, dtype, build.shape, MADE, 0, dtype.nbytes(math.prod(build.shape)))
             groups.setdefault(build.names[0], {})[name] = info
             made[name] = inputs, build.source
@@ -174,10 +179,8 @@ def _formulas(own: Experts, new: Experts) -> list[tuple[str, _Formula | str]]:
     if same:
         return list(zip(new.names, own.names, strict=True))
     if not new.spelling.stacks:
-        for e in range(own.number):
-            for role in new.roles:
-                out += [(new.of(role, e, bias=b), _single(own, role, e, bias=b)) for b in kinds]
-        return out
+        made = [_single(own, role, e, bias=b) for e in range(own.number) for role in new.roles for b in kinds]
+        return list(zip(new.names, made, strict=True))
     for role in (UP, DOWN):
         for bias in kinds:
             straight = role == DOWN or own.spelling.woven == new.spelling.woven
@@ -239,13 +242,15 @@ def _matrix(own: Experts, role: str, e: int, take: Take, *, bias: bool) -> Sourc
     """One matrix of an expert as ``[out, in]``, or its bias."""
     if not own.spelling.stacks:
         return take(own.of(role, e, bias=bias))
-    block = _straight(own, role, e, take, bias=bias)
     if role == DOWN or not own.spelling.gated:
-        return block
+        return _straight(own, role, e, take, bias=bias)
     if own.spelling.woven:
-        return _rows(block, np.arange(role == UP, 2 * own.inner, 2))
+        return _rows(_straight(own, role, e, take, bias=bias), np.arange(role == UP, 2 * own.inner, 2))
     shape = (own.inner,) if bias else (own.inner, own.hidden)
-    return Part(block, math.prod(shape) * (role == UP), shape)
+    half = math.prod(shape)
+    if own.spelling.turned and not bias:
+        return Part(_straight(own, role, e, take, bias=bias), half * (role == UP), shape)
+    return Part(take(own.stack(role, bias=bias)), half * (2 * e + (role == UP)), shape)
 
 
 def _straight(own: Experts, role: str, e: int, take: Take, *, bias: bool) -> Source:

@@ -57,6 +57,9 @@ def shown(names: Sequence[str], most: int = 3) -> str:
 def unwrapped(names: Iterable[str]) -> dict[str, str] | None:
     """New name by old one where training wrappers (DDP, FSDP, ``torch.compile``) left theirs; None where none did."""
     names = list(names)
+    text = "\n" + "\n".join(names)
+    if not any(left in text for left in ("\nmodule.", "_orig_mod.", "_wrapped_module.")):
+        return None  # searched at once, as there may be tens of thousands
     out = {n: _MODULE.sub("", _WRAPPER.sub("", n)) for n in names}
     changed = any(new != old for old, new in out.items())
     return out if changed and len(set(out.values())) == len(names) else None

@@ -169,21 +169,45 @@ class Outputs:
     ) -> tuple[list[tuple[Source, ...]], list[_Drawn]]:
         """Inputs where a model has an adapter, 8-bit floats, or rows for other tokens."""
         copied = len(members) == 1 and self.wanted is None
-        inputs, drawn = [], []
+        sources: list[list[Source]] = []
+        wanted: list[list[DType]] = []
+        for i, column in zip(members, columns, strict=True):
+            if part.sources[i].unchanged and self.vocabulary is None:
+                sources.append([*_ranges(column, part.positions[i])])
+                wanted.append([info.dtype for info in column])
+            else:
+                pairs = [part.sources[i].source(info, copied=copied) for info in column]
+                sources.append([source for source, _ in pairs])
+                wanted.append([dtype for _, dtype in pairs])
+        inputs = [*zip(*sources, strict=True)]
+        if self.vocabulary is not None:
+            inputs = self._other_rows(self.vocabulary, part, rows, members, columns, inputs)
+        types = [tuple([s.dtype for s in mine]) for mine in inputs]
+        made = [{*map(type, mine)} != {FileRange} for mine in inputs]
+        fields = zip(types, zip(*wanted, strict=True), made, strict=True)
+        return inputs, [*map(of_fields, itertools.repeat(_Drawn), fields)]
+
+    def _other_rows(
+        self,
+        vocabulary: Vocabulary,
+        part: _Part,
+        rows: Sequence[Row],
+        members: tuple[int, ...],
+        columns: Sequence[Sequence[TensorInfo]],
+        inputs: Sequence[tuple[Source, ...]],
+    ) -> list[tuple[Source, ...]]:
+        """Inputs with the rows that the tokens of the output have in them."""
         refs = [part.refs[i] for i in members]
         anchor = refs.index(part.anchor) if part.anchor in refs else None
-        for row, *infos in zip(rows, *columns, strict=True):
-            pairs = [part.sources[i].source(info, copied=copied) for i, info in zip(members, infos, strict=True)]
-            sources = tuple([s for s, _ in pairs])
-            if self.vocabulary is not None:
-                try:
-                    sources = self.vocabulary.sources(row.name, refs, [i.name for i in infos], sources, anchor)
-                except RecipeError as e:
-                    self.notes.recipe |= dict.fromkeys(e.problems)
-            made = any(type(s) is not FileRange for s in sources)
-            inputs.append(sources)
-            drawn.append(_Drawn(tuple([s.dtype for s in sources]), tuple([d for _, d in pairs]), made))
-        return inputs, drawn
+        out = []
+        for row, sources, *infos in zip(rows, inputs, *columns, strict=True):
+            found = sources
+            try:
+                found = vocabulary.sources(row.name, refs, [i.name for i in infos], sources, anchor)
+            except RecipeError as e:
+                self.notes.recipe |= dict.fromkeys(e.problems)
+            out.append(found)
+        return out
 
     def _first(self, row: Row, part: _Part, members: tuple[int, ...], key: _Key, *, single: bool) -> Spec | None:
         """The spec of a row, and of all that are like it; None where something is wrong."""

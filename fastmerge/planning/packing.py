@@ -249,7 +249,8 @@ def placed(
 
 def entries(made: Iterable[Op], packed: Mapping[str, tuple[Entry, Entry]]) -> list[Entry]:
     """The tensors of the output's files."""
-    out: list[Entry] = []
-    for op in made:
-        out += packed.get(op.name, (Entry(op.name, op.spec.out_dtype, op.spec.shape),))
-    return out
+    pairs = [(op.name, op.spec) for op in made]
+    plain = {spec: (spec.out_dtype, spec.shape) for spec in {spec for _, spec in pairs}}
+    if not packed:
+        return [Entry(name, *plain[spec]) for name, spec in pairs]
+    return [entry for name, spec in pairs for entry in packed.get(name) or (Entry(name, *plain[spec]),)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,14 +84,14 @@ class Plan:
         copied = [op.inputs for op in self.ops if op.spec.grain == "copy"]
         merged = [op.inputs for op in self.ops if op.spec.grain != "copy"]
         for what, every in (("copied", copied), ("merged", merged)):
-            for inputs in every:
-                for source in inputs:
-                    if type(source) is FileRange:
-                        used[source.model][source.info.name] = what
-                        continue
-                    for part in inputs_of(source):
-                        if isinstance(part, FileRange):
-                            used[part.model][part.info.name] = what
+            for source in itertools.chain.from_iterable(every):
+                if type(source) is FileRange:
+                    info, model = source
+                    used[model][info.name] = what
+                    continue
+                for part in inputs_of(source):
+                    if isinstance(part, FileRange):
+                        used[part.model][part.info.name] = what
         return Account.of(list(zip(refs, self.checkpoints, strict=True)), used, self.dropped)
 
     def summary(self) -> dict[str, Any]:
@@ -121,7 +122,9 @@ class Plan:
             kind = spec.out_dtype.name if packing is None else f"{packing.coding.code} and scales"
             dtypes[kind] += nbytes
             read += sum([d.nbytes(spec.numel) for d in spec.dtypes]) * count
-        read -= sum([spared(op)[0] for op in self.ops if any(type(s) is not FileRange for s in op.inputs)])
+        kinds = {kind for op in self.ops for kind in map(type, op.inputs)}
+        if any(hasattr(kind, "stored") for kind in kinds):
+            read -= sum([spared(op)[0] for op in self.ops])
         models = [str(ref) for ref in self.recipe.refs]
         stages = [name for name, _ in self.documents if name]
         if stages:

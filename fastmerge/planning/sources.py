@@ -60,6 +60,7 @@ class ModelSources:
         self.unchanged = self._plain = not adapters and not dtypes & FLOAT8 and not self._quantised
         self._changes: Changes | None = None
         self._relaid: Mapping[str, tuple[Mapping[str, TensorInfo], Callable[[Callable[[str], Source]], Source]]] = {}
+        self._ranges: dict[str, FileRange] = {}
         self._stored: dict[str, str] = {}  # name of the file's tensor, of tied ones that have none of their own
         if adapters:
             from fastmerge.planning.applied import Applied, Changes
@@ -175,6 +176,8 @@ class ModelSources:
         """
         if info.file == MADE:
             infos, build = self._relaid[info.name]
+            if self._plain:
+                return build(lambda name: self._range(infos[name].name)), info.dtype
             parts = {name: self.source(i) for name, i in infos.items()}
             return build(lambda name: parts[name][0]), functools.reduce(promote, {d for _, d in parts.values()})
         if self._plain:
@@ -190,6 +193,13 @@ class ModelSources:
         if changed and self._changes is not None:
             source = self._changes.applied(name, source)
         return source, dtype
+
+    def _range(self, name: str) -> Source:
+        """A tensor of a file, of which thousands of others may be made."""
+        known = self._ranges.get(name)
+        if known is None:
+            known = self._ranges[name] = FileRange(self._files[name], self._model)
+        return known
 
     def _found(self, name: str) -> Source:
         """A tensor of the model, as its files have it."""

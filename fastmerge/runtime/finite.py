@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from fastmerge.dtypes import DType
 from fastmerge.errors import OutputError
-from fastmerge.ops.segments import HEADER, LENGTH, OUT, Segments
+from fastmerge.ops.coded import values_at
+from fastmerge.ops.segments import E0, HEADER, LENGTH, OUT, Segments
 from fastmerge.ops.spec import Op
 from fastmerge.runtime.schedule import Unit
 
@@ -48,8 +49,12 @@ class NonFinite:
             more = HEADER + len(segments.dtypes)
             outs = [(a, _nonfinite(a, row[LENGTH], segments.out_dtype)) for a in (row[OUT], *row[more:])]
             given = np.zeros(row[LENGTH], bool)
-            for address, dtype in zip(row[HEADER:more], segments.dtypes, strict=True):
-                given |= _nonfinite(address, row[LENGTH], dtype)
+            coded = segments.coded or [False] * len(segments.dtypes)
+            for address, dtype, codes in zip(row[HEADER:more], segments.dtypes, coded, strict=True):
+                if codes:
+                    given |= ~np.isfinite(values_at(address, row[E0], row[LENGTH]))
+                else:
+                    given |= _nonfinite(address, row[LENGTH], dtype)
             made = sum(int((bad & ~given).sum()) for _, bad in outs)
             total = sum(int(bad.sum()) for _, bad in outs)
             if made:

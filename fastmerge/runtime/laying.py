@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from fastmerge.checkpoint import Place, of_fields
+from fastmerge.ops.coded import Coded, fits
+from fastmerge.ops.coded import coded as coded_input
 from fastmerge.ops.packing import Packed
 from fastmerge.ops.sources import ALIGN, FileRange, Made, Memory, Result
 from fastmerge.ops.spec import Op, Source, Spec
@@ -14,6 +16,7 @@ from fastmerge.runtime.schedule import BLOCK
 
 if TYPE_CHECKING:
     from fastmerge.ops.packing import Packing
+    from fastmerge.ops.quantised import Dequantised
 
 
 class Run(NamedTuple):
@@ -40,12 +43,14 @@ class Laid(NamedTuple):
         bases: address of every run, by input.
         reads: rows (fd, offset, address, nbytes), one per run in a file.
         made: (source, first element, elements, address).
+        coded: which inputs are codes and scales; empty where none is.
     """
 
     end: int
     bases: list[list[int]]
     reads: list[tuple[int, int, int, int]]
-    made: list[tuple[Made | Result, int, int, int]]
+    made: list[tuple[Made | Result | Coded, int, int, int]]
+    coded: tuple[bool, ...] = ()
 
 
 def runs_of(spec: Spec, ops: Sequence[Op], firsts: Sequence[int], lengths: Sequence[int]) -> list[list[Run]]:
@@ -79,6 +84,15 @@ def _column(sources: Sequence[Source], firsts: Sequence[int], sizes: Sequence[in
     if head is not None:
         runs.append(of_fields(Run, (head, begin, end - begin, pieces)))
     return runs
+
+
+def coded_in(spec: Spec, runs: Sequence[Sequence[Run]]) -> tuple[bool, ...]:
+    """Which inputs of a unit kernels can take as codes and scales; empty where there are none."""
+    found = [
+        all(fits(run.source, run.start, run.nbytes // d.size) for run in column)
+        for d, column in zip(spec.dtypes, runs, strict=True)
+    ]
+    return tuple(found) if any(found) else ()
 
 
 def spread(
@@ -135,6 +149,7 @@ def lay(
     cursor: int,
     fd: Callable[[FileRange], int],
     cold: Sequence[bool] = (),
+    coded: Sequence[bool] = (),
 ) -> Laid:
     """Places for the runs of every input, from an address on.
 
@@ -144,19 +159,25 @@ def lay(
         cursor: the first free byte.
         fd: what the reads know a file by.
         cold: which reads go past the page cache; they get blocks of their own. None of them, where it is empty.
+        coded: which inputs are codes and scales; none of them, where it is empty.
     """
     reads: list[tuple[int, int, int, int]] = []
-    made: list[tuple[Made | Result, int, int, int]] = []
+    made: list[tuple[Made | Result | Coded, int, int, int]] = []
     bases: list[list[int]] = []
-    for dtype, column in zip(spec.dtypes, runs, strict=True):
+    for dtype, column, codes in zip(spec.dtypes, runs, coded or [False] * len(runs), strict=True):
         at: list[int] = []
-        for source, start, nbytes, _ in column:
+        for source, start, size, _ in column:
+            nbytes = size
             if type(source) is Memory:
                 at.append(source.address + start * dtype.size)
                 continue
             cursor = (cursor + ALIGN - 1) & -ALIGN
             past = False
-            if type(source) is not FileRange:
+            if codes:
+                packed = cast("Coded", coded_input(cast("Dequantised", source)))
+                made.append((packed, start, nbytes // dtype.size, cursor))
+                nbytes = packed.room(start, nbytes // dtype.size)
+            elif type(source) is not FileRange:
                 made.append((cast("Made", source), start, nbytes // dtype.size, cursor))
             elif nbytes:
                 past = bool(cold) and cold[len(reads)]
@@ -168,4 +189,4 @@ def lay(
             if past:
                 cursor = -(-cursor // BLOCK) * BLOCK
         bases.append(at)
-    return Laid(cursor, bases, reads, made)
+    return Laid(cursor, bases, reads, made, tuple(coded))

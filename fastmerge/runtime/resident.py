@@ -38,7 +38,7 @@ def resident(ops: Sequence[Op], backend: Backend) -> None:
         OutputError: of a method, once everything has been launched.
     """
     started: list[tuple[Bound, tuple[object, ...] | None]] = []
-    with _current(backend.home):
+    with current(backend.home):
         try:
             for batch, segments in batches(ops):
                 bound, key = _kept(batch, segments, backend)
@@ -56,7 +56,7 @@ def resident(ops: Sequence[Op], backend: Backend) -> None:
                         _KEPT.pop(next(iter(_KEPT)), None)
 
 
-def _current(home: str) -> AbstractContextManager[Any]:
+def current(home: str) -> AbstractContextManager[Any]:
     """Makes the tensors' device the current one."""
     if not home.startswith("cuda"):
         return nullcontext()
@@ -68,7 +68,7 @@ def _current(home: str) -> AbstractContextManager[Any]:
 
 def bind(ops: Sequence[Op], backend: Backend) -> list[Bound]:
     """The same, to be run as often as wanted: for what binds, that is kernels of a device."""
-    with _current(backend.home):
+    with current(backend.home):
         bound = [backend.program(batch).bind(segments) for batch, segments in batches(ops)]
     return [b for b in bound if b is not None]
 

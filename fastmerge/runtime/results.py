@@ -19,7 +19,18 @@ import numpy as np
 from fastmerge.backends.choose import Backend
 from fastmerge.ops.program import Program
 from fastmerge.ops.segments import TILE, Segments, segment_table
-from fastmerge.ops.sources import ALIGN, PANEL, PIECES, Result, panel, panel_bytes, results_of
+from fastmerge.ops.sources import (
+    ALIGN,
+    PANEL,
+    PIECES,
+    FileRange,
+    Memory,
+    Result,
+    kinds_of,
+    panel,
+    panel_bytes,
+    results_of,
+)
 from fastmerge.ops.spec import Op
 from fastmerge.runtime.finite import NanPolicy, NonFinite
 from fastmerge.runtime.making import KEPT
@@ -53,7 +64,8 @@ class Results:
         self._lock = threading.Lock()
         self._free: list[Any] = []
         self._known: OrderedDict[int, _Solution] = OrderedDict()
-        self._most = KEPT * max((sum(1 for s in op.inputs for _ in results_of(s)) for op in ops), default=0)
+        made = [op.inputs for op in ops] if kinds_of(ops) - {FileRange, Memory} else []
+        self._most = KEPT * max((sum(1 for s in inputs for _ in results_of(s)) for inputs in made), default=0)
 
     def make(self, store: Inputs, runs: Sequence[tuple[Result, int, int, int]]) -> None:
         """Makes runs (result, first element, elements, address); small tensors of one kind together."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from fastmerge.checkpoint import Files, Place, Writer
 from fastmerge.errors import CheckpointError
+from fastmerge.ops.coded import Coded
 from fastmerge.ops.packing import Packed
 from fastmerge.ops.segments import HEADER, I64, OUT, Segments, segment_table
 from fastmerge.ops.sources import FileRange, Made, Memory, Result
@@ -18,7 +19,7 @@ from fastmerge.ops.spec import Op, Source, Spec
 from fastmerge.runtime.devices import Buffer
 from fastmerge.runtime.finite import NonFinite
 from fastmerge.runtime.kept import NOTHING, Kept, Room
-from fastmerge.runtime.laying import Laid, Run, lay, outs_of, runs_of, spread
+from fastmerge.runtime.laying import Laid, Run, coded_in, lay, outs_of, runs_of, spread
 from fastmerge.runtime.losses import Losses
 from fastmerge.runtime.results import Results
 from fastmerge.runtime.schedule import BLOCK, Job, Unit
@@ -38,6 +39,7 @@ class OpStore:
         room: memory for inputs that would be read twice from a disk.
         results: makes those of other ops; None where no op takes any.
         losses: takes what codes are wrong by; None where nothing is written as codes.
+        coded: whether kernels take the quantised inputs of a spec as codes and scales.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class OpStore:
         room: Room = NOTHING,
         results: Results | None = None,
         losses: Losses | None = None,
+        coded: Callable[[Spec], bool] = lambda _: False,
     ) -> None:
         self._ops = ops
         self._files = files
@@ -56,6 +59,7 @@ class OpStore:
         self._finite = finite
         self._results = results
         self._losses = losses
+        self._coded = coded
         self._kept: Kept[Laid] = Kept(room)
         self._members: dict[int, Mapping[int, int]] = {}
 
@@ -88,7 +92,8 @@ class OpStore:
         outs, end = outs_of(ops, firsts, lengths, spec.out_dtype.size, laid.end)
         _check(end, buffer)
         table = segment_table(ops, [group_of[o] for o in numbers], firsts, lengths, outs, inputs)
-        return Segments(table, spec.dtypes, spec.out_dtype, np.zeros(len(table), np.int64))
+        counters = np.zeros(len(table), np.int64)
+        return Segments(table, spec.dtypes, spec.out_dtype, counters, coded=laid.coded)
 
     def _inputs(
         self, spec: Spec, runs: Sequence[Sequence[Run]], unit: Unit, buffer: Buffer, *, once: bool, keep: bool
@@ -101,7 +106,8 @@ class OpStore:
         kept = self._kept.laid(unit)
         if kept is not None:
             return kept._replace(end=buffer.address)
-        laid = lay(spec, runs, buffer.address, self._fd)
+        coded = coded_in(spec, runs) if self._coded(spec) else ()
+        laid = lay(spec, runs, buffer.address, self._fd, coded=coded)
         _check(laid.end, buffer)
         home: Buffer | None = None
         rows = np.array(laid.reads, np.int64)
@@ -110,7 +116,7 @@ class OpStore:
             home = self._kept.take()
             cold = cold if home is not None else []
         if home is not None or any(cold):
-            moved = lay(spec, runs, (home or buffer).address, self._fd, cold)
+            moved = lay(spec, runs, (home or buffer).address, self._fd, cold, coded)
             if home is not None:
                 _check(moved.end, home)
             if home is not None or moved.end - laid.end <= buffer.nbytes - unit.nbytes:  # beside the results
@@ -156,14 +162,19 @@ class OpStore:
         self._make(laid.made)
         return spread(spec, runs, laid.bases, lengths), laid.end
 
-    def _make(self, made: Sequence[tuple[Made | Result, int, int, int]]) -> None:
+    def _make(self, made: Sequence[tuple[Made | Result | Coded, int, int, int]]) -> None:
         results = [(source, e0, n, address) for source, e0, n, address in made if isinstance(source, Result)]
         if results:
             assert self._results is not None
             self._results.make(self, results)
+        coded: dict[Coded, list[tuple[int, int, int]]] = {}
         for source, e0, n, address in made:
-            if not isinstance(source, Result):
+            if isinstance(source, Coded):
+                coded.setdefault(source, []).append((e0, n, address))
+            elif not isinstance(source, Result):
                 source.fill(self.bring, e0, n, address)
+        for packed, runs in coded.items():
+            packed.fill(self.bring, np.array(runs, np.int64))
 
     def _fd(self, source: FileRange) -> int:
         assert self._files is not None

@@ -204,10 +204,10 @@ def cut(segments: Segments, pieces: I64) -> Segments:
     out[:, OUT] = 0
     out[:, LENGTH] = pieces[:, 2]
     out[:, E0] = pieces[:, 1]
-    sizes = [d.size for d in segments.dtypes]
-    out[:, HEADER : HEADER + len(sizes)] += shift[:, None] * np.array(sizes, np.int64)
-    out[:, HEADER + len(sizes) :] = 0
-    return Segments(out, segments.dtypes, segments.out_dtype, np.zeros(len(out), np.int64))
+    steps = segments.steps
+    out[:, HEADER : HEADER + len(steps)] += shift[:, None] * np.array(steps, np.int64)
+    out[:, HEADER + len(steps) :] = 0
+    return segments.pieces(out, np.zeros(len(out), np.int64))
 
 
 def compute(program: Program, segments: Segments) -> None:

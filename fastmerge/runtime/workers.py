@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from fastmerge.errors import Interrupted
 from fastmerge.ops.program import Program
 from fastmerge.ops.segments import Segments
-from fastmerge.ops.sources import spared
+from fastmerge.ops.sources import all_spared
 from fastmerge.ops.spec import Op
 from fastmerge.runtime.devices import Buffer, Device
 from fastmerge.runtime.schedule import Job
@@ -69,7 +69,7 @@ class Runner:
         self._store = store
         self._devices = devices
         self._factory = program
-        self._spared = {o: found for o, op in enumerate(ops) if any(found := spared(op))}
+        self._spared = all_spared(ops)
         self._alone = len(devices) == 1 or sum(len(j.units) for j in jobs) == 1
         self.stats = Stats()
         self._queue = Queue(ops, jobs, slot, self._make, store)

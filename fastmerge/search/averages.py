@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.api.call import dtype_of
-from fastmerge.dtypes import F64, DType
+from fastmerge.dtypes import F32, F64, DType
 from fastmerge.errors import RecipeError, ShapeError
 from fastmerge.methods.base import Contract
 from fastmerge.methods.linear import Average
@@ -246,7 +246,7 @@ def _placed(found: Mapping[str, _Input], targets: Mapping[str, torch.Tensor], ho
                 problems.append(text)
             continue
         dtype = getattr(torch, kind.name)
-        wide = torch.float64 if kind is F64 else torch.float32
+        wide = torch.float64 if kind in (F64, F32) else torch.float32
         direct = target.dtype == dtype and target.is_contiguous() and str(target.device) == home
         made = target if direct else torch.empty(shape, dtype=dtype, device=home)
         out[name] = _Tensor(sources, wide, shape, target, made)

@@ -99,6 +99,7 @@ def search(
     *,
     model: Any = None,
     session: Renderer | None = None,
+    device: str = "cpu",
     sampler: str | Mapping[str, Any] | Sampler = "genetic",
     budget: int = 100,
     directory: str | os.PathLike[str] | None = None,
@@ -122,8 +123,10 @@ def search(
             (:func:`~fastmerge.search.evaluators.named`), or ``eval_fn(model, eval_data) -> float``; the larger the
             better.
         model: a module of the shape of the candidates, which is overwritten; None merges the middle of the space on
-            disk and loads that with transformers.
-        session: renders; None opens a :class:`fastmerge.Session` of the models of the space, on the CPU.
+            disk, loads that with transformers and moves it to the session's device, the first of several.
+        session: renders; None opens a :class:`fastmerge.Session` of the models of the space.
+        device: of that session: ``cpu``, ``cuda``, ``cuda:0,cuda:1``, or ``auto``. Candidates are the same on all of
+            them; what an evaluator makes of them may differ in rounding.
         sampler: a name of :data:`~fastmerge.search.samplers.SAMPLERS`, ``{name: options}``, or a fresh sampler.
         budget: candidates that are evaluated on all items; one that a race drops costs what it took.
         directory: for the files of the search; None keeps it in memory.
@@ -146,6 +149,7 @@ def search(
         RecipeError: an argument is wrong; or what a recipe, the sampler or the evaluator says.
         OutputError: the directory has another search, or one and ``resume`` is not set.
         NoSpace: the disk is full; what was evaluated is kept, and ``resume`` goes on.
+        BackendUnavailable: the device cannot be used here.
     """
     made = space if isinstance(space, Space) else Space(space)
     scored = evaluator(
@@ -171,7 +175,7 @@ def search(
     with ExitStack() as stack:
         journal = Journal(directory, facts, resume=resume)
         stack.callback(journal.close)
-        scene = _Scene(made, scored, names, model, session, stack, journal)
+        scene = _Scene(made, scored, names, model, session, device, stack, journal)
 
         refused: list[FastMergeError] = []
 
@@ -235,22 +239,27 @@ class _Scene:
         objectives: Sequence[str],
         model: Any,
         session: Renderer | None,
+        device: str,
         stack: ExitStack,
         journal: Journal,
     ) -> None:
         self._space, self._evaluate, self._objectives = space, evaluate, objectives
         self._model, self._session, self._stack, self._directory = model, session, stack, journal.directory
+        self._device = device
 
     def render(self, recipe: Mapping[str, Any]) -> None:
         """Gives the model the weights of a recipe."""
-        if self._model is None:
+        fresh = self._model is None
+        if fresh:
             from fastmerge.search.live import live
 
             self._model = live(self._space, self._directory)
         if self._session is None:
             from fastmerge.session import Session
 
-            self._session = self._stack.enter_context(Session(list(self._space.refs)))
+            self._session = self._stack.enter_context(Session(list(self._space.refs), device=self._device))
+        if fresh:
+            self._model.to(getattr(self._session, "device", "cpu"))
         self._session.render(recipe, into=self._model)
 
     def scores(self, items: Sequence[int]) -> list[Scores]:

@@ -1,4 +1,4 @@
-"""The models of a session: opened as a merge opens them, and read into memory once."""
+"""The models of a session: opened as a merge opens them, and read into memory once, of this machine or of its GPUs."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from fastmerge.ops.sources import Memory
 from fastmerge.recipe.refs import ModelRef, model_ref
 from fastmerge.runtime.devices import Buffer, cores
 from fastmerge.runtime.workers import each
+from fastmerge.session.homes import Homes, flat
 from fastmerge.sizes import PROCESS, available, show_bytes
 from fastmerge.tensors import check, extent
 
@@ -37,16 +38,19 @@ Place = tuple[Path, tuple[int, ...], str]
 
 
 class Models:
-    """Models in the memory of this machine.
+    """Models in the memory of this machine, or of its GPUs.
 
     Files are read into memory of the session's own: a mapped file could be cut short by another process, which would
-    end this one, and its pages are small. Tensors that a caller hands over stay where they are.
+    end this one, and its pages are small. Tensors that a caller hands over stay where they are; a session on GPUs
+    copies those that are on the CPU.
 
     Args:
         models: references (as recipes write them), or models by the names that recipes use: references, state
             dictionaries or modules.
+        homes: the GPUs that they are brought to; None for the memory of this machine.
 
     Attributes:
+        homes: as given.
         checkpoints: by the names that recipes use.
         places: where each tensor is.
         borrowed: the caller's tensors.
@@ -57,10 +61,12 @@ class Models:
         BudgetError: where the memory that is free does not hold the files.
     """
 
-    def __init__(self, models: Mapping[str, Any] | Sequence[Any]) -> None:
+    def __init__(self, models: Mapping[str, Any] | Sequence[Any], homes: Homes | None = None) -> None:
+        self.homes = homes
         self.checkpoints: dict[str, Checkpoint] = {}
         self.places: dict[Place, Memory] = {}
         self.borrowed: list[torch.Tensor] = []
+        self._lenders: dict[Place, torch.Tensor] = {}
         self._buffers: list[Buffer] = []
         self._paths: dict[str, str] = {}
         problems: list[str] = []
@@ -76,7 +82,9 @@ class Models:
         if not self.checkpoints:
             raise RecipeError("models: expected at least one, got none")
         self._read()
-        ranges = sorted((m.address, m.address + m.dtype.nbytes(math.prod(m.shape))) for m in self.places.values())
+        lenders = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in self._lenders.values()]
+        held = [(m.address, m.address + m.dtype.nbytes(math.prod(m.shape))) for m in self.places.values()]
+        ranges = sorted([*held, *lenders])
         self._starts = [start for start, _ in ranges]
         self._ends = [*itertools.accumulate((end for _, end in ranges), max)]
 
@@ -117,6 +125,7 @@ class Models:
         tensors: dict[str, TensorInfo] = {}
         alike: dict[str, str] = {}
         lent: dict[str, Memory] = {}
+        lenders: dict[str, torch.Tensor] = {}
         first: dict[tuple[object, ...], str] = {}
         problems: list[str] = []
         for key, tensor in state.items():
@@ -126,9 +135,11 @@ class Models:
                 problems += error.problems
                 continue
             dtype = BY_NAME.get(str(tensor.dtype).removeprefix("torch."))
-            if dtype is None or tensor.device.type != "cpu":
+            home = None if self.homes is None else self.homes.of_tensor(tensor)
+            if dtype is None or (tensor.device.type != "cpu" and home is None):
+                where = "the CPU" if self.homes is None else "the CPU or a GPU of the session"
                 problems.append(
-                    f"model {name!r}: {key}: expected a tensor on the CPU of a type that files hold, "
+                    f"model {name!r}: {key}: expected a tensor on {where} of a type that files hold, "
                     f"got {tensor.dtype} on {tensor.device}"
                 )
                 continue
@@ -137,12 +148,21 @@ class Models:
             alike[key] = first.setdefault((extent(tensor), shape, tensor.stride(), dtype), key) if held.numel() else key
             tensors[key] = TensorInfo(key, dtype, shape, 0, 0, dtype.nbytes(held.numel()))
             self.borrowed.append(held)
-            lent[key] = Memory(held.data_ptr(), dtype, shape)
+            if alike[key] != key:
+                lent[key] = lent[alike[key]]
+            elif self.homes is None:
+                lent[key] = Memory(held.data_ptr(), dtype, shape)
+            else:
+                place = self.homes.place(key, home)
+                keep = self.homes.bring if home is None else self.homes.keep
+                lent[key] = keep(held, dtype, shape, place if home is None else home)
+            lenders[key] = held
         if problems:
             raise ShapeError(problems)
         text = json.dumps([[i.name, i.dtype.name, i.shape] for i in tensors.values()])
         file = ShardFile(path, 0, (0, 0, 0, 0), hashlib.sha256(text.encode()).hexdigest(), {})
         self.places |= {(path, file.identity, key): memory for key, memory in lent.items()}
+        self._lenders |= {(path, file.identity, key): tensor for key, tensor in lenders.items()}
         return Checkpoint(name, path, (file,), tensors, config, alike=alike)
 
     def _read(self) -> None:
@@ -157,25 +177,50 @@ class Models:
                 if infos:
                     files.setdefault(file.path, (checkpoint, i, infos))
         starts = {path: min(info.offset for info in infos) for path, (_, _, infos) in files.items()}
-        total = sum(c.files[i].size - starts[path] for path, (c, i, _) in files.items())
-        if total > (free := available() - PROCESS):
+        sizes = {path: c.files[i].size - starts[path] for path, (c, i, _) in files.items()}
+        total = sum(sizes.values())
+        where, free = "free memory", available() - PROCESS
+        if self.homes is not None and total <= (free := self.homes.free()):
+            total, free = max(sizes.values(), default=0), available() - PROCESS  # one file at a time goes through it
+        elif self.homes is not None:
+            where = "free memory of the GPUs"
+        if total > free:
             raise BudgetError(
-                f"models: {show_bytes(total)} of weights do not fit the {show_bytes(max(free, 0))} of free memory"
+                f"models: {show_bytes(total)} of weights do not fit the {show_bytes(max(free, 0))} of {where}"
             )
         rows: list[tuple[int, int, int, int]] = []
         with Files(opened) as source:
             for path, (checkpoint, i, infos) in files.items():
                 start, size = starts[path], checkpoint.files[i].size
                 buffer = Buffer.allocate(size - start)
-                self._buffers.append(buffer)
-                for info in infos:
-                    address = buffer.address + info.offset - start
-                    self.places[place_of(checkpoint, info)] = Memory(address, info.dtype, info.shape)
                 fd = source.fd(opened.index(checkpoint), i)
                 rows += [(fd, at, buffer.address + at - start, min(READ, size - at)) for at in range(start, size, READ)]
+                there = [Memory(buffer.address + info.offset - start, info.dtype, info.shape) for info in infos]
+                if self.homes is None:
+                    self._buffers.append(buffer)
+                else:
+                    _bring(source, rows)
+                    rows = []
+                    there = [self._moved(m, info.name, self.homes) for m, info in zip(there, infos, strict=True)]
+                self.places |= {place_of(checkpoint, info): m for info, m in zip(infos, there, strict=True)}
             _bring(source, rows)
         for checkpoint in opened:
             checkpoint.recheck()
+
+    @staticmethod
+    def _moved(memory: Memory, name: str, homes: Homes) -> Memory:
+        """A tensor of the host on its GPU."""
+        return homes.bring(flat(memory, "cpu"), memory.dtype, memory.shape, homes.place(name))
+
+    def readable(self, place: Place) -> Memory | None:
+        """A caller's tensor where the host reads it; None for one that a file has."""
+        tensor = self._lenders.get(place)
+        if tensor is None:
+            return None
+        if tensor.device.type != "cpu":
+            tensor = self._lenders[place] = tensor.cpu()
+        known = self.places[place]
+        return Memory(tensor.data_ptr(), known.dtype, known.shape)
 
     def keep(self, nbytes: int) -> int:
         """Memory that lives as long as the session; its address."""
@@ -212,8 +257,10 @@ class Models:
 
     def close(self) -> None:
         """Gives the memory back."""
-        for owned in (self.checkpoints, self.places, self.borrowed, self._buffers):
+        for owned in (self.checkpoints, self.places, self.borrowed, self._lenders, self._buffers):
             owned.clear()
+        if self.homes is not None:
+            self.homes.close()
 
 
 def place_of(checkpoint: Checkpoint, info: TensorInfo) -> Place:

@@ -21,7 +21,7 @@ from fastmerge.errors import CheckpointError
 from fastmerge.ops.program import Program
 from fastmerge.ops.segments import E0, HEADER, I64, LENGTH, OUT, ROW, TILE, Segments, segment_table
 from fastmerge.ops.sources import Memory
-from fastmerge.ops.spec import Op
+from fastmerge.ops.spec import Op, Spec
 from fastmerge.runtime.budget import UNIT_ELEMENTS, need
 from fastmerge.runtime.devices import CpuDevice, cores
 from fastmerge.runtime.results import Results
@@ -59,15 +59,18 @@ def run(ops: Sequence[Op], backend: Backend, known: Statistics) -> None:
     calls: list[Call] = []
     rest: list[Op] = []
     groups: dict[tuple[object, ...], list[Op]] = {}
+    ways: dict[Spec, list[Op]] = {}
     for op in ops:
         spec = op.spec
-        there = all(type(source) is Memory for source in op.inputs)
-        if spec.grain == "copy" and there:
-            calls += _copies(op)
-        elif not there or spec.grain == "copy" or backend.whole(spec):
+        if not all(type(source) is Memory for source in op.inputs):
             rest.append(op)
+        elif spec.grain == "copy":
+            calls += _copies(op)
         else:
-            groups.setdefault((*spec.batch, spec.grain, len(op.inputs), len(op.targets)), []).append(op)
+            if spec not in ways:
+                key = (*spec.batch, spec.grain, len(op.inputs), len(op.targets))
+                ways[spec] = rest if backend.whole(spec) else groups.setdefault(key, [])
+            ways[spec].append(op)
     far = sum(op.spec.numel * op.spec.out_dtype.size for op in ops) > FAR
     later: list[Op] = []
     for group in groups.values():
@@ -83,8 +86,12 @@ def run(ops: Sequence[Op], backend: Backend, known: Statistics) -> None:
         run(later, backend, known)
 
 
-def check(ops: Sequence[Op]) -> None:
+def check(ops: Sequence[Op], same: Callable[[Memory, Memory], bool] | None = None) -> None:
     """Compares what is copied only where every model has the same bytes; once, as inputs do not change.
+
+    Args:
+        ops: of a plan.
+        same: compares two tensors; None for those in the memory of the host.
 
     Raises:
         CheckpointError: naming every tensor in which models differ.
@@ -92,11 +99,15 @@ def check(ops: Sequence[Op]) -> None:
     problems = []
     for op in ops:
         there = [source for source in op.inputs if type(source) is Memory] if op.spec.grain == "copy" else []
-        if any(_bytes(there[0]) != _bytes(other) for other in there[1:]):
+        if not all((same or _same)(there[0], other) for other in there[1:]):
             kind = op.spec.out_dtype.name
             problems.append(f"{op.name}: {kind} tensors are copied, not merged, and the models differ")
     if problems:
         raise CheckpointError(problems)
+
+
+def _same(one: Memory, other: Memory) -> bool:
+    return _bytes(one) == _bytes(other)
 
 
 def _bytes(source: Memory) -> memoryview:
@@ -136,13 +147,14 @@ def _sorted(
 
 
 def _calls(ops: list[Op], program: Program, *, far: bool) -> list[Call]:
-    """The calls that apply a program to whole tensors."""
+    """The calls that apply a program to whole tensors; pieces of the same inputs stay in one."""
     table, spec = _table(ops), ops[0].spec
     if not len(table):
         return []
     ends = np.cumsum(table[:, LENGTH])
     size = max(CALL, int(ends[-1]) // (cores() * CALLS))
-    marks = np.searchsorted(ends, np.arange(size, int(ends[-1]), size)) + 1
+    cuts = np.append(np.flatnonzero((table[1:, HEADER:] != table[:-1, HEADER:]).any(axis=1)) + 1, len(table))
+    marks = cuts[np.searchsorted(cuts, np.searchsorted(ends, np.arange(size, int(ends[-1]), size)) + 1)]
     marks = np.unique(np.concatenate([[0], marks, [len(table)]]))
 
     def call(start: int, stop: int) -> Call:

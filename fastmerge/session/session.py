@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastmerge import planning
 from fastmerge.backends.choose import choose
-from fastmerge.errors import BackendUnavailable, FastMergeError, RecipeError, ShapeError
-from fastmerge.ops.sources import Memory
+from fastmerge.errors import FastMergeError, RecipeError, ShapeError
 from fastmerge.planning.numbers import renumbered, skeleton
 from fastmerge.recipe import Recipe
-from fastmerge.session.binding import Bound, Contents
+from fastmerge.session.binding import Bound, Contents, Due
+from fastmerge.session.homes import homes_of
+from fastmerge.session.launching import Launching
 from fastmerge.session.models import Models
 from fastmerge.session.running import check, run
 from fastmerge.session.sources import Sources
@@ -47,14 +48,19 @@ class Session:
             session.render({"merge_method": "linear", ...}, into=model)
 
     Every render has the bytes of the same recipe merged on disk; NaN and Inf are passed on, and not counted. A session
-    renders for one thread at a time, on all cores.
+    renders for one thread at a time: on all cores, or on its GPUs, where results may still be under way, in the order
+    of the current streams.
 
     Args:
         models: references as recipes write them (paths, hub ids, ``base+adapter``), or a mapping of the names that
             recipes use to references, state dictionaries or modules. Files are read once, into memory of the session's
-            own; tensors of a caller are used where they are and must not change.
-        device: ``cpu``, where models and targets are; ``auto`` is the same.
-        backend: ``native``, ``reference`` or None for the best one.
+            own; tensors of a caller are used where they are and must not change. (GPUs get copies of those on the CPU.)
+        device: where models are: ``cpu``, ``cuda``, ``cuda:1``, a list ``cuda:0,cuda:1`` that shares the tensors by
+            bytes, or ``auto`` (all GPUs that can be used, else the CPU).
+        backend: ``native``, ``reference``, ``triton`` or None for the best one there.
+
+    Attributes:
+        device: where models are, as torch names it: of several GPUs the first.
 
     Raises:
         RecipeError: for something that is no model.
@@ -70,14 +76,13 @@ class Session:
         device: str | torch.device = "cpu",
         backend: str | None = None,
     ) -> None:
-        if str(device) not in ("cpu", "auto"):
-            raise BackendUnavailable(
-                f"device {str(device)!r}: a session holds models and targets on the CPU; expected cpu"
-            )
-        self._backend = choose("cpu", backend)
-        self._models = Models(models)
+        self._backend = choose(str(device), backend, said=f"device {str(device)!r}")
+        homes = homes_of(self._backend) if self._backend.gpus else None
+        self._models = Models(models, homes)
         self._sources = Sources(self._models)
-        self._statistics = Statistics(self._backend.kernels)
+        self._statistics = Statistics(self._backend.kernels if homes is None else None)
+        self._gpus = None if homes is None else Launching(homes, self._statistics)
+        self.device = "cpu" if homes is None else homes.all[0].backend.home
         self._contents = Contents()
         self._warned: set[str] = set()
         self._plans: dict[Hashable, tuple[Plan, list[Op]]] = {}
@@ -103,6 +108,7 @@ class Session:
 
         Raises:
             RecipeError, CheckpointError: as :func:`fastmerge.plan`.
+            BackendUnavailable: where GPUs have no way to do what the recipe asks for.
             ShapeError: where ``into`` does not fit what the recipe makes; nothing was written.
             OutputError: where a method cannot work on its data; some tensors were written.
         """
@@ -180,41 +186,50 @@ class Session:
                     log.warning("%s", text)
             self._warned |= set(plan.warnings)
             found, specs = (plan, self._sources.ops(plan.ops, plan.checkpoints)), {}
-            self._backend.check(found[1])
-            check(found[1])
+            self._check(found[1])
         if not recipe.stages:
             _keep(self._plans, key, found)
         if tensors is None:
-            tensors = allocate(found[1])
-        bound = Bound(found[0], *placed(found[1], tensors, self._models.lent))
+            tensors = allocate(found[1], self._models.homes)
+        bound = Bound(found[0], *placed(found[1], tensors, self._models.lent, gpus=self._gpus is not None))
         bound.use(specs)
         return bound, tensors
+
+    def _check(self, ops: Sequence[Op]) -> None:
+        """Refuses what cannot be rendered here, before anything is."""
+        if self._gpus is not None and self._models.homes is not None:
+            self._gpus.check(ops)
+            check(ops, self._models.homes.same)
+        else:
+            self._backend.check(ops)
+            check(ops)
 
     def write(self, bounds: Sequence[Bound], *, everything: bool) -> None:
         """Computes what targets do not hold; for this package."""
         self._open()
-        targets = [t.data_ptr() for bound in bounds for t in bound.tensors if t.numel()]
+        every = [bound.all() for bound in bounds]
+        targets = [one.address for some in every for one in some if one.op.spec.numel]
         if len(set(targets)) < len(targets):
             raise ShapeError("into: two recipes of a batch have the same tensors as targets")
-        due: dict[object, list[tuple[Op, torch.Tensor]]] = {}
-        for bound in bounds:
-            pairs = [*zip(bound.ops, bound.tensors, strict=True)]
-            some = [pair for pair in pairs if everything or not self._contents.holds(*pair)]
-            if any(op.spec.grain == "model" for op, _ in some):  # which all tensors decide together
-                self._run([pair for pair in pairs if pair[0].spec.grain == "model"])
-                some = [pair for pair in some if pair[0].spec.grain != "model"]
-            for pair in some:
-                inputs = pair[0].inputs
-                there = all(type(source) is Memory for source in inputs)
-                due.setdefault(inputs if there else id(pair[0]), []).append(pair)
-        self._run([pair for pairs in due.values() for pair in pairs])
+        groups: dict[object, list[Due]] = {}
+        for some in every:
+            due = [one for one in some if everything or not self._contents.holds(one)]
+            if any(one.op.spec.grain == "model" for one in due):  # which all tensors decide together
+                self._run([one for one in some if one.op.spec.grain == "model"])
+                due = [one for one in due if one.op.spec.grain != "model"]
+            for one in due:
+                groups.setdefault(id(one.op) if one.inputs is None else one.inputs, []).append(one)
+        self._run([one for group in groups.values() for one in group])
 
-    def _run(self, pairs: Sequence[tuple[Op, torch.Tensor]]) -> None:
-        if pairs:
-            ops, tensors = zip(*pairs, strict=True)
-            self._contents.forget(tensors)  # until all of it is there
-            run(ops, self._backend, self._statistics)
-            self._contents.keep(ops, tensors)
+    def _run(self, due: Sequence[Due]) -> None:
+        if due:
+            self._contents.forget(due)  # until all of it is there
+            ops = [one.op for one in due]
+            if self._gpus is not None:
+                self._gpus.run(ops, [one.tensor for one in due])
+            else:
+                run(ops, self._backend, self._statistics)
+            self._contents.keep(due)
 
     def _open(self) -> None:
         if self._closed:
@@ -225,6 +240,8 @@ class Session:
         self._closed = True
         self._plans.clear()
         self._bounds.clear()
+        if self._gpus is not None:
+            self._gpus.close()
         self._statistics.close()
         self._sources.close()
         self._models.close()

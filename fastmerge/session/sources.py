@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from fastmerge.checkpoint import Checkpoint, Files
-from fastmerge.ops.sources import FileRange, Made, Memory, Result, results_of
+from fastmerge.ops.sources import FileRange, Made, Memory, Result, inputs_of, results_of
 from fastmerge.ops.spec import Op, Source
-from fastmerge.runtime.devices import cores
+from fastmerge.runtime.devices import Buffer, cores
 from fastmerge.runtime.stores import OpStore
 from fastmerge.runtime.workers import each
+from fastmerge.session.homes import Homes, flat
 from fastmerge.session.models import Models, place_of
 
 PART = 1 << 20
@@ -44,7 +45,7 @@ class Sources:
         """
         with Files(checkpoints) as files:
             mover = _Mover(self._models, self._made, checkpoints, OpStore((), files))
-            return [op._replace(inputs=tuple([mover(s) for s in op.inputs])) for op in ops]
+            return [mover.op(op) for op in ops]
 
     def close(self) -> None:
         """Forgets what was made."""
@@ -68,7 +69,7 @@ class _Mover:
         if type(value) is FileRange:
             place = place_of(self._checkpoints[value.model], value.info)
             if place not in self._models.places:
-                self._models.places[place] = self._make(value)
+                self._models.places[place] = self._make(value, value)
             return self._models.places[place]
         if type(value) is tuple:
             return tuple([self(v) for v in value])
@@ -78,30 +79,63 @@ class _Mover:
             key = self._key(value) if not any(results_of(value)) else None
             if key not in self._made:
                 fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
-                moved: Made = type(value)(**{name: self(v) for name, v in fields.items()})
+                move = self if self._models.homes is None or key is None else self._readable
+                moved: Made = type(value)(**{name: move(v) for name, v in fields.items()})
                 if key is None:  # of what a stage makes
                     return moved
-                self._made[key] = self._make(moved)
+                self._made[key] = self._make(moved, value)
             return self._made[key]
         return value
+
+    def op(self, op: Op) -> Op:
+        """The same op over memory; on GPUs that of one."""
+        moved = op._replace(inputs=tuple([self(s) for s in op.inputs]))
+        return moved if self._models.homes is None else self._models.homes.together(moved)
 
     def _op(self, op: Op) -> Op:
         """The op of a result, once."""
         if id(op) not in self._results:
-            self._results[id(op)] = op._replace(inputs=tuple([self(s) for s in op.inputs]))
+            self._results[id(op)] = self.op(op)
         return self._results[id(op)]
 
-    def _make(self, source: Source) -> Memory:
-        """Computes a source, or reads it, into memory of the session."""
-        count, size = math.prod(source.shape), source.dtype.size
-        address = self._models.keep(source.dtype.nbytes(count))
+    def _readable(self, value: Any) -> Any:
+        """A source that the host can read: a caller's tensor in memory, all else from its file."""
+        if type(value) is FileRange:
+            return self._models.readable(place_of(self._checkpoints[value.model], value.info)) or value
+        if type(value) is tuple:
+            return tuple([self._readable(v) for v in value])
+        if isinstance(value, Made):
+            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
+            return type(value)(**{name: self._readable(v) for name, v in fields.items()})
+        return value
+
+    def _home(self, source: Source, homes: Homes) -> int:
+        """The GPU of what a source is made from, as far as that is there."""
+        for part in inputs_of(source):
+            if type(part) is FileRange and place_of(self._checkpoints[part.model], part.info) in self._models.places:
+                return homes.place(part.info.name)
+        return homes.fewest
+
+    def _make(self, source: Source, whole: Source) -> Memory:
+        """Computes a source, or reads it, into memory of the session.
+
+        Args:
+            source: as it is computed.
+            whole: the same as the plan has it.
+        """
+        count, size, homes = math.prod(source.shape), source.dtype.size, self._models.homes
+        room = Buffer.allocate(source.dtype.nbytes(count)) if homes is not None else None
+        address = room.address if room is not None else self._models.keep(source.dtype.nbytes(count))
 
         def bring(e0: int) -> None:
             runs = np.array([[e0, min(PART, count - e0), address + e0 * size]], np.int64)
             self._store.bring(source, runs)
 
         each(bring, range(0, count, PART), threads=cores(), name="make")
-        return Memory(address, source.dtype, source.shape)
+        made = Memory(address, source.dtype, source.shape)
+        if homes is None:
+            return made
+        return homes.bring(flat(made, "cpu"), made.dtype, made.shape, self._home(whole, homes))
 
     def _key(self, value: Any) -> object:
         """Equal for sources that are made alike of the same bytes."""

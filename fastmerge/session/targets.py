@@ -14,12 +14,18 @@ from fastmerge.ops.sources import Memory
 from fastmerge.ops.spec import Op
 from fastmerge.planning.missing import buffer
 from fastmerge.planning.names import align, shown
+from fastmerge.runtime.devices import Buffer
 from fastmerge.tensors import check, extent
 
 if TYPE_CHECKING:
     import torch
 
+    from fastmerge.session.homes import Homes
+
 log = logging.getLogger("fastmerge")
+
+LINE = 64
+"""Bytes of a cache line, at whose multiples new tensors start: what is written past the caches is written by lines."""
 
 
 def tensors_of(into: Any) -> dict[str, torch.Tensor]:
@@ -38,21 +44,33 @@ def tensors_of(into: Any) -> dict[str, torch.Tensor]:
     return dict(into)
 
 
-def allocate(ops: Sequence[Op]) -> dict[str, torch.Tensor]:
-    """New tensors for the results of ops."""
+def allocate(ops: Sequence[Op], homes: Homes | None) -> dict[str, torch.Tensor]:
+    """New tensors for the results of ops: each on the GPU that makes it, or all in memory of huge pages.
+
+    That is written faster, and stays as long as one of them does.
+    """
     import torch
 
+    kinds = {op.name: getattr(torch, op.spec.out_dtype.name, None) for op in ops}
+    lost = [f"{op.name}: torch has no tensors of {op.spec.out_dtype.name}" for op in ops if kinds[op.name] is None]
+    if lost:
+        raise ShapeError(lost)
+    if homes is not None:
+        return {op.name: homes.all[homes.of(op)].new(op.spec.shape, dtype=kinds[op.name]) for op in ops}
+    sizes = [op.spec.out_dtype.nbytes(op.spec.numel) for op in ops]
+    starts = [0, *itertools.accumulate(-(-size // LINE) * LINE for size in sizes)]
+    memory = Buffer.allocate(starts[-1])
+    data = memory.data[memory.address - memory.data.ctypes.data :] if starts[-1] else memory.data
     out = {}
-    for op in ops:
-        kind = getattr(torch, op.spec.out_dtype.name, None)
-        if kind is None:
-            raise ShapeError(f"{op.name}: torch has no tensors of {op.spec.out_dtype.name}")
-        out[op.name] = torch.empty(op.spec.shape, dtype=kind)
+    for op, start in zip(ops, starts, strict=False):
+        kind, count = kinds[op.name], op.spec.numel
+        flat = torch.frombuffer(data, dtype=kind, count=count, offset=start) if count else torch.empty(0, dtype=kind)
+        out[op.name] = flat.view(op.spec.shape)
     return out
 
 
 def placed(
-    ops: Sequence[Op], tensors: Mapping[str, torch.Tensor], lent: Callable[[int, int], bool]
+    ops: Sequence[Op], tensors: Mapping[str, torch.Tensor], lent: Callable[[int, int], bool], *, gpus: bool
 ) -> tuple[list[Op], list[torch.Tensor]]:
     """Ops whose results go to these tensors, and for each op its tensor.
 
@@ -63,6 +81,7 @@ def placed(
         ops: of a plan, with inputs in memory.
         tensors: of the target.
         lent: whether a range of addresses is part of a model of the session.
+        gpus: whether targets may be on GPUs.
 
     Raises:
         ShapeError: with every tensor that does not fit: names, shapes, types, places.
@@ -78,7 +97,7 @@ def placed(
         if tensor is None:
             continue
         covered.add(tensor.data_ptr())
-        if problem := _problem(op, tensor):
+        if problem := _problem(op, tensor, gpus=gpus):
             problems.append(f"{names[op.name]}: {problem}")
             continue
         if lent(*extent(tensor)):
@@ -135,7 +154,7 @@ def _own(name: str, tensor: torch.Tensor) -> bool:
     return buffer(name, _info(name, tuple(tensor.shape)))
 
 
-def _problem(op: Op, tensor: torch.Tensor) -> str | None:
+def _problem(op: Op, tensor: torch.Tensor, *, gpus: bool) -> str | None:
     """Why a result cannot go to a tensor."""
     wanted: DType = op.spec.out_dtype
     if tuple(tensor.shape) != op.spec.shape:
@@ -145,8 +164,9 @@ def _problem(op: Op, tensor: torch.Tensor) -> str | None:
         return (
             f"the recipe makes {wanted.name}, got a tensor of {kind} ('out_dtype: {kind}' in the recipe rounds to that)"
         )
-    if tensor.device.type != "cpu":
-        return f"expected a tensor on the CPU, as the models are, got one on {tensor.device}"
+    if tensor.device.type not in ("cpu", *(["cuda"] if gpus else [])):
+        where = "on the CPU or a GPU" if gpus else "on the CPU, as the models are"
+        return f"expected a tensor {where}, got one on {tensor.device}"
     return None if tensor.is_contiguous() else f"expected a contiguous tensor, got strides {list(tensor.stride())}"
 
 

@@ -136,8 +136,8 @@ bool run(const char* name, Arguments a, Answer& answer) {
   const Kernels& k = kernels();
   const auto is = [name](const char* other) { return !std::strcmp(name, other); };
   if (is("combine"))
-    k.combine(
-        {a.table(), a.word(), a.array<double>(), a.array<double>(), a.flag(), a.flag(), a.array<int64_t>(), a.flag()});
+    k.combine({a.table(), a.word(), a.array<double>(), a.array<double>(), a.flag(), a.flag(), a.array<int64_t>(),
+               a.flag(), a.flag()});
   else if (is("gram"))
     gram(a);
   else if (is("dot"))

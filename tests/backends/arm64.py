@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmerge import _native
+from fastmerge.backends.native import CODED
 from fastmerge.dtypes import BY_CODE
 from fastmerge.ops.segments import HEADER, LENGTH, OUT
 
@@ -58,8 +59,8 @@ class Image:
     """
 
     def __init__(self, name, args):
-        if name == "combine" and len(args) == 8:
-            args = (*args, False)  # far
+        if name == "combine":
+            args = (*args, False, False)[:10]  # far and wide
         if name in CODES:
             args = (rows_at(args[0], args[1], CODES[name]), *args[2:])
         table, rest = (None, args) if name in TABLELESS else (args[0].copy(), args[1:])
@@ -168,10 +169,17 @@ def addresses(name, args):
     if name in TRANSFERS:
         return {TRANSFERS[name]: table[:, -1]}
     inputs = HEADER + len(args[1])
-    found = {HEADER + i: table[:, LENGTH] * BY_CODE[int(c)].size for i, c in enumerate(args[1])}
+    found = {HEADER + i: sizes(table[:, HEADER + i], table[:, LENGTH], int(c)) for i, c in enumerate(args[1])}
     if name in ("combine", "consensus", "replicate"):
         found |= dict.fromkeys((OUT, *range(inputs, table.shape[1])), table[:, LENGTH] * BY_CODE[args[2]].size)
     return found
+
+
+def sizes(inputs, lengths, code):
+    """Bytes at the addresses of an input; of a coded one the first word says it."""
+    if code != CODED:
+        return lengths * BY_CODE[code].size
+    return np.array([rows_at(a, 1, 1)[0, 0] if n else 0 for a, n in zip(inputs, lengths, strict=True)])
 
 
 class Arm64:

@@ -15,7 +15,15 @@ import pytest
 
 from fastmerge import _native
 from fastmerge.backends.native import NativeKernels
-from tests.backends import arm64, test_native, test_native_consensus, test_native_select, test_native_values
+from tests.backends import (
+    arm64,
+    test_native,
+    test_native_candidates,
+    test_native_coded,
+    test_native_consensus,
+    test_native_select,
+    test_native_values,
+)
 from tests.ops import test_gathered, test_quantised, test_replicate
 
 pytestmark = [
@@ -51,6 +59,19 @@ def test_every_kernel_is_known():
 @pytest.mark.parametrize("kinds", [(3,), (2,), (1,), (0,), (3, 1, 2)], ids=str)
 def test_combine(arm, kinds, delta):
     test_native.test_combine(kinds, delta)
+    assert arm.unlike() == []
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("kinds", [(1,), (1, 3)], ids=str)
+def test_combine_in_fp64(arm, kinds, delta):
+    test_native.test_combine_in_fp64(kinds, delta)
+    assert arm.unlike() == []
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_candidates_of_the_same_inputs(arm, delta):
+    test_native_candidates.test_candidates_of_the_same_inputs(3, 3e38, delta)
     assert arm.unlike() == []
 
 
@@ -113,6 +134,16 @@ def test_codes(arm):
     test_quantised.test_float8_blocks_are_those_of_transformers(None)
     test_quantised.test_mxfp4_is_that_of_compressed_tensors(None)
     test_quantised.test_every_float32_near_a_tie_goes_to_the_even_code(None)
+    assert arm.unlike() == []
+
+
+@pytest.mark.parametrize("shape", test_native_coded.SHAPES, ids=lambda s: s[0])
+def test_coded_inputs(arm, shape):
+    # Which NaN a sum of two gives is not said, nor its sign: fp32 results are canonical, keys and sums as well.
+    test_native_coded.test_combine(shape, (4, 3, 4))
+    test_native_coded.test_sums_and_selection(shape, (4, 0, 4))
+    test_native_coded.test_consensus(shape, (4, 4, 4))
+    test_native_coded.test_thresholds_of_whole_tensors(shape)
     assert arm.unlike() == []
 
 

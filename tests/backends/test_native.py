@@ -101,6 +101,24 @@ def test_combine(isa, kinds, delta):
                 b.nonfinite[:] = 0
 
 
+@pytest.mark.parametrize("kinds", [(1,), (3,), (1, 3)], ids=str)
+@pytest.mark.parametrize("delta", [False, True])
+def test_combine_in_fp64(kinds, delta):
+    rng = np.random.default_rng(len(kinds) + 2 * delta)
+    sizes = [0, 1, 17, 8192, 20_001]
+    for m in (1, 2, 3, 4, 5) if not delta else (2, 5):
+        for out_code in (1, 3):
+            b = Batch((kinds * 5)[:m], sizes, out_code, rng)
+            b.work = np.float64
+            coef = rng.standard_normal((len(sizes), m))
+            scale = np.stack([np.full(len(sizes), 0.7), [1.0, 3.0, 1.0, 0.3, 7.0]], 1)
+            _native.combine(b.table, b.ins, out_code, coef, scale, delta, False, b.nonfinite, False, True)
+            for s in range(len(sizes)):
+                expected = store(combined(b.x(s), coef[s], *scale[s], delta), out_code)
+                assert np.array_equal(bits(b.outputs[s][1:-1]), bits(expected)), (m, out_code, sizes[s])
+                assert b.nonfinite[s] == (~np.isfinite(widen(expected, out_code, np.float64))).sum()
+
+
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("count", [16, 64, 65])
 def test_combine_of_many(count, delta):

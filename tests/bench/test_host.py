@@ -20,6 +20,7 @@ COUNT = """
 import json, math
 from bench import host
 found = {m: {s: vars(host.counted(m, s)) for s in ("one", "two", "147")} for m in host.GIVEN}
+found["render"] = {r["method"]: r for r in host.renders(host.RENDERED, ["147"], 0)}
 sizes = {s: sum(math.prod(x) for x in host.shapes(s).values()) for s in host.SIZES}
 print(json.dumps([found, sizes, {s: len(host.shapes(s)) for s in host.SIZES}]))
 """
@@ -35,7 +36,7 @@ def counted():
 
 
 def test_every_method_launches_everything_before_it_waits(counted):
-    found, _, _ = counted
+    found = {method: sizes for method, sizes in counted[0].items() if method != "render"}
     specs = {method.name: oracle.op_of(method, method.cases[0], (4, 4), "bf16").spec for method, _ in CASES}
     bound = {name for name, spec in specs.items() if TritonKernels("cpu").supports(spec) is None}
     assert set(found) == bound - set(oracle.PASS_BY_PASS)
@@ -56,6 +57,8 @@ def test_launches_depend_on_the_kinds_of_tensors_and_not_on_their_number(counted
     matrix alone takes at most as many.
     """
     for method, sizes in counted[0].items():
+        if method == "render":
+            continue
         one, two, many = (sizes[s]["launches"] for s in ("one", "two", "147"))
         assert many == two, method
         assert one <= two, method
@@ -69,8 +72,18 @@ def test_scratch_of_ties_is_a_twentieth_of_a_model_at_most(counted):
     assert found["ties"]["147"]["scratch"] <= 0.05 * 2 * sizes["147"]
 
 
+def test_a_render_with_other_numbers_sends_a_table_and_launches_the_merge(counted):
+    """Of 147 tensors, where what passes find is known: one upload, no scratch, no wait."""
+    found = counted[0]["render"]
+    for method, most in (("linear", 1), ("slerp", 1), ("ties", 3), ("dare_ties", 4)):
+        some = found[f"render {method}"]
+        assert 1 <= some["launches"] <= most, method
+        assert (some["uploads"], some["allocations"], some["between"]) == (1, 0, 0), method
+        assert some["waits"] == (method == "dare_ties"), method  # whose sums may not be finite
+
+
 def test_the_table_is_printed_and_kept(tmp_path):
-    words = ["--methods", "task_arithmetic", "--seconds", "0", "--sizes", "64 elements", "147"]
+    words = ["--methods", "task_arithmetic", "--renders", "--seconds", "0", "--sizes", "64 elements", "147"]
     command = [sys.executable, str(ROOT / "bench" / "host.py"), *words, "--json", str(tmp_path / "host.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -105,8 +105,25 @@ for _ in range(50):
         *(({"target_parameters": t}, "; expected a list of names") for t in ("experts", [3], {"a": 1})),
         *(
             ({"init_lora_weights": i}, f"init_lora_weights {i!r} changed the base when training started")
-            for i in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "new", ["x"], {}, 2)
+            for i in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga")
         ),
+        *(
+            ({"init_lora_weights": i}, f"init_lora_weights {i!r} is not known, and may have changed the base")
+            for i in ("new", ["x"], {}, 2, ["pissa"])
+        ),
+        *(
+            (
+                {"init_lora_weights": i},
+                "path_initial_model_for_weight_conversion (it takes the adapter as it was before",
+            )
+            for i in ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga")
+        ),
+        *(({"init_lora_weights": i}, "or merge it into its base with peft, which") for i in ("pissa", "olora")),
+        *(
+            ({"init_lora_weights": i}, "peft does not make that change again when it loads the adapter")
+            for i in ("pissa_niter_16", "corda", "lora_ga")
+        ),
+        ({"init_lora_weights": "loftq"}, "merge it with the quantised base that it was trained on"),
         ({"use_rslora": "false"}, "use_rslora 'false'; expected true or false"),
         ({"fan_in_fan_out": [1]}, "fan_in_fan_out [1]; expected true or false"),
         ({"rank_pattern": [4]}, "rank_pattern [4]; expected a map"),
@@ -208,3 +225,23 @@ def test_an_adapter_is_no_model(tmp_path):
     path = adapter(tmp_path / "a")
     with pytest.raises(CheckpointError, match="a LoRA adapter, not a model: 'model: BASE"):
         Checkpoint.open(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "silent"),
+    [
+        ({f"{Q}.lora_A.weight": (4, 32), f"{Q}.lora_B.weight": torch.zeros(32, 4)}, True),
+        ({f"{Q}.lora_A.weight": torch.zeros(4, 32), f"{Q}.lora_B.weight": (32, 4)}, True),
+        (PAIR, False),
+        # Not a zero in the first bytes alone, one update of two, a whole tensor besides.
+        ({f"{Q}.lora_A.weight": (4, 32), f"{Q}.lora_B.weight": torch.eye(4096, 4).flip(0)}, False),
+        ({**PAIR, f"{Q.replace('q_', 'k_')}.lora_A.weight": (4, 32),
+          f"{Q.replace('q_', 'k_')}.lora_B.weight": torch.zeros(32, 4)}, False),
+        ({f"{Q}.lora_A.weight": (4, 32), f"{Q}.lora_B.weight": torch.zeros(32, 4),
+          "base_model.model.lm_head.weight": (9, 32)}, False),
+    ],
+)  # fmt: skip
+def test_updates_that_are_all_zero_are_warned_of(tmp_path, tensors, silent):
+    """As peft saves an adapter whose weights it did not find: the merge would be the base, without a word."""
+    said = Adapter.open(str(adapter(tmp_path / "a", tensors))).checkpoint.warnings
+    assert bool([w for w in said if "every update is zero" in w]) == silent

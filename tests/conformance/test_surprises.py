@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastmerge as fm
-from fastmerge.errors import CheckpointError, FastMergeError, RecipeError
+from fastmerge.errors import CheckpointError, RecipeError
 
 H, V, E, WIDE = 16, 48, 2, 24
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": H, "num_hidden_layers": 2,
@@ -217,25 +217,29 @@ def test_08_the_configuration_s_type_rules(save, merge):
 
 
 def test_09_codes_look_like_tensors(save, merge):
-    """Naive: the mean of codes, which loads."""
+    """Naive: the mean of codes, which loads; or scales that are merged as tensors of their own."""
     at = "model.layers.0.self_attn.q_proj.weight"
-    plain = dense(0)
-    codes = (plain[at] * 100).to(torch.float8_e4m3fn)
-    scaled = plain | {at: codes, f"{at}_scale_inv": torch.full((1, 1), 0.01)}
-    value = codes.float() * 0.01
+
+    def coded(seed, scale):
+        codes = (dense(seed)[at] / scale).to(torch.float8_e4m3fn)
+        tensors = dense(seed) | {at: codes, f"{at}_scale_inv": torch.full((1, 1), scale)}
+        return tensors, codes.float() * torch.tensor(scale)
+
+    (one, first), (two, second), plain = coded(0, 0.01), coded(9, 0.25), dense(9)[at]
     for config in ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, {}):
-        models = [save(scaled, config), save(dense(9))]
-        try:
-            got, _ = merge("linear", *models)
-        except FastMergeError as e:
-            assert "scale" in str(e) or "fp8" in str(e)
-        else:
-            assert torch.allclose(got[at], (value + dense(9)[at]) / 2, rtol=1e-2, atol=1e-3)
+        for other, value in ((two, second), (dense(9), plain)):
+            models = [save(one, config), save(other, config if other is two else None)]
+            for order in (models, models[::-1]):
+                got, said = merge("linear", *order, dtype="float32")
+                assert torch.allclose(got[at], (first + value) / 2, rtol=1e-5, atol=1e-6)
+                assert got.keys() == dense(0).keys()
+                assert "quantization_config" not in said
     blocks = {f"model.layers.0.mlp.experts.gate_up_proj_{n}": torch.zeros(s, dtype=torch.uint8)
               for n, s in (("blocks", (E, 2 * WIDE, 1, 16)), ("scales", (E, 2 * WIDE, 1)))}  # fmt: skip
-    damaged = {"model.layers.0.mlp.experts.gate_up_proj_blocks": noise(3, E, H, 2 * WIDE)}
-    with pytest.raises(FastMergeError, match=r"_blocks|blocks|missing"):
-        merge("linear", save(plain | blocks), save(plain | damaged))
+    lost = dense(0) | {"model.layers.0.mlp.experts.gate_up_proj_blocks": noise(3, E, H, 2 * WIDE)}
+    for other in (dense(0) | blocks, lost):
+        with pytest.raises(CheckpointError, match="under the names of MXFP4 blocks"):
+            merge("linear", save(other), save(lost))
 
 
 def test_10_ties_are_what_the_files_say(save, merge):

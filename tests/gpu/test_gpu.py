@@ -14,6 +14,7 @@ from tests import tiny
 from tests.api.test_merge import RECIPES, recipe_of, weights
 from tests.compare import differences
 from tests.methods.test_definitions import add
+from tests.session.series import SERIES, documents
 
 pytestmark = pytest.mark.gpu
 if _call.INTERPRETED or not torch.cuda.is_available():
@@ -194,3 +195,37 @@ def test_task_vector_functions_stay_on_the_gpu():
     got = fm.ties_merge(there(base, 0), [there(v, 0) for v in vectors])
     assert {t.device.type for t in got.values()} == {"cuda"}
     assert differences(got, want) == []
+
+
+# ---- sessions ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_renders_of_a_session_are_those_of_the_cpu(paths, name, monkeypatch):
+    """A series with other numbers, into tensors of the GPU and of the CPU; the launches become a graph."""
+    replayed = []
+    graph = _call.Gpu.graph
+    monkeypatch.setattr(_call.Gpu, "graph", lambda self, some: (r := graph(self, some)) and (replayed.append(r) or r))
+    some = documents(paths, name)
+    with fm.Session(list(paths.values()), device="cuda:0") as gpu, fm.Session(list(paths.values())) as cpu:
+        target, expected, here = None, None, None
+        for document in [*some, *some[::-1], some[0]]:
+            target = gpu.render(document, target, everything=True)
+            expected = cpu.render(document, expected)
+            assert {t.device.type for t in target.values()} == {"cuda"}
+            assert differences(target, expected) == []
+            here = here or {n: torch.zeros_like(t) for n, t in expected.items()}
+            gpu.render(document, here)
+            assert differences(here, expected) == []
+    assert replayed or name != "ties"
+
+
+def test_a_session_on_all_gpus_has_the_bytes_of_the_cpu(paths):
+    every = ",".join(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+    with fm.Session(list(paths.values()), device=every) as gpus, fm.Session(list(paths.values())) as cpu:
+        for name in ("linear", "ties"):
+            target = None
+            for document in documents(paths, name):
+                target = gpus.render(document, target)
+                assert differences(target, cpu.render(document)) == []
+            assert {t.device.index for t in target.values()} == set(range(torch.cuda.device_count()))

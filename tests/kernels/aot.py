@@ -137,7 +137,7 @@ def describe(name: str, constants: dict) -> str:
         "LAST",
     )
     words += [f.lower() for f in flags if constants.get(f)]
-    if constants.get("WIDE") and not count:
+    if constants.get("WIDE") and not any((constants["CODES"] >> (4 * i)) & 15 == 0 for i in range(count or 0)):
         words.append("wide")
     return " ".join(words)
 

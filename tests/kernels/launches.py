@@ -18,13 +18,14 @@ def launches(only: str):
         if only in name:
             call(kernels, Case(codes, out=codes[0] if out is None else out, sizes=sizes, kinds=["normal"]))
 
-    def combine(delta, div=1.0):
+    def combine(delta, div=1.0, wide=False):
         return lambda k, c: k.combine(
             c.segments,
             np.ones((c.groups, c.n + 1)),
             np.full((c.groups, 2), div),
             delta=delta,
             per_row=False,
+            wide=wide,
         )
 
     def gram(delta, diff=False):
@@ -91,6 +92,7 @@ def launches(only: str):
     plan += [("gram", (3, 3), gram(False, True)), ("consensus", d, consensus("spread", ties))]
     plan += [("consensus", d, consensus("all", m)) for m in ((1, True, 2, 0), (2, False, 1, 1), (1, False, 0, 2))]
     plan += [("combine", d, combine(True, 3.0)), ("count", d, count(True)), ("combine", (0, 3), combine(True))]
+    plan += [("combine", c, combine(False, wide=True)) for c in ((1, 1), (1, 1, 1), (1, 1, 1, 1))]
     plan += [("gram", (3, 0), gram(False)), ("consensus", (0, 3, 3), consensus("all", ties))]
     tails = [("combine", d, combine(True)), ("gram", d, gram(True)), ("consensus", d, consensus("index", ties))]
     tails += [("count", d, count()), ("l1", d, l1("drop index")), ("votes", d, votes), ("delta_keys", d, delta_keys)]
@@ -124,7 +126,7 @@ def sequences():
         def call(kernels, c):
             s = kernels.sequence(c.segments, per_row=per_row)
             vectors = s.gram(delta=delta, diff=diff)
-            s.combine(*solve(s, vectors, c.groups), delta=delta, div=delta, vectors=vectors)
+            s.combine(*solve(s, vectors, c.groups), delta=delta, div=delta, first=vectors.here[:-1])
             s.run()
 
         return call

@@ -73,6 +73,14 @@ def test_combine(codes, delta):
     assert unlike_numpy(case, lambda k, s: k.combine(s, coef, scale, delta=delta, per_row=False)) == []
 
 
+@pytest.mark.parametrize(("codes", "out"), [((1, 1, 1), 1), ((3, 1), 1), ((1, 1), 3)])
+def test_combine_in_fp64(codes, out):
+    case = Case(codes, out=out, sizes=(1, 9, 2048 + 13))
+    coef = case.rng.normal(0.4, 0.5, (3, len(codes)))
+    scale = np.array([[1.0, 1.0], [1.0, 3.0], [1.0, 0.7]])
+    assert unlike_numpy(case, lambda k, s: k.combine(s, coef, scale, delta=False, per_row=False, wide=True)) == []
+
+
 @pytest.mark.parametrize("out", [0, 1, 2, 3])
 @pytest.mark.parametrize("code", [0, 1])
 def test_every_rounding(code, out):

@@ -286,7 +286,7 @@ def test_a_definition_knows_where_the_tensors_are(monkeypatch):
 
     monkeypatch.setattr(Backend, "program", look)
     monkeypatch.setattr(in_memory, "choose", lambda *a, **k: Backend("triton", NativeKernels(), (0,)))
-    monkeypatch.setattr(resident, "_current", lambda home: nullcontext())
+    monkeypatch.setattr(resident, "current", lambda home: nullcontext())
     a, b, out = torch.ones(5), torch.full((5,), 3.0), torch.empty(5)
     spec = Spec(Halfway(share=0.5), (5,), (F32, F32), F32, has_base=True)
     ours = [Memory(t.data_ptr(), F32, (5,)) for t in (a, b, out)]

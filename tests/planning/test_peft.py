@@ -132,21 +132,6 @@ def test_lengths_of_rows_against_the_formula(bases, tmp_path):
     assert torch.equal(got[f"{module}.weight"], want.bfloat16())
 
 
-@pytest.mark.parametrize(
-    ("base", "config", "said"),
-    [
-        ("fp32", {"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changed the base"),
-        ("fp32", {"init_lora_weights": "olora"}, "init_lora_weights 'olora' changed the base"),
-    ],
-)
-def test_what_the_formula_does_not_say_is_refused(bases, tmp_path, base, config, said):
-    path = train(bases / base, tmp_path / "adapter", **config)
-    with pytest.raises(CheckpointError) as e:
-        baked(bases / base, path, tmp_path / "got")
-    assert said in str(e.value)
-    assert not (tmp_path / "got").exists()
-
-
 def test_a_base_without_biases_takes_none(bases, tmp_path):
     """peft cannot merge these either; no tensor of an adapter is left out in silence."""
     path = train(bases / "fp32", tmp_path / "adapter", lora_bias=True, target_modules=["q_proj"])

@@ -21,11 +21,12 @@ def states(count=4, dtype=torch.bfloat16, shape=(7, 5), spread=1.0):
 
 
 def mean(tensors):
-    """As the definition of linear has it: a sum in order in fp32, one division, one rounding."""
-    total = tensors[0].float()
+    """As the definition of linear has it: a sum in order, for fp32 in fp64, one division, one rounding."""
+    work = torch.float64 if tensors[0].dtype == torch.float32 else torch.float32
+    total = tensors[0].to(work)
     for t in tensors[1:]:
-        total = total + t.float()
-    return (total / torch.tensor(float(len(tensors)))).to(tensors[0].dtype)
+        total = total + t.to(work)
+    return (total / torch.tensor(float(len(tensors)), dtype=work)).to(tensors[0].dtype)
 
 
 def scripted(*scores):

@@ -53,7 +53,7 @@ class MaskedProgram(OnePass):
                 raise ValueError(f"{op.name}: expected a whole tensor, got {row[LENGTH]} of {op.spec.numel}")
             table = row[None].copy()
             table[:, GROUP] = 0
-            one = Segments(table, segments.dtypes, segments.out_dtype, segments.nonfinite[i : i + 1])
+            one = segments.pieces(table, segments.nonfinite[i : i + 1])
             thinned = [m for m, d in enumerate(rules.density) if d < 1]
             bits = self._bits(op, rules, one, thinned)
             plain = rules._replace(density=(1.0,) * len(rules.density))
@@ -70,7 +70,8 @@ class MaskedProgram(OnePass):
             if op.spec.double and F64 not in (one.dtypes[0], one.dtypes[1 + m]):
                 inputs.append(one.dtypes.index(F64))  # whose presence makes the work fp64
             table = one.table[:, [*range(HEADER), *(HEADER + i for i in inputs)]].copy()
-            some = Segments(table, tuple(one.dtypes[i] for i in inputs), one.out_dtype)
+            coded = tuple(one.coded[i] for i in inputs) if one.coded else ()
+            some = Segments(table, tuple(one.dtypes[i] for i in inputs), one.out_dtype, coded=coded)
             models = len(inputs) - 1
             keys: Keys = np.empty((numel, models), key)
             deltas = Deltas(code, False, np.zeros(models, np.int32), np.full((1, models), 65536, np.int32))

@@ -90,6 +90,7 @@ class ConsensusProgram(Program):
             self._select = Select(
                 ops, self._ranks(), first.ties, whole_model=first.whole_model, thr=self._thr, cut=self._cut
             )
+        self._given = False
         self._drawn: dict[bytes, U32] | None = None
         if first.drop and self._numel.sum() * models // 8 <= MOST_DRAWN:
             self._drawn = {}
@@ -144,6 +145,7 @@ class ConsensusProgram(Program):
 
     def give(self, found: Sequence[tuple[U64, I64]]) -> None:
         """Selection is over; what follows it is still due."""
+        self._given = True
         for g, (thr, cut) in enumerate(found):
             self._thr[g], self._cut[g] = thr, cut
         if self._due[:1] == ["select"]:
@@ -159,13 +161,14 @@ class ConsensusProgram(Program):
         return self._select.pieces() if self._select is not None and self._due[0] == "select" else None
 
     def bind(self, segments: Segments) -> Bound | None:
-        """Every pass, one behind the other; what they find stays on the device."""
+        """Every pass that is due, one behind the other; what they find stays on the device."""
         words, order, launcher = self._words, None, self._kernels.launcher
         if launcher is None:
             return None
+        given = self._given
         if words.trim and words.whole_model:  # ties count by name
             order = np.array(sorted(range(len(self._ops)), key=lambda g: self._ops[g].name.encode()))
-        elif words.trim:
+        elif words.trim and not given:
             order = np.argsort(launcher.ways(segments), kind="stable")
         s = launcher.sequence(segments, order)
         made = self._make_tables()
@@ -173,7 +176,9 @@ class ConsensusProgram(Program):
         keep = whole = s.untrimmed(deltas)
         factors, scale = s.tables(made)
         sums = None
-        if words.trim:
+        if given:
+            keep = s.given(deltas, self._thr, self._cut, ties=words.ties)
+        elif words.trim:
             keep = s.select(deltas, self._ranks(), ties=words.ties, together=words.whole_model)
         if words.l1 != "none":
             weights = self._rules.rows(lambda r: r.weight)
@@ -182,14 +187,14 @@ class ConsensusProgram(Program):
             s.majority(keep, factors, scale, made, together=words.whole_model)
         s.consensus(keep, factors, scale, made)
 
-        def check(_: int, ops: Sequence[Op]) -> None:
+        def check(s: Any, _: int, ops: Sequence[Op]) -> None:
             found = s.array(sums)  # in the order of the layout: the first one wrong there need not be the first op's
             back = range(len(ops)) if order is None else np.argsort(order)
             for op, at in zip(ops, back, strict=True):
                 for before, after in found[at].reshape(-1, 2).tolist():
                     l1_factor(before, after, op.name)
 
-        return Launches(s, self._ops, check)
+        return Launches(s, self._ops, check, lambda s: s.selected())
 
     def resident(self, segments: Segments) -> None:
         """Thresholds of small tensors in one call."""

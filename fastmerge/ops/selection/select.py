@@ -112,7 +112,7 @@ class Select:
         if self._whole_model or not small.any():
             return
         if not small.all():
-            segments = Segments(segments.table[small], segments.dtypes, segments.out_dtype)
+            segments = segments.pieces(segments.table[small])
         found = np.zeros((*self._open.shape, 4), np.int64)
         thr = np.zeros(self._open.shape, np.uint64)
         kernels.kth(segments, deltas, self._ranks * self._open, thr, found)
@@ -156,7 +156,7 @@ class Select:
         """Keys of a sample, or counts and lists of a bracket pass."""
         asked = self._asked[segments.table[:, GROUP]]
         if not asked.all():
-            segments = Segments(segments.table[asked], segments.dtypes, segments.out_dtype)
+            segments = segments.pieces(segments.table[asked])
         if self._sampling:
             keys = np.empty((int(segments.table[:, LENGTH].sum()), self._models), self._key)
             kernels.delta_keys(segments, deltas, keys)
