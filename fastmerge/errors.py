@@ -94,6 +94,10 @@ class OutputError(FastMergeError):
     exit_code = 4
 
 
+class NoSpace(OutputError):
+    """The disk that the output goes to is full, or its quota is spent; what was finished stays."""
+
+
 class BudgetError(FastMergeError):
     """The memory budget is smaller than the minimum that the message states."""
 

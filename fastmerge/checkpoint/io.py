@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fastmerge.errors import CheckpointError, OutputError
+from fastmerge.errors import CheckpointError, NoSpace, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -218,5 +218,5 @@ def copy(io: Io, table: I64, name: Callable[[int], object]) -> I64:
 def _write_error(where: str, code: int, rest: int) -> OutputError:
     said = os.strerror(code) if code else "nothing was written"
     if code in FULL:
-        return OutputError(f"{where}: {said}: at least {rest} more bytes are needed there")
+        return NoSpace(f"{where}: {said}: at least {rest} more bytes are needed there")
     return OutputError(f"{where}: write failed: {said}")

@@ -16,7 +16,7 @@ import xxhash
 from fastmerge.checkpoint import io as _io
 from fastmerge.checkpoint import system
 from fastmerge.checkpoint.seal import blocks
-from fastmerge.errors import CheckpointError, OutputError
+from fastmerge.errors import CheckpointError, NoSpace, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -300,14 +300,14 @@ class ShardFiles:
         info = os.statvfs(self._data)
         free = info.f_bavail * info.f_frsize
         if free < total - held:
-            raise OutputError(f"{self._data}: not enough space: {total - held} bytes needed, {free} free")
+            raise NoSpace(f"{self._data}: not enough space: {total - held} bytes needed, {free} free")
         for i, shard in self._own:
             fd = self.fds[i]
             code = system.fallocate(fd, shard.size)
             if code in system.UNSUPPORTED:
                 self._features["fallocate"] = False
             elif code in _io.FULL:
-                raise OutputError(f"{self.name(fd)}: {os.strerror(code)}: {total} bytes needed in all")
+                raise NoSpace(f"{self.name(fd)}: {os.strerror(code)}: {total} bytes needed in all")
             elif code:
                 raise OutputError(f"{self.name(fd)}: cannot reserve {shard.size} bytes: {os.strerror(code)}")
             os.ftruncate(fd, shard.size)

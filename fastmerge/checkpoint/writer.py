@@ -19,7 +19,7 @@ from fastmerge.checkpoint.parts import load as load_parts
 from fastmerge.checkpoint.ranges import Ranges
 from fastmerge.checkpoint.seal import Mark, mark
 from fastmerge.checkpoint.shards import COPY_PIECE, ShardFiles
-from fastmerge.errors import OutputError
+from fastmerge.errors import NoSpace, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -395,4 +395,5 @@ def _wrapped(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         said = error.strerror or os.strerror(error.errno or errno.EIO)
-        raise OutputError(f"{error.filename or path}: {said}") from None
+        kind = NoSpace if error.errno in _io.FULL else OutputError
+        raise kind(f"{error.filename or path}: {said}") from None

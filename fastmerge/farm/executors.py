@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fastmerge.errors import FastMergeError
+from fastmerge.errors import FastMergeError, NoSpace
 from fastmerge.farm.store import Store
 from fastmerge.farm.worker import new_name
 from fastmerge.runtime.devices import cores
@@ -42,6 +42,7 @@ class Executor(Protocol):
 
         Raises:
             FastMergeError: workers cannot be had.
+            NoSpace: the store is full; the same command goes on once it is not.
         """
 
 
@@ -91,6 +92,8 @@ class Local:
                     code = process.running.returncode
                     if code == 0:
                         continue
+                    if code == NoSpace.exit_code:
+                        raise NoSpace(self._said(store, process).removeprefix("fastmerge: "))
                     stillborn = 0 if store.bury(process.name, _death(code)) else stillborn + 1
                     if stillborn >= STILLBORN:
                         raise FastMergeError(f"workers end before they claim anything: {self._said(store, process)}")

@@ -16,7 +16,7 @@ from fastmerge.farm.executors import Executor, executor_of
 from fastmerge.farm.file import Wanted, load
 from fastmerge.farm.jobs import Planner
 from fastmerge.farm.store import Attempts, Job, Result, State, Store, read_json
-from fastmerge.farm.worker import How, Ranks
+from fastmerge.farm.worker import How, Ranks, names_the_store
 from fastmerge.report import Report
 from fastmerge.sizes import parse_bytes, show_bytes
 
@@ -83,17 +83,19 @@ def run(
     Raises:
         RecipeError, CheckpointError: of any recipe, before anything is merged; all are listed.
         BackendUnavailable: what is to merge is not installed.
+        NoSpace: the store is full; the same call goes on once it is not.
     """
     file, wanted = load(source)
     who = executor or executor_of(file)
     jobs = jobs_of(wanted, parse_bytes(file.shard_size))
-    store = Store.create(file.store, file.settings)
-    for job in jobs:
-        store.add(job)
-    tidy(store, lease=float(file.lease))
-    if store.open():
-        who.run(store, lambda: tick(store) if tick is not None else None)
-    Ranks(store, file.keep).prune()
+    with names_the_store(file.store):
+        store = Store.create(file.store, file.settings)
+        for job in jobs:
+            store.add(job)
+        tidy(store, lease=float(file.lease))
+        if store.open():
+            who.run(store, lambda: tick(store) if tick is not None else None)
+        Ranks(store, file.keep).prune()
     return store
 
 

@@ -137,9 +137,12 @@ class Store:
         path = Path(root)
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path}: exists and is not a directory")
-        if path.is_dir() and not (path / "farm.json").exists() and any(path.iterdir()):
-            raise OutputError(f"{path}: holds other files, and no store of a farm")
-        for name in ("jobs", "claims", "staging", "logs"):
+        mine = {"jobs", "claims", "staging", "logs"}
+        if path.is_dir() and not (path / "farm.json").exists():
+            others = {p.name for p in path.iterdir() if not p.name.startswith(".farm.json.")}
+            if others - mine:  # without them it is a store whose making was cut short
+                raise OutputError(f"{path}: holds other files, and no store of a farm")
+        for name in sorted(mine):
             (path / name).mkdir(parents=True, exist_ok=True)
         system.write_whole(path / "farm.json", _text({"farm": FORMAT, "settings": settings}))
         return cls(root)

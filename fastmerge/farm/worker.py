@@ -23,7 +23,8 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.api.merge import merge
-from fastmerge.errors import FastMergeError, Interrupted, OutputError, RecipeError
+from fastmerge.checkpoint.io import FULL
+from fastmerge.errors import FastMergeError, Interrupted, NoSpace, OutputError, RecipeError
 from fastmerge.farm.jobs import Planner
 from fastmerge.farm.store import Claim, Result, Store
 
@@ -44,6 +45,9 @@ PATIENCE = 15.0
 """Seconds after which a worker without work looks again, at most."""
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+_FULL = "the store is full; nothing that was finished is lost"
 
 
 class ScoreFailed(FastMergeError):
@@ -154,7 +158,11 @@ class Worker:
         return False, found
 
     def try_one(self, identity: str, attempts: Any = None) -> Result | None:
-        """Claims a job and merges it; None where it is not to be had, or its result is not this worker's."""
+        """Claims a job and merges it; None where it is not to be had, or its result is not this worker's.
+
+        Raises:
+            NoSpace: the store is full. That is no fault of the job's, and no other job has more luck.
+        """
         claim = self.store.claim(identity, self.name, self.how.lease, attempts)
         if claim is None:
             return None
@@ -162,15 +170,20 @@ class Worker:
         self._claim = claim
         try:
             result = self._result(claim)
+            published = self.store.publish(claim.staging, replace(result, seconds=time.monotonic() - started))
         except Interrupted:
             self.store.end(claim.id, claim.number, "released", "its worker was stopped")
             raise
         except Exception as error:  # noqa: BLE001  whatever it is, another worker may have more luck
-            text = "".join(traceback.format_exception_only(error)).strip()
-            self.store.end(claim.id, claim.number, "lost", text[-2000:])
-            return None
+            text = "".join(traceback.format_exception_only(error)).strip()[-2000:]
+            if not _no_space(error):
+                self.store.end(claim.id, claim.number, "lost", text)
+                return None
+            shutil.rmtree(claim.staging, ignore_errors=True)  # which makes room to say so
+            with contextlib.suppress(OSError):
+                self.store.end(claim.id, claim.number, "released", text)
+            raise NoSpace(f"{self.store.root}: {_FULL}: {error}") from None
         else:
-            published = self.store.publish(claim.staging, replace(result, seconds=time.monotonic() - started))
             self._ranks.prune()
             return result if published else None
         finally:
@@ -311,10 +324,30 @@ def work(
 
     Raises:
         Interrupted: after SIGTERM or SIGINT; the job in hand is open for others.
+        NoSpace: the store is full; the job in hand is open again.
     """
     store = Store(root)
-    with _stoppable(), Worker(store, How.of(store.settings, **here), name) as worker:
+    with names_the_store(root), _stoppable(), Worker(store, How.of(store.settings, **here), name) as worker:
         return worker.run(wait=wait, looks=looks, parent=parent)
+
+
+@contextlib.contextmanager
+def names_the_store(root: str | os.PathLike[str]) -> Iterator[None]:
+    """Says which store is full, where a write of its own files says only that something is.
+
+    Raises:
+        NoSpace: it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not _no_space(error):
+            raise
+        raise NoSpace(f"{os.fspath(root)}: {_FULL}: {error.strerror}") from None
+
+
+def _no_space(error: Exception) -> bool:
+    return isinstance(error, NoSpace) or (isinstance(error, OSError) and error.errno in FULL)
 
 
 def _orphan(parent: int | None) -> bool:

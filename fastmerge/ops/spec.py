@@ -86,8 +86,7 @@ class Spec:
         self.packing = packing
         self.numel = math.prod(shape)
         self.row = shape[-1] if len(shape) > 1 else self.numel
-        averaged = method.wide and out_dtype is F32 and packing is None
-        self.double = averaged or any(d.code == 0 for d in dtypes)
+        self.double = (method.wide and out_dtype is F32) or any(d.code == 0 for d in dtypes)
         self.grain: Grain = method.grain(self)
         self.workspace: int = method.workspace(self)
         what = type(method), method.gap(), method.wants(), method.words

@@ -7,18 +7,21 @@ on from its last line: everything before it is read instead of computed, and the
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fastmerge.checkpoint import system
-from fastmerge.errors import OutputError
+from fastmerge.checkpoint.io import FULL
+from fastmerge.errors import NoSpace, OutputError
 from fastmerge.search.pareto import Scores
 
 VERSION = 1
@@ -87,7 +90,7 @@ class Journal:
         self.recorded: list[Evaluation] = []
         self.result: dict[str, Any] = {}
         self.directory = None if directory is None else Path(directory)
-        self._file: IO[bytes] | None = None
+        self._file: io.FileIO | None = None
         if self.directory is None:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -101,8 +104,8 @@ class Journal:
             self.close()
             raise
 
-    def _locked(self, path: Path) -> IO[bytes]:
-        file = path.open("a+b")
+    def _locked(self, path: Path) -> io.FileIO:
+        file = path.open("a+b", buffering=0)  # of what a full disk did not take nothing is left for later
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -130,7 +133,7 @@ class Journal:
             shown = [f"{key}: {_short(there.get(key))} there, {_short(self._facts.get(key))} here" for key in other]
             raise OutputError(f"{path.parent}: is another search: {'; '.join(shown)}")
 
-    def _read(self, file: IO[bytes]) -> None:
+    def _read(self, file: io.FileIO) -> None:
         """Reads the evaluations; a last line that was not written to its end is dropped."""
         file.seek(0)
         data = file.read()
@@ -157,10 +160,11 @@ class Journal:
     def add(self, evaluation: Evaluation) -> None:
         """Writes an evaluation; it is on disk when this returns."""
         if self._file is not None:
-            line = json.dumps(evaluation.plain(self._objectives), ensure_ascii=False) + "\n"
-            self._file.write(line.encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            line = (json.dumps(evaluation.plain(self._objectives), ensure_ascii=False) + "\n").encode()
+            with self._room():
+                while line:
+                    line = line[self._file.write(line) :]
+                os.fsync(self._file.fileno())
 
     def finish(self, result: Mapping[str, Any], best: str) -> None:
         """Writes what was found; ``best`` is a recipe, and empty where there is none."""
@@ -173,12 +177,25 @@ class Journal:
         if self.directory is None:
             return
         staged = self.directory / f".{name}.tmp"
-        with staged.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(self.directory / name)
-        system.sync_directory(self.directory)
+        with self._room():
+            with staged.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            staged.replace(self.directory / name)
+            system.sync_directory(self.directory)
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """Says what to do about a full disk, and of which search it is."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise NoSpace(
+                f"{self.directory}: {error.strerror}: what was evaluated is kept; make room, and go on with --resume"
+            ) from None
 
     def close(self) -> None:
         """Lets others work there."""

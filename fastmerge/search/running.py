@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fastmerge.backends.choose import choose
-from fastmerge.errors import FastMergeError, OutputError, RecipeError
+from fastmerge.errors import FastMergeError, NoSpace, OutputError, RecipeError
 from fastmerge.search import pareto
 from fastmerge.search.baselines import baselines as usual
 from fastmerge.search.evaluation import SCORE, evaluator, measure
@@ -149,6 +149,7 @@ def search(
     Raises:
         RecipeError: an argument is wrong; or what a recipe, the sampler or the evaluator says.
         OutputError: the directory has another search, or one and ``resume`` is not set.
+        NoSpace: the disk is full; what was evaluated is kept, and ``resume`` goes on.
         BackendUnavailable: the device cannot be used here.
     """
     if session is None:
@@ -185,6 +186,8 @@ def search(
             try:
                 scene.render(made.recipe(candidate))
             except (RecipeError, OutputError) as error:  # one model twice, weights that sum to 0, ...
+                if isinstance(error, NoSpace):
+                    raise  # which says nothing of the candidate
                 refused.append(error)
                 log.warning("a candidate that cannot be merged counts as the worst: %s", _first(error))
                 return [(-math.inf,) * len(names)]

@@ -1,6 +1,7 @@
 """A worker in this process: what it merges, fails at, scores and keeps."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import fastmerge as fm
-from fastmerge.errors import CheckpointError, Interrupted, OutputError, RecipeError
+from fastmerge.errors import CheckpointError, Interrupted, NoSpace, OutputError, RecipeError
 from fastmerge.farm import run as farms
 from fastmerge.farm import worker as workers
 from fastmerge.farm.file import load
@@ -139,7 +140,7 @@ def test_errors_of_the_machine_are_tried_again_and_then_no_more(paths, tmp_path,
     def merge(planned, out, **how):
         tried.append(out)
         if len(tried) == 1:
-            raise OutputError("no space left on device")
+            raise OutputError("input/output error")
         return real(planned, out, **how)
 
     monkeypatch.setattr(workers, "merge", merge)
@@ -154,6 +155,44 @@ def test_errors_of_the_machine_are_tried_again_and_then_no_more(paths, tmp_path,
     (result,) = store.results()
     assert result.state == "quarantined"
     assert "ZeroDivisionError: division by zero" in result.error
+
+
+def no_space(*_, **__):
+    raise NoSpace("model: not enough space: 5 bytes needed, 3 free")
+
+
+def no_space_for_a_result(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "full"), [(workers, "merge", no_space), (Store, "publish", no_space_for_a_result)]
+)
+def test_a_full_store_costs_no_job_an_attempt(paths, tmp_path, monkeypatch, owner, name, full):
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        for _ in range(5):
+            with pytest.raises(NoSpace, match=r"store: the store is full; nothing that was finished is lost: .*space"):
+                run(farm(tmp_path, paths, 2))
+    store = run(farm(tmp_path, paths, 2))
+    assert [r.state for r in store.results()] == ["done"] * 2
+    assert idle(store) == []
+
+
+def test_a_store_whose_making_was_cut_short_is_made(paths, tmp_path):
+    (tmp_path / "store" / "jobs").mkdir(parents=True)
+    (tmp_path / "store" / ".farm.json.77").write_text("{")
+    assert [r.state for r in run(farm(tmp_path, paths, 1)).results()] == ["done"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    with pytest.raises(OutputError, match="holds other files"):
+        Store.create(tmp_path / "other", {})
+
+
+def test_a_store_that_cannot_take_its_own_files_is_named(paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(Store, "add", no_space_for_a_result)
+    with pytest.raises(NoSpace, match="store: the store is full; nothing that was finished is lost: No space"):
+        run(farm(tmp_path, paths, 2))
 
 
 def test_a_worker_that_is_stopped_gives_its_job_back(paths, tmp_path, monkeypatch):

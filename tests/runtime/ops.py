@@ -11,6 +11,7 @@ class Toy:
 
     name = "toy"
     words = ()
+    wide = False
 
     def __init__(self, grain, workspace=0):
         self._grain, self._workspace = grain, workspace

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import resource
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import fastmerge as fm
-from fastmerge.errors import OutputError, RecipeError
+from fastmerge.errors import NoSpace, OutputError, RecipeError
 from fastmerge.search import Space, layer_paths, sampler, search
 from tests import tiny
 from tests.search.helpers import Near, Notes, template
@@ -193,6 +194,37 @@ def test_another_search_is_refused(tmp_path):
     (tmp_path / "search.json").unlink()
     with pytest.raises(OutputError, match="no search.json"):
         run(directory=tmp_path, resume=True)
+
+
+def test_a_full_disk_is_no_score_of_a_candidate(tmp_path, monkeypatch):
+    def render(*_, **__):
+        raise NoSpace("model: not enough space: 5 bytes needed, 3 free")
+
+    whole = run(directory=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Notes, "render", render)
+        with pytest.raises(NoSpace, match="5 bytes needed"):
+            run(directory=tmp_path / "full")
+    assert lines(tmp_path / "full") == []
+    found = run(directory=tmp_path / "full", resume=True)
+    assert (found.scores, lines(tmp_path / "full")) == (whole.scores, lines(tmp_path / "whole"))
+
+
+def test_a_journal_on_a_full_disk_keeps_what_it_has(tmp_path):
+    whole = run(directory=tmp_path / "whole")
+    file = tmp_path / "whole" / "evaluations.jsonl"
+    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    file.write_bytes(before[:2000])
+    (tmp_path / "whole" / "result.json").unlink()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3001, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            run(directory=tmp_path / "whole", resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(file.read_bytes()) == 3001, "a part of a line"
+    found = run(directory=tmp_path / "whole", resume=True)
+    assert found.scores == whole.scores
 
 
 def test_two_searches_do_not_share_a_directory(tmp_path):
