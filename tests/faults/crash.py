@@ -55,9 +55,12 @@ def main(recipe, root, moments, seed, overwrite):
     schedule.UNIT_ELEMENTS = 1 << 16
     stream.SYNC_SECONDS = 0.01
     root = Path(root)
-    started = time.monotonic()
-    assert os.waitpid(child(recipe, root / "whole" / "out"), 0)[1] == 0
-    span = time.monotonic() - started
+    spans = []
+    for name in ("whole", "again"):  # the first one fills caches
+        started = time.monotonic()
+        assert os.waitpid(child(recipe, root / name / "out"), 0)[1] == 0
+        spans.append(time.monotonic() - started)
+    span = min(spans)
     good = digest(root / "whole" / "out")
     rng = random.Random(seed)
     killed = resumed = 0
