@@ -125,8 +125,9 @@ def _parsed(ref: str, tree: Any) -> Tokenizer:
     kind = model.get("type") or ("Unigram" if pieces else "BPE" if "merges" in model else "WordLevel")
     numbers = {piece[0]: i for i, piece in enumerate(raw)} if pieces else dict(raw)
     added = {}
+    numbers |= (given := tokenfiles.given(numbers, tree.get("added_tokens") or ()))
     for flags in tree.get("added_tokens") or ():
-        numbers[flags["content"]] = flags["id"]
+        flags["id"] = given[flags["content"]]
         added[flags["content"]] = flags
     odd = set(map(type, numbers.values())) - {int} or set(map(type, numbers)) - {str} or min(numbers.values()) < 0
     if odd or kind not in _KINDS or pieces is not (kind == "Unigram"):
@@ -248,21 +249,9 @@ def _edit(base: Tokenizer, ordinary: Mapping[str, Tokenizer], out: United) -> No
     model["vocab"] = vocabulary | {token: out.numbers[token] for token in ordinary}
     if "merges" in model:
         model["merges"] = _merges(base, others, ordinary, out)
-    if not _numbered(model["vocab"], tree["added_tokens"]):
-        model["vocab"] |= {t["content"]: t["id"] for t in tree["added_tokens"]}
-
-
-def _numbered(vocabulary: Mapping[str, int], added: Iterable[Flags]) -> bool:
-    """Whether programs that read the file give added tokens their numbers.
-
-    They go by the vocabulary, and count on from its size for what is not in it.
-    """
-    following = len(vocabulary)
-    for token in added:
-        if token["content"] not in vocabulary and token["id"] != following:
-            return False
-        following = max(following, token["id"] + 1)
-    return True
+    numbers = {t["content"]: t["id"] for t in tree["added_tokens"]}
+    if tokenfiles.given(model["vocab"], tree["added_tokens"]) != numbers:
+        model["vocab"] |= numbers
 
 
 def _merges(base: Tokenizer, others: Sequence[Tokenizer], ordinary: Mapping[str, Tokenizer], out: United) -> list[Any]:

@@ -161,9 +161,23 @@ def _tokenizer(text: str) -> dict[int, str] | None:
             break
     added = _ADDED.search(text)
     if added is not None:
-        for token in decoder.raw_decode(text, added.end())[0]:
-            found[int(token["id"])] = str(token["content"])
+        new = decoder.raw_decode(text, added.end())[0]
+        found |= {i: t for t, i in given({t: i for i, t in found.items()}, new).items()}
     return found or None
+
+
+def given(vocabulary: Mapping[str, int], added: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """The numbers that programs which read a tokenizer.json give its added tokens, whatever it says itself.
+
+    They go by the vocabulary, and count on for what is not in it, in the order of the file.
+    """
+    numbers: dict[str, int] = {}
+    following = len(vocabulary)
+    for token in added:
+        content = str(token["content"])
+        number = numbers[content] = vocabulary.get(content, numbers.get(content, following))
+        following = max(following, number + 1)
+    return numbers
 
 
 def _numbered(raw: dict[str, Any]) -> dict[int, str]:

@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fastmerge.errors import RecipeError
+from fastmerge.planning import tokens
 from fastmerge.planning.tokenizers import FLAGS, read, unite
 from tests.recipe.fakes import llama
 
@@ -60,6 +61,19 @@ def test_bpe_takes_tokens_and_their_merges(tmp_path):
     assert tokenizer.get_added_tokens_decoder()[8].lstrip
     assert [t["content"] for t in united.new] == ["<x>"]
     assert (united.ordinary, united.warnings) == (True, [])
+
+
+@pytest.mark.parametrize("said", [{"<x>": 7, "<y>": 10}, {"<x>": 4, "<y>": 3}, {"a": 6, "<x>": 3}, {"<x>": 0, "?": 9}])
+@pytest.mark.parametrize("model", [bpe("?", "a", "b"), models.Unigram([("?", 0.0), ("a", -1.0), ("b", -2.0)], 0)])
+def test_added_tokens_have_the_numbers_that_the_library_gives_them(tmp_path, model, said):
+    a = make(tmp_path / "a", model, *(added(token, number) for token, number in said.items()))
+    path = tmp_path / "a" / "tokenizer.json"
+    library = Tokenizer.from_file(str(path))
+    assert read(a).numbers == library.get_vocab()
+    assert tokens.tokens(path) == {i: token for token, i in library.get_vocab().items()}
+    b = read(make(tmp_path / "b", model, added("<z>", 3)))
+    united = unite(read(a), [b], ROWS, {})
+    assert united.numbers == loaded(united).get_vocab() == library.get_vocab() | {"<z>": library.get_vocab_size()}
 
 
 def test_equal_tokenizers_stay_as_they_are(tmp_path):
