@@ -26,7 +26,7 @@ test: $(STAMP)  ## the whole suite: no GPU, no network
 	$(BIN)/python -m pytest -m 'not gpu and not big and not arm64 and not conformance and not ray and not page' --numprocesses auto --maxprocesses 8 --dist worksteal
 
 conformance: $(STAMP)  ## recipes as people publish them, by fastmerge and mergekit; DNA transfer and merges of every architecture
-	$(BIN)/python -m pytest -m 'not ray and not page and not gpu and not big' tests/conformance tests/dna tests/adamerging tests/search \
+	$(BIN)/python -m pytest -m 'not ray and not page and not gpu and not big' tests/conformance tests/dna tests/adamerging tests/search tests/faults \
 	  --numprocesses auto --maxprocesses 8 --dist worksteal
 
 check: $(STAMP)  ## formatting, lint, types
