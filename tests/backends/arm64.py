@@ -179,7 +179,7 @@ def sizes(inputs, lengths, code):
     """Bytes at the addresses of an input; of a coded one the first word says it."""
     if code != CODED:
         return lengths * BY_CODE[code].size
-    return np.array([rows_at(a, 1, 1)[0, 0] if n else 0 for a, n in zip(inputs, lengths, strict=True)])
+    return np.array([rows_at(int(a), 1, 1)[0, 0] if n else 0 for a, n in zip(inputs, lengths, strict=True)])
 
 
 class Arm64:

@@ -58,7 +58,7 @@ def test_every_kernel_is_known():
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("kinds", [(3,), (2,), (1,), (0,), (3, 1, 2)], ids=str)
 def test_combine(arm, kinds, delta):
-    test_native.test_combine(kinds, delta)
+    test_native.test_combine([_native.isa()], kinds, delta)
     assert arm.unlike() == []
 
 
@@ -86,7 +86,7 @@ def test_combine_of_rows_and_large_tensors(arm):
 
 @pytest.mark.parametrize("kinds", [(3, 1, 2), (0, 3, 1, 2)], ids=str)
 def test_gram(arm, kinds):
-    test_native.test_gram(kinds)
+    test_native.test_gram([_native.isa()], kinds)
     assert arm.unlike() == []
 
 
@@ -98,7 +98,7 @@ def test_gram_of_special_values_and_fold(arm):
 
 @pytest.mark.parametrize("kinds", [(3,), (2,), (1,), (0, 3, 1, 2)], ids=str)
 def test_dot(arm, kinds):
-    test_native.test_dot(kinds)
+    test_native.test_dot([_native.isa()], kinds)
     test_native.test_dot_of_special_values_and_any_chunking()
     assert arm.unlike() == []
 

@@ -42,8 +42,10 @@ def test_links_that_leave_the_model_are_not_followed(tmp_path):
     assert "a link that leaves the model's directory; not copied" in made.warnings[0]
 
 
-def vocabulary(**tokens):
-    return {"model": {"vocab": tokens}, "added_tokens": [{"content": "<s>", "id": 9}]}
+def vocabulary(added="<s>", **tokens):
+    """Nine tokens, and an added one of number 9."""
+    others = {f"w{i}": i for i in range(9) if i not in tokens.values()}
+    return {"model": {"vocab": tokens | others}, "added_tokens": [{"content": added, "id": 9}]}
 
 
 def test_chat_templates_are_data(tmp_path):
@@ -146,7 +148,7 @@ def test_a_tokenizer_brings_its_special_tokens(tmp_path):
 def test_the_tokenizer_itself_says_where_it_stops(tmp_path):
     chat = write(
         tmp_path / "chat",
-        tokenizer__json={"model": {"vocab": {"x": 0}}, "added_tokens": [{"content": "<é>", "id": 9}]},
+        tokenizer__json=vocabulary("<é>"),
         tokenizer_config__json={"eos_token": {"content": "<é>"}, "bos_token": None},
     )
     text = LINEAR + "tokenizer_source: b\n"

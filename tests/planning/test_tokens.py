@@ -75,8 +75,8 @@ def test_files_that_differ_elsewhere_are_not_parsed(tmp_path, monkeypatch):
 
 
 def test_added_tokens_count(tmp_path):
-    a = model(tmp_path / "a", tokenizer(added=[(9, "<|reserved|>"), (10, "<s>")]))
-    b = model(tmp_path / "b", tokenizer(added=[(9, "<|im_end|>"), (10, "<s>")]))
+    a = model(tmp_path / "a", tokenizer(WORDS[:9], added=[(9, "<|reserved|>"), (10, "<s>")]))
+    b = model(tmp_path / "b", tokenizer(WORDS[:9], added=[(9, "<|im_end|>"), (10, "<s>")]))
     assert "1 of 11 tokens differ (9 is '<|reserved|>' and '<|im_end|>')" in make(LINEAR, a=a, b=b).warnings[0]
 
 
