@@ -53,7 +53,7 @@ class Spec:
         models: position of each other input among the recipe's non-base models (random numbers use it).
         numel: elements of the result; 1 for a 0-d one.
         row: length of the last dimension; a tensor of fewer than two dimensions is one row.
-        double: whether the arithmetic is fp64: where an input is, and for fp32 results of methods that ask for it.
+        double: whether the arithmetic is fp64: where an input is, and for dense fp32 results of methods that ask for it.
         grain: how far the work may be cut.
         packing: how results are written that are stored as codes and scales; ``out_dtype`` is fp32 then.
         batch: equal for tensors of one kernel call: method, types, inputs, every parameter that is no number, and
@@ -86,7 +86,8 @@ class Spec:
         self.packing = packing
         self.numel = math.prod(shape)
         self.row = shape[-1] if len(shape) > 1 else self.numel
-        self.double = (method.wide and out_dtype is F32) or any(d.code == 0 for d in dtypes)
+        dense = out_dtype is F32 and packing is None  # codes would show nothing of it
+        self.double = (method.wide and dense) or any(d.code == 0 for d in dtypes)
         self.grain: Grain = method.grain(self)
         self.workspace: int = method.workspace(self)
         what = type(method), method.gap(), method.wants(), method.words
