@@ -53,7 +53,7 @@ class Spec:
         models: position of each other input among the recipe's non-base models (random numbers use it).
         numel: elements of the result; 1 for a 0-d one.
         row: length of the last dimension; a tensor of fewer than two dimensions is one row.
-        double: whether the arithmetic is fp64: where an input is, and for dense fp32 results of methods that ask for it.
+        double: whether the arithmetic is fp64: where an input is, and for dense fp32 results where methods ask for it.
         grain: how far the work may be cut.
         packing: how results are written that are stored as codes and scales; ``out_dtype`` is fp32 then.
         batch: equal for tensors of one kernel call: method, types, inputs, every parameter that is no number, and
