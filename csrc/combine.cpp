@@ -298,24 +298,18 @@ SharedRun shared_for(int32_t inputs) {
       return shared<T, 4, kDelta>;
     case 5:
       return shared<T, 5, kDelta>;
-    case 6:
-      return shared<T, 6, kDelta>;
-    case 7:
-      return shared<T, 7, kDelta>;
-    case kNamed:
-      return shared<T, kNamed, kDelta>;
     default:
       return nullptr;
   }
 }
 
-// How segments that share their inputs are computed; null where each is by itself.
+// How segments that share their inputs are computed; null where each is by itself: of fp32, whose loads cost nothing
+// beside the memory, and of more inputs than searches have.
 template <bool kDelta>
 SharedRun shared_run(const CombineArgs& a) {
   if (a.per_row || !fusable(a)) return nullptr;
   if (a.out_code == kBF16) return shared_for<Bf16, kDelta>(a.table.inputs);
-  if (a.out_code == kF16) return shared_for<Fp16, kDelta>(a.table.inputs);
-  return shared_for<float, kDelta>(a.table.inputs);
+  return a.out_code == kF16 ? shared_for<Fp16, kDelta>(a.table.inputs) : nullptr;
 }
 
 // The end of the segments from i on whose inputs are those of i.

@@ -59,6 +59,7 @@ class Image:
     """
 
     def __init__(self, name, args):
+        args = tuple([a for a in args if a is not None])  # bits that nobody left, which are last
         if name == "combine":
             args = (*args, False, False)[:10]  # far and wide
         if name in CODES:
