@@ -1,7 +1,7 @@
 """Building blocks of the references, in plain torch: the frozen order of operations, once.
 
-``W`` is the work type: fp32, or fp64 when an input is fp64. Every function takes and returns flat tensors of
-``W`` unless it says otherwise. Coefficients are fp64 numbers, rounded once to ``W``.
+``W`` is the work type: fp32, or fp64 where :attr:`fastmerge.ops.spec.Spec.double` says so. Every function takes and
+returns flat tensors of ``W`` unless it says otherwise. Coefficients are fp64 numbers, rounded once to ``W``.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Journal:
     """The files of a search; in memory alone without a directory.
 
     Args:
-        directory: where they are; None for nowhere.
+        directory: where they are; None keeps what they would hold in memory.
         facts: what is searched, as ``search.json`` has it.
         resume: whether to go on with a search that is there already.
 

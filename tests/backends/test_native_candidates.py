@@ -45,3 +45,20 @@ def test_candidates_of_the_same_inputs(code, most, delta):
             assert found[i] == (~np.isfinite(widen(expected, code, np.float64))).sum()
             assert (outs[i][: at[i]] == 7).all()
             assert (outs[i][at[i] + size :] == 7).all()
+
+
+@pytest.mark.parametrize("divisor", [3.0, 0.7])
+def test_quotients_beside_the_middle_of_two_results(divisor):
+    """So many that some hundred are nearer to it than a product with the inverse is exact."""
+    rng = np.random.default_rng(int(10 * divisor))
+    b = Batch((3, 3), [1 << 20], 3, rng, special=False)
+    table = np.repeat(b.table, 2, axis=0)
+    outs = [np.empty(1 << 20, np.uint16) for _ in table]
+    table[:, 0] = [o.ctypes.data for o in outs]
+    table[:, 5] = (0, 1)
+    coef = np.array([[0.6, 0.3], [1.1, 0.9]])
+    scale = np.array([[1, divisor]] * 2)
+    _native.combine(table, b.ins, 3, coef, scale, False, False, np.zeros(2, np.int64))
+    for out, c in zip(outs, coef.astype(np.float32), strict=True):
+        expected = store(combined(b.x(0), c, np.float32(1), np.float32(divisor), False), 3)
+        assert np.array_equal(out, bits(expected))
