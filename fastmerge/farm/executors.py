@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fastmerge.errors import FastMergeError, NoSpace
+from fastmerge.errors import FastMergeError, NoSpace, OutputError
 from fastmerge.farm.store import Store
-from fastmerge.farm.worker import new_name
+from fastmerge.farm.worker import FULL_STORE, new_name
 from fastmerge.runtime.devices import cores
 from fastmerge.sizes import default_memory, parse_bytes
 
@@ -42,7 +42,8 @@ class Executor(Protocol):
 
         Raises:
             FastMergeError: workers cannot be had.
-            NoSpace: the store is full; the same command goes on once it is not.
+            OutputError: a worker cannot use the store; NoSpace where that is full: the same command goes on once it is
+                not.
         """
 
 
@@ -92,8 +93,9 @@ class Local:
                     code = process.running.returncode
                     if code == 0:
                         continue
-                    if code == NoSpace.exit_code:
-                        raise NoSpace(self._said(store, process).removeprefix("fastmerge: "))
+                    if code == OutputError.exit_code:  # no other worker has more luck
+                        said = self._said(store, process).removeprefix("fastmerge: ")
+                        raise (NoSpace if FULL_STORE in said else OutputError)(said)
                     stillborn = 0 if store.bury(process.name, _death(code)) else stillborn + 1
                     if stillborn >= STILLBORN:
                         raise FastMergeError(f"workers end before they claim anything: {self._said(store, process)}")

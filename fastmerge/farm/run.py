@@ -83,7 +83,7 @@ def run(
     Raises:
         RecipeError, CheckpointError: of any recipe, before anything is merged; all are listed.
         BackendUnavailable: what is to merge is not installed.
-        NoSpace: the store is full; the same call goes on once it is not.
+        OutputError: the store cannot be used; NoSpace where it is full: the same call goes on once it is not.
     """
     file, wanted = load(source)
     who = executor or executor_of(file)

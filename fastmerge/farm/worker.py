@@ -46,8 +46,8 @@ PATIENCE = 15.0
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
-
-_FULL = "the store is full; nothing that was finished is lost"
+FULL_STORE = "the store is full; nothing that was finished is lost"
+"""What workers say of it; others know it by that."""
 
 
 class ScoreFailed(FastMergeError):
@@ -182,7 +182,7 @@ class Worker:
             shutil.rmtree(claim.staging, ignore_errors=True)  # which makes room to say so
             with contextlib.suppress(OSError):
                 self.store.end(claim.id, claim.number, "released", text)
-            raise NoSpace(f"{self.store.root}: {_FULL}: {error}") from None
+            raise NoSpace(f"{self.store.root}: {FULL_STORE}: {error}") from None
         else:
             self._ranks.prune()
             return result if published else None
@@ -343,7 +343,7 @@ def names_the_store(root: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         if not _no_space(error):
             raise
-        raise NoSpace(f"{os.fspath(root)}: {_FULL}: {error.strerror}") from None
+        raise NoSpace(f"{os.fspath(root)}: {FULL_STORE}: {error.strerror}") from None
 
 
 def _no_space(error: Exception) -> bool:

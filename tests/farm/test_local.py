@@ -13,13 +13,14 @@ import yaml
 from click.testing import CliRunner
 
 from fastmerge.cli import main
-from fastmerge.errors import FastMergeError
+from fastmerge.errors import FastMergeError, NoSpace, OutputError
 from fastmerge.farm import executors
 from fastmerge.farm import run as farms
 from fastmerge.farm.executors import Local, share_of
 from fastmerge.farm.file import load
 from fastmerge.farm.slurm import SlurmArray
 from fastmerge.farm.store import Store
+from fastmerge.farm.worker import FULL_STORE
 from tests import tiny
 from tests.farm.farms import calls, contents, farm, idle, scorer
 
@@ -167,6 +168,20 @@ def test_workers_that_cannot_start_end_the_farm(paths, tmp_path, monkeypatch):
     monkeypatch.setattr(executors.sys, "executable", "/bin/false")
     with pytest.raises(FastMergeError, match="workers end before they claim anything: exit status 1"):
         farms.run(farm(tmp_path, paths, 4))
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [(f"store: {FULL_STORE}: No space left on device", NoSpace), ("expected the store of a farm", OutputError)],
+)
+def test_a_worker_that_cannot_use_the_store_ends_the_farm(paths, tmp_path, monkeypatch, said, kind):
+    program = tmp_path / "worker"
+    program.write_text(f"#!/bin/sh\necho 'fastmerge: {said}'\nexit 4\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(executors.sys, "executable", str(program))
+    with pytest.raises(OutputError) as caught:
+        farms.run(farm(tmp_path, paths, 4))
+    assert (type(caught.value), str(caught.value)) == (kind, said)
 
 
 def test_a_farm_with_problems_says_so(paths, tmp_path):
