@@ -196,9 +196,17 @@ struct Work {
     for (int64_t i = 0; i < models; ++i) rank[i] = 0;
   }
 
+  // Drop and trim of model i's delta; the result as keep_block's.
+  Int<W> kept_above(const Segment& s, int32_t i, int64_t at, int64_t n, W* d) {
+    if (!keep.variance) return keep_block(keep, s, models, i, at, n, left_bits(keep, models, i, block), rank[i], d);
+    drop_block(drawn[0], n, d);
+    return -1;
+  }
+
   // What is mixed of elements [at, at + n) of a segment, in `out`.
   void mixed(const Segment& s, const Rule<W>& rule, int64_t at, int64_t n) {
     base_block(table, s, at, n, base);
+    if (keep.variance) variance_bits<W>(keep, table, s, at, n, rank[0], drawn[0]);
     int64_t i = 0;
     do {
       Models<W> m;
@@ -207,9 +215,8 @@ struct Work {
         W* to = d[m.n];
         const double* factor = f + 3 * (s.group * models + i);
         delta_block(table, s, static_cast<int32_t>(i), at, n, keep.round_code, base, to);
-        const uint32_t* bits = left_bits(keep, models, static_cast<int32_t>(i), block);
         // No NaN is kept where the bound is the NaN's key; then not one of any payload.
-        const Int<W> t = keep_block(keep, s, models, static_cast<int32_t>(i), at, n, bits, rank[i], to);
+        const Int<W> t = kept_above(s, static_cast<int32_t>(i), at, n, to);
         m.t[m.n] = I{} + (t >= Pack<W>::kNan ? Pack<W>::kMost : t);
         m.d[m.n] = to;
         m.c[m.n] = V{} + static_cast<W>(factor[0]);
@@ -254,7 +261,7 @@ MergeBlock fused_for(const ConsensusArgs& a, const Table& t, int32_t out_code) {
 #if FM_FUSED
   const bool added = a.elect == kElectNone, mean = a.merge == kMergeMean;
   const bool by_mass = a.elect == kElectMass && !a.split && a.merge != kMergeMax && a.zero != kZeroBase;
-  const bool plain = a.keep.round_code == -1 && !(a.keep.drop && a.keep.trim);
+  const bool plain = a.keep.round_code == -1 && !(a.keep.drop && a.keep.trim) && !a.keep.variance;
   const int32_t code = plain && (added || by_mass) ? one_type(t, out_code) : -1;
   const int64_t models = a.table.inputs - 1;
   const Joined mix = added ? kAdded : mean ? kMean : kSum;

@@ -48,6 +48,9 @@ def gram(table: _I64, ins: _I32, partials: _F64, delta: bool, diff: bool, per_ro
     Columns: the upper triangle by rows, then ``sum (x0 - x1)^2`` with ``diff``.
     """
 
+def gram_kept(table: _I64, ins: _I32, partials: _F64, model_index: _I32, bern: _I32, thr: _U64, cut: _I64) -> None:
+    """The same of deltas, as far as variance keeps them: thr [P, 1], cut [P, 1, 3], of ties by index."""
+
 def dot(table: _I64, ins: _I32, partials: _F64) -> None:
     """``sum g (x_i - x_0)`` of every tile into partials [R, N], N = M - 2, from row ``stats`` of each segment on.
 
@@ -57,8 +60,21 @@ def dot(table: _I64, ins: _I32, partials: _F64) -> None:
 def fold(partials: _F64, first: _I64) -> _F64:
     """Ordered fp64 sums of the rows [first[g], first[g + 1]): [G, columns]."""
 
-def delta_keys(table: _I64, ins: _I32, round_code: int, drop: bool, model_index: _I32, bern: _I32, out: _Keys) -> None:
-    """Magnitude keys of all elements of all segments, uint32 (uint64 where an input is fp64) [elements, N]."""
+def delta_keys(
+    table: _I64,
+    ins: _I32,
+    round_code: int,
+    drop: bool,
+    model_index: _I32,
+    bern: _I32,
+    out: _Keys,
+    variance: bool = False,
+) -> None:
+    """Magnitude keys of all elements of all segments, uint32 (uint64 where an input is fp64) [elements, N].
+
+    With ``variance``, here and below, one key in place of N: of the sum of the squared differences of all pairs of
+    models. Nothing is rounded or dropped then.
+    """
 
 def count(
     table: _I64,
@@ -73,6 +89,7 @@ def count(
     keys: _Keys,
     where: _I64,
     used: _I64,
+    variance: bool = False,
 ) -> None:
     """Per tile and model [R, N, 4]: keys above hi, at hi, at lo (0 where lo == hi), strictly between.
 
@@ -90,6 +107,7 @@ def kth(
     ranks: _I64,
     thr: _U64,
     found: _I64,
+    variance: bool = False,
 ) -> None:
     """The ``ranks`` [P, N] largest keys of whole tensors into thr [P, N], and of the ties found [P, N, 4].
 
@@ -154,6 +172,7 @@ def consensus(
     scale: _F64,
     nonfinite: _I64,
     bits: _U32 | None = None,
+    variance: bool = False,
 ) -> None:
     """``b + lambda mix`` of the kept, weighted, elected deltas.
 
@@ -161,6 +180,15 @@ def consensus(
     (coefficient, gate, vote weight), scale [P, 3] (lambda, div, majority sign), nonfinite [S], added to; bits as l1
     left them for the same table.
     """
+
+def importance(table: _I64, ins: _I32, divergence: _F64, out: _Keys) -> None:
+    """Divergences of whole rows of a base and a model, and ``|x - b|`` times them into out [elements] of the work type.
+
+    That of row r goes to divergence [P], row ``group + r``, rounded to the work type.
+    """
+
+def fuse(table: _I64, ins: _I32, out_code: int, divergence: _F64, least: float, nonfinite: _I64) -> None:
+    """``b + (x - b) m``; m is 1 where |x - b| times the row's divergence is at least ``least``, else 0."""
 
 def replicate(table: _I64, ins: _I32, out_code: int, sigma: _F64, numbers: _I64, lines: _F32, nonfinite: _I64) -> None:
     """``x + sigma n`` for every output; table [S, 7 + E], sigma [P, E], numbers [E], lines [177, 2], nonfinite [S].

@@ -36,12 +36,16 @@ class Deltas(NamedTuple):
         drop: whether any are dropped.
         models: ``[N]`` numbers of the models for the random numbers.
         bernoulli: ``[P, N]`` an element stays where its 16-bit random number is below this.
+        variance: elements are ranked by how much the models vary there (the sum of the squared differences of all
+            pairs), not each model's by its magnitude; keys, ranks and thresholds then have one column for all models.
+            Only with neither rounding nor drop, and with ties by index.
     """
 
     round_code: int
     drop: bool
     models: I32
     bernoulli: I32
+    variance: bool = False
 
 
 class Keep(NamedTuple):
@@ -179,6 +183,9 @@ class Kernels(Protocol):
     def gram(self, segments: Segments, partials: F64, *, delta: bool, diff: bool, per_row: bool) -> None:
         """Inner products of every tile into ``partials [R, pairs]``, from row ``stats`` of each segment on."""
 
+    def gram_kept(self, segments: Segments, keep: Keep, partials: F64) -> None:
+        """The same of task vectors, as far as their variance keeps them. Not on every backend."""
+
     def dot(self, segments: Segments, partials: F64) -> None:
         """``sum g (x_i - b)`` of every tile into ``partials [R, N]``; the base is input 0, the gradient the last."""
 
@@ -211,6 +218,15 @@ class Kernels(Protocol):
 
     def consensus(self, segments: Segments, keep: Keep, rules: Rules) -> None:
         """The merge of task vectors into the output addresses."""
+
+    def importance(self, segments: Segments, divergence: F64, out: npt.NDArray[Any]) -> None:
+        """``|x - b| KL(softmax x || softmax b)`` of whole rows of two inputs, ``[elements]`` of the work type.
+
+        The divergence of row r of tensor g, rounded to the work type, goes to row ``g + r``. Not on every backend.
+        """
+
+    def fuse(self, segments: Segments, divergence: F64, least: float) -> None:
+        """``b``, and ``x`` where that is at least ``least``, into the output addresses. Not on every backend."""
 
     def replicate(self, segments: Segments, sigma: F64, numbers: I64) -> None:
         """One input to E outputs with noise; sigma ``[P, E]``, numbers ``[E]``. Not on every backend."""

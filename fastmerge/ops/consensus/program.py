@@ -280,6 +280,10 @@ class ConsensusProgram(Program):
                 self._factor[g, i] = l1_factor(totals[g][i][0], totals[g][i][1], self._ops[g].name)
         self._kernels.consensus(segments, keep, self._make_tables())
 
+    def merge(self, segments: Segments, keep: Keep) -> None:
+        """The merge of what is kept by a rule that is not theirs."""
+        self._kernels.consensus(segments, keep, self._make_tables())
+
     def apply(self, segments: Segments) -> None:
         """The merge itself."""
         if self._tables is None:
