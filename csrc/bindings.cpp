@@ -173,7 +173,7 @@ uint32_t* bits_data(const py::object& bits, const Table& t, bool write) {
 
 void l1(const py::array& table, const py::array& ins, int round_code, bool drop, bool trim,
         const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut,
-        const py::array& sums, const py::object& bits, bool given) {
+        const py::array& sums, const py::object& bits, bool given, bool wide_sums) {
   const Keep keep{{round_code, drop, model_index, bern}, trim, thr, cut};
   Needs needs;
   needs.parameters = keep.parameters(), needs.tiles = true, needs.base = 1, needs.coded = true;
@@ -181,14 +181,14 @@ void l1(const py::array& table, const py::array& ins, int round_code, bool drop,
   L1Args a;
   a.table = check_table(table, ins, needs);
   a.keep = keep.checked(a.table.inputs - 1);
-  a.keep.bits = bits_data(bits, a.table, !given), a.keep.given = given;
+  a.keep.bits = bits_data(bits, a.table, !given), a.keep.given = given, a.keep.wide_sums = wide_sums;
   a.sums = data<double>(sums, "sums", {-1, a.table.inputs - 1, 2}, true);
   run(kernels().l1, a);
 }
 
 void votes(const py::array& table, const py::array& ins, int round_code, bool drop, bool trim,
            const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut, int elect,
-           bool split, const py::array& f, const py::array& counts) {
+           bool split, const py::array& f, const py::array& counts, bool wide_sums) {
   const Keep keep{{round_code, drop, model_index, bern}, trim, thr, cut};
   check_word(elect, 2, "elect");
   Needs needs;
@@ -197,6 +197,7 @@ void votes(const py::array& table, const py::array& ins, int round_code, bool dr
   VotesArgs a;
   a.table = check_table(table, ins, needs);
   a.keep = keep.checked(a.table.inputs - 1);
+  a.keep.wide_sums = wide_sums;
   a.elect = elect, a.split = split;
   a.f = data<double>(f, "f", {needs.parameters, a.table.inputs - 1, 3});
   a.counts = data<int64_t>(counts, "counts", {-1, 2}, true);
@@ -206,7 +207,7 @@ void votes(const py::array& table, const py::array& ins, int round_code, bool dr
 void consensus(const py::array& table, const py::array& ins, int out_code, int round_code, bool drop, bool trim,
                const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut,
                int elect, bool split, int zero, int merge, const py::array& f, const py::array& scale,
-               const py::array& nonfinite, const py::object& bits) {
+               const py::array& nonfinite, const py::object& bits, bool wide_sums) {
   const Keep keep{{round_code, drop, model_index, bern}, trim, thr, cut};
   check_code(out_code, "out_code");
   check_word(elect, 2, "elect");
@@ -219,7 +220,7 @@ void consensus(const py::array& table, const py::array& ins, int out_code, int r
   a.table = check_table(table, ins, needs);
   a.out_code = out_code;
   a.keep = keep.checked(a.table.inputs - 1);
-  a.keep.bits = bits_data(bits, a.table, false);
+  a.keep.bits = bits_data(bits, a.table, false), a.keep.wide_sums = wide_sums;
   a.elect = elect, a.split = split, a.zero = zero, a.merge = merge;
   a.f = data<double>(f, "f", {needs.parameters, a.table.inputs - 1, 3});
   a.scale = data<double>(scale, "scale", {needs.parameters, 3});
@@ -352,12 +353,14 @@ PYBIND11_MODULE(_native, m) {
   m.def("kth", find_kth, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("model_index"), arg("bern"),
         arg("ranks"), arg("thr"), arg("found"));
   m.def("l1", l1, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("trim"), arg("model_index"),
-        arg("bern"), arg("thr"), arg("cut"), arg("sums"), arg("bits") = py::none(), arg("given") = false);
+        arg("bern"), arg("thr"), arg("cut"), arg("sums"), arg("bits") = py::none(), arg("given") = false,
+        arg("wide_sums") = false);
   m.def("votes", votes, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("trim"), arg("model_index"),
-        arg("bern"), arg("thr"), arg("cut"), arg("elect"), arg("split"), arg("f"), arg("counts"));
+        arg("bern"), arg("thr"), arg("cut"), arg("elect"), arg("split"), arg("f"), arg("counts"),
+        arg("wide_sums") = false);
   m.def("consensus", consensus, arg("table"), arg("ins"), arg("out_code"), arg("round_code"), arg("drop"), arg("trim"),
         arg("model_index"), arg("bern"), arg("thr"), arg("cut"), arg("elect"), arg("split"), arg("zero"), arg("merge"),
-        arg("f"), arg("scale"), arg("nonfinite"), arg("bits") = py::none());
+        arg("f"), arg("scale"), arg("nonfinite"), arg("bits") = py::none(), arg("wide_sums") = false);
   m.def("replicate", replicate, arg("table"), arg("ins"), arg("out_code"), arg("sigma"), arg("numbers"), arg("lines"),
         arg("nonfinite"));
 #if defined(FASTMERGE_HAS_CUDA)
