@@ -400,6 +400,8 @@ def consensus(
     cfg = config("consensus")
     if inputs > MANY:
         cfg["num_warps"] = max(cfg["num_warps"], 8)
+    if keep.wide_sums and not wide:
+        cfg["num_warps"] *= 2  # two registers for a number: half the elements a thread
     block = cfg.pop("BLOCK")
     step = share.shape[1] if share.shape[0] > 1 else 0
     args = (*keep.tables, f, scale, share, nonfinite, step)

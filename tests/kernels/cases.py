@@ -78,7 +78,7 @@ class Case:
         return found
 
     def keep_args(self, keep, *, round_code=-1):
-        """The arguments of the keep pipeline; ``keep`` names what is on: drop, index, all, above, spread, never, wide."""
+        """The arguments of the keep pipeline; ``keep`` has any of drop, index, all, above, spread, never, wide."""
         args = self.delta_args(round_code=round_code, drop="drop" in keep)
         thr = np.zeros((self.groups, self.n), np.uint64)
         cut = np.full((self.groups, self.n, 3), -1, np.int64)
