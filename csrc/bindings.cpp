@@ -155,7 +155,7 @@ void find_kth(const py::array& table, const py::array& ins, int round_code, bool
 
 void l1(const py::array& table, const py::array& ins, int round_code, bool drop, bool trim,
         const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut,
-        const py::array& sums, const py::object& bits, bool given) {
+        const py::array& sums, const py::object& bits, bool given, bool wide_sums) {
   const Keep keep{{round_code, drop, model_index, bern}, trim, thr, cut};
   Needs needs;
   needs.parameters = keep.deltas.parameters(), needs.tiles = true, needs.base = 1, needs.coded = true;
@@ -163,14 +163,14 @@ void l1(const py::array& table, const py::array& ins, int round_code, bool drop,
   L1Args a;
   a.table = check_table(table, ins, needs);
   a.keep = keep.checked(a.table);
-  a.keep.bits = bits_data(bits, a.table, !given), a.keep.given = given;
+  a.keep.bits = bits_data(bits, a.table, !given), a.keep.given = given, a.keep.wide_sums = wide_sums;
   a.sums = data<double>(sums, "sums", {-1, a.table.inputs - 1, 2}, true);
   run(kernels().l1, a);
 }
 
 void votes(const py::array& table, const py::array& ins, int round_code, bool drop, bool trim,
            const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut, int elect,
-           bool split, const py::array& f, const py::array& counts) {
+           bool split, const py::array& f, const py::array& counts, bool wide_sums) {
   const Keep keep{{round_code, drop, model_index, bern}, trim, thr, cut};
   check_word(elect, 2, "elect");
   Needs needs;
@@ -179,6 +179,7 @@ void votes(const py::array& table, const py::array& ins, int round_code, bool dr
   VotesArgs a;
   a.table = check_table(table, ins, needs);
   a.keep = keep.checked(a.table);
+  a.keep.wide_sums = wide_sums;
   a.elect = elect, a.split = split;
   a.f = data<double>(f, "f", {needs.parameters, a.table.inputs - 1, 3});
   a.counts = data<int64_t>(counts, "counts", {-1, 2}, true);
@@ -188,7 +189,7 @@ void votes(const py::array& table, const py::array& ins, int round_code, bool dr
 void consensus(const py::array& table, const py::array& ins, int out_code, int round_code, bool drop, bool trim,
                const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut,
                int elect, bool split, int zero, int merge, const py::array& f, const py::array& scale,
-               const py::array& nonfinite, const py::object& bits, bool variance) {
+               const py::array& nonfinite, const py::object& bits, bool wide_sums, bool variance) {
   const Keep keep{{round_code, drop, model_index, bern, variance}, trim, thr, cut};
   check_code(out_code, "out_code");
   check_word(elect, 2, "elect");
@@ -201,7 +202,7 @@ void consensus(const py::array& table, const py::array& ins, int out_code, int r
   a.table = check_table(table, ins, needs);
   a.out_code = out_code;
   a.keep = keep.checked(a.table);
-  a.keep.bits = bits_data(bits, a.table, false);
+  a.keep.bits = bits_data(bits, a.table, false), a.keep.wide_sums = wide_sums;
   a.elect = elect, a.split = split, a.zero = zero, a.merge = merge;
   a.f = data<double>(f, "f", {needs.parameters, a.table.inputs - 1, 3});
   a.scale = data<double>(scale, "scale", {needs.parameters, 3});
@@ -369,12 +370,15 @@ PYBIND11_MODULE(_native, m) {
   m.def("kth", find_kth, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("model_index"), arg("bern"),
         arg("ranks"), arg("thr"), arg("found"), arg("variance") = false);
   m.def("l1", l1, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("trim"), arg("model_index"),
-        arg("bern"), arg("thr"), arg("cut"), arg("sums"), arg("bits") = py::none(), arg("given") = false);
+        arg("bern"), arg("thr"), arg("cut"), arg("sums"), arg("bits") = py::none(), arg("given") = false,
+        arg("wide_sums") = false);
   m.def("votes", votes, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("trim"), arg("model_index"),
-        arg("bern"), arg("thr"), arg("cut"), arg("elect"), arg("split"), arg("f"), arg("counts"));
+        arg("bern"), arg("thr"), arg("cut"), arg("elect"), arg("split"), arg("f"), arg("counts"),
+        arg("wide_sums") = false);
   m.def("consensus", consensus, arg("table"), arg("ins"), arg("out_code"), arg("round_code"), arg("drop"), arg("trim"),
         arg("model_index"), arg("bern"), arg("thr"), arg("cut"), arg("elect"), arg("split"), arg("zero"), arg("merge"),
-        arg("f"), arg("scale"), arg("nonfinite"), arg("bits") = py::none(), arg("variance") = false);
+        arg("f"), arg("scale"), arg("nonfinite"), arg("bits") = py::none(), arg("wide_sums") = false,
+        arg("variance") = false);
   m.def("importance", importance, arg("table"), arg("ins"), arg("divergence"), arg("out"));
   m.def("fuse", fuse, arg("table"), arg("ins"), arg("out_code"), arg("divergence"), arg("least"), arg("nonfinite"));
   m.def("replicate", replicate, arg("table"), arg("ins"), arg("out_code"), arg("sigma"), arg("numbers"), arg("lines"),

@@ -118,6 +118,7 @@ struct KeepArgs : DeltaArgs {
   // consensus, which else draws again. Null: neither. Where they are given, l1 reads them too, whatever bern says.
   uint32_t* bits = nullptr;
   bool given = false;
+  bool wide_sums = false;  // from what is kept on everything is fp64, whatever the task vectors are
 };
 
 struct DeltaKeysArgs {

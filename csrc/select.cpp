@@ -240,6 +240,15 @@ inline W fold_lanes(W* lane) {
   return lane[0];
 }
 
+// The sum of a tile's lanes, in fp64 where that is asked for.
+template <class W>
+double folded(W* lanes, bool wide) {
+  if (sizeof(W) == 8 || !wide) return store<double>(fold_lanes(lanes));  // one NaN: x86 makes negative ones, arm64 not
+  alignas(64) double more[kLanes];
+  FM_LOOP for (int64_t j = 0; j < kLanes; ++j) more[j] = lanes[j];
+  return store<double>(fold_lanes(more));
+}
+
 // One tile of one model: the base is read again for each, so that two sets of lanes are all that is live.
 template <class W>
 void l1_tile(const L1Args& a, Stage& stage, const Segment& given, int32_t i, int64_t at, int64_t end, int64_t block,
@@ -260,8 +269,8 @@ void l1_tile(const L1Args& a, Stage& stage, const Segment& given, int32_t i, int
     const Int<W> t = keep_block(a.keep, s, models, i, at, n, bits, rank, d);
     FM_LOOP for (int64_t j = 0; j < n; ++j) k[j] = k[j] + (rank_key(d[j]) > t ? (d[j] < 0 ? -d[j] : d[j]) : W(0));
   }
-  sums[0] = store<double>(fold_lanes(whole));  // one NaN: x86 makes negative ones, arm64 positive ones
-  sums[1] = store<double>(fold_lanes(kept));
+  sums[0] = folded(whole, a.keep.wide_sums);
+  sums[1] = folded(kept, a.keep.wide_sums);
 }
 
 #if FM_FUSED
@@ -283,8 +292,8 @@ void l1_fused(const L1Args& a, Stage& stage, const Segment& given, int32_t i, in
     add_magnitudes(x + at, base + at, bits, n, whole + lane, kept + lane);
   }
   in_order<T>(whole), in_order<T>(kept);
-  sums[0] = store<double>(fold_lanes(whole));
-  sums[1] = store<double>(fold_lanes(kept));
+  sums[0] = folded(whole, a.keep.wide_sums);
+  sums[1] = folded(kept, a.keep.wide_sums);
 }
 #endif
 

@@ -129,11 +129,12 @@ def l1(
     sums: _F64,
     bits: _U32 | None = None,
     given: bool = False,
+    wide_sums: bool = False,
 ) -> None:
     """Tile sums of |d| and of |d| where kept, sums [R, N, 2].
 
     bits [blocks, N, 32], of the 1024 elements of each block of the table in turn, receive what the drop keeps, or
-    say it where they are given.
+    say it where they are given. ``wide_sums`` adds the lanes of a tile in fp64.
     """
 
 def votes(
@@ -150,8 +151,9 @@ def votes(
     split: bool,
     f: _F64,
     counts: _I64,
+    wide_sums: bool = False,
 ) -> None:
-    """Elements per tile whose vote is above and below 0, counts [R, 2]; f [P, N, 3] as in :func:`consensus`."""
+    """Elements per tile whose vote is above and below 0, counts [R, 2]; f and wide_sums as in :func:`consensus`."""
 
 def consensus(
     table: _I64,
@@ -172,13 +174,14 @@ def consensus(
     scale: _F64,
     nonfinite: _I64,
     bits: _U32 | None = None,
+    wide_sums: bool = False,
     variance: bool = False,
 ) -> None:
     """``b + lambda mix`` of the kept, weighted, elected deltas.
 
     elect 0 none, 1 mass, 2 count; zero 0 plus, 1 majority, 2 base; merge 0 mean, 1 sum, 2 max; f [P, N, 3]
     (coefficient, gate, vote weight), scale [P, 3] (lambda, div, majority sign), nonfinite [S], added to; bits as l1
-    left them for the same table.
+    left them for the same table. With ``wide_sums`` everything from the kept deltas on is fp64.
     """
 
 def importance(table: _I64, ins: _I32, divergence: _F64, out: _Keys) -> None:

@@ -55,12 +55,13 @@ def key(d):
     return np.minimum(d.view(np.uint32) & np.uint32(0x7FFFFFFF), np.uint32(0x7FC00000))
 
 
-def tile_sum(v):
-    """Ordered sum of at most one tile."""
+def tile_sum(v, *, wide=False):
+    """Ordered sum of at most one tile; the lanes in fp64 where ``wide``."""
     lanes = np.zeros(LANES, v.dtype)
     for j in range(0, len(v), LANES):
         some = v[j : j + LANES]
         lanes[: len(some)] += some
+    lanes = lanes.astype(np.float64) if wide else lanes
     width = LANES // 2
     while width:
         lanes[:width] += lanes[width : 2 * width]
@@ -146,13 +147,18 @@ class Piece:
             out[i] = np.where((k > t) | (equal & ok), out[i], self.work(0))
         return out
 
+    def summed(self, keep):
+        variance = keep.deltas.variance
+        kept = self.kept_together(keep.thr, keep.cut) if variance else self.kept(*flat(keep))
+        return [d.astype(np.float64) for d in kept] if keep.wide_sums else kept
+
 
 def pieces(segments, *, wide=False):
     return [Piece(segments, row, wide=wide) for row in segments.table]
 
 
 def flat(keep):
-    (round_code, drop, index, bern, _), trim, thr, cut, bits, given = keep
+    (round_code, drop, index, bern, _), trim, thr, cut, bits, given, _ = keep
     return round_code, drop, trim, index, bern, thr, cut, bits if given else None
 
 
@@ -261,8 +267,9 @@ class NumpyKernels:
             kept = p.kept(*flat(keep))
             for i, (d, k) in enumerate(zip(raw, kept, strict=True)):
                 for number, start in enumerate(range(0, p.n, TILE)):
-                    sums[p.stats + number, i, 0] = tile_sum(np.abs(d[start : start + TILE]))
-                    sums[p.stats + number, i, 1] = tile_sum(np.abs(k[start : start + TILE]))
+                    for column, x in enumerate((d, k)):
+                        part = np.abs(x[start : start + TILE])
+                        sums[p.stats + number, i, column] = tile_sum(part, wide=keep.wide_sums)
 
     @quiet
     def importance(self, segments, divergence, out):
@@ -289,7 +296,7 @@ class NumpyKernels:
             p.write(p.x[0] + d * (important >= p.work(least)).astype(p.work), segments, n)
 
     def _vote(self, p, d, elect, split, f):
-        c, _, a = (f[p.group, :, j].astype(p.work) for j in range(3))
+        c, _, a = (f[p.group, :, j].astype(d[0].dtype) for j in range(3))
         v = [c[i] * x for i, x in enumerate(d)]
         if elect == 2:
             return v, sum((x > 0).astype(np.int64) - (x < 0) for x in d)
@@ -302,7 +309,7 @@ class NumpyKernels:
     @quiet
     def votes(self, segments, keep, votes, counts):
         for p in pieces(segments):
-            _, vote = self._vote(p, p.kept(*flat(keep)), *votes)
+            _, vote = self._vote(p, p.summed(keep), *votes)
             for number, start in enumerate(range(0, p.n, TILE)):
                 part = vote[start : start + TILE]
                 counts[p.stats + number] = ((part > 0).sum(), (part < 0).sum())
@@ -311,10 +318,11 @@ class NumpyKernels:
     def consensus(self, segments, keep, rules):
         (elect, split, f), zero, merge, scale = rules
         for n, p in enumerate(pieces(segments)):
-            d = p.kept_together(keep.thr, keep.cut) if keep.deltas.variance else p.kept(*flat(keep))
+            d = p.summed(keep)
+            work = d[0].dtype.type
             v, vote = self._vote(p, d, elect, split, f)
-            base, gate = p.x[0], f[p.group, :, 1].astype(p.work)
-            lam, div, majority = scale[p.group].astype(p.work)
+            base, gate = p.x[0].astype(work), f[p.group, :, 1].astype(work)
+            lam, div, majority = scale[p.group].astype(work)
             a, b = v[0], np.abs(v[0])
             for x in v[1:]:
                 a, b = a + x, b + np.abs(x)
@@ -331,15 +339,15 @@ class NumpyKernels:
                     low = np.where(x < low, x, low)
                 out = base + lam * np.where(np.isnan(a), a, np.where(up, high, low))
             else:
-                share = lam * p.work(0.5)
+                share = lam * work(0.5)
                 if merge == 0:
                     plus, minus = np.zeros_like(a), np.zeros_like(a)
                     for g, x in zip(gate, v, strict=True):
                         plus = np.where(x > 0, plus + g, plus)
                         minus = np.where(x < 0, minus + g, minus)
                     den = np.where(up, plus, minus)
-                    share = share / np.where(den == 0, p.work(1), den)
-                    most = np.finfo(p.work).max
+                    share = share / np.where(den == 0, work(1), den)
+                    most = np.finfo(work).max
                     share = np.where(share > most, most, np.where(share < -most, -most, share))
                 out = base + np.where(up, a + b, a - b) * share
             p.write(np.where(vote == 0, base, out) if zero == 2 else out, segments, n)

@@ -107,7 +107,7 @@ class NativeKernels:
 
     def l1(self, segments: Segments, keep: Keep, sums: F64) -> None:
         """Magnitudes of every tile before and after ``keep``."""
-        self._native.l1(segments.table, codes(segments), *_flat(keep), sums, keep.bits, keep.given)
+        self._native.l1(segments.table, codes(segments), *_flat(keep), sums, keep.bits, keep.given, keep.wide_sums)
 
     def lanes(self, key: int, model: int, op: int, e0: int, n: int) -> npt.NDArray[np.uint16]:
         """As :func:`fastmerge.philox.u16`."""
@@ -116,7 +116,7 @@ class NativeKernels:
 
     def votes(self, segments: Segments, keep: Keep, votes: Votes, counts: I64) -> None:
         """Positive and negative votes of every tile."""
-        self._native.votes(segments.table, codes(segments), *_flat(keep), *votes, counts)
+        self._native.votes(segments.table, codes(segments), *_flat(keep), *votes, counts, keep.wide_sums)
 
     def consensus(self, segments: Segments, keep: Keep, rules: Rules) -> None:
         """The merge of task vectors."""
@@ -134,6 +134,7 @@ class NativeKernels:
             scale,
             nonfinite(s),
             keep.bits,
+            keep.wide_sums,
             keep.deltas.variance,
         )
 

@@ -64,6 +64,7 @@ def rules(weights: tuple[float, ...], spec: Spec) -> Consensus:
         zero="plus",
         merge="mean",
         l1="none",
+        wide_sums=spec.dense,
     )
 
 

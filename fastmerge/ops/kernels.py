@@ -60,6 +60,7 @@ class Keep(NamedTuple):
         bits: ``[blocks, N, 32]`` room for what the drop keeps, one bit per element of a table's blocks of 1024; ``l1``
             may leave it there for ``consensus`` of the same table. None: each draws.
         given: the bits are there before ``l1``, from a rule that is not the drop's.
+        wide_sums: from what is kept on everything is fp64, whatever the task vectors are.
     """
 
     deltas: Deltas
@@ -68,6 +69,7 @@ class Keep(NamedTuple):
     cut: I64
     bits: U32 | None = None
     given: bool = False
+    wide_sums: bool = False
 
 
 class Votes(NamedTuple):
@@ -147,7 +149,13 @@ class Launcher(Protocol):
     """What a backend offers whose kernels are launched, and run while the host goes on."""
 
     def sequence(
-        self, segments: Segments, order: I64 | None = None, *, per_row: bool = False, wide: bool = False
+        self,
+        segments: Segments,
+        order: I64 | None = None,
+        *,
+        per_row: bool = False,
+        wide: bool = False,
+        wide_sums: bool = False,
     ) -> Any:
         """An empty :class:`Sequence` of whole tensors.
 
@@ -156,6 +164,7 @@ class Launcher(Protocol):
             order: in which they are laid out.
             per_row: whether sums and coefficients belong to rows.
             wide: whether the work is fp64, whatever the inputs are.
+            wide_sums: as of :class:`Keep`.
         """
 
     def ways(self, segments: Segments) -> I64:
