@@ -137,12 +137,22 @@ def test_fp64_sums_hold_more():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("method", "key"), [("dare_linear", "density"), ("ties", "density")])
-@pytest.mark.parametrize("value", [3e38, math.nan])
-def test_a_rescale_needs_finite_sums(backend, method, key, value):
-    inputs = tensors(2)
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(3e38, torch.bfloat16), (math.inf, torch.float32), (math.nan, torch.float32)]
+)
+def test_a_rescale_needs_finite_sums(backend, method, key, value, dtype):
+    inputs = [t.to(dtype) for t in tensors(2)]
     inputs[1][3] = value
     with pytest.raises(fm.OutputError, match="w: rescale needs finite sums"):
         merged(method, inputs, backend=backend, **{key: 0.5, "weight": 1.0, "rescale": True})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rescales_of_fp32_results_hold_more(backend):
+    inputs = tensors(2)
+    inputs[1][3] = 3e38
+    found = merged("ties", inputs, backend=backend, density=0.5, weight=1.0, rescale=True)
+    assert torch.equal(found[3], inputs[1][3])  # beside which all that is trimmed is nothing
 
 
 def test_on_disk_the_tensor_is_named(tmp_path):
