@@ -260,6 +260,7 @@ def test_bits_that_l1_left(keep, codes, out, elect):
     other = rows.copy()
     other[:, 4] += 1  # under this key, the drop would keep other elements
     models, blocks = len(codes) - 1, sum(-(-(p["stop"] - p["start"]) // 1024) for p in parts)
+    want = case.expected()
     for isa in ISAS:
         _native.set_isa(isa)
         bits, sums = np.full((blocks, models, 32), 7, np.uint32), np.zeros((len(rows), models, 2))
@@ -271,7 +272,9 @@ def test_bits_that_l1_left(keep, codes, out, elect):
         assert np.array_equal(sums, drawn, equal_nan=True), "given, they are taken as they are"
         args = (out, *case.keep_args(), elect, False, 0, 0, case.f, case.scale, np.zeros(len(rows), np.int64))
         _native.consensus(other, ins, *args, bits)
-        assert differences(outs, case.expected()) == []
+        assert differences(outs, want) == []
+        for each in outs:
+            each[:] = 0x7F81
     with pytest.raises(ValueError, match="bits"):
         _native.consensus(other, ins, *args, bits[1:])
     other[0, 2] += 8
