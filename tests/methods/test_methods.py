@@ -26,8 +26,8 @@ def ids(cases):
 
 
 CASE_IDS = ids(CASES)
-BIG = (331, 601)  # three tiles and a part; larger than what is selected without a sample
-LONG = (3, 65539)  # rows longer than a tile
+BIG = (251, 601)  # two tiles and a part; larger than what is selected without a sample
+LONG = (2, 65539)  # rows longer than a tile
 
 every_case = pytest.mark.parametrize(("method", "case"), CASES, ids=CASE_IDS)
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
