@@ -147,9 +147,7 @@ def test_count(codes, round_code, drop, seed):
         return counts, keys, where, used
 
     size = sum(len(c) for c in columns)
-    tiles = [
-        [count_oracle(k[:, i], lo[g, i], hi[g, i], len(k)) for i in range(models)] for g, k in enumerate(columns)
-    ]
+    tiles = [[count_oracle(k[:, i], lo[g, i], hi[g, i], len(k)) for i in range(models)] for g, k in enumerate(columns)]
     listed = []
     for i in range(models):
         inside = [np.flatnonzero((k[:, i] > lo[g, i]) & (k[:, i] < hi[g, i])) for g, k in enumerate(columns)]
