@@ -46,15 +46,16 @@ def quicken():
         return shapes[key]
 
     core._type_for_tuple_values = type_of_shape
-    keep_blocks(core)
-    # By itself it works out whether each sum and product of integers overflows, and asserts it under ``debug`` alone.
     builder = interpreter.interpreter_builder
+    keep_blocks(core, builder)
+    # By itself it works out whether each sum and product of integers overflows, and asserts it under ``debug`` alone.
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
 
 
-def keep_blocks(core):
-    """Has types of blocks be made once for a shape and an element, and their sizes once, not for every value."""
+def keep_blocks(core, builder):
+    """Has types of blocks made once for a shape and an element, and their sizes once, not for every value."""
     make, scalar = core.block_type.with_element_ty, (core.constexpr(1), core.tuple([]))
+    stored = core.block_type.to_ir
 
     def with_element_ty(self, element):
         if not hasattr(self, "alike"):
@@ -76,5 +77,6 @@ def keep_blocks(core):
         self.numel, self.shape = sizes(kind)
 
     core.block_type.with_element_ty = with_element_ty
-    core.block_type.to_ir = lambda self, _builder: self  # which stores no types of its own
+    # What the interpreter stores blocks as is a type that equals theirs.
+    core.block_type.to_ir = lambda self, other: self if other is builder else stored(self, other)
     core.tensor.__init__ = hold
