@@ -20,7 +20,7 @@ from tests import tiny
     ],
 )
 def test_killed_at_any_moment_and_resumed(tmp_path, moments, mode):
-    paths = tiny.family(tmp_path / "models", hidden=128, vocab=4000, layers=3)
+    paths = tiny.family(tmp_path / "models", hidden=128, vocab=8000, layers=3)
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(tiny.recipe(paths, "ties", weight=0.5, density=0.3))
     root = tmp_path / "work"
