@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from bench import calls
 from bench.calls import DENSITY, Family, Work
-from bench.generate import pools, to_bf16
+from bench.generate import drawn, to_bf16
 from fastmerge.ops.segments import Segments
 
 MODELS = 3
@@ -65,7 +65,7 @@ class Case:
 @functools.cache
 def pool(model: int) -> npt.NDArray[np.uint16]:
     """Bits of a million weights in bf16."""
-    return pools(0, model, POOL)[2][:POOL]
+    return drawn(0, model, 2, POOL)
 
 
 @functools.cache

@@ -167,21 +167,24 @@ def pools(seed: int, model: int, count: int = POOL) -> list[Bits]:
         model: 0 the base, 1.. the fine-tunes.
         count: elements; each array holds them twice, so that every window is contiguous.
     """
+    return [np.tile(drawn(seed, model, kind, count), 2) for kind in range(len(DELTAS) + 1)]
 
-    def normal(*key: int, n: int = count) -> npt.NDArray[np.float32]:
-        return np.random.default_rng([seed, *key]).standard_normal(n, np.float32)
 
-    out = []
-    for kind, deviation in enumerate((*DELTAS, 4e-3)):
-        norms = kind == len(DELTAS)
-        weights = normal(0, kind)
-        weights = np.float32(1) + np.float32(0.1) * weights if norms else np.float32(0.02) * weights
-        bits = to_bf16(weights)
-        if model:
-            base = (bits.astype(np.uint32) << 16).view(np.float32)
-            bits = to_bf16(base + np.float32(deviation) * normal(model, kind, 1) * normal(model, kind, 2))
-        out.append(np.concatenate([bits, bits]))
-    return out
+def drawn(seed: int, model: int, kind: int, count: int = POOL) -> Bits:
+    """One of the :func:`pools`, once."""
+
+    def normal(*key: int) -> npt.NDArray[np.float32]:
+        return np.random.default_rng([seed, *key]).standard_normal(count, np.float32)
+
+    norms = kind == len(DELTAS)
+    weights = normal(0, kind)
+    weights = np.float32(1) + np.float32(0.1) * weights if norms else np.float32(0.02) * weights
+    bits = to_bf16(weights)
+    if model:
+        base = (bits.astype(np.uint32) << 16).view(np.float32)
+        deviation = (*DELTAS, 4e-3)[kind]
+        bits = to_bf16(base + np.float32(deviation) * normal(model, kind, 1) * normal(model, kind, 2))
+    return bits
 
 
 def windows(name: str, shape: tuple[int, ...], seed: int, pool: int = POOL) -> Iterator[tuple[int, int, int]]:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import fastmerge as fm
-from bench.generate import SIZES, pools, shapes
+from bench.generate import SIZES, drawn, shapes
 
 Measure = Callable[..., None]
 State = dict[str, torch.Tensor]
@@ -44,7 +44,7 @@ POOL = 1 << 20
 @functools.cache
 def pool(model: int) -> torch.Tensor:
     """Bits of a million weights in bf16."""
-    return torch.from_numpy(pools(0, model, POOL)[2][:POOL].view("int16"))
+    return torch.from_numpy(drawn(0, model, 2, POOL).view("int16"))
 
 
 def place(device: str) -> str:

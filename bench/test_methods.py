@@ -7,16 +7,19 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from bench import calls
-from fastmerge.commands.bench import ELEMENTS, MethodCall, method_calls
+from bench import calls, cases
+from fastmerge.commands import bench as command
+from fastmerge.commands.bench import MethodCall, method_calls
 from fastmerge.methods import METHODS
 
 pytestmark = [pytest.mark.hot, pytest.mark.host]
 
 
 @pytest.fixture(scope="module")
-def every() -> dict[str, MethodCall]:
-    return {call.method: call for call in method_calls()}
+def every(toy: bool) -> dict[str, MethodCall]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "ELEMENTS", cases.TOY if toy else command.ELEMENTS)
+        return {call.method: call for call in method_calls()}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -33,7 +36,7 @@ def test_method(measure: Callable[..., None], every: dict[str, MethodCall], meth
         nbytes=call.nbytes,
         beside=calls.copy(out, source),
         beside_bytes=2 * source.nbytes,
-        elements=ELEMENTS,
+        elements=command.ELEMENTS,
         method=method,
         statistics="yes" if call.statistics else "no",
     )

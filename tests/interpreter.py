@@ -1,5 +1,6 @@
 """Triton's interpreter, quicker: on small tensors nearly all of its time goes into what it does again and again."""
 
+import dataclasses
 import sys
 
 
@@ -45,3 +46,37 @@ def quicken():
         return shapes[key]
 
     core._type_for_tuple_values = type_of_shape
+    builder = interpreter.interpreter_builder
+    keep_blocks(core, builder)
+    # By itself it works out whether each sum and product of integers overflows, and asserts it under ``debug`` alone.
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
+
+
+def keep_blocks(core, builder):
+    """Has types of blocks made once for a shape and an element, and their sizes once, not for every value."""
+    make, scalar = core.block_type.with_element_ty, (core.constexpr(1), core.tuple([]))
+    stored = core.block_type.to_ir
+
+    def with_element_ty(self, element):
+        if not hasattr(self, "alike"):
+            self.alike = {self.element_ty.name: self}
+        if element.name not in self.alike:
+            made = self.alike[element.name] = make(self, element)
+            made.alike = self.alike
+        return self.alike[element.name]
+
+    def sizes(kind):
+        if not kind.is_block():
+            return scalar
+        if not hasattr(kind, "sizes"):
+            kind.sizes = core.constexpr(kind.numel), core.tuple([core.constexpr(n) for n in kind.shape])
+        return kind.sizes
+
+    def hold(self, handle, kind):
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+        self.numel, self.shape = sizes(kind)
+
+    core.block_type.with_element_ty = with_element_ty
+    # What the interpreter stores blocks as is a type that equals theirs.
+    core.block_type.to_ir = lambda self, other: self if other is builder else stored(self, other)
+    core.tensor.__init__ = hold

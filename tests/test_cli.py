@@ -248,12 +248,21 @@ def test_verify_survives_reports_that_are_none(recipe, tmp_path, text):
     assert "merge_report.json: not a" in done.output
 
 
+@pytest.fixture
+def little(monkeypatch):
+    """Probes of 16 MiB and tensors of two tiles: what is measured stands in no test."""
+    monkeypatch.setattr("fastmerge.commands.doctor.PROBE", 1 << 24)
+    monkeypatch.setattr("fastmerge.commands.bench.ELEMENTS", 1 << 17)
+
+
+@pytest.mark.usefixtures("little")
 def test_doctor_says_where_the_disk_cannot_be_probed():
     done = run("doctor", "--directory", "/proc")
     assert done.exit_code == 0, done.output
     assert "cannot be probed in /proc: " in done.output
 
 
+@pytest.mark.usefixtures("little")
 @pytest.mark.parametrize("runs", [0, -3])
 def test_bench_runs_at_least_once(recipe, runs, monkeypatch):
     monkeypatch.setattr("fastmerge.commands.bench.METHODS", {"linear": METHODS["linear"]})
@@ -262,6 +271,7 @@ def test_bench_runs_at_least_once(recipe, runs, monkeypatch):
     assert "Traceback" not in run("bench", "--runs", runs).output
 
 
+@pytest.mark.usefixtures("little")
 def test_doctor_and_bench(recipe, tmp_path, monkeypatch):
     facts = json.loads(run("doctor", "--json", "--directory", tmp_path).output)
     assert "backend native" in facts

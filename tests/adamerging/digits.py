@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional
 
@@ -53,6 +52,8 @@ class Setup:
     """Everything of one seed: base, experts, head, and the images of each task."""
 
     def __init__(self, seed, *, tuning=100):
+        from sklearn.datasets import load_digits  # and scipy and pandas with it: 2 s
+
         random = np.random.default_rng(seed)
         digits = load_digits()
         order = random.permutation(len(digits.target))

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 from fastmerge.adamerging import AdaMerging, AdaMergingConfig
 from tests.adamerging.digits import Reader, Setup
@@ -14,6 +13,7 @@ GRID = np.arange(0.1, 1.01, 0.1)
 
 def outcome(seed, steps, rate, granularity="layer"):
     """Accuracy and entropy of the best task arithmetic and of what was learned, and the run."""
+    pytest.importorskip("sklearn.datasets", reason="the digits come with scikit-learn")
     setup = Setup(seed)
     best = max((setup.mixed(w) for w in GRID), key=setup.accuracy)
     config = AdaMergingConfig(granularity=granularity, steps=steps, learning_rate=rate)

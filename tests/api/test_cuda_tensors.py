@@ -55,7 +55,7 @@ def test_one_upload_and_no_wait_before_the_last_launch(monkeypatch, gpu_tensors)
         monkeypatch.setattr(_call.Gpu, name, noted)
     for method, given in (("linear", {}), ("ties", {"density": 0.3}), ("dare_linear", {"density": 0.3})):
         seen = []
-        for number in (2, 12):
+        for number in (2, 6):
             log.clear()
             models = [{f"t{i}": torch.randn(40, generator=torch.Generator().manual_seed(i + j)) for i in range(number)}
                       for j in range(3)]  # fmt: skip

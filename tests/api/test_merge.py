@@ -39,7 +39,7 @@ RECIPES = {
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    return tiny.family(tmp_path_factory.mktemp("models"), hidden=96, vocab=3000)
+    return tiny.family(tmp_path_factory.mktemp("models"), hidden=96, vocab=1500)
 
 
 def recipe_of(paths, name, **changes):

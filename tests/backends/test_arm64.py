@@ -130,7 +130,7 @@ def test_conversions(arm, code):
 
 
 def test_values(arm):
-    test_native_select.test_philox_lanes_and_words()
+    test_native_select.test_philox_lanes_and_words(_native.isa())
     for code in range(4):
         test_native_values.test_count_nonfinite(code)
         test_native_values.test_apart(code, (0, 2, 3, 3)[code])
@@ -173,6 +173,7 @@ def test_splits(arm, monkeypatch):
 @pytest.mark.parametrize("codes", [(0, 0), (2, 3, 2, 1)], ids=str)
 def test_selection(arm, codes, monkeypatch):
     monkeypatch.setattr(test_native_select, "SIZES", [1, 7, 1023, 4096, 65_541])
+    monkeypatch.setattr(test_native_select, "ISAS", [_native.isa()])
     test_native_select.test_delta_keys(codes, 3, True)
     test_native_select.test_count(codes, 2, True, 1)
     test_native_select.test_kth(codes, -1, False)

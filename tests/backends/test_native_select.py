@@ -16,10 +16,11 @@ SIZES = [1, 7, 1023, 4096, 65_536, 70_001, 131_073]
 KINDS = ["normal", "zeros", "nans", "equal", "two", "special"]
 
 
-@pytest.fixture(params=ISAS, autouse=True)
-def isa(request):
-    with using(request.param):
-        yield request.param
+@pytest.fixture(autouse=True)
+def restore():
+    """The expected values take longer than the kernels, so each test has them once and tries every instruction set."""
+    with using(_native.isa()):
+        yield
 
 
 def keys_type(codes):
@@ -36,7 +37,9 @@ def tensors_of(rng, codes, kinds=KINDS, sizes=SIZES):
     return [oracle.make(rng, n, codes, kinds[i % len(kinds)]) for i, n in enumerate(sizes)]
 
 
-def test_philox_lanes_and_words():
+@pytest.mark.parametrize("isa", ISAS)
+def test_philox_lanes_and_words(isa):
+    _native.set_isa(isa)
     for key, model, op, e0, n in [
         (0, 0, 0, 0, 1),
         (2**64 - 1, 3, 2, 5, 4099),
@@ -71,10 +74,13 @@ def test_delta_keys(codes, round_code, drop):
             parts.append({"tensors": tensors, "start": start, "stop": stop, "e0": e0, "key": key, "group": g})
             want.append(columns[start:stop])
     order = rng.permutation(len(parts))
-    out = np.full((sum(len(w) for w in want), models), 7, keys_type(codes))
+    want = np.concatenate([want[i] for i in order])
     rows = oracle.table([parts[i] for i in order], len(codes))
-    _native.delta_keys(rows, np.array(codes, np.int32), round_code, drop, index, bern, out)
-    assert np.array_equal(out, np.concatenate([want[i] for i in order]))
+    for isa in ISAS:
+        _native.set_isa(isa)
+        out = np.full((len(want), models), 7, keys_type(codes))
+        _native.delta_keys(rows, np.array(codes, np.int32), round_code, drop, index, bern, out)
+        assert np.array_equal(out, want), isa
 
 
 def brackets(rng, columns, shape):
@@ -141,30 +147,32 @@ def test_count(codes, round_code, drop, seed):
         return counts, keys, where, used
 
     size = sum(len(c) for c in columns)
-    counts, keys, where, used = run([parts], size)
-    for g, k in enumerate(columns):
-        for i in range(models):
-            want = count_oracle(k[:, i], lo[g, i], hi[g, i], len(k))
-            assert counts[first[g] : first[g] + len(want), i].tolist() == want, (g, i, lo[g, i], hi[g, i])
+    tiles = [[count_oracle(k[:, i], lo[g, i], hi[g, i], len(k)) for i in range(models)] for g, k in enumerate(columns)]
+    listed = []
     for i in range(models):
-        want = []
-        for g, k in enumerate(columns):
-            e = np.flatnonzero((k[:, i] > lo[g, i]) & (k[:, i] < hi[g, i]))
-            want.append(np.stack([np.full(len(e), g), e, k[e, i].astype(np.int64)], axis=1))
-        want = np.concatenate(want)
-        found = np.column_stack([where[i], keys[i].astype(np.int64)])[: used[i]]
-        assert np.array_equal(found[np.lexsort(found[:, 1::-1].T)], want)
-        assert (where[i, used[i] :] == -1).all()
+        inside = [np.flatnonzero((k[:, i] > lo[g, i]) & (k[:, i] < hi[g, i])) for g, k in enumerate(columns)]
+        some = [[np.full(len(e), g), e, columns[g][e, i].astype(np.int64)] for g, e in enumerate(inside)]
+        listed.append(np.concatenate([np.stack(three, axis=1) for three in some]))
+    for isa in ISAS:
+        _native.set_isa(isa)
+        counts, keys, where, used = run([parts], size)
+        for g, i in itertools.product(range(len(columns)), range(models)):
+            want = tiles[g][i]
+            assert counts[first[g] : first[g] + len(want), i].tolist() == want, (isa, g, i, lo[g, i], hi[g, i])
+        for i, want in enumerate(listed):
+            found = np.column_stack([where[i], keys[i].astype(np.int64)])[: used[i]]
+            assert np.array_equal(found[np.lexsort(found[:, 1::-1].T)], want)
+            assert (where[i, used[i] :] == -1).all()
 
-    # One piece at a time, and a buffer that is too small: the counts stay, what fits is the same.
-    again = run([[p] for p in parts], size)
-    assert all(np.array_equal(a, b) for a, b in zip(again, (counts, keys, where, used), strict=True))
-    cap = int(used.max()) // 3
-    small = run([parts], cap)
-    assert np.array_equal(small[0], counts)
-    assert np.array_equal(small[3], used)
-    assert np.array_equal(small[1], keys[:, :cap])
-    assert np.array_equal(small[2], where[:, :cap])
+        # One piece at a time, and a buffer that is too small: the counts stay, what fits is the same.
+        again = run([[p] for p in parts], size)
+        assert all(np.array_equal(a, b) for a, b in zip(again, (counts, keys, where, used), strict=True))
+        cap = int(used.max()) // 3
+        small = run([parts], cap)
+        assert np.array_equal(small[0], counts)
+        assert np.array_equal(small[3], used)
+        assert np.array_equal(small[1], keys[:, :cap])
+        assert np.array_equal(small[2], where[:, :cap])
 
 
 @pytest.mark.parametrize("codes", DTYPES, ids=str)
@@ -196,13 +204,17 @@ def test_l1(codes, drop, trim, spread, round_code):
             part = {"tensors": tensors, "start": start, "stop": stop, "key": key, "group": g}
             parts.append({**part, "stats": total + start // oracle.TILE})
         total += oracle.tiles(n)
-    sums = np.full((total, models, 2), np.nan)
-    rows = oracle.table(parts[::-1], len(codes))
-    _native.l1(rows, np.array(codes, np.int32), round_code, drop, trim, index, bern, thr, cut, sums)
-    assert np.array_equal(sums.view(np.uint64), oracle.stored(np.concatenate(want), 0))
+    rows, expected = oracle.table(parts[::-1], len(codes)), oracle.stored(np.concatenate(want), 0)
+    for isa in ISAS:
+        _native.set_isa(isa)
+        sums = np.full((total, models, 2), np.nan)
+        _native.l1(rows, np.array(codes, np.int32), round_code, drop, trim, index, bern, thr, cut, sums)
+        assert np.array_equal(sums.view(np.uint64), expected), isa
 
 
-def test_pieces_must_start_where_a_tile_does():
+@pytest.mark.parametrize("isa", ISAS)
+def test_pieces_must_start_where_a_tile_does(isa):
+    _native.set_isa(isa)
     tensors = oracle.make(np.random.default_rng(4), 5000, (3, 3))
     rows = oracle.table([{"tensors": tensors, "start": 0, "stop": 5000, "e0": 4096}], 2)
     index, bern = np.zeros(1, np.int32), np.zeros((1, 1), np.int32)
@@ -251,21 +263,23 @@ def test_kth(codes, round_code, drop):
     whole = [
         {"tensors": t, "start": 0, "stop": len(t[0]), "e0": 0, "key": 9 + g, "group": g} for g, t in enumerate(groups)
     ]
-    thr = np.zeros((len(groups), models), np.uint64)
-    found = np.zeros((len(groups), models, 4), np.int64)
     rows = oracle.table([whole[i] for i in rng.permutation(len(whole))], len(codes))
-    _native.kth(rows, np.array(codes, np.int32), round_code, drop, index, bern, ranks, thr, found)
-    settled = {(int(g), int(i)) for g, i in np.argwhere(found[:, :, 1] > 0)}
-    assert settled <= set(want)
-    for g, i in settled:
-        keep, tied, tile, rank = (int(x) for x in found[g, i])
-        at, *expected = want[g, i]
-        assert int(thr[g, i]) == at
-        assert [keep, tied] == expected[:2]
-        assert keep == tied or [tile, rank] == expected[2:]
-    assert {q for q in want if len(groups[q[0]][0]) >= 70_001} <= settled, "the bracket misses one in 16,000"
-    assert {q for q in want if len(groups[q[0]][0]) < 4096} <= settled, "these are taken whole"
-    assert not thr[found[:, :, 1] == 0].any()
+    for isa in ISAS:
+        _native.set_isa(isa)
+        thr = np.zeros((len(groups), models), np.uint64)
+        found = np.zeros((len(groups), models, 4), np.int64)
+        _native.kth(rows, np.array(codes, np.int32), round_code, drop, index, bern, ranks, thr, found)
+        settled = {(int(g), int(i)) for g, i in np.argwhere(found[:, :, 1] > 0)}
+        assert settled <= set(want)
+        for g, i in settled:
+            keep, tied, tile, rank = (int(x) for x in found[g, i])
+            at, *expected = want[g, i]
+            assert int(thr[g, i]) == at, isa
+            assert [keep, tied] == expected[:2]
+            assert keep == tied or [tile, rank] == expected[2:]
+        assert {q for q in want if len(groups[q[0]][0]) >= 70_001} <= settled, "the bracket misses one in 16,000"
+        assert {q for q in want if len(groups[q[0]][0]) < 4096} <= settled, "these are taken whole"
+        assert not thr[found[:, :, 1] == 0].any()
     rows[0, 2] = 65_536
     with pytest.raises(ValueError, match="whole tensor"):
         _native.kth(rows, np.array(codes, np.int32), round_code, drop, index, bern, ranks, thr, found)

@@ -26,8 +26,8 @@ def ids(cases):
 
 
 CASE_IDS = ids(CASES)
-BIG = (331, 601)  # three tiles and a part; larger than what is selected without a sample
-LONG = (3, 65539)  # rows longer than a tile
+BIG = (251, 601)  # two tiles and a part; larger than what is selected without a sample
+LONG = (2, 65539)  # rows longer than a tile
 
 every_case = pytest.mark.parametrize(("method", "case"), CASES, ids=CASE_IDS)
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
@@ -59,6 +59,15 @@ def reference(ops, inputs):
     return type(ops[0].spec.method).reference_all(inputs, ops)
 
 
+NUMPY_TOO = ("bf16", "mixed64")
+"""Types at which programs run on numpy's kernels as well, which tell a fault of a program from one of a kernel."""
+
+
+def backends(types):
+    """What runs a case on every type: the kernels that are shipped, and at some types numpy's beside them."""
+    return oracle.KERNELS.values() if types in NUMPY_TOO else [oracle.FAST]
+
+
 def batch(method, case, types, shapes, out=None, **data):
     ops = [oracle.op_of(method, case, s, types, name=f"t{i}.weight", out=out) for i, s in enumerate(shapes)]
     return ops, [oracle.inputs_of(op, seed=i, **data) for i, op in enumerate(ops)]
@@ -68,7 +77,7 @@ def batch(method, case, types, shapes, out=None, **data):
 @every_case
 def test_small_shapes_in_one_batch(method, case, types):
     ops, inputs = batch(method, case, types, oracle.SHAPES)
-    assert unlike_reference(ops, inputs, *oracle.KERNELS.values()) == []
+    assert unlike_reference(ops, inputs, *backends(types)) == []
 
 
 @pytest.mark.parametrize("types", ["bf16", "fp32", "mixed64"])
@@ -76,7 +85,7 @@ def test_small_shapes_in_one_batch(method, case, types):
 def test_special_values(method, case, types):
     for special in (True, "finite"):
         ops, inputs = batch(method, case, types, ((), (1,), (13, 77)), special=special)
-        assert unlike_reference(ops, inputs, *oracle.KERNELS.values()) == [], special
+        assert unlike_reference(ops, inputs, *backends(types)) == [], special
 
 
 def big(method):
