@@ -4,8 +4,11 @@ import json
 import warnings
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
+import fastmerge
 from fastmerge.errors import RecipeError
 from fastmerge.planning import carry, slow
 from fastmerge.planning.tokenizers import read, unite
@@ -195,3 +198,27 @@ def test_settings_add_to_a_tokenizer_json(tmp_path, name):
     assert {t.content: t.special for t in after.added_tokens_decoder.values()} == {
         token: found["special"] for token, found in base.added.items()
     } | {"<new>": False}
+
+
+def test_a_merge_of_such_models(tmp_path):
+    """Rows go by tokens, and the output is read back with a row for each."""
+    name, width = "transformer.wte.weight", 3
+    parts = {"a": bytewise(END), "b": bytewise("ba", END, "<|new|>", merges=(*MERGES, "b a"))}
+    tables, rows = {}, {}
+    for seed, (model, files) in enumerate(parts.items()):
+        tables[model] = files["vocab.json"]
+        size = len(tables[model])
+        make(tmp_path / model, "gpt2", files, vocab_size=size)
+        rows[model] = torch.randn(size, width, generator=torch.Generator().manual_seed(seed))
+        save_file({name: rows[model]}, tmp_path / model / "model.safetensors")
+    models = ", ".join(f"{{model: {tmp_path / m}, parameters: {{weight: 1}}}}" for m in parts)
+    recipe = f"merge_method: linear\nmodels: [{models}]\nbase_model: {tmp_path / 'a'}\ntokenizer_source: union\n"
+    fastmerge.merge(fastmerge.Recipe.load(recipe), tmp_path / "out", device="cpu")
+    merged = load_file(tmp_path / "out/model.safetensors")[name]
+    numbers = theirs(tmp_path / "out").get_vocab()
+    assert sorted(numbers.values()) == list(range(len(merged))) == list(range(N + 3))
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == N + 3
+    for token, number in numbers.items():
+        one, two = (rows[m][tables[m][token]] if token in tables[m] else None for m in "ab")
+        want = two if one is None else one if two is None else (one + two) / 2
+        assert torch.equal(merged[number], want), token
