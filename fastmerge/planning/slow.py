@@ -174,11 +174,11 @@ def write(
         vocabulary = dict(numbers)
     out: dict[str, bytes] = {}
     if files.path.suffix == ".json":
-        out[files.path.name] = encoded(json.dumps(vocabulary, ensure_ascii=False), files.path)
+        out[files.path.name] = _encoded(json.dumps(vocabulary, ensure_ascii=False), files.path)
     else:
-        out[files.path.name] = encoded(_lines(files, vocabulary), files.path)
+        out[files.path.name] = _encoded(_lines(files, vocabulary), files.path)
     if merges is not None:
-        out["merges.txt"] = encoded("\n".join(["#version: 0.2", *merges, ""]), files.path.with_name("merges.txt"))
+        out["merges.txt"] = _encoded("\n".join(["#version: 0.2", *merges, ""]), files.path.with_name("merges.txt"))
     keys = ("content", *FLAGS)
     said = {str(flags["id"]): {key: flags[key] for key in keys} for flags in decoder}
     texts = {key: _content(value) or value for key, value in files.settings.items() if key in SPECIAL}
@@ -187,7 +187,7 @@ def write(
     return out, texts | extra | {"added_tokens_decoder": said}
 
 
-def encoded(text: str, path: Path) -> bytes:
+def _encoded(text: str, path: Path) -> bytes:
     """Text as it goes into a file.
 
     Raises:
@@ -233,7 +233,7 @@ def _stated(model: Checkpoint, files: Files) -> list[tuple[int, Flags]]:
     named = {flags["content"] for flags, _ in special(settings)}
     out = []
     for token, number in _tree(model, "added_tokens.json").items():
-        if isinstance(number, int):
+        if type(number) is int:
             flags = {"normalized": token not in named, "special": token in named}
             out.append((number, FLAGS | flags | {"content": token}))
     return out

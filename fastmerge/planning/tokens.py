@@ -156,7 +156,7 @@ def _lines(said: str) -> list[str]:
     found = said.split("\n")
     if not found[-1]:
         found.pop()
-    return [line.rstrip() for line in found]
+    return [line.rstrip(" \t\r\v\f") for line in found]  # bytes of UTF-8 look like other white space
 
 
 def _tokenizer(text: str) -> dict[int, str] | None:

@@ -78,7 +78,7 @@ TOKENIZERS = {
     "neox": ("gpt_neox", bytewise(END)),
     "whisper": ("whisper", bytewise(added_tokens__json={END: N, "<|en|>": N + 1})),
     "bert": ("bert", lines()),
-    "twice, and space behind": ("distilbert", lines("b", "x ", "y")),
+    "twice, and space behind": ("distilbert", lines("b", "x ", "y", "à", "…")),
     "bert with more": ("bert", lines(added_tokens__json={"[E1]": 8},
                                      special_tokens_map__json={"bos_token": "[BOS]", "unk_token": "[UNK]"})),
 }  # fmt: skip
