@@ -103,9 +103,9 @@ class Rows:
 
     @property
     def workspace(self) -> int:
-        """Twelve numbers for each row of a part; rows as they are, widened, and in their order; what sources take."""
+        """Sixteen numbers for each row of a part; rows as they are, widened, and in their order; what sources take."""
         apart = 24 * max(BLOCK, math.prod(self.shape[1:]))
-        return 96 * min(len(self.index), PART) + apart + max(map(workspace, self.sources))
+        return 128 * min(len(self.index), PART) + apart + max(map(workspace, self.sources))
 
     def fill(self, bring: Bring, e0: int, n: int, address: int) -> None:
         """Neighbouring rows are read together, and rows that lie close in any order."""
@@ -138,22 +138,25 @@ def _take(bring: Bring, source: Source, dtype: DType, width: int, rows: npt.NDAr
     if source.dtype is dtype and (len(heads) == 1 or (isinstance(source, FileRange | Memory) and not near)):
         bring(source, np.stack([start[heads], np.add.reduceat(length, heads), to[heads]], axis=1))
         return
-    size = dtype.size
-    start, length, to = rows[np.argsort(start, kind="stable")].T
+    # Places in the low bits of what is sorted: a fifth of the time of numpy's stable argsort.
+    tagged = np.sort(start * PART + np.arange(len(start)))
+    start, order = tagged // PART, tagged % PART
+    length, to = length[order], to[order]
     most = max(BLOCK, width)
     raw = np.empty(most * source.dtype.size, np.uint8)
     wide: npt.NDArray[Any] = raw if source.dtype is dtype else np.empty(most, NUMPY[dtype])
-    at = 0
-    while at < len(start):
-        first = int(start[at])
-        end = int(np.searchsorted(start, first + most - width, "right"))
-        n = int((start[at:end] + length[at:end]).max()) - first  # a row may be there twice, once in part
-        bring(source, np.array([[first, n, raw.ctypes.data]], np.int64))
+    blocks = np.concatenate([[0], np.flatnonzero(np.diff((start - start[0]) // (most - width + 1))) + 1])
+    firsts = start[blocks]
+    counts = np.maximum.reduceat(start + length, blocks) - firsts  # a row may be there twice, once in part
+    ends = np.append(blocks[1:], len(start))
+    rows[:, 0] = wide.ctypes.data + (start - np.repeat(firsts, ends - blocks)) * dtype.size  # from here on: moves
+    rows[:, 1], rows[:, 2] = to, length * dtype.size
+    reads = np.stack([firsts, counts, np.full(len(blocks), raw.ctypes.data)], axis=1)
+    for i, (at, end, n) in enumerate(zip(blocks.tolist(), ends.tolist(), counts.tolist(), strict=True)):
+        bring(source, reads[i : i + 1])
         if wide is not raw:
             widen(raw[: n * source.dtype.size], source.dtype, wide[:n])
-        origin = wide.ctypes.data + (start[at:end] - first) * size
-        _move(np.stack([origin, to[at:end], length[at:end] * size], axis=1))
-        at = end
+        _move(rows[at:end])
 
 
 def _move(rows: npt.NDArray[np.int64]) -> None:

@@ -78,7 +78,7 @@ def carry(
     found: dict[str, Path | bytes] = {}
     for patterns, model in ((TOKENIZER, tokenizer), (OTHERS, donor)):
         found |= _matching(model, patterns, warnings)
-    if united is not None and united.tree is not None:
+    if united is not None and (united.tree is not None or united.files):
         _unite(found, united, warnings)
     found |= _modules(donor, warnings)
     if tokenizer is not donor:
@@ -217,12 +217,18 @@ def _tokens_of(
 
 def _unite(found: dict[str, Path | bytes], united: United, warnings: list[str]) -> None:
     """Writes the tokenizer of the output, and what other files say of its added tokens and of those that are gone."""
-    found["tokenizer.json"] = _dump(united.tree, indent=None)
     from fastmerge.planning.tokenizers import REPLACED
 
     stale = [name for name in REPLACED if united.ordinary and found.pop(name, None) is not None]
+    stale = [name for name in stale if name not in united.files]
     if stale:
-        warnings.append(f"tokenizer: left out, as tokenizer.json has other tokens: {', '.join(stale)}")
+        warnings.append(f"tokenizer: left out, as the output has other tokens: {', '.join(stale)}")
+    if united.tree is not None:
+        found["tokenizer.json"] = _dump(united.tree, indent=None)
+    else:
+        found |= united.files
+        tree = _json(found.get("tokenizer_config.json"))
+        found["tokenizer_config.json"] = _dump((tree if isinstance(tree, dict) else {}) | united.settings)
     gone = united.gone - united.numbers.keys()
     tree = _json(found.get("added_tokens.json"))
     if isinstance(tree, dict):
@@ -240,13 +246,24 @@ def _unite(found: dict[str, Path | bytes], united: United, warnings: list[str]) 
                 out[key] = [value for value in out[key] if _content(value) not in gone]
         decoder = out.get("added_tokens_decoder")
         if isinstance(decoder, dict):
-            kept = {i: flags for i, flags in decoder.items() if _content(flags) not in united.gone}
-            more = {str(flags["id"]): {k: v for k, v in flags.items() if k != "id"} for flags in united.new}
-            out["added_tokens_decoder"] = kept | more
+            out["added_tokens_decoder"] = _decoder(decoder, united)
         if out != tree:
             found[name] = _dump(out)
     if lost:
         warnings.append(f"tokenizer: these have no row, and are left out of its settings: {', '.join(sorted(lost))}")
+
+
+def _decoder(decoder: Mapping[str, Any], united: United) -> dict[str, Any]:
+    """Every added token of the output by its number: a class may add those of this list before any other."""
+    kept: dict[str, Any] = {}
+    for number, flags in decoder.items():
+        token = flags.get("content") if isinstance(flags, dict) else None
+        if token not in united.gone:
+            kept[str(united.numbers.get(token, number)) if isinstance(token, str) else number] = flags
+    said = {_content(flags) for flags in kept.values()} - {flags["content"] for flags in united.new}
+    every = [*(united.tree or {}).get("added_tokens", ()), *united.new] if united.new else []
+    more = [flags for flags in every if flags["content"] not in said]
+    return kept | {str(flags["id"]): {k: v for k, v in flags.items() if k != "id"} for flags in more}
 
 
 def _content(token: Any) -> Any:

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.checkpoint.formats import parse_config
 from fastmerge.errors import RecipeError
+from fastmerge.planning import slow
 from fastmerge.planning import tokens as tokenfiles
+from fastmerge.planning.slow import FLAGS, Flags
 
 if TYPE_CHECKING:
     from fastmerge.checkpoint import Checkpoint
-
-FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
-"""What an added token is that nobody says more of."""
 
 REPLACED = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 """Files that number the ordinary tokens beside a tokenizer.json: left out where that one gets more of them."""
 
 _KINDS = ("BPE", "Unigram", "WordPiece", "WordLevel")
-
-Flags = dict[str, Any]
 
 
 @dataclass
@@ -37,6 +33,7 @@ class Tokenizer:
         kind: how text is cut: ``BPE``, ``byte-level BPE``, ``Unigram``, ``WordPiece``, ``WordLevel`` or ``unknown``.
         merges: of BPE, as the file writes them.
         tree: of tokenizer.json; None where other files say it.
+        files: those, where they can take tokens.
     """
 
     ref: str
@@ -45,6 +42,7 @@ class Tokenizer:
     kind: str = "unknown"
     merges: list[Any] = field(default_factory=list)
     tree: dict[str, Any] | None = None
+    files: slow.Files | None = None
 
     def within(self, rows: int) -> dict[str, int]:
         """The tokens that have one of so many rows."""
@@ -60,14 +58,18 @@ class United:
     Attributes:
         numbers: every token with its number.
         tree: tokenizer.json where it changes; None where the model's files stay as they are.
+        files: what changes of a tokenizer without tokenizer.json, by name.
+        settings: what its tokenizer_config.json says beside its own.
         new: added tokens that the model does not have, or that are none there.
         gone: tokens of the model without a row, which the output's tokenizer does not have.
-        ordinary: whether ordinary tokens came or went, so that :data:`REPLACED` say something else.
+        ordinary: whether ordinary tokens came or any went, so that :data:`REPLACED` say something else.
         warnings: what deserves a look.
     """
 
     numbers: dict[str, int]
     tree: dict[str, Any] | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     new: list[Flags] = field(default_factory=list)
     gone: frozenset[str] = frozenset()
     ordinary: bool = False
@@ -88,27 +90,27 @@ def read(model: Checkpoint) -> Tokenizer | None:
         if path is None:
             continue
         if name == "tokenizer.json":
-            return _fast(model.ref, path)
-        numbers = tokenfiles.tokens(path)
+            return _fast(model, path)
+        numbers = tokenfiles.tokens(path, added=False)
         if not numbers:
             raise RecipeError(f"{path}: cannot read the vocabulary")
         found = Tokenizer(model.ref, {tokenfiles.text(token): i for i, token in numbers.items()})
         merges = tokenfiles.vocabulary_file(model, "merges.txt")
         if name == "vocab.json" and merges is not None and merges.stat().st_size <= tokenfiles.MOST:
-            found.kind = "byte-level BPE"
             lines = merges.read_text("utf-8", errors="replace").split("\n")
             found.merges = [line for line in lines if line and not line.startswith("#version")]
-        for token, number, flags in _slow(model):
-            found.numbers[token] = number
-            found.added[token] = flags
+            found.kind = "BPE" if any(line.endswith("</w>") for line in found.merges) else "byte-level BPE"
+        found.added, found.files = slow.read(model, path, found.numbers)
+        if name == "vocab.txt" and found.files is not None:
+            found.kind = "WordPiece"
         return found
     return None
 
 
-def _fast(ref: str, path: Path) -> Tokenizer:
+def _fast(model: Checkpoint, path: Path) -> Tokenizer:
     try:
         if path.stat().st_size <= tokenfiles.MOST:
-            return _parsed(ref, json.loads(path.read_bytes()))
+            return _parsed(model, json.loads(path.read_bytes()))
         why = f"larger than {tokenfiles.MOST >> 20} MB"
     except OSError as e:
         why = str(e.strerror)
@@ -117,41 +119,29 @@ def _fast(ref: str, path: Path) -> Tokenizer:
     raise RecipeError(f"{path}: cannot read the vocabulary: {why}")
 
 
-def _parsed(ref: str, tree: Any) -> Tokenizer:
-    """The tokenizer in a tokenizer.json."""
+def _parsed(checkpoint: Checkpoint, tree: Any) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, with the tokens that settings beside it add."""
     model = tree["model"]
     raw = model["vocab"]
     pieces = isinstance(raw, list)
     kind = model.get("type") or ("Unigram" if pieces else "BPE" if "merges" in model else "WordLevel")
-    numbers = {piece[0]: i for i, piece in enumerate(raw)} if pieces else dict(raw)
+    vocabulary = {piece[0]: i for i, piece in enumerate(raw)} if pieces else dict(raw)
+    said = tree["added_tokens"] = list(tree.get("added_tokens") or ())
+    beside = slow.beside(checkpoint, said)
+    given = tokenfiles.given(vocabulary, [*said, *beside])
+    said += [{"id": 0} | flags for flags in beside if flags["content"] not in vocabulary]
     added = {}
-    numbers |= (given := tokenfiles.given(numbers, tree.get("added_tokens") or ()))
-    for flags in tree.get("added_tokens") or ():
+    for flags in said:
         flags["id"] = given[flags["content"]]
         added[flags["content"]] = flags
+    added = {flags["content"]: flags for flags in beside} | added
+    numbers = vocabulary | given
     odd = set(map(type, numbers.values())) - {int} or set(map(type, numbers)) - {str} or min(numbers.values()) < 0
     if odd or kind not in _KINDS or pieces is not (kind == "Unigram"):
         raise ValueError(kind)
     if kind == "BPE" and any('"ByteLevel"' in json.dumps(tree.get(part)) for part in ("pre_tokenizer", "decoder")):
         kind = "byte-level BPE"
-    return Tokenizer(ref, numbers, added, kind, model.get("merges") or [], tree)
-
-
-def _slow(model: Checkpoint) -> Iterable[tuple[str, int, Flags]]:
-    """The added tokens of a tokenizer without tokenizer.json."""
-    for name, key in (("added_tokens.json", None), ("tokenizer_config.json", "added_tokens_decoder")):
-        path = tokenfiles.vocabulary_file(model, name)
-        try:
-            tree = parse_config(path.read_text("utf-8")) if path is not None else {}
-        except (OSError, ValueError):
-            continue
-        if key is None:
-            yield from ((t, i, FLAGS | {"content": t}) for t, i in tree.items() if isinstance(i, int))
-            continue
-        decoder = tree.get(key)
-        for number, flags in decoder.items() if isinstance(decoder, dict) else ():
-            if number.isdecimal() and isinstance(flags, dict) and isinstance(flags.get("content"), str):
-                yield flags["content"], int(number), FLAGS | flags
+    return Tokenizer(checkpoint.ref, numbers, added, kind, model.get("merges") or [], tree)
 
 
 def unite(
@@ -174,7 +164,7 @@ def unite(
         The tokenizer. The tree of ``base`` is changed, and is its.
 
     Raises:
-        RecipeError: where tokens must be added, or taken out, and the model has no tokenizer.json.
+        RecipeError: where tokens must be added, and the model's files cannot take them.
     """
     numbers = dict(base.within(rows[base.ref]))
     out = United(numbers, gone=frozenset(base.numbers.keys() - numbers.keys()))
@@ -205,16 +195,22 @@ def unite(
     out.new = [_flags(flags) | {"id": numbers[token], "content": token} for token, flags in added.items()]
     if not (fresh or out.new or out.gone):
         return out
+    out.ordinary = bool(ordinary or out.gone)
     if base.tree is None:
-        if fresh or out.new:
-            shown = tokenfiles.listed(fresh or added)
-            raise RecipeError(
-                f"tokenizer: {base.ref!r} has no tokenizer.json that could take the tokens of the others ({shown}): "
-                "save it as a fast tokenizer first (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
-            )
+        if base.files is None or base.kind not in ("byte-level BPE", "BPE", "WordPiece"):
+            if fresh or out.new:
+                shown = tokenfiles.listed(fresh or added)
+                raise RecipeError(
+                    f"tokenizer: {base.ref!r} has no tokenizer.json, nor a vocab.json with merges.txt or a vocab.txt "
+                    f"of a class that is known here, which could take the tokens of the others ({shown}): save it as "
+                    "a fast tokenizer first (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+                )
+            return out
+        others = _others(base, ordinary, out)
+        merges = _merges(base, others, ordinary, out) if base.kind.endswith("BPE") else None
+        out.files, out.settings = slow.write(base.files, numbers, out.new, out.gone, merges)
         return out
     out.tree = base.tree
-    out.ordinary = bool(ordinary) or not out.gone <= base.added.keys()
     _edit(base, ordinary, out)
     return out
 
@@ -231,17 +227,7 @@ def _edit(base: Tokenizer, ordinary: Mapping[str, Tokenizer], out: United) -> No
     kept = [t for t in tree.get("added_tokens") or () if t["content"] not in known]
     tree["added_tokens"] = sorted([*kept, *({"id": t["id"], "content": t["content"]} | t for t in out.new)],
                                   key=lambda t: int(t["id"]))  # fmt: skip
-    others = list({id(t): t for t in ordinary.values()}.values())
-    for other in others:
-        how = f"{other.kind}, that of {base.ref!r} {base.kind}" if other.kind != base.kind else ""
-        if not how and base.kind.endswith("BPE") and not other.merges:
-            how = "one without merges"
-        if how:
-            count = sum(t is other for t in ordinary.values())
-            out.warnings.append(
-                f"tokenizer: {count:,} tokens of {other.ref!r} have rows, and no text becomes them: its tokenizer is "
-                f"{how}"
-            )
+    others = _others(base, ordinary, out)
     if base.kind == "Unigram":
         _pieces(model, ordinary, out)
         return
@@ -254,10 +240,26 @@ def _edit(base: Tokenizer, ordinary: Mapping[str, Tokenizer], out: United) -> No
         model["vocab"] |= numbers
 
 
+def _others(base: Tokenizer, ordinary: Mapping[str, Tokenizer], out: United) -> list[Tokenizer]:
+    """The tokenizers that give ordinary tokens; those whose tokens no text becomes get a warning."""
+    others = list({id(t): t for t in ordinary.values()}.values())
+    for other in others:
+        how = f"{other.kind}, that of {base.ref!r} {base.kind}" if other.kind != base.kind else ""
+        if not how and base.kind.endswith("BPE") and not other.merges:
+            how = "one without merges"
+        if how:
+            count = sum(t is other for t in ordinary.values())
+            out.warnings.append(
+                f"tokenizer: {count:,} tokens of {other.ref!r} have rows, and no text becomes them: its tokenizer is "
+                f"{how}"
+            )
+    return others
+
+
 def _merges(base: Tokenizer, others: Sequence[Tokenizer], ordinary: Mapping[str, Tokenizer], out: United) -> list[Any]:
     """The merges of the model, then those of the others that make tokens which it does not have."""
     merges, gone = base.merges, out.gone
-    prefix = (base.tree or {})["model"].get("continuing_subword_prefix") or ""
+    prefix = ((base.tree or {}).get("model") or {}).get("continuing_subword_prefix") or ""
 
     def parts(merge: Any) -> tuple[str, str]:
         a, b = merge if isinstance(merge, list) else merge.split(" ")
@@ -270,7 +272,7 @@ def _merges(base: Tokenizer, others: Sequence[Tokenizer], ordinary: Mapping[str,
     try:
         if gone - base.added.keys():
             merges = [m for m in merges if not gone.intersection((*parts(m), made(m)))]
-        pairs = not merges or isinstance(merges[0], list)
+        pairs = base.tree is not None and (not merges or isinstance(merges[0], list))
         seen: dict[tuple[str, str], None] = {}
         for other in others:
             for merge in other.merges if other.kind == base.kind else ():

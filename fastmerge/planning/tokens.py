@@ -121,10 +121,14 @@ def same_parts(a: Path, b: Path) -> bool:
     return found[0] == found[1]
 
 
-def tokens(path: Path) -> dict[int, str] | None:
+def tokens(path: Path, *, added: bool = True) -> dict[int, str] | None:
     """The tokens of a vocabulary file by number, each byte of their UTF-8 as one character (see :func:`text`).
 
     Decoded so, text takes a quarter of the memory that one emoji in it would cost otherwise.
+
+    Args:
+        path: of the file.
+        added: whether those that added_tokens.json adds to a vocab.json count.
 
     Returns:
         None where the file is too large, or says nothing that is understood.
@@ -137,14 +141,22 @@ def tokens(path: Path) -> dict[int, str] | None:
             return dict(enumerate(_pieces(data)))
         said = data.decode("latin-1")
         if path.suffix == ".txt":
-            return dict(enumerate(said.split("\n")))
+            return dict(enumerate(_lines(said)))
         if path.suffix in {".model", ".tiktoken"}:
             return {int(rank): token for token, rank in (line.split() for line in said.splitlines() if line)}
         if path.name == "vocab.json":
-            return _numbered(json.loads(said)) | _added_file(path.parent)
+            return _numbered(json.loads(said)) | (_added_file(path.parent) if added else {})
         return _tokenizer(said)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return None
+
+
+def _lines(said: str) -> list[str]:
+    """The tokens of a vocab.txt, one a line, without the white space behind them."""
+    found = said.split("\n")
+    if not found[-1]:
+        found.pop()
+    return [line.rstrip(" \t\r\v\f") for line in found]  # bytes of UTF-8 look like other white space
 
 
 def _tokenizer(text: str) -> dict[int, str] | None:

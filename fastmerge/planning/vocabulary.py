@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fastmerge.errors import RecipeError
 from fastmerge.ops.made import Rows
 from fastmerge.ops.means import Mean, Means
-from fastmerge.planning import tokenizers
+from fastmerge.planning import slow, tokenizers
 from fastmerge.planning.embeddings import by_token, rows_of
 from fastmerge.planning.tokens import (
     UNKNOWN,
@@ -380,7 +380,9 @@ def _equal(a: Checkpoint, b: Checkpoint) -> bool:
     if a.path == b.path:
         return True
     x, y = vocabulary_file(a, "tokenizer.json"), vocabulary_file(b, "tokenizer.json")
-    return x is not None and y is not None and (same_bytes(x, y) or same_parts(x, y))
+    if x is None or y is None or not (same_bytes(x, y) or same_parts(x, y)):
+        return False
+    return [token["content"] for token in slow.beside(a, ())] == [token["content"] for token in slow.beside(b, ())]
 
 
 def _flags(known: Mapping[ModelRef, Tokenizer], token: str, said: Token) -> dict[str, Any] | None:

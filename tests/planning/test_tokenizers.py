@@ -153,15 +153,13 @@ def test_vocabularies_in_other_files(tmp_path):
     (b / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
     (b / "added_tokens.json").write_text('{"<y>": 3}')
     slow = read(llama(path=str(b), ref="b"))
-    assert slow.numbers == {"?": 0, "Ġé": 1, "a": 2, "aa": 5, "<y>": 3, "<x>": 4}
-    assert (slow.kind, slow.added["<x>"]["special"], slow.added["<y>"]["special"]) == ("byte-level BPE", True, False)
+    assert slow.numbers == {"?": 0, "Ġé": 1, "a": 2, "aa": 5, "<x>": 4}, "the decoder hides added_tokens.json"
+    assert (slow.kind, slow.added["<x>"]["special"]) == ("byte-level BPE", True)
     united = unite(read(a), [slow], ROWS, {})
-    assert united.numbers == vocabulary("?", "a", "Ġé", "aa", "<y>", "<x>")
+    assert united.numbers == vocabulary("?", "a", "Ġé", "aa", "<x>")
     assert cut(loaded(united), "aa?a") == ["aa", "?", "a"], "the merge whose parts are tokens came along"
     assert unite(slow, [], ROWS, {}).tree is None
-    with pytest.raises(
-        RecipeError, match=r"'b' has no tokenizer.json that could take the tokens of the others \('new'\)"
-    ):
+    with pytest.raises(RecipeError, match=r"'b' has no tokenizer.json, .* take the tokens of the others \('new'\)"):
         unite(slow, [], ROWS, {"new": None})
     assert read(llama(path=str(tmp_path), ref="none")) is None
 
