@@ -19,7 +19,7 @@ from fastmerge.ops.spec import Op, Source, Spec
 from fastmerge.runtime.devices import Buffer
 from fastmerge.runtime.finite import NonFinite
 from fastmerge.runtime.kept import NOTHING, Kept, Room
-from fastmerge.runtime.laying import Laid, Run, coded_in, lay, outs_of, runs_of, spread
+from fastmerge.runtime.laying import Laid, Run, coded_in, lay, outs_of, results_of, runs_of, spread
 from fastmerge.runtime.losses import Losses
 from fastmerge.runtime.results import Results
 from fastmerge.runtime.schedule import BLOCK, Job, Unit
@@ -89,7 +89,7 @@ class OpStore:
         keep = again and not self.done(job, unit)
         laid = self._inputs(spec, runs, unit, buffer, once=once, keep=keep)
         inputs = spread(spec, runs, laid.bases, lengths)
-        outs, end = outs_of(ops, firsts, lengths, spec.out_dtype.size, laid.end)
+        outs, end = outs_of(spec, results_of(ops, firsts, lengths, spec.out_dtype.size), lengths, laid.end)
         _check(end, buffer)
         table = segment_table(ops, [group_of[o] for o in numbers], firsts, lengths, outs, inputs)
         counters = np.zeros(len(table), np.int64)
@@ -202,27 +202,20 @@ class OpStore:
         self._kept.drop(unit)
 
     def _write(self, writer: Writer, unit: Unit, segments: Segments) -> None:
-        size = segments.out_dtype.size
+        numbers, firsts, lengths = zip(*unit.pieces, strict=True)
+        ops, size = [self._ops[o] for o in numbers], segments.out_dtype.size
         columns = (OUT, *range(HEADER + len(segments.dtypes), segments.table.shape[1]))
-        addresses = zip(*[segments.table[:, c].tolist() for c in columns], strict=True)
         rows: list[tuple[int, int, int, int]] = []
         scales: list[npt.NDArray[np.uint8]] = []  # they are written before they go
-        packed: list[tuple[int, int, int, int]] = []
-        shard = begin = stop = first = last = -1
-        for (o, e0, length), outs in zip(unit.pieces, addresses, strict=True):
-            nbytes = length * size
-            for target, address in zip(self._ops[o].targets, outs, strict=True):
+        for column, runs in zip(columns, results_of(ops, firsts, lengths, size), strict=True):
+            at = 0
+            for target, start, nbytes, count in runs:
+                address = int(segments.table[at, column])
                 if type(target) is Packed:
-                    scales.append(self._pack(self._ops[o], target, (e0, length, address), packed))
-                if type(target) is not Place or not nbytes:
-                    continue
-                offset = target.offset + e0 * size
-                if offset != stop or address != last or target.shard != shard:
-                    rows.append((shard, begin, first, stop - begin))
-                    shard, begin, first = target.shard, offset, address
-                stop, last = offset + nbytes, address + nbytes
-        rows.append((shard, begin, first, stop - begin))
-        rows = [*rows[1:], *packed]  # the first ends what was before the first piece
+                    scales.append(self._pack(ops[at], target, (start, nbytes // size, address), rows))
+                elif type(target) is Place and nbytes:
+                    rows.append((target.shard, start, address, nbytes))
+                at += count
         if rows:
             writer.write(np.array(rows, np.int64))
 
