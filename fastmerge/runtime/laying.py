@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from fastmerge.checkpoint import Place
-from fastmerge.ops.coded import Coded, fits
-from fastmerge.ops.coded import coded as coded_input
-from fastmerge.ops.packing import Packed
-from fastmerge.ops.sources import ALIGN, FileRange, Made, Memory, Result
+from fastmerge.ops.sources import ALIGN, FileRange, Made, Memory, Packed, Result
 from fastmerge.ops.spec import Op, Source, Spec, Target
 from fastmerge.runtime.schedule import BLOCK
 
 if TYPE_CHECKING:
+    from fastmerge.ops.coded import Coded
     from fastmerge.ops.packing import Packing
     from fastmerge.ops.quantised import Dequantised
 
@@ -67,10 +65,8 @@ def results_of(ops: Sequence[Op], firsts: Sequence[int], lengths: Sequence[int],
     return [_column(c, firsts, lengths, size) for c in zip(*[op.targets for op in ops], strict=True)]
 
 
-def _column(
-    ends: Sequence[Source | Target], firsts: Sequence[int], lengths: Sequence[int], size: int
-) -> list[Run]:
-    """The runs of one input, or of one result: of 50,000 neighbours one. A step in compiled code for all pieces each."""
+def _column(ends: Sequence[Source | Target], firsts: Sequence[int], lengths: Sequence[int], size: int) -> list[Run]:
+    """The runs of one input, or of one result: of 50,000 neighbours one. Step by step for all pieces."""
     runs: list[Run] = []
     at = 0
     for kind, group in itertools.groupby(map(type, ends)):
@@ -99,6 +95,10 @@ def _column(
 
 def coded_in(spec: Spec, runs: Sequence[Sequence[Run]]) -> tuple[bool, ...]:
     """Which inputs of a unit kernels can take as codes and scales; empty where there are none."""
+    if {type(run.end) for column in runs for run in column} <= {FileRange, Memory}:
+        return ()
+    from fastmerge.ops.coded import fits
+
     found = [
         all(fits(cast("Source", run.end), run.start, run.nbytes // d.size) for run in column)
         for d, column in zip(spec.dtypes, runs, strict=True)
@@ -110,9 +110,7 @@ def spread(
     spec: Spec, runs: Sequence[Sequence[Run]], bases: Sequence[list[int]], lengths: Sequence[int]
 ) -> list[list[int]]:
     """Addresses of the pieces of every input, from those of its runs."""
-    return [
-        _pieces(column, base, lengths, d.size) for d, column, base in zip(spec.dtypes, runs, bases, strict=True)
-    ]
+    return [_pieces(column, base, lengths, d.size) for d, column, base in zip(spec.dtypes, runs, bases, strict=True)]
 
 
 def _pieces(runs: Sequence[Run], bases: list[int], lengths: Sequence[int], size: int) -> list[int]:
@@ -128,20 +126,23 @@ def _pieces(runs: Sequence[Run], bases: list[int], lengths: Sequence[int], size:
 
 
 def outs_of(
-    spec: Spec, results: Sequence[Sequence[Run]], lengths: Sequence[int], cursor: int
+    ops: Sequence[Op], results: Sequence[Sequence[Run]], lengths: Sequence[int], cursor: int
 ) -> tuple[list[list[int]], int]:
     """Addresses of the pieces of every result, from a free byte on, and the first free byte behind them."""
-    size = spec.out_dtype.size
+    size = ops[0].spec.out_dtype.size
     bases: list[list[int]] = []
     for column in results:
         at: list[int] = []
-        for target, start, nbytes, _ in column:
+        first = 0
+        for target, start, nbytes, count in column:
+            packing = ops[first].spec.packing
+            first += count
             if type(target) is Memory:
                 at.append(target.address + start * size)
                 continue
             place = start
             if type(target) is Packed:  # the codes will lie where the values are
-                codes = cast("Packing", spec.packing).ranges(target, start, nbytes // size)[0]
+                codes = cast("Packing", packing).ranges(target, start, nbytes // size)[0]
                 place = codes.offset if codes.offset % ALIGN == 0 else 0
             cursor += (place - cursor) % BLOCK
             at.append(cursor)
@@ -181,6 +182,8 @@ def lay(
             cursor = (cursor + ALIGN - 1) & -ALIGN
             past = False
             if codes:
+                from fastmerge.ops.coded import coded as coded_input
+
                 packed = cast("Coded", coded_input(cast("Dequantised", source)))
                 made.append((packed, start, nbytes // dtype.size, cursor))
                 nbytes = packed.room(start, nbytes // dtype.size)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from fastmerge.checkpoint import Files, Place, Writer
 from fastmerge.errors import CheckpointError
-from fastmerge.ops.coded import Coded
-from fastmerge.ops.packing import Packed
 from fastmerge.ops.segments import HEADER, I64, OUT, Segments, segment_table
-from fastmerge.ops.sources import FileRange, Made, Memory, Result
+from fastmerge.ops.sources import FileRange, Made, Memory, Packed, Result
 from fastmerge.ops.spec import Op, Source, Spec
 from fastmerge.runtime.devices import Buffer
 from fastmerge.runtime.finite import NonFinite
@@ -23,6 +21,9 @@ from fastmerge.runtime.laying import Laid, Run, coded_in, lay, outs_of, results_
 from fastmerge.runtime.losses import Losses
 from fastmerge.runtime.results import Results
 from fastmerge.runtime.schedule import BLOCK, Job, Unit
+
+if TYPE_CHECKING:
+    from fastmerge.ops.coded import Coded
 
 COMPARE_BYTES = 1 << 20
 """Bytes of integer tensors that are compared at a time."""
@@ -89,7 +90,7 @@ class OpStore:
         keep = again and not self.done(job, unit)
         laid = self._inputs(spec, runs, unit, buffer, once=once, keep=keep)
         inputs = spread(spec, runs, laid.bases, lengths)
-        outs, end = outs_of(spec, results_of(ops, firsts, lengths, spec.out_dtype.size), lengths, laid.end)
+        outs, end = outs_of(ops, results_of(ops, firsts, lengths, spec.out_dtype.size), lengths, laid.end)
         _check(end, buffer)
         table = segment_table(ops, [group_of[o] for o in numbers], firsts, lengths, outs, inputs)
         counters = np.zeros(len(table), np.int64)
@@ -167,6 +168,10 @@ class OpStore:
         if results:
             assert self._results is not None
             self._results.make(self, results)
+        if len(results) == len(made):
+            return
+        from fastmerge.ops.coded import Coded
+
         coded: dict[Coded, list[tuple[int, int, int]]] = {}
         for source, e0, n, address in made:
             if isinstance(source, Coded):
