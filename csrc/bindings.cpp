@@ -8,6 +8,7 @@
 #include "arrays.h"
 #include "checks.h"
 #include "header.h"
+#include "kept.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -40,13 +41,17 @@ void combine(const py::array& table, const py::array& ins, int out_code, const p
   run(kernels().combine, a);
 }
 
-void gram(const py::array& table, const py::array& ins, const py::array& partials, bool delta, bool diff,
-          bool per_row) {
+// thr: None, or what variance keeps of the deltas.
+void gram_of(const py::array& table, const py::array& ins, const py::array& partials, bool delta, bool diff,
+             bool per_row, const Keep* keep) {
   GramArgs a;
   Needs needs;
   needs.partials = partials.ndim() == 2 ? partials.shape(0) : 0;
   needs.by_row = per_row, needs.tiles = true, needs.base = delta ? 1 : 0, needs.coded = true;
+  if (keep) needs.parameters = keep->deltas.parameters();
   a.table = check_table(table, ins, needs);
+  const KeepArgs kept = keep ? keep->checked(a.table) : KeepArgs{};
+  a.keep = keep ? &kept : nullptr;
   const int64_t m = a.table.inputs - (delta ? 1 : 0);
   if (diff && m < 2) fail("diff: expected at least 2 vectors, got " + std::to_string(m));
   a.columns = m * (m + 1) / 2 + (diff ? 1 : 0);
@@ -55,6 +60,18 @@ void gram(const py::array& table, const py::array& ins, const py::array& partial
   const Scratch scratch = scratch_of(gram_scratch(a.table.inputs, a.columns, a.table.wide()));
   a.scratch = scratch.get();
   run(kernels().gram, a);
+}
+
+void gram(const py::array& table, const py::array& ins, const py::array& partials, bool delta, bool diff,
+          bool per_row) {
+  gram_of(table, ins, partials, delta, diff, per_row, nullptr);
+}
+
+// Of what variance keeps of the deltas.
+void gram_kept(const py::array& table, const py::array& ins, const py::array& partials, const py::array& model_index,
+               const py::array& bern, const py::array& thr, const py::array& cut) {
+  const Keep keep{{-1, false, model_index, bern, true}, true, thr, cut};
+  gram_of(table, ins, partials, true, false, false, &keep);
 }
 
 void dot(const py::array& table, const py::array& ins, const py::array& partials) {
@@ -83,44 +100,15 @@ py::array_t<double> fold(const py::array& partials, const py::array& first) {
 
 // ---- select and consensus ---------------------------------------------------------------------------------
 
-struct Deltas {
-  int round_code;
-  bool drop;
-  const py::array &model_index, &bern;
-
-  int64_t parameters() const { return bern.ndim() == 2 ? bern.shape(0) : 0; }
-  DeltaArgs checked(int64_t n) const {
-    check_round(round_code);
-    return {round_code, drop, data<int32_t>(model_index, "model_index", {n}),
-            data<int32_t>(bern, "bern", {parameters(), n})};
-  }
-};
-
-struct Keep : Deltas {
-  bool trim;
-  const py::array &thr, &cut;
-
-  KeepArgs checked(int64_t n) const {
-    const int64_t p = parameters();
-    return {Deltas::checked(n), trim, data<uint64_t>(thr, "thr", {p, n}), data<int64_t>(cut, "cut", {p, n, 3})};
-  }
-};
-
-// An array of keys: uint64 where the table is wide, else uint32.
-void* keys_data(const py::array& keys, const char* name, std::initializer_list<int64_t> shape, bool wide) {
-  return wide ? static_cast<void*>(data<uint64_t>(keys, name, shape, true))
-              : static_cast<void*>(data<uint32_t>(keys, name, shape, true));
-}
-
 void delta_keys(const py::array& table, const py::array& ins, int round_code, bool drop, const py::array& model_index,
-                const py::array& bern, const py::array& out) {
-  const Deltas deltas{round_code, drop, model_index, bern};
+                const py::array& bern, const py::array& out, bool variance) {
+  const Deltas deltas{round_code, drop, model_index, bern, variance};
   Needs needs;
   needs.parameters = deltas.parameters(), needs.base = 1, needs.coded = true;
   DeltaKeysArgs a;
   a.table = check_table(table, ins, needs);
-  const int64_t n = a.table.inputs - 1;
-  a.deltas = deltas.checked(n);
+  a.deltas = deltas.checked(a.table.inputs - 1);
+  const int64_t n = a.deltas.columns(a.table);
   int64_t total = 0;
   for (int64_t s = 0; s < a.table.segments; ++s) total += a.table[s].length;
   a.out = keys_data(out, "out", {total, n}, a.table.wide());
@@ -129,15 +117,15 @@ void delta_keys(const py::array& table, const py::array& ins, int round_code, bo
 
 void count(const py::array& table, const py::array& ins, int round_code, bool drop, const py::array& model_index,
            const py::array& bern, const py::array& lo, const py::array& hi, const py::array& counts,
-           const py::array& keys, const py::array& where, const py::array& used) {
-  const Deltas deltas{round_code, drop, model_index, bern};
+           const py::array& keys, const py::array& where, const py::array& used, bool variance) {
+  const Deltas deltas{round_code, drop, model_index, bern, variance};
   Needs needs;
   needs.parameters = deltas.parameters(), needs.tiles = true, needs.base = 1, needs.coded = true;
   needs.partials = counts.ndim() == 3 ? counts.shape(0) : 0;
   CountArgs a;
   a.table = check_table(table, ins, needs);
-  const int64_t n = a.table.inputs - 1, p = needs.parameters;
-  a.deltas = deltas.checked(n);
+  a.deltas = deltas.checked(a.table.inputs - 1);
+  const int64_t n = a.deltas.columns(a.table), p = needs.parameters;
   a.lo = data<uint64_t>(lo, "lo", {p, n}), a.hi = data<uint64_t>(hi, "hi", {p, n});
   a.counts = data<int64_t>(counts, "counts", {-1, n, 4}, true);
   a.cap = keys.ndim() == 2 ? keys.shape(1) : 0;
@@ -148,14 +136,15 @@ void count(const py::array& table, const py::array& ins, int round_code, bool dr
 }
 
 void find_kth(const py::array& table, const py::array& ins, int round_code, bool drop, const py::array& model_index,
-              const py::array& bern, const py::array& ranks, const py::array& thr, const py::array& found) {
-  const Deltas deltas{round_code, drop, model_index, bern};
+              const py::array& bern, const py::array& ranks, const py::array& thr, const py::array& found,
+              bool variance) {
+  const Deltas deltas{round_code, drop, model_index, bern, variance};
   Needs needs;
   needs.parameters = deltas.parameters(), needs.base = 1, needs.coded = true;
   KthArgs a;
   a.table = check_table(table, ins, needs);
-  const int64_t n = a.table.inputs - 1, p = needs.parameters;
-  a.deltas = deltas.checked(n);
+  a.deltas = deltas.checked(a.table.inputs - 1);
+  const int64_t n = a.deltas.columns(a.table), p = needs.parameters;
   a.ranks = data<int64_t>(ranks, "ranks", {p, n});
   a.thr = data<uint64_t>(thr, "thr", {p, n}, true);
   a.found = data<int64_t>(found, "found", {p, n, 4}, true);
@@ -164,39 +153,33 @@ void find_kth(const py::array& table, const py::array& ins, int round_code, bool
   run(kth, a);
 }
 
-// Room for what the drop keeps of a table's blocks; None: there is none.
-uint32_t* bits_data(const py::object& bits, const Table& t, bool write) {
-  if (bits.is_none()) return nullptr;
-  if (!py::isinstance<py::array>(bits)) fail("bits: expected an array");
-  return data<uint32_t>(py::array(bits), "bits", {blocks_of(t), t.inputs - 1, kWords}, write);
-}
-
 void l1(const py::array& table, const py::array& ins, int round_code, bool drop, bool trim,
         const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut,
-        const py::array& sums, const py::object& bits, bool given) {
+        const py::array& sums, const py::object& bits, bool given, bool wide_sums) {
   const Keep keep{{round_code, drop, model_index, bern}, trim, thr, cut};
   Needs needs;
-  needs.parameters = keep.parameters(), needs.tiles = true, needs.base = 1, needs.coded = true;
+  needs.parameters = keep.deltas.parameters(), needs.tiles = true, needs.base = 1, needs.coded = true;
   needs.partials = sums.ndim() == 3 ? sums.shape(0) : 0;
   L1Args a;
   a.table = check_table(table, ins, needs);
-  a.keep = keep.checked(a.table.inputs - 1);
-  a.keep.bits = bits_data(bits, a.table, !given), a.keep.given = given;
+  a.keep = keep.checked(a.table);
+  a.keep.bits = bits_data(bits, a.table, !given), a.keep.given = given, a.keep.wide_sums = wide_sums;
   a.sums = data<double>(sums, "sums", {-1, a.table.inputs - 1, 2}, true);
   run(kernels().l1, a);
 }
 
 void votes(const py::array& table, const py::array& ins, int round_code, bool drop, bool trim,
            const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut, int elect,
-           bool split, const py::array& f, const py::array& counts) {
+           bool split, const py::array& f, const py::array& counts, bool wide_sums) {
   const Keep keep{{round_code, drop, model_index, bern}, trim, thr, cut};
   check_word(elect, 2, "elect");
   Needs needs;
-  needs.parameters = keep.parameters(), needs.tiles = true, needs.base = 1, needs.coded = true;
+  needs.parameters = keep.deltas.parameters(), needs.tiles = true, needs.base = 1, needs.coded = true;
   needs.partials = counts.ndim() == 2 ? counts.shape(0) : 0;
   VotesArgs a;
   a.table = check_table(table, ins, needs);
-  a.keep = keep.checked(a.table.inputs - 1);
+  a.keep = keep.checked(a.table);
+  a.keep.wide_sums = wide_sums;
   a.elect = elect, a.split = split;
   a.f = data<double>(f, "f", {needs.parameters, a.table.inputs - 1, 3});
   a.counts = data<int64_t>(counts, "counts", {-1, 2}, true);
@@ -206,25 +189,58 @@ void votes(const py::array& table, const py::array& ins, int round_code, bool dr
 void consensus(const py::array& table, const py::array& ins, int out_code, int round_code, bool drop, bool trim,
                const py::array& model_index, const py::array& bern, const py::array& thr, const py::array& cut,
                int elect, bool split, int zero, int merge, const py::array& f, const py::array& scale,
-               const py::array& nonfinite, const py::object& bits) {
-  const Keep keep{{round_code, drop, model_index, bern}, trim, thr, cut};
+               const py::array& nonfinite, const py::object& bits, bool wide_sums, bool variance) {
+  const Keep keep{{round_code, drop, model_index, bern, variance}, trim, thr, cut};
   check_code(out_code, "out_code");
   check_word(elect, 2, "elect");
   check_word(zero, 2, "zero");
   check_word(merge, 2, "merge");
   Needs needs;
-  needs.parameters = keep.parameters(), needs.tiles = trim || !bits.is_none(), needs.base = 1,
+  needs.parameters = keep.deltas.parameters(), needs.tiles = trim || !bits.is_none(), needs.base = 1,
   needs.out_code = out_code, needs.coded = true;
   ConsensusArgs a;
   a.table = check_table(table, ins, needs);
   a.out_code = out_code;
-  a.keep = keep.checked(a.table.inputs - 1);
-  a.keep.bits = bits_data(bits, a.table, false);
+  a.keep = keep.checked(a.table);
+  a.keep.bits = bits_data(bits, a.table, false), a.keep.wide_sums = wide_sums;
   a.elect = elect, a.split = split, a.zero = zero, a.merge = merge;
   a.f = data<double>(f, "f", {needs.parameters, a.table.inputs - 1, 3});
   a.scale = data<double>(scale, "scale", {needs.parameters, 3});
   a.nonfinite = data<int64_t>(nonfinite, "nonfinite", {a.table.segments}, true);
   run(kernels().consensus, a);
+}
+
+// ---- importance ---------------------------------------------------------------------------------------------
+
+void importance(const py::array& table, const py::array& ins, const py::array& divergence, const py::array& out) {
+  Needs needs;
+  needs.parameters = divergence.ndim() == 1 ? divergence.shape(0) : 0;
+  needs.by_row = true, needs.base = 1, needs.coded = true;
+  ImportanceArgs a;
+  a.table = check_table(table, ins, needs);
+  const Scratch scratch = scratch_of(16 * importance_row(check_rows(a.table)));
+  a.scratch = scratch.get();
+  a.divergence = data<double>(divergence, "divergence", {-1}, true);
+  int64_t total = 0;
+  for (int64_t s = 0; s < a.table.segments; ++s) total += a.table[s].length;
+  a.out = a.table.wide() ? static_cast<void*>(data<double>(out, "out", {total}, true))
+                         : static_cast<void*>(data<float>(out, "out", {total}, true));
+  run(kernels().importance, a);
+}
+
+void fuse(const py::array& table, const py::array& ins, int out_code, const py::array& divergence, double least,
+          const py::array& nonfinite) {
+  Needs needs;
+  needs.parameters = divergence.ndim() == 1 ? divergence.shape(0) : 0, needs.out_code = out_code;
+  needs.by_row = true, needs.base = 1, needs.coded = true;
+  check_code(out_code, "out_code");
+  FuseArgs a;
+  a.table = check_table(table, ins, needs);
+  check_rows(a.table);
+  a.out_code = out_code, a.least = least;
+  a.divergence = data<double>(divergence, "divergence", {-1});
+  a.nonfinite = data<int64_t>(nonfinite, "nonfinite", {a.table.segments}, true);
+  run(kernels().fuse, a);
 }
 
 // ---- replicate ----------------------------------------------------------------------------------------------
@@ -343,21 +359,28 @@ PYBIND11_MODULE(_native, m) {
   m.def("combine", combine, arg("table"), arg("ins"), arg("out_code"), arg("coef"), arg("scale"), arg("delta"),
         arg("per_row"), arg("nonfinite"), arg("far") = false, arg("wide") = false);
   m.def("gram", gram, arg("table"), arg("ins"), arg("partials"), arg("delta"), arg("diff"), arg("per_row"));
+  m.def("gram_kept", gram_kept, arg("table"), arg("ins"), arg("partials"), arg("model_index"), arg("bern"), arg("thr"),
+        arg("cut"));
   m.def("dot", dot, arg("table"), arg("ins"), arg("partials"));
   m.def("fold", fold, arg("partials"), arg("first"));
   m.def("delta_keys", delta_keys, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("model_index"),
-        arg("bern"), arg("out"));
+        arg("bern"), arg("out"), arg("variance") = false);
   m.def("count", count, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("model_index"), arg("bern"),
-        arg("lo"), arg("hi"), arg("counts"), arg("keys"), arg("where"), arg("used"));
+        arg("lo"), arg("hi"), arg("counts"), arg("keys"), arg("where"), arg("used"), arg("variance") = false);
   m.def("kth", find_kth, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("model_index"), arg("bern"),
-        arg("ranks"), arg("thr"), arg("found"));
+        arg("ranks"), arg("thr"), arg("found"), arg("variance") = false);
   m.def("l1", l1, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("trim"), arg("model_index"),
-        arg("bern"), arg("thr"), arg("cut"), arg("sums"), arg("bits") = py::none(), arg("given") = false);
+        arg("bern"), arg("thr"), arg("cut"), arg("sums"), arg("bits") = py::none(), arg("given") = false,
+        arg("wide_sums") = false);
   m.def("votes", votes, arg("table"), arg("ins"), arg("round_code"), arg("drop"), arg("trim"), arg("model_index"),
-        arg("bern"), arg("thr"), arg("cut"), arg("elect"), arg("split"), arg("f"), arg("counts"));
+        arg("bern"), arg("thr"), arg("cut"), arg("elect"), arg("split"), arg("f"), arg("counts"),
+        arg("wide_sums") = false);
   m.def("consensus", consensus, arg("table"), arg("ins"), arg("out_code"), arg("round_code"), arg("drop"), arg("trim"),
         arg("model_index"), arg("bern"), arg("thr"), arg("cut"), arg("elect"), arg("split"), arg("zero"), arg("merge"),
-        arg("f"), arg("scale"), arg("nonfinite"), arg("bits") = py::none());
+        arg("f"), arg("scale"), arg("nonfinite"), arg("bits") = py::none(), arg("wide_sums") = false,
+        arg("variance") = false);
+  m.def("importance", importance, arg("table"), arg("ins"), arg("divergence"), arg("out"));
+  m.def("fuse", fuse, arg("table"), arg("ins"), arg("out_code"), arg("divergence"), arg("least"), arg("nonfinite"));
   m.def("replicate", replicate, arg("table"), arg("ins"), arg("out_code"), arg("sigma"), arg("numbers"), arg("lines"),
         arg("nonfinite"));
 #if defined(FASTMERGE_HAS_CUDA)

@@ -122,6 +122,18 @@ inline int64_t longest_whole(const Table& t) {
   return longest;
 }
 
+// A table of whole rows of a base and a model; the longest row.
+inline int64_t check_rows(const Table& t) {
+  if (t.inputs != 2) fail("ins: expected 2 inputs, got " + std::to_string(t.inputs));
+  int64_t longest = 0;
+  for (int64_t i = 0; i < t.segments; ++i) {
+    if (t[i].length == 0) continue;
+    if (t[i].e0 % t[i].row || t[i].length % t[i].row) fail_at(i, "expected whole rows");
+    longest = std::max(longest, t[i].row);
+  }
+  return longest;
+}
+
 // A kernel's memory for one call.
 struct Freed {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }

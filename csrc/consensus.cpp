@@ -171,63 +171,84 @@ Mix<W> mix_for(int32_t elect, bool split, int32_t merge) {
   return split ? mix_for<W, kBySplit>(merge) : mix_for<W, kByMass>(merge);
 }
 
-// The buffers of one call, and the way of a block through them.
-template <class W>
+// Keys above t, in the type of the sums.
+template <class W, class X>
+FM_STEP void widen_kept(const W* d, Int<W> t, int64_t n, X* to) {
+  FM_LOOP for (int64_t j = 0; j < n; ++j) to[j] = rank_key(d[j]) > t ? static_cast<X>(d[j]) : X(0);
+}
+
+// The buffers of one call, and the way of a block through them: task vectors in W, what is made of them in X.
+template <class W, class X>
 struct Work {
-  using V = typename Pack<W>::V;
-  using I = typename Pack<W>::I;
+  static constexpr bool kSame = sizeof(W) == sizeof(X);
+  using V = typename Pack<X>::V;
+  using I = typename Pack<X>::I;
   const Table& table;
   const KeepArgs& keep;
   const double* f;
-  Mix<W> mix;
+  Mix<X> mix;
   int64_t models;
-  int64_t* rank;      // running rank of ties, one per model
-  int64_t block = 0;  // number of the table's next one
-  alignas(64) W base[kBlock];
-  alignas(64) W out[kBlock];
-  alignas(64) W d[kGroup][kBlock + 64 / sizeof(W)];  // padded: 4 KiB apart, streams would share cache sets
-  Sums<W> sums;
+  int64_t* rank;                                                      // running rank of ties, one per model
+  int64_t block = 0;                                                  // number of the table's next one
+  alignas(64) W narrow[kSame ? 1 : kBlock], one[kSame ? 1 : kBlock];  // base and task vector before they are widened
+  alignas(64) X base[kBlock];
+  alignas(64) X out[kBlock];
+  alignas(64) X d[kGroup][kBlock + 64 / sizeof(X)];  // padded: 4 KiB apart, streams would share cache sets
+  Sums<X> sums;
   alignas(64) uint32_t drawn[kMostFused][kWords];
 
-  Work(const Table& t, const KeepArgs& k, const double* factors, Mix<W> m, int64_t* ranks)
+  Work(const Table& t, const KeepArgs& k, const double* factors, Mix<X> m, int64_t* ranks)
       : table(t), keep(k), f(factors), mix(m), models(t.inputs - 1), rank(ranks) {}
 
   void start() {  // of a segment: ties are ranked in one tile at most
     for (int64_t i = 0; i < models; ++i) rank[i] = 0;
   }
 
+  // Drop and trim of model i's delta; the result as keep_block's.
+  Int<W> kept_above(const Segment& s, int32_t i, int64_t at, int64_t n, W* d) {
+    if (!keep.variance) return keep_block(keep, s, models, i, at, n, left_bits(keep, models, i, block), rank[i], d);
+    drop_block(drawn[0], n, d);
+    return -1;
+  }
+
   // What is mixed of elements [at, at + n) of a segment, in `out`.
-  void mixed(const Segment& s, const Rule<W>& rule, int64_t at, int64_t n) {
-    base_block(table, s, at, n, base);
+  void mixed(const Segment& s, const Rule<X>& rule, int64_t at, int64_t n) {
+    W* from = subtracted();
+    base_block(table, s, at, n, from);
+    if (!kSame) FM_LOOP for (int64_t j = 0; j < n; ++j) base[j] = from[j];
+    if (keep.variance) variance_bits<W>(keep, table, s, at, n, rank[0], drawn[0]);
     int64_t i = 0;
     do {
-      Models<W> m;
+      Models<X> m;
       const bool first = i == 0;
       for (m.n = 0; m.n < kGroup && i < models; ++m.n, ++i) {
-        W* to = d[m.n];
+        W* to = reinterpret_cast<W*>(kSame ? static_cast<void*>(d[m.n]) : one);
         const double* factor = f + 3 * (s.group * models + i);
-        delta_block(table, s, static_cast<int32_t>(i), at, n, keep.round_code, base, to);
-        const uint32_t* bits = left_bits(keep, models, static_cast<int32_t>(i), block);
+        delta_block(table, s, static_cast<int32_t>(i), at, n, keep.round_code, from, to);
         // No NaN is kept where the bound is the NaN's key; then not one of any payload.
-        const Int<W> t = keep_block(keep, s, models, static_cast<int32_t>(i), at, n, bits, rank[i], to);
-        m.t[m.n] = I{} + (t >= Pack<W>::kNan ? Pack<W>::kMost : t);
-        m.d[m.n] = to;
-        m.c[m.n] = V{} + static_cast<W>(factor[0]);
-        m.g[m.n] = V{} + static_cast<W>(factor[1]);
-        m.a[m.n] = V{} + static_cast<W>(factor[2]);
+        const Int<W> t = kept_above(s, static_cast<int32_t>(i), at, n, to);
+        m.t[m.n] = I{} + (kSame ? (t >= Pack<W>::kNan ? Pack<X>::kMost : Int<X>(t)) : Int<X>(-1));
+        if (!kSame) widen_kept(to, t, n, d[m.n]);
+        m.d[m.n] = d[m.n];
+        m.c[m.n] = V{} + static_cast<X>(factor[0]);
+        m.g[m.n] = V{} + static_cast<X>(factor[1]);
+        m.a[m.n] = V{} + static_cast<X>(factor[2]);
       }
       mix(m, rule, n, first, i == models, sums, out);
     } while (i < models);
   }
 
+  // Where the base is that task vectors are formed with.
+  W* subtracted() { return reinterpret_cast<W*>(kSame ? static_cast<void*>(base) : narrow); }
+
   // What the fused loop takes of a block; false where it depends on single elements what is kept: ties that are
   // thinned, or cut here.
-  bool fused(const Segment& s, int64_t at, int64_t n, FusedMerge& m) {
+  bool fused(const Segment& s, int64_t at, int64_t n, FusedMerge<X>& m) {
     int64_t ranks[kMostFused];
     for (int32_t i = 0; i < models; ++i) {
       const int64_t p = s.group * models + i;
       auto& own = m.model[i];
-      own.c = static_cast<float>(f[3 * p]), own.g = static_cast<float>(f[3 * p + 1]);
+      own.c = static_cast<X>(f[3 * p]), own.g = static_cast<X>(f[3 * p + 1]);
       own.bound = -1, ranks[i] = rank[i];
       if (keep.drop) {
         own.bits = left_bits(keep, models, i, block);
@@ -236,9 +257,11 @@ struct Work {
         own.bits = drawn[i];
       } else if (keep.trim && !trim_bound<float>(keep, p, s.e0 + at, rank[i], own.bound)) {
         if (keep.cut[3 * p + 2] >= 0) return false;
-        base_block(table, s, at, n, base);
-        delta_block(table, s, i, at, n, -1, base, d[0]);
-        ranks[i] += ties_in(d[0], n, key_bound<W>(keep.thr[p]));
+        W* from = subtracted();
+        W* to = reinterpret_cast<W*>(d[0]);
+        base_block(table, s, at, n, from);
+        delta_block(table, s, i, at, n, -1, from, to);
+        ranks[i] += ties_in(to, n, key_bound<W>(keep.thr[p]));
         if (ranks[i] > keep.cut[3 * p + 1]) return false;
         --own.bound;
       }
@@ -250,38 +273,41 @@ struct Work {
 };
 
 // The fused loop of a call; none where there is none.
-MergeBlock fused_for(const ConsensusArgs& a, const Table& t, int32_t out_code) {
+template <class X>
+MergeBlock<X> fused_for(const ConsensusArgs& a, const Table& t, int32_t out_code) {
 #if FM_FUSED
   const bool added = a.elect == kElectNone, mean = a.merge == kMergeMean;
   const bool by_mass = a.elect == kElectMass && !a.split && a.merge != kMergeMax && a.zero != kZeroBase;
-  const bool plain = a.keep.round_code == -1 && !(a.keep.drop && a.keep.trim);
+  const bool plain = a.keep.round_code == -1 && !(a.keep.drop && a.keep.trim) && !a.keep.variance;
   const int32_t code = plain && (added || by_mass) ? one_type(t, out_code) : -1;
   const int64_t models = a.table.inputs - 1;
   const Joined mix = added ? kAdded : mean ? kMean : kSum;
-  if (code == kBF16) return merge_for<Bf16>(models, mix, a.keep.drop);
-  if (code == kF16) return merge_for<Fp16>(models, mix, a.keep.drop);
-  if (code == kF32) return merge_for<float>(models, mix, a.keep.drop);
+  if constexpr (sizeof(X) == 4) {
+    if (code == kBF16) return merge_for<Bf16, X>(models, mix, a.keep.drop);
+    if (code == kF16) return merge_for<Fp16, X>(models, mix, a.keep.drop);
+  }
+  if (code == kF32) return merge_for<float, X>(models, mix, a.keep.drop);
 #endif
   return nullptr;
 }
 
-template <class W>
+template <class W, class X>
 void consensus_all(const ConsensusArgs& a) {
   auto* rank = static_cast<int64_t*>(__builtin_alloca(static_cast<size_t>(a.table.inputs) * sizeof(int64_t)));
   Stage stage(a.table, a.out_code);
-  Work<W> work(stage.table(), a.keep, a.f, mix_for<W>(a.elect, a.split, a.merge), rank);
-  const MergeBlock fused = fused_for(a, stage.table(), stage.out_code());
+  Work<W, X> work(stage.table(), a.keep, a.f, mix_for<X>(a.elect, a.split, a.merge), rank);
+  const MergeBlock<X> fused = fused_for<X>(a, stage.table(), stage.out_code());
   for (int64_t r = 0; r < a.table.segments; ++r) {
     const Segment& s = a.table[r];
     if (s.length == 0) continue;
     const double* scale = a.scale + 3 * s.group;
     const bool plus = a.zero == kZeroPlus || (a.zero == kZeroMajority && scale[2] > 0);
     const bool elects = a.elect != kElectNone, mean = elects && a.merge == kMergeMean;
-    const W lambda = static_cast<W>(scale[0]), factor = elects && a.merge != kMergeMax ? lambda * W(0.5) : lambda;
+    const X lambda = static_cast<X>(scale[0]), factor = elects && a.merge != kMergeMax ? lambda * X(0.5) : lambda;
     const int64_t models = a.table.inputs - 1;
-    const Rule<W> rule{factor, elects ? W(1) : static_cast<W>(scale[1]), plus, elects && a.zero == kZeroBase,
+    const Rule<X> rule{factor, elects ? X(1) : static_cast<X>(scale[1]), plus, elects && a.zero == kZeroBase,
                        mean && overflows(a.f + 3 * s.group * models, models, factor)};
-    FusedMerge merge{static_cast<float>(factor), static_cast<float>(rule.div), plus, {}};
+    FusedMerge<X> merge{factor, rule.div, plus, {}};
     int64_t bad = 0;
     work.start();
     for (int64_t at = 0, n; at < s.length; at += n, ++work.block) {
@@ -299,13 +325,13 @@ void consensus_all(const ConsensusArgs& a) {
   }
 }
 
-template <class W>
+template <class W, class X>
 void votes_all(const VotesArgs& a) {
   auto* rank = static_cast<int64_t*>(__builtin_alloca(static_cast<size_t>(a.table.inputs) * sizeof(int64_t)));
   Stage stage(a.table);
-  Work<W> work(stage.table(), a.keep, a.f,
-               mix_for<W>(a.elect == kElectCount ? kElectCount : kElectMass, a.split, kVoteOnly), rank);
-  const Rule<W> rule{};
+  Work<W, X> work(stage.table(), a.keep, a.f,
+                  mix_for<X>(a.elect == kElectCount ? kElectCount : kElectMass, a.split, kVoteOnly), rank);
+  const Rule<X> rule{};
   for (int64_t r = 0; r < a.table.segments; ++r) {
     const Segment& s = a.table[r];
     int64_t* counts = a.counts + 2 * s.stats;
@@ -317,7 +343,7 @@ void votes_all(const VotesArgs& a) {
         n = block_length(s.e0 + at, end - at);
         work.mixed(stage.block(s, at, n), rule, at, n);
         int32_t up = 0, down = 0;
-        for (int64_t j = 0; j < n; ++j) up += work.out[j] > W(0), down += work.out[j] < W(0);
+        for (int64_t j = 0; j < n; ++j) up += work.out[j] > X(0), down += work.out[j] < X(0);
         counts[0] += up;
         counts[1] += down;
       }
@@ -327,9 +353,15 @@ void votes_all(const VotesArgs& a) {
 
 }  // namespace
 
-void consensus(const ConsensusArgs& a) { a.table.wide() ? consensus_all<double>(a) : consensus_all<float>(a); }
+void consensus(const ConsensusArgs& a) {
+  if (a.table.wide()) return consensus_all<double, double>(a);
+  a.keep.wide_sums ? consensus_all<float, double>(a) : consensus_all<float, float>(a);
+}
 
-void votes(const VotesArgs& a) { a.table.wide() ? votes_all<double>(a) : votes_all<float>(a); }
+void votes(const VotesArgs& a) {
+  if (a.table.wide()) return votes_all<double, double>(a);
+  a.keep.wide_sums ? votes_all<float, double>(a) : votes_all<float, float>(a);
+}
 
 }  // namespace FM_ISA
 }  // namespace fastmerge

@@ -16,7 +16,7 @@ namespace {
   Kernels {                                                                                                      \
     #isa, isa::combine, isa::gram, isa::dot, isa::fold, isa::delta_keys, isa::count, isa::l1, isa::votes,        \
         isa::consensus, isa::philox, isa::count_nonfinite, isa::apart, isa::replicate, isa::peel, isa::low_rank, \
-        isa::dequantise, isa::largest, isa::quantise                                                             \
+        isa::dequantise, isa::largest, isa::quantise, isa::importance, isa::fuse                                 \
   }
 
 #if defined(__aarch64__)

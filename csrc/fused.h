@@ -29,18 +29,20 @@ enum Joined { kAdded, kSum, kMean };
 
 constexpr int kMostFused = 4;  // models; with more, sums would not stay in registers
 
-// What a merge does to a block, and to each of its models.
+// What a merge does to a block, and to each of its models; X is the type of the sums.
+template <class X>
 struct FusedMerge {
-  float factor, div;  // factor: lambda, or its half where a sign is elected
+  X factor, div;  // factor: lambda, or its half where a sign is elected
   bool zero_plus;
   struct {
-    float c, g;
+    X c, g;
     int32_t bound;         // kept are keys above, where there are no bits
     const uint32_t* bits;  // of the block
   } model[kMostFused];
 };
 
-using MergeBlock = int64_t (*)(const Segment&, int64_t, const FusedMerge&, int64_t);
+template <class X>
+using MergeBlock = int64_t (*)(const Segment&, int64_t, const FusedMerge<X>&, int64_t);
 
 #if FM_FUSED
 
@@ -129,108 +131,166 @@ void in_order(float* lanes) {
   }
 }
 
-// out = base + factor * mix of elements [from, to), whole steps; returns how many results are not finite. See mix_block
-// and apply_block (consensus.cpp), whose results these are.
-template <class T, int N, Joined kMix, bool kDrop>
-__attribute__((noinline)) int64_t merge_steps(const T* const* in, const FusedMerge& m, int64_t from, int64_t to,
+using Doubles = Pack<double>::V;
+
+// The lower or upper half of a register in fp64, and the register of two such halves.
+FM_LANES Doubles widened(Floats v, bool upper) {
+#if defined(__AVX2__)
+  return reinterpret_cast<Doubles>(_mm256_cvtps_pd(upper ? _mm256_extractf128_ps(reinterpret_cast<__m256>(v), 1)
+                                                         : _mm256_castps256_ps128(reinterpret_cast<__m256>(v))));
+#elif defined(__SSE2__)
+  const auto x = reinterpret_cast<__m128>(v);
+  return reinterpret_cast<Doubles>(_mm_cvtps_pd(upper ? _mm_movehl_ps(x, x) : x));
+#else
+  const auto x = reinterpret_cast<float32x4_t>(v);
+  return reinterpret_cast<Doubles>(upper ? vcvt_high_f64_f32(x) : vcvt_f64_f32(vget_low_f32(x)));
+#endif
+}
+FM_LANES Floats narrowed(Doubles low, Doubles high) {
+#if defined(__AVX2__)
+  return reinterpret_cast<Floats>(_mm256_set_m128(_mm256_cvtpd_ps(reinterpret_cast<__m256d>(high)),
+                                                  _mm256_cvtpd_ps(reinterpret_cast<__m256d>(low))));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Floats>(
+      _mm_movelh_ps(_mm_cvtpd_ps(reinterpret_cast<__m128d>(low)), _mm_cvtpd_ps(reinterpret_cast<__m128d>(high))));
+#else
+  return reinterpret_cast<Floats>(
+      vcvt_high_f32_f64(vcvt_f32_f64(reinterpret_cast<float64x2_t>(low)), reinterpret_cast<float64x2_t>(high)));
+#endif
+}
+
+// base + factor * mix of a register of elements whose kept task vectors are given, with sums in X. See mix_block and
+// apply_block (consensus.cpp), whose results these are.
+template <class X, int N, Joined kMix>
+struct Mixer {
+  using V = typename Pack<X>::V;
+  using I = typename Pack<X>::I;
+  V c[N], g[N], factor, div;
+  bool zero_plus, divides;
+
+  explicit Mixer(const FusedMerge<X>& m) : zero_plus(m.zero_plus), divides(m.div != X(1)) {
+    for (int i = 0; i < N; ++i) c[i] = V{} + m.model[i].c, g[i] = V{} + m.model[i].g;
+    factor = V{} + m.factor, div = V{} + m.div;
+  }
+
+  FM_MEMBER Floats merged(Floats base, const Floats* kept) const {
+    if constexpr (sizeof(X) == 4) {
+      return mixed(base, kept);
+    } else {
+      Doubles half[2], d[N];
+      for (int h = 0; h < 2; ++h) {
+        for (int i = 0; i < N; ++i) d[i] = widened(kept[i], h == 1);
+        half[h] = mixed(widened(base, h == 1), d);
+      }
+      return narrowed(half[0], half[1]);
+    }
+  }
+
+ private:
+  FM_MEMBER V mixed(V base, const V* d) const {
+    const V zero{}, one = zero + X(1);
+    const I sign = I{} + ~Pack<X>::kMost;
+    V v[N];
+    for (int i = 0; i < N; ++i) v[i] = c[i] * d[i];
+    V a = v[0];
+    for (int i = 1; i < N; ++i) a = a + v[i];
+    if (kMix == kAdded) {
+      if (divides) a = a / div;
+      a = factor * a;
+    } else {
+      V b = masked(~sign, v[0]), sum = zero;
+      for (int i = 1; i < N; ++i) b = b + masked(~sign, v[i]);
+      const I minus = (zero_plus ? a < zero : a <= zero) & sign;
+      for (int i = 0; i < (kMix == kMean ? N : 0); ++i) {
+        const V turned = reinterpret_cast<V>(reinterpret_cast<I>(v[i]) ^ minus);
+        sum = sum + masked(turned > zero, g[i]);
+      }
+      a = a + reinterpret_cast<V>(reinterpret_cast<I>(b) ^ minus);
+      a = kMix == kMean ? a * (factor / select(sum == zero, one, sum)) : factor * a;
+    }
+    return base + a;
+  }
+};
+
+// The results of elements [from, to), whole steps; returns how many are not finite.
+template <class T, class X, int N, Joined kMix, bool kDrop>
+__attribute__((noinline)) int64_t merge_steps(const T* const* in, const FusedMerge<X>& m, int64_t from, int64_t to,
                                               T* out) {
   const T* x[N + 1];
-  Floats c[N], g[N];
   Keys bound[N];
   const uint32_t* bits[N];
   for (int i = 0; i <= N; ++i) x[i] = in[i];
-  for (int i = 0; i < N; ++i) {
-    c[i] = Floats{} + m.model[i].c, g[i] = Floats{} + m.model[i].g;
-    bound[i] = Keys{} + m.model[i].bound, bits[i] = m.model[i].bits;
-  }
-  const Floats zero{}, one = zero + 1.0f, factor = zero + m.factor, div = zero + m.div;
-  const bool zero_plus = m.zero_plus, divides = m.div != 1.0f;
-  const Keys sign = Keys{} + ~Pack<float>::kMost;
+  for (int i = 0; i < N; ++i) bound[i] = Keys{} + m.model[i].bound, bits[i] = m.model[i].bits;
+  const Mixer<X, N, kMix> mixer(m);
   Peak peak;
   clear(peak);
   for (int64_t j = from; j < to; j += kStep) {
     const Sixteen base = sixteen(x[0] + j);
-    Sixteen v[N];
+    Sixteen kept[N];
     for (int i = 0; i < N; ++i) {
-      v[i] = sixteen(x[i + 1] + j);
+      kept[i] = sixteen(x[i + 1] + j);
       const Bits<float, AsStored<T>> mask(kDrop ? bits_at(bits[i], j) : 0);
       for (int p = 0; p < kParts; ++p) {
-        const Floats d = v[i].v[p] - base.v[p];
-        v[i].v[p] =
-            c[i] * (kDrop ? mask.keep(p, d) : masked((reinterpret_cast<Keys>(d) & Pack<float>::kMost) > bound[i], d));
+        const Floats d = kept[i].v[p] - base.v[p];
+        kept[i].v[p] = kDrop ? mask.keep(p, d) : masked((reinterpret_cast<Keys>(d) & Pack<float>::kMost) > bound[i], d);
       }
     }
     Lanes r;
     for (int p = 0; p < kParts; ++p) {
-      Floats a = v[0].v[p];
-      for (int i = 1; i < N; ++i) a = a + v[i].v[p];
-      if (kMix == kAdded) {
-        if (divides) a = a / div;
-        a = factor * a;
-      } else {
-        Floats b = masked(~sign, v[0].v[p]), sum = zero;
-        for (int i = 1; i < N; ++i) b = b + masked(~sign, v[i].v[p]);
-        const Keys minus = (zero_plus ? a < zero : a <= zero) & sign;
-        for (int i = 0; i < (kMix == kMean ? N : 0); ++i) {
-          const Floats turned = reinterpret_cast<Floats>(reinterpret_cast<Keys>(v[i].v[p]) ^ minus);
-          sum = sum + masked(turned > zero, g[i]);
-        }
-        a = a + reinterpret_cast<Floats>(reinterpret_cast<Keys>(b) ^ minus);
-        a = kMix == kMean ? a * (factor / select(sum == zero, one, sum)) : factor * a;
-      }
-      a = base.v[p] + a;
-      r.v[p] = reinterpret_cast<Vec>(a);
+      Floats d[N];
+      for (int i = 0; i < N; ++i) d[i] = kept[i].v[p];
+      r.v[p] = reinterpret_cast<Vec>(mixer.merged(base.v[p], d));
     }
     store16(r, out + j, peak);
   }
   return finish_stored(peak, to - from, out + from);
 }
 
-template <class T, int N, Joined kMix, bool kDrop>
-int64_t merge_block(const Segment& s, int64_t at, const FusedMerge& m, int64_t n) {
+template <class T, class X, int N, Joined kMix, bool kDrop>
+int64_t merge_block(const Segment& s, int64_t at, const FusedMerge<X>& m, int64_t n) {
   const T* in[N + 1];
   for (int i = 0; i <= N; ++i) in[i] = reinterpret_cast<const T*>(s.in[i]) + at;
   T* out = reinterpret_cast<T*>(s.out) + at;
   const int64_t left = n % kStep, whole = n - left;
-  int64_t bad = whole ? merge_steps<T, N, kMix, kDrop>(in, m, 0, whole, out) : 0;
+  int64_t bad = whole ? merge_steps<T, X, N, kMix, kDrop>(in, m, 0, whole, out) : 0;
   if (left) {
     T stage[N + 1][kStep] = {}, result[kStep];
     for (int i = 0; i <= N; ++i) {
       memcpy(stage[i], in[i] + whole, static_cast<size_t>(left) * sizeof(T));
       in[i] = stage[i] - whole;
     }
-    merge_steps<T, N, kMix, kDrop>(in, m, whole, n, result - whole);
+    merge_steps<T, X, N, kMix, kDrop>(in, m, whole, n, result - whole);
     memcpy(out + whole, result, static_cast<size_t>(left) * sizeof(T));
     bad += nonfinite_block(result, left);
   }
   return bad;
 }
 
-template <class T, Joined kMix, bool kDrop>
-MergeBlock merge_for(int64_t models) {
+template <class T, class X, Joined kMix, bool kDrop>
+MergeBlock<X> merge_for(int64_t models) {
   switch (models) {
     case 1:
-      return merge_block<T, 1, kMix, kDrop>;
+      return merge_block<T, X, 1, kMix, kDrop>;
     case 2:
-      return merge_block<T, 2, kMix, kDrop>;
+      return merge_block<T, X, 2, kMix, kDrop>;
     case 3:
-      return merge_block<T, 3, kMix, kDrop>;
+      return merge_block<T, X, 3, kMix, kDrop>;
     case 4:
-      return merge_block<T, 4, kMix, kDrop>;
+      return merge_block<T, X, 4, kMix, kDrop>;
     default:
       return nullptr;
   }
 }
 
-template <class T, Joined kMix>
-MergeBlock merge_for(int64_t models, bool drop) {
-  return drop ? merge_for<T, kMix, true>(models) : merge_for<T, kMix, false>(models);
+template <class T, class X, Joined kMix>
+MergeBlock<X> merge_for(int64_t models, bool drop) {
+  return drop ? merge_for<T, X, kMix, true>(models) : merge_for<T, X, kMix, false>(models);
 }
 
-template <class T>
-MergeBlock merge_for(int64_t models, Joined mix, bool drop) {
-  if (mix == kMean) return merge_for<T, kMean>(models, drop);
-  return mix == kSum ? merge_for<T, kSum>(models, drop) : merge_for<T, kAdded>(models, drop);
+template <class T, class X>
+MergeBlock<X> merge_for(int64_t models, Joined mix, bool drop) {
+  if (mix == kMean) return merge_for<T, X, kMean>(models, drop);
+  return mix == kSum ? merge_for<T, X, kSum>(models, drop) : merge_for<T, X, kAdded>(models, drop);
 }
 
 #endif  // FM_FUSED

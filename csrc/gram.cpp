@@ -5,6 +5,7 @@
 // elements of each lane are widened at a time, so that a running sum is loaded and stored once per four products.
 // Elements past the end are widened to +0: a lane starts at +0 and can never become -0, so adding +0 changes nothing.
 #include "coded.h"
+#include "keep.h"
 
 namespace fastmerge {
 namespace FM_ISA {
@@ -104,8 +105,18 @@ void widen_row(const Table& t, const Segment& s, int i, int64_t at, int64_t star
   if (whole < kWide) memset(dst + whole, 0, static_cast<size_t>(kWide - whole) * sizeof(W));
 }
 
+// What is kept of the deltas of a tile, one bit per element.
 template <class W>
-void tile(const GramArgs& a, const Segment& s, int64_t at, int64_t n, W* scratch, double* out) {
+void kept_bits(const KeepArgs& k, Stage& stage, const Segment& s, int64_t at, int64_t n, uint32_t* bits) {
+  int64_t rank = 0;
+  for (int64_t j = 0; j < n; j += kBlock) {
+    const int64_t m = n - j < kBlock ? n - j : kBlock;
+    variance_bits<W>(k, stage.table(), stage.block(s, at + j, m), at + j, m, rank, bits + j / 32);
+  }
+}
+
+template <class W>
+void tile(const GramArgs& a, const Segment& s, int64_t at, int64_t n, const uint32_t* kept, W* scratch, double* out) {
   const int from = a.delta ? 1 : 0, m = a.table.inputs - from;
   const int64_t columns = a.columns, rows = (n + kLanes - 1) / kLanes;
   const int64_t lanes = n < kLanes ? n : kLanes;
@@ -127,6 +138,7 @@ void tile(const GramArgs& a, const Segment& s, int64_t at, int64_t n, W* scratch
           W* dst = x + i * kInput + u * kWide;
           widen_row(a.table, s, i + from, at, start, n, ahead, dst);
           if (a.delta) FM_LOOP for (int64_t j = 0; j < kWide; ++j) dst[j] = dst[j] - base[j];
+          if (kept) drop_block(kept + start / 32, kWide, dst);
         }
       }
       if (deep == kDeep)
@@ -149,6 +161,8 @@ void tile(const GramArgs& a, const Segment& s, int64_t at, int64_t n, W* scratch
 template <class W>
 void all(const GramArgs& a) {
   W* scratch = static_cast<W*>(a.scratch);
+  Stage stage(a.table);
+  uint32_t kept[kTile / 32] = {};
   for (int64_t i = 0; i < a.table.segments; ++i) {
     const Segment& s = a.table[i];
     double* out = a.partials + s.stats * a.columns;
@@ -159,7 +173,8 @@ void all(const GramArgs& a) {
         n = left < n ? left : n;
       }
       n = n < kTile ? n : kTile;
-      tile<W>(a, s, at, n, scratch, out);
+      if (a.keep) kept_bits<W>(*a.keep, stage, s, at, n, kept);
+      tile<W>(a, s, at, n, a.keep ? kept : nullptr, scratch, out);
       at += n;
     }
   }

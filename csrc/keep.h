@@ -270,6 +270,103 @@ FM_STEP Int<W> trim_block(const KeepArgs& k, const Segment& s, int64_t models, i
   return thr - 1;
 }
 
+// One bit per lane of four masks.
+#if defined(__AVX2__)
+template <class T>
+inline uint32_t mask_bits(const Pack<float>::I* m, const T*) {
+  const auto* v = reinterpret_cast<const __m256i*>(m);
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+  // Packing works on halves of a vector: each now holds four bytes of every mask.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permutevar8x32_epi32(bytes, order)));
+}
+inline uint32_t mask_bits(const Pack<float>::I* m, const Bf16*) {  // even and odd elements, and again
+  const auto* v = reinterpret_cast<const __m256i*>(m);
+  const __m256i bytes = _mm256_packs_epi16(_mm256_blend_epi16(v[0], v[1], 0xaa), _mm256_blend_epi16(v[2], v[3], 0xaa));
+  return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xd8)));
+}
+inline uint32_t mask_bits(const Pack<double>::I* m, const double*) {
+  uint32_t bits = 0;
+  for (int g = 0; g < 4; ++g)
+    bits |= static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(m[g]))) << (4 * g);
+  return bits;
+}
+#else
+template <class I, class T>
+inline uint32_t mask_bits(const I* m, const T*) {
+  uint64_t half[2];
+  static_assert(sizeof *m == sizeof half, "vectors of 16 bytes");
+  const I any = m[0] | m[1] | m[2] | m[3];
+  memcpy(&half, &any, sizeof any);
+  if (!(half[0] | half[1])) return 0;
+  constexpr uint32_t kLanesOf = sizeof *m / sizeof m[0][0];
+  uint32_t bits = 0;
+  for (uint32_t g = 0; g < 4; ++g)
+    for (uint32_t l = 0; l < kLanesOf; ++l) bits |= (m[g][l] ? 1u : 0u) << (g * kLanesOf + l);
+  return bits;
+}
+#endif
+
+constexpr int32_t kTogether = 8;           // models that are widened before their pairs are looked at
+constexpr int64_t kApartBy = kBlock + 16;  // numbers from one to the next: streams 4 KiB apart would share cache sets
+
+// The sums of a block of `models` models, widened to rows of kApartBy; kModels: their number, 0 for any.
+template <class W, int kModels>
+inline void square_pairs(const W* x, int32_t models, int64_t n, W* sum) {
+  using V = typename Pack<W>::V;
+  if (kModels) models = kModels;
+  for (int64_t j = 0; j < n; j += 2 * kWidth<W>) {
+    V a{}, b{};
+    for (int32_t i = 0; i + 1 < models; ++i)
+      for (int32_t k = i + 1; k < models; ++k) {
+        const W *p = x + i * kApartBy + j, *q = x + k * kApartBy + j;
+        const V c = get(p) - get(q), d = get(p + kWidth<W>) - get(q + kWidth<W>);
+        a = a + c * c, b = b + d * d;
+      }
+    put(sum + j, a), put(sum + j + kWidth<W>, b);
+  }
+}
+
+// How much the models of a block vary: the sum of the squared differences of all pairs, in order. Beyond n numbers up
+// to the next whole step.
+template <class W>
+FM_STEP void variance_block(const Table& t, const Segment& s, int64_t at, int64_t n, W* sum) {
+  alignas(64) W x[kTogether * kApartBy];
+  const int32_t models = t.inputs - 1;
+  if (models <= kTogether) {
+    for (int32_t i = 0; i < models; ++i) load_any(t.codes[1 + i], s.in[1 + i], at, n, x + i * kApartBy);
+    if (models == 2) return square_pairs<W, 2>(x, models, n, sum);
+    if (models == 3) return square_pairs<W, 3>(x, models, n, sum);
+    if (models == 4) return square_pairs<W, 4>(x, models, n, sum);
+    return square_pairs<W, 0>(x, models, n, sum);
+  }
+  W* d = x + kApartBy;
+  memset(sum, 0, kBlock * sizeof *sum);
+  for (int32_t i = 0; i + 1 < models; ++i) {
+    load_any(t.codes[1 + i], s.in[1 + i], at, n, x);
+    for (int32_t k = i + 1; k < models; ++k) {
+      delta_block(t, s, k, at, n, -1, x, d);
+      FM_LOOP for (int64_t j = 0; j < n; ++j) sum[j] = sum[j] + d[j] * d[j];
+    }
+  }
+}
+
+// Which elements of a block stay by variance, bit j of word j / 32; `rank` as trim_block's.
+template <class W>
+FM_STEP void variance_bits(const KeepArgs& k, const Table& t, const Segment& s, int64_t at, int64_t n, int64_t& rank,
+                           uint32_t* bits) {
+  constexpr int64_t kFour = 4 * kWidth<W>;
+  alignas(64) W sum[kBlock];
+  variance_block(t, s, at, n, sum);
+  const Int<W> bound = trim_block(k, s, 1, 0, at, n, rank, sum);
+  memset(bits, 0, kWords * sizeof *bits);
+  for (int64_t j = 0; j < n; j += kFour) {
+    typename Pack<W>::I above[4];
+    for (int g = 0; g < 4; ++g) above[g] = keys_of<W>(get(sum + j + g * kWidth<W>)) > bound;
+    bits[j / 32] |= mask_bits(above, sum) << (j % 32);
+  }
+}
+
 // Drop and trim of one model's block, whose delta is in d; the result as trim_block's. `bits`: of the drop, or null.
 template <class W>
 FM_STEP Int<W> keep_block(const KeepArgs& k, const Segment& s, int64_t models, int32_t i, int64_t at, int64_t n,

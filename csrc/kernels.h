@@ -61,14 +61,17 @@ struct CombineArgs {
   bool wide;           // computed in fp64, whatever the inputs are
 };
 
+struct KeepArgs;
+
 struct GramArgs {
   Table table;
   double* partials;  // [R, columns]
   int64_t columns;
   bool delta;
   bool diff;
-  bool per_row;   // tiles restart at each row
-  void* scratch;  // gram_scratch() bytes, 64-byte aligned
+  bool per_row;                    // tiles restart at each row
+  void* scratch;                   // gram_scratch() bytes, 64-byte aligned
+  const KeepArgs* keep = nullptr;  // what is kept of deltas by variance; null for all
 };
 constexpr int64_t gram_scratch(int64_t inputs, int64_t columns, bool wide) {
   return (columns * kLanes + (inputs + 1) * 2048) * (wide ? 8 : 4);
@@ -99,17 +102,23 @@ struct DeltaArgs {
   bool drop;                   // Bernoulli drop by bern
   const int32_t* model_index;  // [N]
   const int32_t* bern;         // [P, N]
+  // Elements are ranked by how much the models vary there, in place of each model's by its magnitude: one key, whose
+  // ranks, brackets, thresholds and counts have a column for all models. Then nothing is rounded or dropped.
+  bool variance = false;
+
+  int64_t columns(const Table& t) const { return variance ? 1 : t.inputs - 1; }
 };
 
 // What is kept of them, before anything is summed.
 struct KeepArgs : DeltaArgs {
-  bool trim;            // magnitude trim by thr and cut
+  bool trim;            // magnitude trim by thr and cut; by variance with it
   const uint64_t* thr;  // [P, N]
   const int64_t* cut;   // [P, N, 3] cut_tile, cut_rank, tie_T or -1
   // [blocks, N, kWords] what the drop keeps of the table's blocks in turn, one bit per element; l1 leaves it there for
   // consensus, which else draws again. Null: neither. Where they are given, l1 reads them too, whatever bern says.
   uint32_t* bits = nullptr;
   bool given = false;
+  bool wide_sums = false;  // from what is kept on everything is fp64, whatever the task vectors are
 };
 
 struct DeltaKeysArgs {
@@ -172,6 +181,23 @@ struct ConsensusArgs {
   const double* f;      // [P, N, 3] c, g, a
   const double* scale;  // [P, 3] lambda, div, majority sign
   int64_t* nonfinite;   // [S], added to
+};
+
+// Of a base and a model: whole rows of a table of two inputs.
+struct ImportanceArgs {
+  Table table;
+  double* divergence;  // [P] of rows: group + e / row, rounded to the work type
+  void* out;           // float (double where the table is wide) [sum of lengths]
+  void* scratch;       // 16 * importance_row() of the longest row bytes, 64-byte aligned
+};
+constexpr int64_t importance_row(int64_t n) { return (n + 7) & -8; }
+
+struct FuseArgs {
+  Table table;
+  int32_t out_code;
+  const double* divergence;  // [P]
+  double least;              // importance from which on the model's element is taken
+  int64_t* nonfinite;        // [S], added to
 };
 
 constexpr int32_t kNormalLines = 177;  // rows of fastmerge.philox.normal_lines
@@ -313,6 +339,8 @@ struct Kernels {
   void (*dequantise)(const DequantiseArgs&);
   void (*largest)(const LargestArgs&);
   void (*quantise)(const QuantiseArgs&);
+  void (*importance)(const ImportanceArgs&);
+  void (*fuse)(const FuseArgs&);
 };
 
 #define FM_DECLARE_KERNELS(isa)                                                                 \
@@ -335,6 +363,8 @@ struct Kernels {
   void dequantise(const DequantiseArgs&);                                                       \
   void largest(const LargestArgs&);                                                             \
   void quantise(const QuantiseArgs&);                                                           \
+  void importance(const ImportanceArgs&);                                                       \
+  void fuse(const FuseArgs&);                                                                   \
   }
 
 #if defined(__aarch64__)

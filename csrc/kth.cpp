@@ -206,14 +206,14 @@ int64_t carve(void* memory, int64_t n, int64_t inputs, Scratch<K>& s) {
 template <class K>
 void kth_tensor(const KthArgs& a, const Segment& s) {
   const Table& t = a.table;
-  const int64_t models = t.inputs - 1, n = s.length, p = s.group * models, blocks = sample_blocks(n),
+  const int64_t models = a.deltas.columns(t), n = s.length, p = s.group * models, blocks = sample_blocks(n),
                 cap = kth_listed(n);
   const int64_t* k = a.ranks + p;
   if (std::none_of(k, k + models, [n](int64_t r) { return 0 < r && r < n; })) return;
   Scratch<K> w;
   carve(a.scratch, n, t.inputs, w);
   DeltaArgs deltas = a.deltas;
-  deltas.bern += p;
+  if (!deltas.variance) deltas.bern += p;
   std::copy_n(&s.out, kHeader + t.inputs, w.rows);
   auto& whole = *reinterpret_cast<Segment*>(w.rows);
   whole.group = whole.stats = 0;

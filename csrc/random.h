@@ -10,7 +10,7 @@
 namespace fastmerge {
 namespace {
 
-constexpr int64_t kDrawn = 64;  // elements whose bits are drawn together
+constexpr int64_t kDrawn = 128;  // elements whose bits are drawn together
 
 // A word of which every lane of a vector has a copy.
 #if defined(__AVX2__)
@@ -72,10 +72,11 @@ FM_LANES Word xor3(Word a, Word b, Word c) { return _mm256_xor_si256(_mm256_xor_
 
 // Hands take(i, Drawn) those of elements 32 i .. 32 i + 31 from the counter `low` on, kDrawn and more until there are
 // n. A word lives in the low half of a 64-bit lane; the multiplication reads only that half, so the other may hold
-// anything.
+// anything. Rounds wait for each other, six cycles each on Zen 3: there four sets of counters are 1.15 times as fast as
+// two, though their words do not fit the registers (3.3 instructions per element against 2.7).
 template <class Take>
 FM_LANES void draw(const Stream& s, uint32_t low, int64_t n, Take take) {
-  constexpr int kSets = 2;
+  constexpr int kSets = kDrawn / 32;
   for (int i = 0; 32 * i < n; i += kSets) {
     Word x0[kSets], x1[kSets], x2[kSets], x3[kSets];
     for (int n = 0; n < kSets; ++n) {

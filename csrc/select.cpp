@@ -12,7 +12,7 @@ namespace {
 
 template <class W>
 void keys_all(const DeltaKeysArgs& a) {
-  const int64_t models = a.table.inputs - 1;
+  const int64_t models = a.deltas.columns(a.table);
   auto* out = static_cast<Key<W>*>(a.out);
   Stage stage(a.table);
   alignas(64) W base[kBlock], d[kBlock];
@@ -23,7 +23,10 @@ void keys_all(const DeltaKeysArgs& a) {
       const Segment& block = stage.block(s, at, n);
       base_block(stage.table(), block, at, n, base);
       for (int32_t i = 0; i < models; ++i) {
-        delta_block(stage.table(), block, i, at, n, a.deltas.round_code, base, d);
+        if (a.deltas.variance)
+          variance_block(stage.table(), block, at, n, d);
+        else
+          delta_block(stage.table(), block, i, at, n, a.deltas.round_code, base, d);
         if (a.deltas.drop) drop_delta(a.deltas, s, models, i, at, n, d);
         for (int64_t j = 0; j < n; ++j) out[j * models + i] = static_cast<Key<W>>(rank_key(d[j]));
       }
@@ -55,43 +58,6 @@ template <class W>
 struct Bracket {
   Int<W> lo, hi;
 };
-
-// One bit per lane of four masks.
-#if defined(__AVX2__)
-template <class T>
-inline uint32_t mask_bits(const Pack<float>::I* m, const T*) {
-  const auto* v = reinterpret_cast<const __m256i*>(m);
-  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
-  // Packing works on halves of a vector: each now holds four bytes of every mask.
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permutevar8x32_epi32(bytes, order)));
-}
-inline uint32_t mask_bits(const Pack<float>::I* m, const Bf16*) {  // even and odd elements, and again
-  const auto* v = reinterpret_cast<const __m256i*>(m);
-  const __m256i bytes = _mm256_packs_epi16(_mm256_blend_epi16(v[0], v[1], 0xaa), _mm256_blend_epi16(v[2], v[3], 0xaa));
-  return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xd8)));
-}
-inline uint32_t mask_bits(const Pack<double>::I* m, const double*) {
-  uint32_t bits = 0;
-  for (int g = 0; g < 4; ++g)
-    bits |= static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(m[g]))) << (4 * g);
-  return bits;
-}
-#else
-template <class I, class T>
-inline uint32_t mask_bits(const I* m, const T*) {
-  uint64_t half[2];
-  static_assert(sizeof *m == sizeof half, "vectors of 16 bytes");
-  const I any = m[0] | m[1] | m[2] | m[3];
-  memcpy(&half, &any, sizeof any);
-  if (!(half[0] | half[1])) return 0;
-  constexpr uint32_t kLanesOf = sizeof *m / sizeof m[0][0];
-  uint32_t bits = 0;
-  for (uint32_t g = 0; g < 4; ++g)
-    for (uint32_t l = 0; l < kLanesOf; ++l) bits |= (m[g][l] ? 1u : 0u) << (g * kLanesOf + l);
-  return bits;
-}
-#endif
 
 // The lowest set bit; anything where there is none.
 inline int64_t first_bit(uint32_t bits) {
@@ -177,7 +143,7 @@ void count_block(const Deltas& deltas, int64_t n, int64_t e, Bracket<W> b, int64
 template <class W, class Deltas>
 void count_model(const CountArgs& a, const Segment& s, int32_t i, const Deltas& deltas, int64_t at, int64_t n,
                  int64_t* counts) {
-  const int64_t p = s.group * (a.table.inputs - 1) + i;
+  const int64_t p = s.group * a.deltas.columns(a.table) + i;
   Found<W> found{static_cast<Key<W>*>(a.keys) + i * a.cap, a.where + 2 * i * a.cap, a.cap, a.used[i], s.group};
   count_block(deltas, n, s.e0 + at, Bracket<W>{key_bound<W>(a.lo[p]), key_bound<W>(a.hi[p])}, counts + 4 * i, found);
   a.used[i] = found.used;
@@ -225,10 +191,18 @@ void count_wide(const CountArgs& a, const Segment& s, int64_t at, int64_t n, int
   }
 }
 
+template <class W>
+void count_variance(const CountArgs& a, const Segment& s, int64_t at, int64_t n, int64_t* counts) {
+  alignas(64) W sum[kBlock];
+  variance_block(a.table, s, at, n, sum);
+  count_model<W>(a, s, 0, InBlock<W>{sum}, at, n, counts);
+}
+
 using CountBlock = void (*)(const CountArgs&, const Segment&, int64_t, int64_t, int64_t*);
 
 template <class W>
 CountBlock count_for(const CountArgs& a) {
+  if (a.deltas.variance) return count_variance<W>;
 #if FM_FUSED
   const int32_t code = a.deltas.drop || a.deltas.round_code != -1 ? -1 : one_type(a.table, a.table.codes[0]);
   if (code == kBF16) return count_fused<Bf16>;
@@ -243,7 +217,7 @@ void count_all(const CountArgs& given) {
   Stage stage(given.table);
   CountArgs a = given;
   a.table = stage.table();
-  const int64_t models = a.table.inputs - 1;
+  const int64_t models = a.deltas.columns(a.table);
   const CountBlock block = count_for<W>(a);
   for (int64_t r = 0; r < a.table.segments; ++r) {
     const Segment& s = a.table[r];
@@ -266,6 +240,15 @@ inline W fold_lanes(W* lane) {
   return lane[0];
 }
 
+// The sum of a tile's lanes, in fp64 where that is asked for.
+template <class W>
+double folded(W* lanes, bool wide) {
+  if (sizeof(W) == 8 || !wide) return store<double>(fold_lanes(lanes));  // one NaN: x86 makes negative ones, arm64 not
+  alignas(64) double more[kLanes];
+  FM_LOOP for (int64_t j = 0; j < kLanes; ++j) more[j] = lanes[j];
+  return store<double>(fold_lanes(more));
+}
+
 // One tile of one model: the base is read again for each, so that two sets of lanes are all that is live.
 template <class W>
 void l1_tile(const L1Args& a, Stage& stage, const Segment& given, int32_t i, int64_t at, int64_t end, int64_t block,
@@ -286,8 +269,8 @@ void l1_tile(const L1Args& a, Stage& stage, const Segment& given, int32_t i, int
     const Int<W> t = keep_block(a.keep, s, models, i, at, n, bits, rank, d);
     FM_LOOP for (int64_t j = 0; j < n; ++j) k[j] = k[j] + (rank_key(d[j]) > t ? (d[j] < 0 ? -d[j] : d[j]) : W(0));
   }
-  sums[0] = store<double>(fold_lanes(whole));  // one NaN: x86 makes negative ones, arm64 positive ones
-  sums[1] = store<double>(fold_lanes(kept));
+  sums[0] = folded(whole, a.keep.wide_sums);
+  sums[1] = folded(kept, a.keep.wide_sums);
 }
 
 #if FM_FUSED
@@ -309,8 +292,8 @@ void l1_fused(const L1Args& a, Stage& stage, const Segment& given, int32_t i, in
     add_magnitudes(x + at, base + at, bits, n, whole + lane, kept + lane);
   }
   in_order<T>(whole), in_order<T>(kept);
-  sums[0] = store<double>(fold_lanes(whole));
-  sums[1] = store<double>(fold_lanes(kept));
+  sums[0] = folded(whole, a.keep.wide_sums);
+  sums[1] = folded(kept, a.keep.wide_sums);
 }
 #endif
 

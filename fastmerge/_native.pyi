@@ -48,6 +48,9 @@ def gram(table: _I64, ins: _I32, partials: _F64, delta: bool, diff: bool, per_ro
     Columns: the upper triangle by rows, then ``sum (x0 - x1)^2`` with ``diff``.
     """
 
+def gram_kept(table: _I64, ins: _I32, partials: _F64, model_index: _I32, bern: _I32, thr: _U64, cut: _I64) -> None:
+    """The same of deltas, as far as variance keeps them: thr [P, 1], cut [P, 1, 3], of ties by index."""
+
 def dot(table: _I64, ins: _I32, partials: _F64) -> None:
     """``sum g (x_i - x_0)`` of every tile into partials [R, N], N = M - 2, from row ``stats`` of each segment on.
 
@@ -57,8 +60,21 @@ def dot(table: _I64, ins: _I32, partials: _F64) -> None:
 def fold(partials: _F64, first: _I64) -> _F64:
     """Ordered fp64 sums of the rows [first[g], first[g + 1]): [G, columns]."""
 
-def delta_keys(table: _I64, ins: _I32, round_code: int, drop: bool, model_index: _I32, bern: _I32, out: _Keys) -> None:
-    """Magnitude keys of all elements of all segments, uint32 (uint64 where an input is fp64) [elements, N]."""
+def delta_keys(
+    table: _I64,
+    ins: _I32,
+    round_code: int,
+    drop: bool,
+    model_index: _I32,
+    bern: _I32,
+    out: _Keys,
+    variance: bool = False,
+) -> None:
+    """Magnitude keys of all elements of all segments, uint32 (uint64 where an input is fp64) [elements, N].
+
+    With ``variance``, here and below, one key in place of N: of the sum of the squared differences of all pairs of
+    models. Nothing is rounded or dropped then.
+    """
 
 def count(
     table: _I64,
@@ -73,6 +89,7 @@ def count(
     keys: _Keys,
     where: _I64,
     used: _I64,
+    variance: bool = False,
 ) -> None:
     """Per tile and model [R, N, 4]: keys above hi, at hi, at lo (0 where lo == hi), strictly between.
 
@@ -90,6 +107,7 @@ def kth(
     ranks: _I64,
     thr: _U64,
     found: _I64,
+    variance: bool = False,
 ) -> None:
     """The ``ranks`` [P, N] largest keys of whole tensors into thr [P, N], and of the ties found [P, N, 4].
 
@@ -111,11 +129,12 @@ def l1(
     sums: _F64,
     bits: _U32 | None = None,
     given: bool = False,
+    wide_sums: bool = False,
 ) -> None:
     """Tile sums of |d| and of |d| where kept, sums [R, N, 2].
 
     bits [blocks, N, 32], of the 1024 elements of each block of the table in turn, receive what the drop keeps, or
-    say it where they are given.
+    say it where they are given. ``wide_sums`` adds the lanes of a tile in fp64.
     """
 
 def votes(
@@ -132,8 +151,9 @@ def votes(
     split: bool,
     f: _F64,
     counts: _I64,
+    wide_sums: bool = False,
 ) -> None:
-    """Elements per tile whose vote is above and below 0, counts [R, 2]; f [P, N, 3] as in :func:`consensus`."""
+    """Elements per tile whose vote is above and below 0, counts [R, 2]; f and wide_sums as in :func:`consensus`."""
 
 def consensus(
     table: _I64,
@@ -154,13 +174,24 @@ def consensus(
     scale: _F64,
     nonfinite: _I64,
     bits: _U32 | None = None,
+    wide_sums: bool = False,
+    variance: bool = False,
 ) -> None:
     """``b + lambda mix`` of the kept, weighted, elected deltas.
 
     elect 0 none, 1 mass, 2 count; zero 0 plus, 1 majority, 2 base; merge 0 mean, 1 sum, 2 max; f [P, N, 3]
     (coefficient, gate, vote weight), scale [P, 3] (lambda, div, majority sign), nonfinite [S], added to; bits as l1
-    left them for the same table.
+    left them for the same table. With ``wide_sums`` everything from the kept deltas on is fp64.
     """
+
+def importance(table: _I64, ins: _I32, divergence: _F64, out: _Keys) -> None:
+    """Divergences of whole rows of a base and a model, and ``|x - b|`` times them into out [elements] of the work type.
+
+    That of row r goes to divergence [P], row ``group + r``, rounded to the work type.
+    """
+
+def fuse(table: _I64, ins: _I32, out_code: int, divergence: _F64, least: float, nonfinite: _I64) -> None:
+    """``b + (x - b) m``; m is 1 where |x - b| times the row's divergence is at least ``least``, else 0."""
 
 def replicate(table: _I64, ins: _I32, out_code: int, sigma: _F64, numbers: _I64, lines: _F32, nonfinite: _I64) -> None:
     """``x + sigma n`` for every output; table [S, 7 + E], sigma [P, E], numbers [E], lines [177, 2], nonfinite [S].

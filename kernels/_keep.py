@@ -27,10 +27,12 @@ class Keep(NamedTuple):
         tables: model_index int32 ``[N]``, bern int32 ``[P, N]``, thr int32 (int64 where the work is fp64) ``[S, N]``,
             cut int64 ``[S, N]`` (element index from which ties are lost) and tie int32 ``[S, N]`` (-1: by cut).
         flags: ROUND, DROP, TRIM, SPREAD.
+        wide_sums: what is kept is weighed and added in fp64, whatever it is.
     """
 
     tables: tuple[Place, Place, Place, Place, Place]
     flags: tuple[int, bool, bool, bool]
+    wide_sums: bool = False
 
 
 @triton.jit

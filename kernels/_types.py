@@ -19,13 +19,15 @@ class Types:
     Attributes:
         codes: type code of each input.
         wide: whether the work is fp64.
+        wide_sums: whether it is from what is kept of task vectors on.
         about: the arguments that say so to a launcher.
     """
 
-    def __init__(self, dtypes: Any, *, wide: bool = False) -> None:
-        """Takes the inputs' types, base first; ``wide`` where the work is fp64 whatever they are."""
+    def __init__(self, dtypes: Any, *, wide: bool = False, wide_sums: bool = False) -> None:
+        """Takes the inputs' types, base first; ``wide`` where the work, or a part of it, is fp64 whatever they are."""
         self.codes = [int(d.code) for d in dtypes]
         self.wide = wide or 0 in self.codes
+        self.wide_sums = wide_sums or self.wide
         self.about: dict[str, Any] = {"inputs": len(self.codes), "codes": pack(self.codes), "wide": self.wide}
 
     @property
@@ -42,6 +44,11 @@ class Types:
         """An fp64 table rounded once to the work type."""
         with np.errstate(all="ignore"):
             return array.astype(self.float)
+
+    def sums(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The same to the type of sums of task vectors."""
+        with np.errstate(all="ignore"):
+            return array.astype(np.float64 if self.wide_sums else np.float32)
 
     def tiles(self, table: I64, name: str, *, per_row: bool = False, lanes: bool = False) -> Iterator[Walk]:
         """The launches of a kernel of sums."""

@@ -58,10 +58,16 @@ class TritonKernels:
         return self
 
     def sequence(
-        self, segments: Any, order: I64 | None = None, *, per_row: bool = False, wide: bool = False
+        self,
+        segments: Any,
+        order: I64 | None = None,
+        *,
+        per_row: bool = False,
+        wide: bool = False,
+        wide_sums: bool = False,
     ) -> Sequence:
         """The launches of a batch of whole tensors; the program adds its steps. ``wide`` works in fp64."""
-        return Sequence(self.gpu, segments, order, per_row=per_row, wide=wide)
+        return Sequence(self.gpu, segments, order, per_row=per_row, wide=wide, wide_sums=wide_sums)
 
     @staticmethod
     def ways(segments: Any) -> I64:
@@ -105,7 +111,8 @@ class TritonKernels:
             about = {"round_code": int(d.round_code), "drop": bool(d.drop)}
             cuts(call, outs, table, queries, index, bern, **about, **types.about)
         spread = bool(keep.trim and (cut[:, :, 2] >= 0).any())
-        return Keep((index, bern, *outs), (int(d.round_code), bool(d.drop), bool(keep.trim), spread))
+        flags = int(d.round_code), bool(d.drop), bool(keep.trim), spread
+        return Keep((index, bern, *outs), flags, types.wide_sums)
 
     # ---- kernels ---------------------------------------------------------------------------------------
 
@@ -219,7 +226,7 @@ class TritonKernels:
 
     def l1(self, segments: Any, keep: Any, sums: Any) -> None:
         """``sums [R, N, 2]``: |d| and |kept d| of every tile."""
-        s, types, call = segments, Types(segments.dtypes), Call(self.gpu)
+        s, types, call = segments, Types(segments.dtypes, wide_sums=keep.wide_sums), Call(self.gpu)
         out, table = self._out(call, sums), call.put(s.table)
         tables = self._keep(call, s, types, keep, table)
         for walk in types.tiles(s.table, "l1", lanes=True):
@@ -228,9 +235,9 @@ class TritonKernels:
 
     def votes(self, segments: Any, keep: Any, election: Any, counts: Any) -> None:
         """``counts [R, 2]``: positive and negative votes of every tile."""
-        s, types, call = segments, Types(segments.dtypes), Call(self.gpu)
+        s, types, call = segments, Types(segments.dtypes, wide_sums=keep.wide_sums), Call(self.gpu)
         out, table = self._out(call, counts), call.put(s.table)
-        tables, f = self._keep(call, s, types, keep, table), call.put(types.work(election.factors))
+        tables, f = self._keep(call, s, types, keep, table), call.put(types.sums(election.factors))
         about = {"elect": int(election.elect), "split": bool(election.split)}
         for walk in types.tiles(s.table, "votes", lanes=True):
             votes.votes(call, out, table, walk, tables, f, **about, **types.about)
@@ -238,11 +245,11 @@ class TritonKernels:
 
     def consensus(self, segments: Any, keep: Any, rules: Any) -> None:
         """The merge of task vectors: ``factors [P, N, 3]``, ``scale [P, 3]``."""
-        s, types, call = segments, Types(segments.dtypes), Call(self.gpu)
+        s, types, call = segments, Types(segments.dtypes, wide_sums=keep.wide_sums), Call(self.gpu)
         out, bad, table = int(s.out_dtype.code), self._bad(call, s), call.put(s.table)
         tables = self._keep(call, s, types, keep, table)
-        places = call.put(types.work(rules.votes.factors)), call.put(types.work(rules.scale))
-        share = call.put(consensus.shares(rules, types.work))
+        places = call.put(types.sums(rules.votes.factors)), call.put(types.sums(rules.scale))
+        share = call.put(consensus.shares(rules, types.sums))
         walk = types.blocks(s.table, "consensus", out, lanes=True)
         about = consensus.flags(rules, out)
         consensus.consensus(call, table, walk, tables, *places, share, bad, **about, **types.about)

@@ -125,6 +125,7 @@ def merge_block(
     MERGE: tl.constexpr,
     DIV: tl.constexpr,
     WIDE: tl.constexpr,
+    WIDE_SUMS: tl.constexpr,
     UNMASKED: tl.constexpr,
     CUT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -137,16 +138,16 @@ def merge_block(
     key = tl.load(row + 4)
     offs = tl.arange(0, BLOCK)
     mask = offs < count
-    W: tl.constexpr = tl.float64 if WIDE else tl.float32
+    W: tl.constexpr = tl.float64 if WIDE_SUMS else tl.float32
     b = load(at(tl.load(row + 7), start, CODES & 15, UNMASKED), 0, offs, mask, WIDE, UNMASKED)
     total = tl.zeros((BLOCK,), W)
     if ELECT != 0:
         mass = total
         vote = total
         # MAX works on bits: a comparison of floats may become min.f32, which puts -0 below +0.
-        BITS: tl.constexpr = tl.int64 if WIDE else tl.int32
-        SIZE: tl.constexpr = 0x7FFFFFFFFFFFFFFF if WIDE else 0x7FFFFFFF
-        INFINITY: tl.constexpr = 0x7FF0000000000000 if WIDE else 0x7F800000
+        BITS: tl.constexpr = tl.int64 if WIDE_SUMS else tl.int32
+        SIZE: tl.constexpr = 0x7FFFFFFFFFFFFFFF if WIDE_SUMS else 0x7FFFFFFF
+        INFINITY: tl.constexpr = 0x7FF0000000000000 if WIDE_SUMS else 0x7F800000
         most = tl.zeros((BLOCK,), BITS)
         least = most
         ups = total
@@ -179,6 +180,7 @@ def merge_block(
             UNMASKED,
         )
         mine = f + (p * N + i) * 3
+        d = d.to(W)
         v = tl.load(mine) * d
         if i == 0:
             total = v
@@ -204,7 +206,7 @@ def merge_block(
                 else:
                     mass = mass + tl.abs(v)
                 if MERGE == 0 and TABLE:
-                    if WIDE:
+                    if WIDE_SUMS:
                         sign = (v < 0).to(tl.uint32)
                     else:
                         sign = v.to(tl.uint32, bitcast=True) >> 31
@@ -214,6 +216,7 @@ def merge_block(
                     g = tl.load(mine + 1)
                     ups = ups + tl.where(v > 0, g, 0.0)
                     downs = downs + tl.where(v < 0, g, 0.0)
+    b = b.to(W)
     lam = tl.load(scale + p * 3)
     if ELECT == 0:
         mix = total
@@ -245,7 +248,7 @@ def merge_block(
             elif MERGE == 0:
                 den = tl.where(up, ups, downs)
                 h = limited(divide(tl.zeros_like(den) + h, tl.where(den == 0, 1.0, den)))
-            y = b + (total + tl.where(up, mass, -mass)) * h
+            y = b + tl.where(up, total + mass, total - mass) * h  # not + -mass, which is +0 for a mass of +0
         if ZERO == 2:
             y = tl.where(tied, b, y)
     store(at(tl.load(row), start, OUT, UNMASKED), offs, mask, y, nonfinite + s, OUT, UNMASKED, BLOCK)
@@ -280,12 +283,13 @@ def consensus_kernel(
     MERGE: tl.constexpr,
     DIV: tl.constexpr,
     WIDE: tl.constexpr,
+    WIDE_SUMS: tl.constexpr,
     UNMASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per block. f W ``[P, N, 3]`` (c, g, a), scale W ``[P, 3]`` (lam, div, majority sign).
+    """One program per block. f ``[P, N, 3]`` (c, g, a), scale ``[P, 3]`` (lam, div, majority sign).
 
-    share W ``[1 or P, 2 ** N]`` as :func:`shares` makes it, step elements from row to row. Blocks with a tie cut inside
+    share ``[1 or P, 2 ** N]`` as :func:`shares` makes it, step elements from row to row. Blocks with a tie cut inside
     are left to :func:`ties_kernel`: one per segment and model at most, which spares all others a look at each element.
     """
     s, row, start, count, _, _ = place(prefix, skip, table, segments, M, BLOCK, False, UNMASKED)
@@ -297,7 +301,8 @@ def consensus_kernel(
     if mine:
         merge_block(
             row, s, start, count, model_index, bern, thr, cut, tie, f, scale, share, nonfinite, step,
-            M, CODES, OUT, ROUND, DROP, TRIM, SPREAD, ELECT, SPLIT, ZERO, MERGE, DIV, WIDE, UNMASKED, SPREAD, BLOCK,
+            M, CODES, OUT, ROUND, DROP, TRIM, SPREAD, ELECT, SPLIT, ZERO, MERGE, DIV, WIDE, WIDE_SUMS,
+            UNMASKED, SPREAD, BLOCK,
         )  # fmt: skip
 
 
@@ -327,6 +332,7 @@ def ties_kernel(
     MERGE: tl.constexpr,
     DIV: tl.constexpr,
     WIDE: tl.constexpr,
+    WIDE_SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program (s, i): the block of segment s that holds the tie cut of model i, unless an earlier model's is there."""
@@ -345,7 +351,8 @@ def ties_kernel(
         count = tl.minimum(length - start, BLOCK).to(tl.int32)
         merge_block(
             row, s, start, count, model_index, bern, thr, cut, tie, f, scale, share, nonfinite, step,
-            M, CODES, OUT, ROUND, DROP, TRIM, SPREAD, ELECT, SPLIT, ZERO, MERGE, DIV, WIDE, False, True, BLOCK,
+            M, CODES, OUT, ROUND, DROP, TRIM, SPREAD, ELECT, SPLIT, ZERO, MERGE, DIV, WIDE, WIDE_SUMS,
+            False, True, BLOCK,
         )  # fmt: skip
 
 
@@ -376,8 +383,8 @@ def consensus(
         table: int64 ``[S, 7 + M]``; the results go to its addresses.
         walks: the programs of all variants.
         keep: tables of the keep pipeline.
-        f: ``[P, N, 3]`` (c, g, a) in the work type.
-        scale: ``[P, 3]`` (lambda, divisor, majority sign) in the work type.
+        f: ``[P, N, 3]`` (c, g, a) in the type of the sums.
+        scale: ``[P, 3]`` (lambda, divisor, majority sign), likewise.
         share: what :func:`shares` made of both; read only for MEAN of at most SETS models.
         nonfinite: int64 ``[S]``, added to.
         inputs: M = N + 1, the base included.
@@ -393,10 +400,12 @@ def consensus(
     cfg = config("consensus")
     if inputs > MANY:
         cfg["num_warps"] = max(cfg["num_warps"], 8)
+    if keep.wide_sums and not wide:
+        cfg["num_warps"] *= 2  # two registers for a number: half the elements a thread
     block = cfg.pop("BLOCK")
     step = share.shape[1] if share.shape[0] > 1 else 0
     args = (*keep.tables, f, scale, share, nonfinite, step)
-    flags = (inputs, codes, out, *keep.flags, elect, split, zero, merge, div, wide)
+    flags = (inputs, codes, out, *keep.flags, elect, split, zero, merge, div, wide, wide or keep.wide_sums)
     for walk in walks:
         some = (table, *walk.places(call), *args)
         call.launch(consensus_kernel, (walk.programs,), some, *flags, walk.unmasked, block, **cfg)

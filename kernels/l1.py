@@ -38,6 +38,7 @@ def l1_kernel(
     FROM: tl.constexpr,
     TO: tl.constexpr,
     WIDE: tl.constexpr,
+    WIDE_SUMS: tl.constexpr,
     UNMASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -76,7 +77,10 @@ def l1_kernel(
         done += BLOCK
     both = ()
     for i in tl.static_range(TO - FROM):
-        both = both + (before[i], after[i])
+        if WIDE_SUMS:
+            both = both + (before[i].to(tl.float64), after[i].to(tl.float64))
+        else:
+            both = both + (before[i], after[i])
     columns = tl.arange(0, triton.next_power_of_2(2 * (TO - FROM)))
     to = sums + (stat * N + FROM) * 2 + columns
     tl.store(to, fold(both, 2 * (TO - FROM), BLOCK).to(tl.float64), mask=columns < 2 * (TO - FROM))
@@ -102,5 +106,6 @@ def l1(call: Call, sums: Place, table: Place, walk: Walk, keep: Keep, *, inputs:
             more = {"maxnreg": 80}  # three programs a multiprocessor, for 5 to 10 % more instructions
     for i in range(0, inputs - 1, L1_MODELS):
         models = (i, min(i + L1_MODELS, inputs - 1))
-        flags = (inputs, codes, *keep.flags, *models, wide, walk.unmasked, CONFIGS["l1"]["BLOCK"])
-        call.launch(l1_kernel, (walk.programs,), args, *flags, num_warps=CONFIGS["l1"]["num_warps"], **more)
+        flags = (inputs, codes, *keep.flags, *models, wide, wide or keep.wide_sums, walk.unmasked)
+        about = {"num_warps": CONFIGS["l1"]["num_warps"], **more}
+        call.launch(l1_kernel, (walk.programs,), args, *flags, CONFIGS["l1"]["BLOCK"], **about)

@@ -48,7 +48,14 @@ class Sequence:
     """The launches of one batch of whole tensors."""
 
     def __init__(
-        self, gpu: Gpu, segments: Any, order: I64 | None = None, *, per_row: bool = False, wide: bool = False
+        self,
+        gpu: Gpu,
+        segments: Any,
+        order: I64 | None = None,
+        *,
+        per_row: bool = False,
+        wide: bool = False,
+        wide_sums: bool = False,
     ) -> None:
         """Takes the tensors.
 
@@ -58,9 +65,10 @@ class Sequence:
             order: in which they are laid out; None keeps the given one.
             per_row: sums and parameters belong to rows of the tensors.
             wide: the work is fp64, whatever the inputs are.
+            wide_sums: it is from what is kept of task vectors on.
         """
         self.call = Call(gpu)
-        self.types = Types(segments.dtypes, wide=wide)
+        self.types = Types(segments.dtypes, wide=wide, wide_sums=wide_sums)
         self._order = order
         self._per_row = per_row
         self._out = int(segments.out_dtype.code)
@@ -97,6 +105,9 @@ class Sequence:
 
     def _work(self, array: Array) -> Place:
         return self.call.put(self.types.work(self._ordered(array)))
+
+    def _sums(self, array: Array) -> Place:
+        return self.call.put(self.types.sums(self._ordered(array)))
 
     def _tile_prefix(self) -> Place:
         if self._tiles is None:
@@ -230,13 +241,15 @@ class Sequence:
         outs = call.room(size, types.key), call.room(size, np.int64), call.room(size, np.int32)
         about = {"round_code": deltas.round_code, "drop": deltas.drop}
         cuts(call, outs, self._table(), found, deltas.models, deltas.bernoulli, **about, **types.about)
-        return Keep((deltas.models, deltas.bernoulli, *outs), (deltas.round_code, deltas.drop, True, spread))
+        flags = deltas.round_code, deltas.drop, True, spread
+        return Keep((deltas.models, deltas.bernoulli, *outs), flags, types.wide_sums)
 
     def untrimmed(self, deltas: selection.Deltas) -> Keep:
         """The keep pipeline without a trim."""
         nothing = [self.call.room((1,), t) for t in (self.types.key, np.int64, np.int32)]
         places = (deltas.models, deltas.bernoulli, *nothing)
-        return Keep(places, (deltas.round_code, deltas.drop, False, False))  # type: ignore[arg-type]
+        flags = deltas.round_code, deltas.drop, False, False
+        return Keep(places, flags, self.types.wide_sums)  # type: ignore[arg-type]
 
     def rescale(self, keep: Keep, factors: Place, weights: Array) -> Place:
         """L1 norms before and after ``keep``, and the factors ``[S, N, 3]`` that restore them; the sums."""
@@ -247,7 +260,7 @@ class Sequence:
         total = self._fold(sums, np.arange(len(self.table) + 1)).sums
         lanes = len(self.table) * models
         args = (factors, self._wrong(), total, self.call.put(self._ordered(weights)), lanes)
-        grid, flags = (-(-lanes // LANES),), (self.types.wide, LANES)
+        grid, flags = (-(-lanes // LANES),), (self.types.wide_sums, LANES)
         self.call.launch(solve.rescale_kernel, grid, args, *flags, num_warps=LANES // 32)
         return total
 
@@ -260,15 +273,15 @@ class Sequence:
         tensors = len(self.table)
         first = np.array([0, tensors]) if together else np.arange(tensors + 1)
         args = (scale, counts, self._tile_prefix(), self.call.put(first))
-        self.call.launch(solve.majority_kernel, (len(first) - 1,), args, self.types.wide, 1024, num_warps=4)
+        self.call.launch(solve.majority_kernel, (len(first) - 1,), args, self.types.wide_sums, 1024, num_warps=4)
 
     def tables(self, rules: Any) -> tuple[Place, Place]:
         """Factors ``[S, N, 3]`` and scale ``[S, 3]`` of a consensus, for steps to change."""
-        return self._work(rules.votes.factors), self._work(rules.scale)
+        return self._sums(rules.votes.factors), self._sums(rules.scale)
 
     def consensus(self, keep: Keep, factors: Place, scale: Place, rules: Any) -> None:
         """The merge itself."""
-        share = consensus.shares(rules, self.types.work)
+        share = consensus.shares(rules, self.types.sums)
         if len(share) > 1:
             share = self._ordered(share)
         walk = self.types.blocks(self.table, "consensus", self._out, lanes=True)

@@ -38,10 +38,11 @@ def votes_kernel(
     ELECT: tl.constexpr,
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,
+    WIDE_SUMS: tl.constexpr,
     UNMASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per tile: its votes into counts int64 ``[R, 2]`` (plus, minus); f W ``[P, N, 3]`` (c, g, a)."""
+    """One program per tile: its votes into counts int64 ``[R, 2]`` (plus, minus); f ``[P, N, 3]`` (c, g, a)."""
     N: tl.constexpr = M - 1
     s, row, start, count, _, unit = place(prefix, skip, table, segments, M, 65536, False, UNMASKED)
     p = tl.load(row + 5)
@@ -58,7 +59,7 @@ def votes_kernel(
     while done < count:
         mask = offs < count - done
         b = load(base, done, offs, mask, WIDE, UNMASKED)
-        vote = tl.zeros((BLOCK,), tl.int32 if ELECT == 2 else (tl.float64 if WIDE else tl.float32))
+        vote = tl.zeros((BLOCK,), tl.int32 if ELECT == 2 else (tl.float64 if WIDE_SUMS else tl.float32))
         for i in tl.static_range(N):
             d = delta(ptrs[i], done, offs, mask, b, ROUND, WIDE, UNMASKED)
             d = keep(
@@ -68,7 +69,7 @@ def votes_kernel(
             if ELECT == 2:
                 vote += (d > 0).to(tl.int32) - (d < 0).to(tl.int32)
             else:
-                mine = tl.load(f + (p * N + i) * 3 + (2 if SPLIT else 0)) * d
+                mine = tl.load(f + (p * N + i) * 3 + (2 if SPLIT else 0)) * d.to(vote.dtype)
                 if i == 0:
                     vote = mine
                 else:
@@ -104,13 +105,13 @@ def votes(
         table: int64 ``[S, 7 + M]``.
         walk: the programs, one per tile.
         keep: tables of the keep pipeline.
-        f: ``[P, N, 3]`` (c, g, a) in the work type.
+        f: ``[P, N, 3]`` (c, g, a) in the type of the sums.
         inputs: M, the base included.
         codes: packed type codes of the inputs.
         elect: how the vote is formed (see consensus.py).
         split: by ``sum a_i d_i`` instead of A.
         wide: work in fp64.
     """
-    flags = (inputs, codes, *keep.flags, elect, split, wide, walk.unmasked, CONFIGS["votes"]["BLOCK"])
-    args = (counts, table, *walk.places(call), *keep.tables, f)
-    call.launch(votes_kernel, (walk.programs,), args, *flags, num_warps=CONFIGS["votes"]["num_warps"])
+    flags = (inputs, codes, *keep.flags, elect, split, wide, wide or keep.wide_sums, walk.unmasked)
+    args, config = (counts, table, *walk.places(call), *keep.tables, f), CONFIGS["votes"]
+    call.launch(votes_kernel, (walk.programs,), args, *flags, config["BLOCK"], num_warps=config["num_warps"])

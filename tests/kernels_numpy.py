@@ -9,6 +9,7 @@ import ctypes
 
 import numpy as np
 
+from fastmerge.methods.exponentials import exp, log
 from fastmerge.philox import u16
 
 TILE, LANES, HEADER = 65536, 2048, 7
@@ -54,12 +55,13 @@ def key(d):
     return np.minimum(d.view(np.uint32) & np.uint32(0x7FFFFFFF), np.uint32(0x7FC00000))
 
 
-def tile_sum(v):
-    """Ordered sum of at most one tile."""
+def tile_sum(v, *, wide=False):
+    """Ordered sum of at most one tile; the lanes in fp64 where ``wide``."""
     lanes = np.zeros(LANES, v.dtype)
     for j in range(0, len(v), LANES):
         some = v[j : j + LANES]
         lanes[: len(some)] += some
+    lanes = lanes.astype(np.float64) if wide else lanes
     width = LANES // 2
     while width:
         lanes[:width] += lanes[width : 2 * width]
@@ -103,6 +105,27 @@ class Piece:
             out[i] = np.where(keep, out[i], self.work(0))
         return out
 
+    def variance(self):
+        """The sum of the squared differences of all pairs of models."""
+        total = np.zeros(self.n, self.work)
+        for i, x in enumerate(self.x[1:], 1):
+            for y in self.x[i + 1 :]:
+                apart = x - y
+                total += apart * apart
+        return total
+
+    def ranked(self, round_code, drop, index, bern, variance=False):
+        """What selection ranks by magnitude: the task vectors, or the one for all of them."""
+        return [self.variance()] if variance else self.dropped(round_code, drop, index, bern)
+
+    def kept_together(self, thr, cut):
+        """The task vectors where their variance stays."""
+        t, (tile, rank, _) = thr[self.group, 0], (int(c) for c in cut[self.group, 0])
+        k, e = key(self.variance()).astype(np.uint64), self.e0 + np.arange(self.n)
+        here = (k == t) & (e // TILE == tile)
+        stays = (k > t) | ((k == t) & (e // TILE < tile)) | (here & (np.cumsum(here) - here < rank))
+        return [np.where(stays, d, self.work(0)) for d in self.deltas(-1)]
+
     def kept(self, round_code, drop, trim, index, bern, thr, cut, bits=None):
         out = self.dropped(round_code, drop and bits is None, index, bern)
         for i in range(len(out) if bits is not None else 0):  # of a table of one piece
@@ -124,13 +147,18 @@ class Piece:
             out[i] = np.where((k > t) | (equal & ok), out[i], self.work(0))
         return out
 
+    def summed(self, keep):
+        variance = keep.deltas.variance
+        kept = self.kept_together(keep.thr, keep.cut) if variance else self.kept(*flat(keep))
+        return [d.astype(np.float64) for d in kept] if keep.wide_sums else kept
+
 
 def pieces(segments, *, wide=False):
     return [Piece(segments, row, wide=wide) for row in segments.table]
 
 
 def flat(keep):
-    (round_code, drop, index, bern), trim, thr, cut, bits, given = keep
+    (round_code, drop, index, bern, _), trim, thr, cut, bits, given, _ = keep
     return round_code, drop, trim, index, bern, thr, cut, bits if given else None
 
 
@@ -157,8 +185,15 @@ class NumpyKernels:
 
     @quiet
     def gram(self, segments, partials, *, delta, diff, per_row):
+        self._gram(segments, partials, lambda p: p.deltas(-1) if delta else p.x, diff, per_row)
+
+    @quiet
+    def gram_kept(self, segments, keep, partials):
+        self._gram(segments, partials, lambda p: p.kept_together(keep.thr, keep.cut), False, False)
+
+    def _gram(self, segments, partials, vectors, diff, per_row):
         for p in pieces(segments):
-            v = [x - p.x[0] for x in p.x[1:]] if delta else p.x
+            v = vectors(p)
             spans = [(s, p.n) for s in range(0, p.n, TILE)]
             if per_row:
                 spans = [(t, r + p.row) for r in range(0, p.n, max(p.row, 1)) for t in range(r, r + p.row, TILE)]
@@ -190,7 +225,7 @@ class NumpyKernels:
     def delta_keys(self, segments, deltas, out):
         at = 0
         for p in pieces(segments):
-            for i, d in enumerate(p.dropped(*deltas)):
+            for i, d in enumerate(p.ranked(*deltas)):
                 out[at : at + p.n, i] = key(d)
             at += p.n
 
@@ -198,7 +233,7 @@ class NumpyKernels:
     def count(self, segments, deltas, brackets, found):
         (lo, hi), (counts, keys, where, used) = brackets, found
         for p in pieces(segments):
-            for i, d in enumerate(p.dropped(*deltas)):
+            for i, d in enumerate(p.ranked(*deltas)):
                 k, a, b = key(d).astype(np.uint64), lo[p.group, i], hi[p.group, i]
                 for number, start in enumerate(range(0, p.n, TILE)):
                     part = k[start : start + TILE]
@@ -215,7 +250,7 @@ class NumpyKernels:
     @quiet
     def kth(self, segments, deltas, ranks, thr, found):
         for p in pieces(segments):
-            for i, d in enumerate(p.dropped(*deltas)):
+            for i, d in enumerate(p.ranked(*deltas)):
                 k, rank = key(d).astype(np.uint64), int(ranks[p.group, i])
                 if not 0 < rank < p.n:
                     continue
@@ -232,11 +267,36 @@ class NumpyKernels:
             kept = p.kept(*flat(keep))
             for i, (d, k) in enumerate(zip(raw, kept, strict=True)):
                 for number, start in enumerate(range(0, p.n, TILE)):
-                    sums[p.stats + number, i, 0] = tile_sum(np.abs(d[start : start + TILE]))
-                    sums[p.stats + number, i, 1] = tile_sum(np.abs(k[start : start + TILE]))
+                    for column, x in enumerate((d, k)):
+                        part = np.abs(x[start : start + TILE])
+                        sums[p.stats + number, i, column] = tile_sum(part, wide=keep.wide_sums)
+
+    @quiet
+    def importance(self, segments, divergence, out):
+        at = 0
+        for p in pieces(segments):
+            for r in range(0, p.n, max(p.row, 1)):
+                q, v = (self._softmax(x[r : r + p.row].astype(np.float64)) for x in p.x)
+                terms = v * log(v / q)
+                found = p.work(sum([tile_sum(terms[t : t + TILE]) for t in range(0, p.row, TILE)], 0.0))
+                divergence[p.group + (p.e0 + r) // p.row] = found
+                out[at + r : at + r + p.row] = np.abs(p.x[1][r : r + p.row] - p.x[0][r : r + p.row]) * found
+            at += p.n
+
+    @staticmethod
+    def _softmax(x):
+        powers = exp(x - x.max())
+        return powers / sum([tile_sum(powers[t : t + TILE]) for t in range(0, len(x), TILE)], 0.0) + 1e-8
+
+    @quiet
+    def fuse(self, segments, divergence, least):
+        for n, p in enumerate(pieces(segments)):
+            d = p.x[1] - p.x[0]
+            important = np.abs(d) * divergence.astype(p.work)[p.group + (p.e0 + np.arange(p.n)) // max(p.row, 1)]
+            p.write(p.x[0] + d * (important >= p.work(least)).astype(p.work), segments, n)
 
     def _vote(self, p, d, elect, split, f):
-        c, _, a = (f[p.group, :, j].astype(p.work) for j in range(3))
+        c, _, a = (f[p.group, :, j].astype(d[0].dtype) for j in range(3))
         v = [c[i] * x for i, x in enumerate(d)]
         if elect == 2:
             return v, sum((x > 0).astype(np.int64) - (x < 0) for x in d)
@@ -249,7 +309,7 @@ class NumpyKernels:
     @quiet
     def votes(self, segments, keep, votes, counts):
         for p in pieces(segments):
-            _, vote = self._vote(p, p.kept(*flat(keep)), *votes)
+            _, vote = self._vote(p, p.summed(keep), *votes)
             for number, start in enumerate(range(0, p.n, TILE)):
                 part = vote[start : start + TILE]
                 counts[p.stats + number] = ((part > 0).sum(), (part < 0).sum())
@@ -258,10 +318,11 @@ class NumpyKernels:
     def consensus(self, segments, keep, rules):
         (elect, split, f), zero, merge, scale = rules
         for n, p in enumerate(pieces(segments)):
-            d = p.kept(*flat(keep))
+            d = p.summed(keep)
+            work = d[0].dtype.type
             v, vote = self._vote(p, d, elect, split, f)
-            base, gate = p.x[0], f[p.group, :, 1].astype(p.work)
-            lam, div, majority = scale[p.group].astype(p.work)
+            base, gate = p.x[0].astype(work), f[p.group, :, 1].astype(work)
+            lam, div, majority = scale[p.group].astype(work)
             a, b = v[0], np.abs(v[0])
             for x in v[1:]:
                 a, b = a + x, b + np.abs(x)
@@ -278,15 +339,15 @@ class NumpyKernels:
                     low = np.where(x < low, x, low)
                 out = base + lam * np.where(np.isnan(a), a, np.where(up, high, low))
             else:
-                share = lam * p.work(0.5)
+                share = lam * work(0.5)
                 if merge == 0:
                     plus, minus = np.zeros_like(a), np.zeros_like(a)
                     for g, x in zip(gate, v, strict=True):
                         plus = np.where(x > 0, plus + g, plus)
                         minus = np.where(x < 0, minus + g, minus)
                     den = np.where(up, plus, minus)
-                    share = share / np.where(den == 0, p.work(1), den)
-                    most = np.finfo(p.work).max
+                    share = share / np.where(den == 0, work(1), den)
+                    most = np.finfo(work).max
                     share = np.where(share > most, most, np.where(share < -most, -most, share))
                 out = base + np.where(up, a + b, a - b) * share
             p.write(np.where(vote == 0, base, out) if zero == 2 else out, segments, n)

@@ -76,6 +76,11 @@ class NativeKernels:
         """Inner products of every tile."""
         self._native.gram(segments.table, codes(segments), partials, delta, diff, per_row)
 
+    def gram_kept(self, segments: Segments, keep: Keep, partials: F64) -> None:
+        """Inner products of every tile, of what variance keeps of the task vectors."""
+        deltas, _, thr, cut, *_ = keep
+        self._native.gram_kept(segments.table, codes(segments), partials, deltas.models, deltas.bernoulli, thr, cut)
+
     def dot(self, segments: Segments, partials: F64) -> None:
         """Inner products of a gradient with the task vectors of every tile."""
         self._native.dot(segments.table, codes(segments), partials)
@@ -87,19 +92,22 @@ class NativeKernels:
 
     def delta_keys(self, segments: Segments, deltas: Deltas, out: npt.NDArray[Any]) -> None:
         """Magnitude keys of all elements."""
-        self._native.delta_keys(segments.table, codes(segments), *deltas, out)
+        *about, variance = deltas
+        self._native.delta_keys(segments.table, codes(segments), *about, out, variance)
 
     def count(self, segments: Segments, deltas: Deltas, brackets: Brackets, found: Found) -> None:
         """Counts and lists of keys per tile."""
-        self._native.count(segments.table, codes(segments), *deltas, *brackets, *found)
+        *about, variance = deltas
+        self._native.count(segments.table, codes(segments), *about, *brackets, *found, variance)
 
     def kth(self, segments: Segments, deltas: Deltas, ranks: I64, thr: U64, found: I64) -> None:
         """Thresholds of whole tensors."""
-        self._native.kth(segments.table, codes(segments), *deltas, ranks, thr, found)
+        *about, variance = deltas
+        self._native.kth(segments.table, codes(segments), *about, ranks, thr, found, variance)
 
     def l1(self, segments: Segments, keep: Keep, sums: F64) -> None:
         """Magnitudes of every tile before and after ``keep``."""
-        self._native.l1(segments.table, codes(segments), *_flat(keep), sums, keep.bits, keep.given)
+        self._native.l1(segments.table, codes(segments), *_flat(keep), sums, keep.bits, keep.given, keep.wide_sums)
 
     def lanes(self, key: int, model: int, op: int, e0: int, n: int) -> npt.NDArray[np.uint16]:
         """As :func:`fastmerge.philox.u16`."""
@@ -108,7 +116,7 @@ class NativeKernels:
 
     def votes(self, segments: Segments, keep: Keep, votes: Votes, counts: I64) -> None:
         """Positive and negative votes of every tile."""
-        self._native.votes(segments.table, codes(segments), *_flat(keep), *votes, counts)
+        self._native.votes(segments.table, codes(segments), *_flat(keep), *votes, counts, keep.wide_sums)
 
     def consensus(self, segments: Segments, keep: Keep, rules: Rules) -> None:
         """The merge of task vectors."""
@@ -126,7 +134,18 @@ class NativeKernels:
             scale,
             nonfinite(s),
             keep.bits,
+            keep.wide_sums,
+            keep.deltas.variance,
         )
+
+    def importance(self, segments: Segments, divergence: F64, out: npt.NDArray[Any]) -> None:
+        """Divergences of whole rows and importances of their elements."""
+        self._native.importance(segments.table, codes(segments), divergence, out)
+
+    def fuse(self, segments: Segments, divergence: F64, least: float) -> None:
+        """The base, and the other model where it is important."""
+        s = segments
+        self._native.fuse(s.table, codes(s), s.out_dtype.code, divergence, least, nonfinite(s))
 
     def replicate(self, segments: Segments, sigma: F64, numbers: I64) -> None:
         """One input to E outputs, each with its noise."""

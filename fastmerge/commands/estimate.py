@@ -64,7 +64,7 @@ def estimate(
         chosen = cpu_backend(backend)
         name, read_rate = chosen.name, READ_RATE
         whole = uncut(ops, chosen)
-        wants = budgets.need(ops, whole=whole, made=making(chosen))
+        wants = budgets.need(ops, whole=whole, defined=chosen.defined, made=making(chosen))
         slots, warm = (cpu_slots(wants, budget, workers(chosen), warm=warm) for warm in (False, True))
         jobs = schedule(ops, slot=slots.nbytes, elements=budgets.UNIT_ELEMENTS, whole=whole)
         keeps = math.prod(room(ops, jobs, beside(wants, slots, budget)))

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -204,7 +204,7 @@ def _recipes(file: File, home: Path, problems: Problems) -> Iterator[Wanted]:
                     problems.add(loc, f"{name}: {text}")
                 continue
             if recipe.seed is None and file.seed is not None:
-                recipe = recipe.model_copy(update={"seed": file.seed})
+                recipe = replace(recipe, seed=file.seed)
             names[name] = names.get(name, 0) + 1
             yield Wanted(name if names[name] == 1 else f"{name} ({names[name]})", recipe)
 

@@ -11,11 +11,14 @@ import numpy as np
 from fastmerge.methods.base import Contract, Method
 from fastmerge.methods.exponentials import exp, log
 from fastmerge.ops import blocks
+from fastmerge.ops.fusion import FusionProgram
 
 if TYPE_CHECKING:
     import torch
 
-    from fastmerge.ops.spec import Op, Spec
+    from fastmerge.ops.kernels import Kernels
+    from fastmerge.ops.program import Program
+    from fastmerge.ops.spec import Grain, Op, Spec
 
 ROWS = 1 << 18
 """Elements whose probabilities are held at a time; a row is the least."""
@@ -53,6 +56,17 @@ class ArceeFusion(Method):
     formula = "out = b + d where |d| KL(softmax x || softmax b) >= median + 1.5 IQR of it, else b"
     paper = "https://arcee.ai"
     contract = Contract("required", least=1, most=1)
+    needs = ("importance",)
+    coded = True
+
+    @classmethod
+    def program(cls, ops: Sequence[Op], kernels: Kernels) -> Program:
+        """Whole tensors, one after the other."""
+        return FusionProgram(ops, kernels)
+
+    def grain(self, spec: Spec) -> Grain:
+        """Quantiles look at the whole tensor."""
+        return "matrix"
 
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """Importances, their threshold, then what reaches it."""
@@ -74,6 +88,10 @@ class ArceeFusion(Method):
         return blocks.in_pieces(inputs, spec, fused)
 
     def workspace(self, spec: Spec) -> int:
+        """The importances, divergences, and a row of either input in fp64."""
+        return (8 if spec.double else 4) * spec.numel + 8 * spec.rows + 16 * (spec.row + 8)
+
+    def defined(self, spec: Spec) -> int:
         """The importances, a copy of them in another order, the result, and a row in fp64 a dozen times."""
         size = 8 if spec.double else 4
         return (2 * size + 1 + spec.out_dtype.size) * spec.numel + 100 * min(spec.numel, max(ROWS, spec.row))

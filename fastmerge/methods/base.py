@@ -243,6 +243,10 @@ class Method(ABC):
             return (spec.out_dtype.size + 1) * spec.numel
         return ROW_BYTES * spec.rows if grain == "row" else 0
 
+    def defined(self, spec: Spec) -> int:
+        """Bytes beside the slots where the definition stands in for the program."""
+        return self.workspace(spec)
+
     def check(self, spec: Spec) -> list[str]:
         """Problems of resolved parameters that bounds alone do not catch; empty where there are none."""
         return []

@@ -24,7 +24,8 @@ class Breadcrumbs(Sparse):
     Numerics: of n elements ``int(density n)`` stay, below the ``int(gamma n)`` largest, or fewer of those where they
     would not be enough; a density of 1 keeps everything, outliers too, and one that makes no element keeps none (all
     as in mergekit). Exact ranks, of equal magnitudes the first counts as the larger, as in ties; a NaN is no outlier to
-    be rid of, it stays. Everything else as task_arithmetic.
+    be rid of, it stays. Deltas in fp32 (fp64 for fp64), everything else in fp32 (fp64 for fp64 and where the result is
+    fp32) in model order, one rounding.
     Paper: Davari and Belilovsky 2023, "Model Breadcrumbs", arXiv 2312.06795.
     """
 

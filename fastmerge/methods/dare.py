@@ -23,7 +23,8 @@ class DareLinear(TaskVectors):
     Shapes: ``b, x_i: [*S]`` -> ``[*S]``.
     Numerics: masks are a function of (seed, tensor, model, element); the probability is a multiple of 1/65536.
     The rescale is ``sum |d| / sum |m d|`` of the tensor in the ordered sum (mergekit), or 1 over the probability
-    (``keep``, the paper); everything else in fp32 (fp64 for fp64) in model order, one rounding.
+    (``keep``, the paper); deltas in fp32 (fp64 for fp64), everything else in fp32 (fp64 for fp64 and where the result
+    is fp32) in model order, one rounding.
     Paper: Yu et al. 2023, "Language Models are Super Mario", arXiv 2311.03099.
     """
 

@@ -49,7 +49,7 @@ class DellaLinear(Sparse):
     tensor of fewer dimensions over all of it, as in mergekit.
     Numerics: ranks are exact, of equal magnitudes the first one has the lower; a row of one element has the
     probability ``density``. Masks are a function of (seed, tensor, model, element); probabilities are multiples of
-    1/65536. The rescale is ``sum |d| / sum |m d|`` of the tensor; everything else as task_arithmetic.
+    1/65536. The rescale is ``sum |d| / sum |m d|`` of the tensor; everything else as breadcrumbs.
     Paper: Deep et al. 2024, "DELLA-Merging", arXiv 2406.11617.
     """
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def rules_of(spec: Spec) -> Consensus:
     """The rules of a spec whose method is a :class:`TaskVectors`, in numbers that the work type holds."""
-    return in_range(_rules(spec), double=spec.double)
+    rules = _rules(spec)
+    return in_range(rules, double=spec.double or rules.wide_sums)
 
 
 @functools.lru_cache(256)
@@ -83,6 +84,7 @@ class TaskVectors(Method):
             zero="plus",
             merge="sum",
             l1="none",
+            wide_sums=spec.dense,
         )
 
     @property

@@ -24,7 +24,8 @@ class Ram(Elementwise):
     .. math:: b + \sum_{i \in C} f_i d_i, \quad C = \{i : |d_i| > \epsilon\}, \quad f_i = \frac{1}{|C|}
 
     Shapes: ``b, x_i: [*S]`` -> ``[*S]``.
-    Numerics: deltas in fp32 (fp64 where an input is fp64), one division, one rounding. A NaN counts as changed.
+    Numerics: deltas in fp32 (fp64 where an input is fp64 or the result fp32), one division, one rounding. A NaN counts
+    as changed.
     Paper: "Reinforced Agent Merging", arXiv 2601.13572.
     """
 
@@ -34,6 +35,7 @@ class Ram(Elementwise):
     paper = "https://arxiv.org/abs/2601.13572"
     contract = Contract("required")
     cases = ({}, {"epsilon": 2e-3, "models": 4})
+    wide = True
 
     epsilon: float = shared("largest change that counts as none", 1e-5, low=0.0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from fastmerge.ops.gram import check_sums
 from fastmerge.ops.per_spec import PerSpec
 from fastmerge.ops.program import Program
 from fastmerge.ops.segments import F64, I64, TILE, Segments
+from fastmerge.ops.selection.variance import Variance
 from fastmerge.ops.tiles import Partial, gather, number
 
 if TYPE_CHECKING:
@@ -63,11 +64,12 @@ def rules(weights: tuple[float, ...], spec: Spec) -> Consensus:
         zero="plus",
         merge="mean",
         l1="none",
+        wide_sums=spec.dense,
     )
 
 
 class SceProgram(Program):
-    """Sums of squares, then the consensus whose weights follow from them."""
+    """Any selection, sums of squares of what is left, then the consensus whose weights follow from them."""
 
     def __init__(self, ops: Sequence[Op], kernels: Kernels) -> None:
         """Takes tensors with the same number of models, and the backend."""
@@ -75,39 +77,62 @@ class SceProgram(Program):
         self._kernels = kernels
         self._numel = np.array([op.spec.numel for op in ops], np.int64)
         self._models = len(ops[0].spec.models)
-        self._merge: Program | None = None
+        shares = [cast("Sce", op.spec.method).select_topk for op in ops]
+        self._variance = Variance(ops, shares, kernels) if min(shares) < 1 else None
+        self._merge: family.ConsensusProgram | None = None
 
     @property
     def ready(self) -> bool:
         """Once the weights are known."""
         return self._merge is not None
 
-    def pieces(self) -> I64 | None:
-        """Everything."""
-        return None
+    @property
+    def _due(self) -> Variance | None:
+        """The selection, while it is due."""
+        return None if self._variance is None or self._variance.done else self._variance
 
-    def statistics(self, segments: Segments) -> Partial:
-        """Inner products of the task vectors in every tile, of which the squares are used."""
+    def resident(self, segments: Segments) -> None:
+        """Thresholds of small tensors in one call."""
+        if self._due is not None:
+            self._due.resident(segments)
+
+    def pieces(self) -> I64 | None:
+        """What selection asks for; everything for the squares."""
+        return None if self._due is None else self._due.pieces()
+
+    def statistics(self, segments: Segments) -> Any:
+        """Of the selection, or inner products of the task vectors in every tile, of which the squares are used."""
+        if self._due is not None:
+            return self._due.statistics(segments)
         numbered, spans, tiles = number(segments)
         partials = np.empty((tiles, self._models * (self._models + 1) // 2))
-        self._kernels.gram(numbered, partials, delta=True, diff=False, per_row=False)
+        if self._variance is None:
+            self._kernels.gram(numbered, partials, delta=True, diff=False, per_row=False)
+        else:
+            self._kernels.gram_kept(numbered, self._variance.keep, partials)
         return Partial(spans, partials)
 
-    def advance(self, partials: Sequence[Partial]) -> None:
-        """Adds tiles in order; the weights follow."""
+    def advance(self, partials: Sequence[Any]) -> None:
+        """Ends a pass of the selection, or adds tiles in order, from which the weights follow."""
+        if self._due is not None:
+            self._due.advance(partials)
+            return
         tiles = -(-self._numel // TILE)
         sums = self._kernels.fold(gather(partials, tiles), np.concatenate([[0], np.cumsum(tiles)]))
         n = self._models
         squares = sums[:, [i * n - i * (i - 1) // 2 for i in range(n)]]
         check_sums(self._ops, squares, [1] * len(squares), UNKNOWN)
         found = [rules(shares(s, op.spec.numel), op.spec) for s, op in zip(squares, self._ops, strict=True)]
-        self._merge = family.program(self._ops, PerSpec.of_each(self._ops, found), self._kernels)
+        self._merge = family.ConsensusProgram(self._ops, PerSpec.of_each(self._ops, found), self._kernels)
 
     def apply(self, segments: Segments) -> None:
         """The consensus."""
         if self._merge is None:
             raise AssertionError("apply before the statistics are complete")
-        self._merge.apply(segments)
+        if self._variance is None:
+            self._merge.apply(segments)
+        else:
+            self._merge.merge(segments, self._variance.keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,19 +158,23 @@ class Sce(Method):
     paper = "https://arxiv.org/abs/2408.07990"
     contract = Contract("required")
     coded = True
-    only_defined = "select_topk below 1"
+    only_defined = "select_topk below 1 on a GPU"
     cases = (
         {},
         {"models": 2},
         {"select_topk": 0.3},
+        {"select_topk": 0.1, "models": 2},
+        {"select_topk": 0.0},
+        {"select_topk": 0.5, "models": 9},
+        {"select_topk": 0.5, "models": 1},
     )
 
     select_topk: float = shared("share of the varying elements that is kept", 1.0, low=0.0, high=1.0)
     int8_mask: bool = shared("accepted and ignored: masks are never stored", default=False)
 
-    def gap(self) -> str | None:
-        """No kernel ranks variances."""
-        return f"{self.name} with {self.only_defined} has no kernels yet" if self.select_topk < 1 else None
+    def wants(self) -> tuple[str, ...]:
+        """Ranks of variances, where anything is selected."""
+        return ("gram_kept",) if self.select_topk < 1 else ()
 
     def reference(self, inputs: Sequence[torch.Tensor], op: Op) -> torch.Tensor:
         """Select, weigh, elect and merge."""
@@ -189,12 +218,12 @@ class Sce(Method):
 
     def grain(self, spec: Spec) -> Grain:
         """Weights are a tensor's."""
-        return "matrix" if self.gap() else "tensor"
+        return "tensor"
 
-    def workspace(self, spec: Spec) -> int:
+    def defined(self, spec: Spec) -> int:
         """Of a selection the keys, a copy of them in another order, masks, and the result."""
         size = 8 if spec.double else 4
-        return (2 * size + 4 + spec.out_dtype.size) * spec.numel if self.gap() else super().workspace(spec)
+        return (2 * size + 4 + spec.out_dtype.size) * spec.numel if self.select_topk < 1 else super().defined(spec)
 
     def warn(self, spec: Spec) -> list[str]:
         """Says where nothing is selected, whatever the weights are."""

@@ -33,12 +33,13 @@ def thinned(d: torch.Tensor, stays: torch.Tensor | None) -> torch.Tensor:
     return d if stays is None else torch.where(stays, d, torch.zeros_like(d))
 
 
-def total(d: torch.Tensor, stays: torch.Tensor | None) -> float:
-    """Sum of the magnitudes that stay, tile by tile in the written order."""
+def total(d: torch.Tensor, stays: torch.Tensor | None, *, wide: bool) -> float:
+    """Sum of the magnitudes that stay, tile by tile in the written order; ``wide``: of lanes in fp64."""
     out = 0.0
     for first in range(0, len(d), TILE):
         where = slice(first, first + TILE)
-        out += float(blocks.ordered_sum(thinned(d[where], stays if stays is None else stays[where]).abs()))
+        some = thinned(d[where], stays if stays is None else stays[where])
+        out += float(blocks.ordered_sum(some.abs(), wide=wide))
     return out
 
 
@@ -124,7 +125,8 @@ class Sparse(TaskVectors):
                 _, (d,) = definition.deltas([inputs[0], x], op, rules)
                 stays = torch.from_numpy(self.keep(blocks.keys(d), op, i, u16))
                 if self.rescale:
-                    factor = l1_factor(total(d, None), total(d, stays), op.name)
+                    before, after = (total(d, some, wide=rules.wide_sums) for some in (None, stays))
+                    factor = l1_factor(before, after, op.name)
             kept.append(stays)
             factors.append(factor)
 

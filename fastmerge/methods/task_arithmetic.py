@@ -55,8 +55,8 @@ class TaskArithmetic(TaskVectors):
     rescale: bool = shared("accepted and ignored, as in mergekit", default=False)
 
     def rules(self, spec: Spec) -> Consensus:
-        """The parameters as the kernels take them."""
-        return super().rules(spec)._replace(div=self.divisor(normalize=self.normalize))
+        """The parameters as the kernels take them; mergekit's operations, whose roundings are these as well."""
+        return super().rules(spec)._replace(div=self.divisor(normalize=self.normalize), wide_sums=False)
 
     @property
     def random(self) -> bool:

@@ -23,7 +23,8 @@ class Ties(Election):
 
     Shapes: ``b, x_i: [*S]`` -> ``[*S]``; thresholds per tensor, or one for the whole model.
     Numerics: deltas in fp32 (fp64 where an input is fp64; ``delta_dtype: base`` rounds them), exact selection of
-    the k-th magnitude, everything else in fp32 in model order, one rounding. NaN deltas rank above infinity.
+    the k-th magnitude, everything else in fp32 (fp64 also where the result is fp32) in model order, one rounding. NaN
+    deltas rank above infinity.
     With bf16 weights many elements tie at the threshold: ``ties`` says what happens to them.
     Paper: Yadav et al. 2023, "TIES-Merging", arXiv 2306.01708.
     """

@@ -122,11 +122,12 @@ def delta(
     return finish(base + number(lam, base) * mix, spec)
 
 
-def ordered_sum(values: torch.Tensor) -> torch.Tensor:
+def ordered_sum(values: torch.Tensor, *, wide: bool = False) -> torch.Tensor:
     """Sums the last dimension in the written order (design law L2).
 
     Args:
         values: ``[..., n]`` of the work type.
+        wide: the lanes of a tile are added in fp64.
 
     Returns:
         fp64 ``[...]``.
@@ -141,6 +142,7 @@ def ordered_sum(values: torch.Tensor) -> torch.Tensor:
         for j in range(0, part.shape[-1], LANES):
             some = part[..., j : j + LANES]
             lanes[..., : some.shape[-1]] = lanes[..., : some.shape[-1]] + some
+        lanes = lanes.double() if wide else lanes
         width = LANES
         while width > 1:
             width //= 2

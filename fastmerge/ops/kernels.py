@@ -36,12 +36,16 @@ class Deltas(NamedTuple):
         drop: whether any are dropped.
         models: ``[N]`` numbers of the models for the random numbers.
         bernoulli: ``[P, N]`` an element stays where its 16-bit random number is below this.
+        variance: elements are ranked by how much the models vary there (the sum of the squared differences of all
+            pairs), not each model's by its magnitude; keys, ranks and thresholds then have one column for all models.
+            Only with neither rounding nor drop, and with ties by index.
     """
 
     round_code: int
     drop: bool
     models: I32
     bernoulli: I32
+    variance: bool = False
 
 
 class Keep(NamedTuple):
@@ -56,6 +60,7 @@ class Keep(NamedTuple):
         bits: ``[blocks, N, 32]`` room for what the drop keeps, one bit per element of a table's blocks of 1024; ``l1``
             may leave it there for ``consensus`` of the same table. None: each draws.
         given: the bits are there before ``l1``, from a rule that is not the drop's.
+        wide_sums: from what is kept on everything is fp64, whatever the task vectors are.
     """
 
     deltas: Deltas
@@ -64,6 +69,7 @@ class Keep(NamedTuple):
     cut: I64
     bits: U32 | None = None
     given: bool = False
+    wide_sums: bool = False
 
 
 class Votes(NamedTuple):
@@ -143,7 +149,13 @@ class Launcher(Protocol):
     """What a backend offers whose kernels are launched, and run while the host goes on."""
 
     def sequence(
-        self, segments: Segments, order: I64 | None = None, *, per_row: bool = False, wide: bool = False
+        self,
+        segments: Segments,
+        order: I64 | None = None,
+        *,
+        per_row: bool = False,
+        wide: bool = False,
+        wide_sums: bool = False,
     ) -> Any:
         """An empty :class:`Sequence` of whole tensors.
 
@@ -152,6 +164,7 @@ class Launcher(Protocol):
             order: in which they are laid out.
             per_row: whether sums and coefficients belong to rows.
             wide: whether the work is fp64, whatever the inputs are.
+            wide_sums: as of :class:`Keep`.
         """
 
     def ways(self, segments: Segments) -> I64:
@@ -178,6 +191,9 @@ class Kernels(Protocol):
 
     def gram(self, segments: Segments, partials: F64, *, delta: bool, diff: bool, per_row: bool) -> None:
         """Inner products of every tile into ``partials [R, pairs]``, from row ``stats`` of each segment on."""
+
+    def gram_kept(self, segments: Segments, keep: Keep, partials: F64) -> None:
+        """The same of task vectors, as far as their variance keeps them. Not on every backend."""
 
     def dot(self, segments: Segments, partials: F64) -> None:
         """``sum g (x_i - b)`` of every tile into ``partials [R, N]``; the base is input 0, the gradient the last."""
@@ -211,6 +227,15 @@ class Kernels(Protocol):
 
     def consensus(self, segments: Segments, keep: Keep, rules: Rules) -> None:
         """The merge of task vectors into the output addresses."""
+
+    def importance(self, segments: Segments, divergence: F64, out: npt.NDArray[Any]) -> None:
+        """``|x - b| KL(softmax x || softmax b)`` of whole rows of two inputs, ``[elements]`` of the work type.
+
+        The divergence of row r of tensor g, rounded to the work type, goes to row ``g + r``. Not on every backend.
+        """
+
+    def fuse(self, segments: Segments, divergence: F64, least: float) -> None:
+        """``b``, and ``x`` where that is at least ``least``, into the output addresses. Not on every backend."""
 
     def replicate(self, segments: Segments, sigma: F64, numbers: I64) -> None:
         """One input to E outputs with noise; sigma ``[P, E]``, numbers ``[E]``. Not on every backend."""

@@ -53,7 +53,8 @@ class Spec:
         models: position of each other input among the recipe's non-base models (random numbers use it).
         numel: elements of the result; 1 for a 0-d one.
         row: length of the last dimension; a tensor of fewer than two dimensions is one row.
-        double: whether the arithmetic is fp64: where an input is, and for dense fp32 results where methods ask for it.
+        dense: whether the result is fp32 as it is, and not as codes, which would show nothing of further digits.
+        double: whether the arithmetic is fp64: where an input is, and for dense results where methods ask for it.
         grain: how far the work may be cut.
         packing: how results are written that are stored as codes and scales; ``out_dtype`` is fp32 then.
         batch: equal for tensors of one kernel call: method, types, inputs, every parameter that is no number, and
@@ -61,7 +62,7 @@ class Spec:
     """
 
     __slots__ = (
-        *("batch", "double", "dtypes", "grain", "has_base", "method"),
+        *("batch", "dense", "double", "dtypes", "grain", "has_base", "method"),
         *("models", "numel", "out_dtype", "packing", "row", "shape", "workspace"),
     )
 
@@ -86,12 +87,12 @@ class Spec:
         self.packing = packing
         self.numel = math.prod(shape)
         self.row = shape[-1] if len(shape) > 1 else self.numel
-        dense = out_dtype is F32 and packing is None  # codes would show nothing of it
-        self.double = (method.wide and dense) or any(d.code == 0 for d in dtypes)
+        self.dense = out_dtype is F32 and packing is None
+        self.double = (method.wide and self.dense) or any(d.code == 0 for d in dtypes)
         self.grain: Grain = method.grain(self)
         self.workspace: int = method.workspace(self)
         what = type(method), method.gap(), method.wants(), method.words
-        self.batch: tuple[object, ...] = (*what, dtypes, out_dtype, has_base, self.models)
+        self.batch: tuple[object, ...] = (*what, dtypes, out_dtype, self.dense, has_base, self.models)
 
     @property
     def cut(self) -> int:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 from fastmerge.errors import RecipeError
 from fastmerge.methods import METHODS
@@ -27,11 +28,18 @@ from fastmerge.recipe.settings import Parameters, Rule, Setting
 from fastmerge.recipe.tree import Loc, Map
 
 
+@dataclass(frozen=True, kw_only=True)
 class Recipe(Shape):
-    """What is wanted. Immutable; equal where the meaning is written the same."""
+    """What is wanted. Immutable; equal where the meaning is written the same.
 
-    _origin: Origin | None = None
-    _stages: tuple[tuple[str, Recipe], ...] = ()
+    Attributes:
+        origin: where it was loaded from, and what was said about it.
+        stages: the recipes whose results are models of this one, by the names that stand for them: each before its
+            users.
+    """
+
+    origin: Origin | None = field(default=None, compare=False, repr=False)
+    stages: tuple[tuple[str, Recipe], ...] = ()
 
     @classmethod
     def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, *, strict: bool = False) -> Recipe:
@@ -55,8 +63,7 @@ class Recipe(Shape):
         problems.check()
         if recipe is None:
             raise RecipeError(f"{name}: not a recipe")
-        recipe._origin = problems.origin  # noqa: SLF001  its own
-        return recipe
+        return replace(recipe, origin=problems.origin)
 
     @classmethod
     def load_all(
@@ -74,11 +81,11 @@ class Recipe(Shape):
         def read(tree: Map) -> tuple[Recipe | None, Problems]:
             return cls._read(tree, name, strict=strict)
 
-        every = documents.read_all(trees, read)
-        for document in every:
-            recipe, used = document.recipe, documents.needed(document, every)
-            recipe._origin = document.problems.origin  # noqa: SLF001  its own
-            recipe._stages = tuple((str(d.name), d.recipe) for d in used)  # noqa: SLF001
+        every: list[Document] = []
+        for document in documents.read_all(trees, read):
+            stages = tuple((str(d.name), d.recipe) for d in documents.needed(document, every))
+            recipe = replace(document.recipe, origin=document.problems.origin, stages=stages)
+            every.append(document._replace(recipe=recipe))
         return every
 
     @classmethod
@@ -90,22 +97,17 @@ class Recipe(Shape):
         return recipe, problems
 
     @property
-    def stages(self) -> tuple[tuple[str, Recipe], ...]:
-        """The recipes whose results are models of this one, by the names that stand for them: each before its users."""
-        return self._stages
-
-    @property
     def warnings(self) -> tuple[str, ...]:
         """What was ignored or deserves a look, in the stages too, each as ``file:line: place: what``.
 
         No part of what the recipe means.
         """
-        own = self._origin.warnings if self._origin is not None else ()
-        return tuple(dict.fromkeys((*own, *(text for _, stage in self._stages for text in stage.warnings))))
+        own = self.origin.warnings if self.origin is not None else ()
+        return tuple(dict.fromkeys((*own, *(text for _, stage in self.stages for text in stage.warnings))))
 
     def at(self, loc: Loc) -> str:
         """A place as errors name it, ``recipe.yml:4: slices[1]``; without file and line where it was not loaded."""
-        return self._origin.at(loc) if self._origin is not None else dotted(loc)
+        return self.origin.at(loc) if self.origin is not None else dotted(loc)
 
     @property
     def method(self) -> type[Method]:
@@ -187,14 +189,13 @@ class Recipe(Shape):
         """
         from fastmerge.recipe.dump import dump
 
-        every = [{"name": name, **stage.plain(model)} for name, stage in self._stages]
+        every = [{"name": name, **stage.plain(model)} for name, stage in self.stages]
         return "---\n".join(map(dump, [*every, self.plain(model)]))
 
     def having(self, **keys: str) -> Recipe:
         """The same with other values of ``missing`` or ``layout``, in every stage too."""
-        out = self.model_copy(update=keys)
-        out._stages = tuple((name, stage.having(**keys)) for name, stage in self._stages)  # noqa: SLF001
-        return out
+        stages = tuple((name, stage.having(**keys)) for name, stage in self.stages)
+        return replace(self, stages=stages, **cast("Any", keys))
 
     def canonical(self, identities: Sequence[str] = (), *, seed: int | None = None) -> str:
         """The recipe as one line of JSON without any path: the same wherever the models lie.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastmerge.recipe import Recipe
 
 Owner = TypeVar("Owner", "Recipe", Module)
+AnInput = TypeVar("AnInput", bound=Input)
 
 BUILT_IN_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 
@@ -189,12 +190,12 @@ def _tokenizer(recipe: Recipe, problems: Problems) -> Recipe:
                 of = replace(of, model=_member(recipe, of.model, at, problems))
             tokens[name] = replace(token, source=of)
         more = bool(tokens) or block.pad_to_multiple_of is not None
-        block = block.model_copy(update={"source": source, "tokens": tokens}) if more else None
+        block = replace(block, source=source, tokens=tokens) if more else None
     template = recipe.chat_template
     named = ("auto", *BUILT_IN_TEMPLATES)
     if template and template not in named and (len(template) < 20 or "{" not in template):
         problems.add(("chat_template",), f"expected {', '.join(named)} or a Jinja template; got {template[:40]!r}")
-    return recipe.model_copy(update={"tokenizer": block, "tokenizer_source": source})
+    return replace(recipe, tokenizer=block, tokenizer_source=source)
 
 
 def _whose(recipe: Shape, source: ModelRef) -> ModelRef:
@@ -206,7 +207,7 @@ def _whose(recipe: Shape, source: ModelRef) -> ModelRef:
     if source in known:
         return source
     # The tokenizer of model+adapter is the model's.
-    return next((ref for ref in known if ref.bare == source), source)
+    return next((ref for ref in known if ref.bare == source.bare), source.bare)
 
 
 def _member(recipe: Shape, source: ModelRef, loc: Loc, problems: Problems) -> ModelRef:
@@ -255,7 +256,7 @@ def _lift(recipe: Recipe, method: type[Method], problems: Problems) -> Recipe:
     for name in names:
         modules = tuple(_lifted_in(m, name, m.loc, problems) for m in recipe.modules)
         recipe = _lifted_in(recipe, name, (), problems)
-        recipe = recipe.model_copy(update={"modules": modules})
+        recipe = replace(recipe, modules=modules)
     return recipe
 
 
@@ -265,13 +266,13 @@ def _lifted_in(owner: Owner, name: str, loc: Loc, problems: Problems) -> Owner:
     slices = []
     for i, s in enumerate(owner.slices):
         sources, own = _lifted(s.sources, s.parameters, name, (*loc, "slices", i, "sources"), problems)
-        slices.append(s.model_copy(update={"sources": sources, "parameters": own}))
-    return owner.model_copy(update={"models": models, "parameters": level, "slices": tuple(slices)})
+        slices.append(replace(s, sources=sources, parameters=own))
+    return replace(owner, models=models, parameters=level, slices=tuple(slices))
 
 
 def _lifted(
-    inputs: Sequence[Input], level: Parameters, name: str, loc: Loc, problems: Problems
-) -> tuple[tuple[Input, ...], Parameters]:
+    inputs: Sequence[AnInput], level: Parameters, name: str, loc: Loc, problems: Problems
+) -> tuple[tuple[AnInput, ...], Parameters]:
     given = [(i, m.parameters[name]) for i, m in enumerate(inputs) if name in m.parameters]
     if not given:
         return tuple(inputs), level
@@ -283,8 +284,7 @@ def _lifted(
                 f"one {name!r} is shared by both models; got {setting.plain()!r} here and {wanted.plain()!r} elsewhere",
             )
     stripped = tuple(
-        m.model_copy(update={"parameters": Parameters({k: v for k, v in m.parameters.items() if k != name})})
-        for m in inputs
+        replace(m, parameters=Parameters({k: v for k, v in m.parameters.items() if k != name})) for m in inputs
     )
     return stripped, Parameters({**level, name: wanted})
 

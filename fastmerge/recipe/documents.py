@@ -169,7 +169,7 @@ def result(every: Sequence[Document]) -> Recipe:
             other.problems.warn(("name",), "nothing uses this document: it is not merged")
             other.problems.check()
             warnings += other.problems.origin.warnings
-    origin = found.recipe._origin  # noqa: SLF001  its own
-    if warnings and origin is not None:
-        found.recipe._origin = replace(origin, warnings=(*origin.warnings, *warnings))  # noqa: SLF001
-    return found.recipe
+    origin = found.recipe.origin
+    if not warnings or origin is None:
+        return found.recipe
+    return replace(found.recipe, origin=replace(origin, warnings=(*origin.warnings, *warnings)))

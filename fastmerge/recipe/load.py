@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic_core import ValidationError
 
 from fastmerge.checkpoint.system import read_regular
 from fastmerge.errors import RecipeError
@@ -16,7 +16,7 @@ from fastmerge.recipe import stray
 from fastmerge.recipe import tree as yamltree
 from fastmerge.recipe.modules import hoist
 from fastmerge.recipe.problems import Problems, hint
-from fastmerge.recipe.schema import Shape
+from fastmerge.recipe.schema import Shape, validate
 from fastmerge.recipe.settings import Parameters, Rule, Setting, read
 from fastmerge.recipe.tree import Loc, Map, Seq, kind
 
@@ -96,7 +96,7 @@ def build(
         problems.add(("merge_method",), f"unknown method {wanted!r}{hint(wanted, methods)}; known: {known}")
     data = _Levels(tree, method, methods, problems).data()
     try:
-        return cls.model_validate(data), problems
+        return cls(**validate(data)), problems
     except ValidationError as e:
         mended = True
         for error in e.errors(include_url=False):
@@ -112,7 +112,7 @@ def build(
                 problems.add(loc, message(error))
                 mended = False
     try:
-        return (cls.model_validate(data) if mended else None), problems
+        return (cls(**validate(data)) if mended else None), problems
     except ValidationError:
         return None, problems
 

@@ -60,6 +60,7 @@ def need(
     *,
     elements: int = UNIT_ELEMENTS,
     whole: Callable[[Spec], bool] = lambda _: False,
+    defined: Callable[[Spec], bool] = lambda _: False,
     made: Callable[[Op], tuple[int, int]] = lambda op: (max(map(workspace, op.inputs)), 0),
 ) -> Need:
     """What the ops of a plan ask for; looks once at each spec.
@@ -68,6 +69,7 @@ def need(
         ops: the plan's.
         elements: per unit, where memory allows it.
         whole: whether tensors of a spec are never cut.
+        defined: whether the definition makes them.
         made: what an op takes for the inputs that are made: bytes beside its slot, and bytes that stay.
     """
     least = best = tables = beside = 0
@@ -81,7 +83,7 @@ def need(
         n, uncut = spec.numel, spec.grain == "matrix" or whole(spec)
         if uncut:
             piece = keep = n
-            beside = max(beside, spec.workspace)
+            beside = max(beside, spec.method.defined(spec) if defined(spec) else spec.workspace)
         elif spec.grain == "row":
             piece, keep = max(spec.row, TILE), max(spec.row, elements)
         else:

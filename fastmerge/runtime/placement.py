@@ -115,7 +115,7 @@ def place(ops: Sequence[Op], chosen: Backend, budget: Budget, *, warm: bool = Fa
     """
     if not chosen.gpus:
         whole = uncut(ops, chosen)
-        wants = need(ops, whole=whole, made=making(chosen))
+        wants = need(ops, whole=whole, defined=chosen.defined, made=making(chosen))
         slots = cpu_slots(wants, budget.memory, workers(chosen), warm=warm)
         jobs = schedule(ops, slot=slots.nbytes, elements=UNIT_ELEMENTS, whole=whole)
         left = room(ops, jobs, beside(wants, slots, budget.memory))
@@ -123,7 +123,7 @@ def place(ops: Sequence[Op], chosen: Backend, budget: Budget, *, warm: bool = Fa
         return
     gpus = logical(chosen)
     whole = uncut(ops, chosen)
-    wants = need(ops, elements=gpu.UNIT_ELEMENTS, whole=whole, made=making(chosen))
+    wants = need(ops, elements=gpu.UNIT_ELEMENTS, whole=whole, defined=chosen.defined, made=making(chosen))
     slots = gpu_slots(wants, len(gpus), budget, _limit(gpus, budget))
     jobs = schedule(ops, slot=slots.nbytes, elements=gpu.UNIT_ELEMENTS, whole=whole)
     # No more slots than units: they would be locked for nothing.

@@ -5,13 +5,22 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, StrictStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from fastmerge.checkpoint.system import read_regular
 from fastmerge.errors import RecipeError
 from fastmerge.recipe import tree as yamltree
 from fastmerge.recipe.problems import Problems, hint
-from fastmerge.recipe.schema import Integer, Value
+from fastmerge.recipe.schema import integer
 from fastmerge.recipe.tree import Loc, Map, Odd, kind
 from fastmerge.search.running import HELD_OUT
 
@@ -33,11 +42,12 @@ def _sampler(value: Any) -> Any:
 _EXPECTED = "expected a mapping with 'recipe' and 'evaluator'"
 
 
+Integer = Annotated[StrictInt, BeforeValidator(integer)]
 Positive = Annotated[Integer, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
-class Document(Value):
+class Document(BaseModel):
     """All keys of the file of a search.
 
     Attributes:
@@ -50,6 +60,8 @@ class Document(Value):
         racing: rounds of a race; 1 for none.
         objectives: names of the scores where there are several.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: dict[str, Any]
     evaluator: Annotated[dict[str, Any], AfterValidator(_one)]

@@ -28,7 +28,7 @@ CALLS = {
     "arcee_fusion": ({}, 1, 0),
 }
 KERNELS = {"linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic", "ties", "model_stock"}
-KERNELS |= {"dare_ties", "dare_linear"}
+KERNELS |= {"dare_ties", "dare_linear", "sce", "arcee_fusion"}
 """Those that the engine has kernels for; for others mergekit's own code runs, until they have some."""
 RANDOM = ("dare_ties", "dare_linear", "della", "della_linear")
 

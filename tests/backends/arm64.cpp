@@ -81,6 +81,28 @@ void gram(Arguments& a) {
   kernels().gram(g);
 }
 
+void gram_kept(Arguments& a) {
+  GramArgs g{};
+  g.table = a.table();
+  g.partials = a.array<double>(nullptr, &g.columns);
+  g.delta = true;
+  KeepArgs k;
+  k.round_code = -1, k.drop = false, k.trim = k.variance = true;
+  k.model_index = a.array<int32_t>(), k.bern = a.array<int32_t>();
+  k.thr = a.array<uint64_t>(), k.cut = a.array<int64_t>();
+  g.keep = &k;
+  const Scratch scratch = scratch_of(gram_scratch(g.table.inputs, g.columns, g.table.wide()));
+  g.scratch = scratch.get();
+  kernels().gram(g);
+}
+
+void importance(Arguments& a) {
+  ImportanceArgs i{a.table(), a.array<double>(), a.array<void>(), nullptr};
+  const Scratch scratch = scratch_of(16 * importance_row(check_rows(i.table)));
+  i.scratch = scratch.get();
+  kernels().importance(i);
+}
+
 void dot(Arguments& a) {
   DotArgs d{};
   d.table = a.table();
@@ -99,17 +121,32 @@ void fold(Arguments& a) {
   kernels().fold(f);
 }
 
+void delta_keys(Arguments& a) {
+  DeltaKeysArgs d{a.table(), a.deltas(), a.array<void>()};
+  d.deltas.variance = a.flag();
+  kernels().delta_keys(d);
+}
+
+void consensus(Arguments& a) {
+  ConsensusArgs c{a.table(), a.word(), a.keep(),          a.word(),          a.flag(),
+                  a.word(),  a.word(), a.array<double>(), a.array<double>(), a.array<int64_t>()};
+  c.keep.variance = a.flag();
+  kernels().consensus(c);
+}
+
 void count(Arguments& a) {
   CountArgs c{};
   c.table = a.table(), c.deltas = a.deltas();
   c.lo = a.array<uint64_t>(), c.hi = a.array<uint64_t>(), c.counts = a.array<int64_t>();
   c.keys = a.array<void>(nullptr, &c.cap);
   c.where = a.array<int64_t>(), c.used = a.array<int64_t>();
+  c.deltas.variance = a.flag();
   kernels().count(c);
 }
 
 void find_kth(Arguments& a) {
   KthArgs k{a.table(), a.deltas(), a.array<int64_t>(), a.array<uint64_t>(), a.array<int64_t>(), nullptr};
+  k.deltas.variance = a.flag();
   const Scratch scratch = scratch_of(kth_scratch(longest_whole(k.table), k.table.inputs, k.table.wide()));
   k.scratch = scratch.get();
   kth(k);
@@ -140,12 +177,18 @@ bool run(const char* name, Arguments a, Answer& answer) {
                a.flag(), a.flag()});
   else if (is("gram"))
     gram(a);
+  else if (is("gram_kept"))
+    gram_kept(a);
+  else if (is("importance"))
+    importance(a);
+  else if (is("fuse"))
+    k.fuse({a.table(), a.word(), a.array<double>(), a.real(), a.array<int64_t>()});
   else if (is("dot"))
     dot(a);
   else if (is("fold"))
     fold(a);
   else if (is("delta_keys"))
-    k.delta_keys({a.table(), a.deltas(), a.array<void>()});
+    delta_keys(a);
   else if (is("count"))
     count(a);
   else if (is("kth"))
@@ -155,8 +198,7 @@ bool run(const char* name, Arguments a, Answer& answer) {
   else if (is("votes"))
     k.votes({a.table(), a.keep(), a.word(), a.flag(), a.array<double>(), a.array<int64_t>()});
   else if (is("consensus"))
-    k.consensus({a.table(), a.word(), a.keep(), a.word(), a.flag(), a.word(), a.word(), a.array<double>(),
-                 a.array<double>(), a.array<int64_t>()});
+    consensus(a);
   else if (is("replicate"))
     k.replicate(
         {a.table(), a.word(), a.array<double>(), a.array<int64_t>(), a.array<NormalLine>(), a.array<int64_t>()});

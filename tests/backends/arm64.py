@@ -28,8 +28,11 @@ CODES = {"dequantise": 6, "largest": 3, "quantise": 5}
 """Kernels that take the address of a table, by its columns."""
 TABLELESS = ("fold", "philox_u16", "count_nonfinite", "apart", "peel", "low_rank")
 KERNELS = (
-    "combine", "gram", "dot", "delta_keys", "count", "kth", "l1", "votes", "consensus", "replicate", *TABLELESS, *CODES,
+    "combine", "gram", "gram_kept", "dot", "delta_keys", "count", "kth", "l1", "votes", "consensus", "importance",
+    "fuse", "replicate", *TABLELESS, *CODES,
 )  # fmt: skip
+VARIANCE = {"delta_keys": 8, "count": 13, "kth": 10, "consensus": 18}
+"""Kernels whose last argument says whether elements are ranked by variance: how many they have."""
 
 
 def build(folder):
@@ -62,6 +65,8 @@ class Image:
         args = tuple([a for a in args if a is not None])  # bits that nobody left, which are last
         if name == "combine":
             args = (*args, False, False)[:10]  # far and wide
+        if name in VARIANCE:
+            args = (*args, False)[: VARIANCE[name]]
         if name in CODES:
             args = (rows_at(args[0], args[1], CODES[name]), *args[2:])
         table, rest = (None, args) if name in TABLELESS else (args[0].copy(), args[1:])
@@ -171,7 +176,7 @@ def addresses(name, args):
         return {TRANSFERS[name]: table[:, -1]}
     inputs = HEADER + len(args[1])
     found = {HEADER + i: sizes(table[:, HEADER + i], table[:, LENGTH], int(c)) for i, c in enumerate(args[1])}
-    if name in ("combine", "consensus", "replicate"):
+    if name in ("combine", "consensus", "replicate", "fuse"):
         found |= dict.fromkeys((OUT, *range(inputs, table.shape[1])), table[:, LENGTH] * BY_CODE[args[2]].size)
     return found
 

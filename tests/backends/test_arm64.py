@@ -21,8 +21,10 @@ from tests.backends import (
     test_native_candidates,
     test_native_coded,
     test_native_consensus,
+    test_native_importance,
     test_native_select,
     test_native_values,
+    test_native_variance,
 )
 from tests.ops import test_gathered, test_quantised, test_replicate
 
@@ -52,7 +54,7 @@ def arm(program):
 
 def test_every_kernel_is_known():
     table = set(re.findall(r"isa::(\w+)", (arm64.ROOT / "csrc/dispatch.cpp").read_text()))
-    assert table | {"kth"} == {name.removesuffix("_u16") for name in arm64.KERNELS}
+    assert table | {"kth", "gram_kept"} == {name.removesuffix("_u16") for name in arm64.KERNELS}
 
 
 @pytest.mark.parametrize("delta", [False, True])
@@ -87,6 +89,22 @@ def test_combine_of_rows_and_large_tensors(arm):
 @pytest.mark.parametrize("kinds", [(3, 1, 2), (0, 3, 1, 2)], ids=str)
 def test_gram(arm, kinds):
     test_native.test_gram([_native.isa()], kinds)
+    assert arm.unlike() == []
+
+
+@pytest.mark.parametrize("codes", [(3, 3, 3, 3), (0, 3, 1)], ids=str)
+def test_variance(arm, codes):
+    test_native_variance.test_keys_and_counts(codes)
+    test_native_variance.test_thresholds_of_whole_tensors(codes)
+    test_native_variance.test_sums_and_merges_of_what_stays(codes)
+    test_native_variance.test_coded_inputs(test_native_coded.SHAPES[0], (4, 3, 4))
+    assert arm.unlike() == []
+
+
+@pytest.mark.parametrize("codes", [(3, 3), (1, 0)], ids=str)
+def test_importance(arm, codes):
+    for kind in ("normal", "two", "special"):
+        test_native_importance.test_importances_and_merges(codes, kind)
     assert arm.unlike() == []
 
 

@@ -169,8 +169,8 @@ the same order of ties. *Deviation* is the largest difference from mergekit over
 the RMS errors of fastmerge and of mergekit against the definition in fp64. Weights have a standard deviation of 0.02,
 updates of 0.5, so that no two magnitudes are equal. What differs on purpose stands in the
 [README](../README.md#methods). In fp32 mergekit's `linear` fuses multiplication and addition where the processor can;
-fastmerge sums plain averages in fp64 there, and has the same bits on every machine. `make conformance` compares whole
-recipes.
+fastmerge sums plain averages in fp64 there, weighs and adds what is kept of task vectors in fp64 too, and has the same
+bits on every machine. `make conformance` compares whole recipes.
 
 | method | parameters | fp64: deviation | fp32 | errors in fp32 | bf16 | errors in bf16 | why in fp64 |
 |---|---|---|---|---|---|---|---|"""

@@ -139,6 +139,8 @@ def describe(name: str, constants: dict) -> str:
     words += [f.lower() for f in flags if constants.get(f)]
     if constants.get("WIDE") and not any((constants["CODES"] >> (4 * i)) & 15 == 0 for i in range(count or 0)):
         words.append("wide")
+    elif constants.get("WIDE_SUMS") and not constants.get("WIDE"):
+        words.append("wide sums")
     return " ".join(words)
 
 

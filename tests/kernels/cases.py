@@ -78,7 +78,7 @@ class Case:
         return found
 
     def keep_args(self, keep, *, round_code=-1):
-        """The arguments of the keep pipeline; ``keep`` names what is on: drop, index, all, above, spread, never."""
+        """The arguments of the keep pipeline; ``keep`` has any of drop, index, all, above, spread, never, wide."""
         args = self.delta_args(round_code=round_code, drop="drop" in keep)
         thr = np.zeros((self.groups, self.n), np.uint64)
         cut = np.full((self.groups, self.n, 3), -1, np.int64)
@@ -95,7 +95,7 @@ class Case:
                 if "never" in keep and i == 0:
                     thr[g, i], cut[g, i] = 2**64 - 1, (0, 0, -1)
         trim = any(word in keep for word in ("index", "all", "above", "spread", "never"))
-        return Keep(args, trim, thr, cut)
+        return Keep(args, trim, thr, cut, wide_sums="wide" in keep)
 
     def rules(self, elect, split, zero=0, merge=0):
         """The rules of a consensus with random numbers."""

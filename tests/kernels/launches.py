@@ -50,8 +50,8 @@ def launches(only: str):
     def l1(words):
         return lambda k, c: k.l1(c.segments, keep(c, words), np.zeros((9, c.n, 2)))
 
-    def votes(k, c):
-        k.votes(c.segments, keep(c, "all"), c.rules(1, False).votes, np.zeros((9, 2), np.int64))
+    def votes(words="all"):
+        return lambda k, c: k.votes(c.segments, keep(c, words), c.rules(1, False).votes, np.zeros((9, 2), np.int64))
 
     def count(drop=False):
         def call(k, c):
@@ -84,7 +84,7 @@ def launches(only: str):
         d = (3,) * (n + 1)
         plan += [("consensus", d, consensus("index cut", ties)), ("consensus", d, consensus("drop", dare))]
         plan += [("consensus", d, consensus("drop", ties)), ("l1", d, l1("drop")), ("l1", d, l1("all"))]
-        plan += [("votes", d, votes), ("delta_keys", d, delta_keys)]
+        plan += [("votes", d, votes()), ("delta_keys", d, delta_keys)]
     plan += [("dot", (code,) * (n + 2), dot) for code in (3, 2, 1) for n in (2, 4)]
     plan += [("dot", codes, dot) for codes in ((3,) * 10, (1, 3, 3, 1), (1,) * 10, (1, 0, 1))]
     plan += [("consensus", (3,) * 9, consensus(*c)) for c in (("all", ties), ("drop", dare))]
@@ -94,8 +94,13 @@ def launches(only: str):
     plan += [("combine", d, combine(True, 3.0)), ("count", d, count(True)), ("combine", (0, 3), combine(True))]
     plan += [("combine", c, combine(False, wide=True)) for c in ((1, 1), (1, 1, 1), (1, 1, 1, 1))]
     plan += [("gram", (3, 0), gram(False)), ("consensus", (0, 3, 3), consensus("all", ties))]
+    w, sums = (1, 1, 1), "with wide sums"
+    plan += [(f"consensus {sums}", (1,) * n, consensus("all wide", ties)) for n in (3, 5, 9)]
+    plan += [(f"consensus {sums}", w, consensus("drop wide", m)) for m in (ties, dare)]
+    plan += [(f"consensus {sums}", w, consensus("all wide", (1, False, 0, MAX)))]
+    plan += [(f"l1 {sums}", w, l1("drop wide")), (f"votes {sums}", w, votes("all wide"))]
     tails = [("combine", d, combine(True)), ("gram", d, gram(True)), ("consensus", d, consensus("index", ties))]
-    tails += [("count", d, count()), ("l1", d, l1("drop index")), ("votes", d, votes), ("delta_keys", d, delta_keys)]
+    tails += [("count", d, count()), ("l1", d, l1("drop index")), ("votes", d, votes()), ("delta_keys", d, delta_keys)]
     tails += [("consensus", d, consensus("drop spread", ties)), ("dot", (3,) * 4, dot)]
 
     def everything(kernels):

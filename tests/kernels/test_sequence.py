@@ -47,6 +47,13 @@ def test_special_values(method, case):
     assert unlike_definition(method, case, types, ((1,), (13, 100)), special=special) == []
 
 
+@pytest.mark.parametrize("name", ["ties-0", "ties-1", "ties-5", "ties-9", "dare_linear-0", "dare_ties-1"])
+def test_sums_in_fp64(name):
+    """What is stored in fp32, with and without rescales, majorities and elections."""
+    method, case = CASES[CASE_IDS.index(name)]
+    assert unlike_definition(method, case, "fp32", ((5,), (33, 41))) == []
+
+
 @pytest.mark.parametrize("name", BRACKETED)
 def test_selected_by_brackets(name, monkeypatch):
     """Tensors of a thousand elements are sampled, bracketed and counted, beside some that are not."""

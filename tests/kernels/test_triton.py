@@ -201,7 +201,12 @@ def test_fold(first):
 
 @pytest.mark.parametrize(
     ("codes", "keep", "sizes"),
-    [((3, 3, 3), "index", (2048, 9)), ((1, 3), "drop+spread", (2100,)), ((0,) + (3,) * 5, "all", (2048,))],
+    [
+        ((3, 3, 3), "index", (2048, 9)),
+        ((1, 3), "drop+spread", (2100,)),
+        ((1, 1, 1), "drop wide", (5000, 9)),
+        ((0,) + (3,) * 5, "all", (2048,)),
+    ],
 )
 def test_l1(codes, keep, sizes):
     case = Case(codes, sizes=sizes)
@@ -350,6 +355,14 @@ def test_every_mode(mode):
     assert unlike_numpy(case, lambda k, s: k.consensus(s, *args)) == []
 
 
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_every_mode_with_sums_in_fp64(mode):
+    i = MODES.index(mode)
+    case = Case([(1, 1, 1), (3, 1, 2), (1,) * 10][i % 3], out=1, sizes=(9, 2048 + 8), seed=i)
+    args = case.keep_args(KEEPS[i % len(KEEPS)] + " wide"), case.rules(*mode)
+    assert unlike_numpy(case, lambda k, s: k.consensus(s, *args)) == []
+
+
 @pytest.mark.parametrize("codes", [(1, 1, 1), (3, 3, 3), (0, 3, 1)], ids=str)
 @pytest.mark.parametrize("shift", [0, 1])
 def test_zeros_and_nans_of_the_largest(codes, shift):
@@ -447,10 +460,11 @@ def test_ties_that_are_all_kept_or_all_lost(keep):
     assert unlike_numpy(case, lambda k, s: k.consensus(s, *args)) == []
 
 
+@pytest.mark.parametrize("wide", ["", " wide"])
 @pytest.mark.parametrize(("elect", "split"), [(1, False), (1, True), (2, False)])
-def test_votes(elect, split):
+def test_votes(elect, split, wide):
     case = Case((3, 1, 3), sizes=(2048, 77))
-    args = case.keep_args("drop+index"), case.rules(elect, split).votes
+    args = case.keep_args("drop+index" + wide), case.rules(elect, split).votes
     got, want = np.full((2, case.tiles, 2), -1, np.int64)
     TRITON.votes(case.segments, *args, got)
     NUMPY.votes(case.segments, *args, want)

@@ -206,7 +206,6 @@ def test_it_is_a_matter_of_each_spec():
 
 
 PARTLY = {
-    "sce": {"select_topk": [{"filter": "norm", "value": 1.0}, {"value": 0.5}]},
     "nuslerp": {"weight": 0.5, "nuslerp_flatten": False, "nuslerp_row_wise": [{"filter": "q_proj", "value": True}]},
 }
 

@@ -1,7 +1,8 @@
 """Against mergekit 0.1.5 and peft, through their functions in memory, and against the papers' rules written out.
 
 fp64 agrees to 1e-12 and fp32 to 1e-5 of the tensor's largest value on data without equal magnitudes; DARE with the
-same mask; TIES as a set where magnitudes are equal; and in bf16 the error against fp64 is no larger than mergekit's.
+same mask; TIES as a set where magnitudes are equal; and in bf16 and fp32 the error against fp64 is no larger than
+mergekit's.
 """
 
 import importlib.util
@@ -153,15 +154,22 @@ def test_slerp_of_siblings_is_linear(monkeypatch):
     assert torch.allclose(ours(op, inputs), want, atol=1e-16)
 
 
+FLIPS = {"bf16": 0, "fp32": 4}
+"""Largest errors that are left out, of both: fp32 may not tell sums that are nearly equal, or task vectors at a
+threshold, and then an element falls to the other side."""
+
+
+@pytest.mark.parametrize(("types", "apart"), [("bf16", True), ("fp32", True), ("fp32", False)])
 @every_case
-def test_bf16_is_at_least_as_accurate(name, case, monkeypatch):
-    op = oracle.op_of(get(name), case, (64, 512), "bf16")
+def test_at_least_as_accurate(name, case, types, apart, monkeypatch):
+    op = oracle.op_of(get(name), case, (64, 512), types)
     exact = oracle.op_of(get(name), case, (64, 512), "fp64")
-    inputs = oracle.inputs_of(op, seed=5, tie_free=True)
+    inputs = oracle.inputs_of(op, seed=5, tie_free=apart)
     truth = exact.spec.method.reference([x.double() for x in inputs], exact)
 
     def error(x):
-        return (x.double() - truth).square().mean().sqrt().item()
+        found = (x.double() - truth).abs().flatten()
+        return found.topk(found.numel() - FLIPS[types], largest=False).values.square().mean().sqrt().item()
 
     want = theirs(name, op, inputs, case, monkeypatch)
     assert error(ours(op, inputs)) <= 1.001 * error(want)

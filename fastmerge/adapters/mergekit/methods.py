@@ -137,7 +137,8 @@ def _merged(
         cast = [t.to(dtype) if _rounds(t.dtype, dtype) else t for t in tensors]
         out = out_dtype or (torch.promote_types(dtype, torch.float32) if name in WIDE else dtype)
         inputs, spec = call.spec("", cast, dtype_of(out))
-        if why := spec.method.gap():
+        lacking = spec.method.wants() if home.type != "cpu" else ()
+        if why := spec.method.gap() or (lacking and f"{name} lacks kernels on {home}"):
             raise BackendUnavailable(why)  # a definition is no quicker than mergekit's code
         if spec.method.random and draw is None:
             # From torch's generator, so that seeds of a caller count and masks differ from call to call.

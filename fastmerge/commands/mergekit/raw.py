@@ -54,7 +54,7 @@ def merge(config: str, out: str, settings: Settings, *, intersection: bool, unio
             ]
         )
     if union and not intersection:
-        recipe = recipe.model_copy(update={"missing": "merge"})
+        recipe = replace(recipe, missing="merge")
     with _opened(recipe, Path(out), allow_pickle=allow_pickle) as models:
         chosen = models
         if intersection or not union:

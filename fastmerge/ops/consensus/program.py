@@ -108,7 +108,12 @@ class ConsensusProgram(Program):
         return Deltas(code, self._words.drop, self._models, self._bernoulli)
 
     def _keep(self, segments: Segments, *, trim: bool = True, bits: U32 | None = None) -> Keep:
-        return Keep(self._deltas(segments), self._words.trim and trim, self._thr, self._cut, bits)
+        trims = self._words.trim and trim
+        return Keep(self._deltas(segments), trims, self._thr, self._cut, bits, wide_sums=self._wide_sums(segments))
+
+    def _wide_sums(self, segments: Segments) -> bool:
+        """Of a table, whose tensors are alike in this; those of a whole model need not be."""
+        return len(segments) > 0 and self._rules[int(segments.table[0, GROUP])].wide_sums
 
     def _ranks(self) -> I64:
         """How many elements each (group, model) keeps; with one threshold for all, of the model's total."""
@@ -170,7 +175,7 @@ class ConsensusProgram(Program):
             order = np.array(sorted(range(len(self._ops)), key=lambda g: self._ops[g].name.encode()))
         elif words.trim and not given:
             order = np.argsort(launcher.ways(segments), kind="stable")
-        s = launcher.sequence(segments, order)
+        s = launcher.sequence(segments, order, wide_sums=self._wide_sums(segments))
         made = self._make_tables()
         deltas = s.deltas(self._deltas(segments))
         keep = whole = s.untrimmed(deltas)
@@ -278,7 +283,11 @@ class ConsensusProgram(Program):
             totals = self._fold(gather([Partial(spans, sums)], self._tiles))
             for g, i in itertools.product(range(len(self._ops)), thinned):
                 self._factor[g, i] = l1_factor(totals[g][i][0], totals[g][i][1], self._ops[g].name)
-        self._kernels.consensus(segments, keep, self._make_tables())
+        self._kernels.consensus(segments, keep._replace(wide_sums=self._wide_sums(segments)), self._make_tables())
+
+    def merge(self, segments: Segments, keep: Keep) -> None:
+        """The merge of what is kept by a rule that is not theirs."""
+        self._kernels.consensus(segments, keep._replace(wide_sums=self._wide_sums(segments)), self._make_tables())
 
     def apply(self, segments: Segments) -> None:
         """The merge itself."""

@@ -12,6 +12,9 @@
 
 The quotient comes first because it takes one of 2^N values: a table, where a division per element would cost more
 than the rest. G = 0 counts as 1; a quotient too large for the work type is its largest number.
+
+A result that is stored in fp32 would show the roundings of weights, sums and quotient, so from v_i on its work type is
+fp64 (``wide_sums``), and lanes of sums of magnitudes are added in fp64; task vectors, and what is kept, are as ever.
 """
 
 from __future__ import annotations
@@ -86,6 +89,8 @@ def mix(
     """From kept deltas to the unrounded output."""
     import torch
 
+    if rules.wide_sums:
+        base, d = base.double(), [x.double() for x in d]
     coefficients = [w * f for w, f in zip(rules.weight, factors, strict=True)]
     v = [ref.number(c, x) * x for c, x in zip(coefficients, d, strict=True)]
     a, b = v[0], v[0].abs()
@@ -129,7 +134,8 @@ def reference(
     def restore(before: list[list[torch.Tensor]]) -> None:
         for g, d in enumerate(found):
             for i in models:
-                was, now = (float(ref.ordered_sum(x[i].abs())) for x in (before[g], d))
+                wide = rules[g].wide_sums
+                was, now = (float(ref.ordered_sum(x[i].abs(), wide=wide)) for x in (before[g], d))
                 factors[g][i] = l1_factor(was, now, ops[g].name)
 
     raw = [list(d) for d in found]
@@ -157,5 +163,7 @@ def reference(
 
 
 def _votes(d: Sequence[torch.Tensor], factors: Sequence[float], rules: Consensus) -> torch.Tensor:
+    if rules.wide_sums:
+        d = [x.double() for x in d]
     v = [ref.number(w * f, x) * x for w, f, x in zip(rules.weight, factors, d, strict=True)]
     return vote(v, d, factors, rules)

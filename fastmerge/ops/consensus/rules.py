@@ -32,6 +32,7 @@ class Consensus(NamedTuple):
         zero: what a tied vote elects: ``plus``, ``majority`` (of all elements) or ``base`` (no change).
         merge: ``mean``, ``sum`` or ``max``.
         l1: restore the sum of magnitudes that ``drop`` or ``trim`` took; ``none``.
+        wide_sums: from the kept task vectors on everything is fp64, whatever they are.
     """
 
     weight: tuple[float, ...]
@@ -53,6 +54,7 @@ class Consensus(NamedTuple):
     zero: Literal["plus", "majority", "base"]
     merge: Literal["mean", "sum", "max"]
     l1: Literal["none", "drop", "trim"]
+    wide_sums: bool
 
     @property
     def words(self) -> tuple[object, ...]:
