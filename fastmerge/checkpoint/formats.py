@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,8 @@ from fastmerge.dtypes import FLOATS
 if TYPE_CHECKING:
     from fastmerge.checkpoint.header import TensorInfo
     from fastmerge.checkpoint.quantised import Found
+
+_DTYPE = attrgetter("dtype")
 
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
@@ -110,7 +113,7 @@ def settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def not_floats(tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether any tensor is of a type for no arithmetic."""
-    return not {info.dtype for info in tensors.values()} <= set(FLOATS)
+    return not {*map(_DTYPE, tensors.values())} <= {*FLOATS}
 
 
 def quantised(

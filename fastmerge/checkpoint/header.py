@@ -89,8 +89,17 @@ class Header(NamedTuple):
     identity: tuple[int, int, int, int]
 
 
-Seen = dict[tuple[str, int, int], Header]
-"""Headers by digest, file size and file number: those of models of one family are often the same bytes."""
+class Seen:
+    """What was checked already: the headers of models of one family are often the same bytes.
+
+    Attributes:
+        headers: by digest, file size and file number.
+        tables: the tensors of whole models by name, by the digests and sizes of their files.
+    """
+
+    def __init__(self) -> None:
+        self.headers: dict[tuple[str, int, int], Header] = {}
+        self.tables: dict[tuple[tuple[str, int], ...], dict[str, TensorInfo]] = {}
 
 
 def printable(names: Collection[str]) -> bool:
@@ -380,11 +389,11 @@ def read_header(path: Path, *, file: int = 0, seen: Seen | None = None) -> Heade
         raise CheckpointError(f"{path}: cannot read: {error.strerror}") from None
     finally:
         os.close(fd)
-    seen = {} if seen is None else seen
+    headers = {} if seen is None else seen.headers
     key = (hashlib.sha256(raw).hexdigest(), info.st_size, file)
-    if key not in seen:
-        seen[key] = parse(raw, 8 + length, info.st_size - 8 - length, where=str(path), file=file)
-    return seen[key]._replace(identity=(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns))
+    if key not in headers:
+        headers[key] = parse(raw, 8 + length, info.st_size - 8 - length, where=str(path), file=file)
+    return headers[key]._replace(identity=(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns))
 
 
 def _read(fd: int, path: Path, nbytes: int, offset: int) -> bytes:

@@ -8,6 +8,7 @@ import itertools
 import json
 from dataclasses import dataclass, field
 from math import prod
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastmerge.checkpoint.header import MAX_HEADER, listing, name_problem, of_fields, printable
@@ -122,8 +123,8 @@ def layout(
     if not shard_size >= 1:
         raise OutputError(f"shard size: expected at least 1 byte, got {shard_size}")
     rows = [*tensors]
-    names = [name for name, _, _ in rows]
-    pairs = [(dtype, shape) for _, dtype, shape in rows]
+    names = [*map(itemgetter(0), rows)]
+    pairs = [*map(itemgetter(1, 2), rows)]
     known = {pair: _kind(*pair) for pair in dict.fromkeys(pairs)}
     kinds = [*map(known.__getitem__, pairs)]
     simple = printable(names)
@@ -191,8 +192,9 @@ def _header(
     names: Iterable[str], kinds: Iterable[_Kind], stops: Sequence[int], metadata: Mapping[str, str], shard: str
 ) -> bytes:
     """The shard's first bytes; the names as JSON has them between quotes."""
-    rows = zip(names, kinds, stops[:-1], stops[1:], strict=True)
-    entries = [f'"{name}":{kind.text}{start},{stop}]}}' for name, kind, start, stop in rows]
+    places = [*map(str, stops)]
+    rows = zip(names, [kind.text for kind in kinds], places[:-1], places[1:], strict=True)
+    entries = [f'"{name}":{text}{start},{stop}]}}' for name, text, start, stop in rows]
     text = "{" + ",".join([f'"__metadata__":{_json(metadata)}', *entries]) + "}"
     raw = text.encode()
     length = -(-(8 + len(raw)) // ALIGN) * ALIGN - 8

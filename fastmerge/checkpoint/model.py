@@ -15,7 +15,7 @@ from fastmerge.checkpoint.quantised import Found, Quantised, find
 from fastmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 _NAME = attrgetter("name")
 
@@ -116,27 +116,26 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot read: {error.strerror}") from None
         problems = list(found.problems)
+        seen = seen or Seen()
         files: list[ShardFile] = []
-        tensors: dict[str, TensorInfo] = {}
-        twice: dict[str, list[str]] = {}
+        every: list[tuple[TensorInfo, ...]] = []
         for file in found.files:
             try:
                 header = read_header(file, file=len(files), seen=seen)
             except CheckpointError as error:
                 problems.extend(error.problems)
                 continue
-            mine = dict(zip(map(_NAME, header.tensors), header.tensors, strict=True))
-            if not tensors.keys().isdisjoint(mine.keys()):
-                for name in (n for n in mine if n in tensors):
-                    twice.setdefault(f"{files[tensors[name].file].path.name} and {file.name}", []).append(name)
-            if tensors:
-                tensors |= mine
-            else:
-                tensors = mine
             files.append(ShardFile(file, header.size, header.identity, header.digest, header.metadata))
-            if len(tensors) > MAX_TENSORS:
+            every.append(header.tensors)
+            if sum(map(len, every)) > MAX_TENSORS:
                 raise CheckpointError(f"{path}: more than {MAX_TENSORS} tensors")
-        problems += [f"{found.directory}: tensors in both {pair}: {listing(n)}" for pair, n in twice.items()]
+        key = tuple([(file.header_hash, file.size) for file in files])
+        tensors = seen.tables.get(key)
+        if tensors is None:
+            tensors, twice = _by_name(files, every)
+            problems += [f"{found.directory}: tensors in both {pair}: {listing(n)}" for pair, n in twice.items()]
+            if not twice:
+                seen.tables[key] = tensors
         config, said = _config(found.directory)
         warnings = list(found.warnings)
         if found.weight_map is not None:
@@ -206,6 +205,22 @@ class Checkpoint:
                 problems.append(f"{file.path}: changed since it was opened: {'; '.join(changes)}")
         if problems:
             raise CheckpointError(problems)
+
+
+def _by_name(
+    files: Sequence[ShardFile], every: Sequence[tuple[TensorInfo, ...]]
+) -> tuple[dict[str, TensorInfo], dict[str, list[str]]]:
+    """The tensors of all files, and the names that are in two of them."""
+    tensors: dict[str, TensorInfo] = {}
+    twice: dict[str, list[str]] = {}
+    for file, infos in zip(files, every, strict=True):
+        mine = dict(zip(map(_NAME, infos), infos, strict=True))
+        if not tensors.keys().isdisjoint(mine.keys()):
+            for name in (n for n in mine if n in tensors):
+                pair = f"{files[tensors[name].file].path.name} and {file.path.name}"
+                twice.setdefault(pair, []).append(name)
+        tensors |= mine
+    return tensors, twice
 
 
 def _config(directory: Path) -> tuple[dict[str, Any], list[str]]:

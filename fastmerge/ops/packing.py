@@ -24,6 +24,7 @@ from fastmerge.dtypes import BF16, F16, F32, DType
 from fastmerge.errors import OutputError
 from fastmerge.ops.made import array
 from fastmerge.ops.quantised import I64, NUMBERS, Coding, F32Array, extension, two_to, values
+from fastmerge.ops.sources import Packed, Range
 
 Rule = Literal["reciprocal", "power", "divide", "mx"]
 
@@ -32,32 +33,6 @@ WRITTEN = frozenset({"float8_e4m3fn", "float4_e2m1fn"})
 
 _MOST = 448.0
 """The largest float8_e4m3fn."""
-
-
-class Range(NamedTuple):
-    """Bytes of a shard.
-
-    Attributes:
-        shard: position in the layout's ``shards``.
-        offset: first byte, absolute in the shard's file.
-        nbytes: length in bytes.
-    """
-
-    shard: int
-    offset: int
-    nbytes: int
-
-
-class Packed(NamedTuple):
-    """Where a result goes that is written as codes and scales: the first bytes of both.
-
-    Attributes:
-        codes: of the codes.
-        scales: of the scales.
-    """
-
-    codes: Range
-    scales: Range
 
 
 class Loss(NamedTuple):

@@ -76,6 +76,32 @@ class Made(Protocol):
         """Makes elements ``e0 .. e0 + n`` at an address."""
 
 
+class Range(NamedTuple):
+    """Bytes of a shard.
+
+    Attributes:
+        shard: position in the layout's ``shards``.
+        offset: first byte, absolute in the shard's file.
+        nbytes: length in bytes.
+    """
+
+    shard: int
+    offset: int
+    nbytes: int
+
+
+class Packed(NamedTuple):
+    """Where a result goes that is written as codes and scales: the first bytes of both.
+
+    Attributes:
+        codes: of the codes.
+        scales: of the scales.
+    """
+
+    codes: Range
+    scales: Range
+
+
 ALIGN = 64
 """Alignment of every run of input bytes in memory."""
 

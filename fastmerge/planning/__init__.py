@@ -219,7 +219,7 @@ def _open(
     out: dict[ModelRef, Checkpoint] = {}
     adapters: dict[ModelRef, Adapter] = {}
     problems: list[str] = []
-    seen: Seen = {}
+    seen = Seen()
     for ref in refs:
         try:
             open_already = given.get(str(ref)) or given.get(str(ref.bare))

@@ -102,7 +102,8 @@ class Inputs:
             sources = self.sources[part]
             run = list(group)
             columns = sources.columns(run)
-            odd = {at for column in columns for at, info in enumerate(column) if info is None}
+            apart = {id(column): column for column in columns}.values()
+            odd = {at for column in apart for at, info in enumerate(column) if info is None}
             odd.update([at for at, row in enumerate(run) if row.name in special])
             start = 0
             for at in [*sorted(odd), len(run)]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastmerge.checkpoint import of_fields
 from fastmerge.checkpoint.formats import settings
 from fastmerge.checkpoint.header import listing
 from fastmerge.dtypes import BF16, F16, F32, DType
 from fastmerge.methods.passthrough import COPY, Passthrough
-from fastmerge.ops.sources import FileRange
+from fastmerge.ops.sources import FileRange, Packed, Range
 from fastmerge.ops.spec import Op, Source, Spec
 from fastmerge.planning.names import kind
 from fastmerge.planning.sources import FLOAT8
@@ -233,8 +235,6 @@ def placed(
     made: Iterable[Op], places: Mapping[str, Place], packed: Mapping[str, tuple[Entry, Entry]]
 ) -> tuple[Op, ...]:
     """The ops in the order of the output's bytes, with their places."""
-    from fastmerge.ops.packing import Packed, Range
-
     order = {name: i for i, name in enumerate(places)}
     out: list[tuple[int, Op]] = []
     for op in made:
@@ -249,8 +249,8 @@ def placed(
 
 def entries(made: Iterable[Op], packed: Mapping[str, tuple[Entry, Entry]]) -> list[Entry]:
     """The tensors of the output's files."""
-    pairs = [(op.name, op.spec) for op in made]
-    plain = {spec: (spec.out_dtype, spec.shape) for spec in {spec for _, spec in pairs}}
+    fields = [(op.name, op.spec.out_dtype, op.spec.shape) for op in made]
+    plain = map(of_fields, itertools.repeat(Entry), fields)
     if not packed:
-        return [Entry(name, *plain[spec]) for name, spec in pairs]
-    return [entry for name, spec in pairs for entry in packed.get(name) or (Entry(name, *plain[spec]),)]
+        return [*plain]
+    return [entry for one in plain for entry in packed.get(one.name) or (one,)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.checkpoint import of_fields
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from fastmerge.checkpoint.adapter import Adapter
     from fastmerge.planning.layouts import Relaid
     from fastmerge.planning.modules import Modules
+
+_STORED = attrgetter("dtype", "nbytes")
 
 
 class Row(NamedTuple):
@@ -69,7 +72,7 @@ class Models:
         refs = list(dict.fromkeys(s.model for part in recipe.parts for s in part.sources))
         first = recipe.base_model if recipe.base_model in refs else refs[0]
         layout = recipe.layout or "base"
-        self.alike = all(self._tensors[ref].keys() == self._tensors[first].keys() for ref in refs)
+        self.alike = self._names_alike(refs, self._tensors[first])
         if self.alike and layout == "base" and self._same_stacks(refs, first):
             return []
         out, problems = [], []
@@ -97,8 +100,12 @@ class Models:
                 )
         if problems:
             raise CheckpointError(problems)
-        self.alike = all(self._tensors[ref].keys() == whole.keys() for ref in refs)
+        self.alike = self._names_alike(refs, self._tensors[first])
         return out
+
+    def _names_alike(self, refs: Iterable[ModelRef], whole: Mapping[str, TensorInfo]) -> bool:
+        every = [self._tensors[ref] for ref in refs]
+        return all(own is whole or own.keys() == whole.keys() for own in every)
 
     def tensors(self, ref: ModelRef) -> Mapping[str, TensorInfo]:
         """Tensors of a model, by the names that the reference uses once :meth:`align` has matched them."""
@@ -122,8 +129,8 @@ class Models:
     def exact(self, ref: ModelRef) -> frozenset[str]:
         """Tensors that a model of 16-bit floats holds in float32 all the same, as they lose too much by rounding."""
         sizes: Counter[str] = Counter()
-        for info in self.checkpoints[ref].tensors.values():
-            sizes[info.dtype.name] += info.nbytes
+        for (dtype, nbytes), count in Counter(map(_STORED, self.checkpoints[ref].tensors.values())).items():
+            sizes[dtype.name] += nbytes * count
         if not sizes["float32"] or 2 * (sizes["bfloat16"] + sizes["float16"]) < sizes["float32"]:
             return frozenset()
         return frozenset(n for n, i in self.tensors(ref).items() if i.dtype is F32)
@@ -171,8 +178,11 @@ class Sources:
         """For each source, base first, its tensors of rows of the part; None where it has none."""
         names: list[Any] = [row.inputs for row in rows]
         one = set(map(type, names)) == {str}
-        own = (names if one else [self.name(row, i) for row in rows] for i in self.order)
-        return [[*map(self.tensors[i].get, n)] for i, n in zip(self.order, own, strict=True)]
+        if one:  # models of one family share one table
+            tables = [self.tensors[i] for i in self.order]
+            found = {id(table): [*map(table.get, names)] for table in {id(t): t for t in tables}.values()}
+            return [found[id(table)] for table in tables]
+        return [[*map(self.tensors[i].get, [self.name(row, i) for row in rows])] for i in self.order]
 
     def name(self, row: Row, i: int) -> str:
         """Its name in one source."""

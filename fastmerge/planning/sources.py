@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint import Checkpoint, TensorInfo
@@ -56,7 +57,7 @@ class ModelSources:
         self.config: Mapping[str, Any] = checkpoint.config
         self.problems: list[str] = []
         self.warnings: list[str] = []
-        dtypes = {info.dtype.name for info in checkpoint.tensors.values()}
+        dtypes = {dtype.name for dtype in {*map(attrgetter("dtype"), checkpoint.tensors.values())}}
         self.unchanged = self._plain = not adapters and not dtypes & FLOAT8 and not self._quantised
         self._changes: Changes | None = None
         self._relaid: Mapping[str, tuple[Mapping[str, TensorInfo], Callable[[Callable[[str], Source]], Source]]] = {}

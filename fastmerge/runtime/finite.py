@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from fastmerge.dtypes import DType
 from fastmerge.errors import OutputError
-from fastmerge.ops.coded import values_at
 from fastmerge.ops.segments import E0, HEADER, LENGTH, OUT, Segments
 from fastmerge.ops.spec import Op
 from fastmerge.runtime.schedule import Unit
@@ -52,6 +51,8 @@ class NonFinite:
             coded = segments.coded or [False] * len(segments.dtypes)
             for address, dtype, codes in zip(row[HEADER:more], segments.dtypes, coded, strict=True):
                 if codes:
+                    from fastmerge.ops.coded import values_at
+
                     given |= ~np.isfinite(values_at(address, row[E0], row[LENGTH]))
                 else:
                     given |= _nonfinite(address, row[LENGTH], dtype)

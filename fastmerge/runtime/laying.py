@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from fastmerge.checkpoint import Place, of_fields
-from fastmerge.ops.coded import Coded, fits
-from fastmerge.ops.coded import coded as coded_input
-from fastmerge.ops.packing import Packed
-from fastmerge.ops.sources import ALIGN, FileRange, Made, Memory, Result
-from fastmerge.ops.spec import Op, Source, Spec
+from fastmerge.checkpoint import Place
+from fastmerge.ops.sources import ALIGN, FileRange, Made, Memory, Packed, Result
+from fastmerge.ops.spec import Op, Source, Spec, Target
 from fastmerge.runtime.schedule import BLOCK
 
 if TYPE_CHECKING:
+    from fastmerge.ops.coded import Coded
     from fastmerge.ops.packing import Packing
     from fastmerge.ops.quantised import Dequantised
 
+_FILE, _OFFSET = operator.attrgetter("file"), operator.attrgetter("offset")
+
 
 class Run(NamedTuple):
-    """Pieces of one input that follow each other where they come from, and so in the slot.
+    """Pieces of one input, or result, that follow each other where they come from, or go, and so in the slot.
 
     Attributes:
-        source: of the first.
+        end: where the first comes from, or goes.
         start: its first byte in the file; elsewhere its first element.
         nbytes: of all.
         pieces: how many.
     """
 
-    source: Source
+    end: Source | Target
     start: int
     nbytes: int
     pieces: int
@@ -55,41 +56,51 @@ class Laid(NamedTuple):
 
 def runs_of(spec: Spec, ops: Sequence[Op], firsts: Sequence[int], lengths: Sequence[int]) -> list[list[Run]]:
     """The runs of every input of pieces (first element, elements) of ops of one kind."""
-    sizes = {size: [n * size for n in lengths] for size in {d.size for d in spec.dtypes}}
-    return [_column([op.inputs[m] for op in ops], firsts, sizes[d.size], d.size) for m, d in enumerate(spec.dtypes)]
+    columns = zip(*[op.inputs for op in ops], strict=True)
+    return [_column(c, firsts, lengths, d.size) for c, d in zip(columns, spec.dtypes, strict=True)]
 
 
-def _column(sources: Sequence[Source], firsts: Sequence[int], sizes: Sequence[int], size: int) -> list[Run]:
-    """The runs of one input: of 50,000 neighbours one."""
+def results_of(ops: Sequence[Op], firsts: Sequence[int], lengths: Sequence[int], size: int) -> list[list[Run]]:
+    """The runs of every result, of so many bytes per element."""
+    return [_column(c, firsts, lengths, size) for c in zip(*[op.targets for op in ops], strict=True)]
+
+
+def _column(ends: Sequence[Source | Target], firsts: Sequence[int], lengths: Sequence[int], size: int) -> list[Run]:
+    """The runs of one input, or of one result: of 50,000 neighbours one. Step by step for all pieces."""
     runs: list[Run] = []
-    head: Source | None = None
-    begin = end = pieces = 0
-    model = file = -1
-    for source, e0, nbytes in zip(sources, firsts, sizes, strict=True):
-        if type(source) is FileRange:
-            info, of = source
-            start = info.offset + e0 * size
-            if start == end and info.file == file and of == model:
-                end += nbytes
-                pieces += 1
-                continue
-            if head is not None:
-                runs.append(of_fields(Run, (head, begin, end - begin, pieces)))
-            head, begin, end, pieces, model, file = source, start, start + nbytes, 1, of, info.file
+    at = 0
+    for kind, group in itertools.groupby(map(type, ends)):
+        stop = at + len([*group])
+        mine, begin, count = ends[at:stop], firsts[at:stop], lengths[at:stop]
+        nbytes = [n * size for n in count]
+        at = stop
+        if kind not in (FileRange, Place):
+            runs += map(Run, mine, begin, nbytes, itertools.repeat(1))
             continue
-        if head is not None:
-            runs.append(of_fields(Run, (head, begin, end - begin, pieces)))
-        runs.append(of_fields(Run, (source, e0, nbytes, 1)))
-        head, model = None, -1
-    if head is not None:
-        runs.append(of_fields(Run, (head, begin, end - begin, pieces)))
+        files: Sequence[object]
+        offsets: Iterable[int]
+        if kind is FileRange:
+            infos, models = zip(*cast("Sequence[FileRange]", mine), strict=True)
+            files, offsets = [*zip(models, map(_FILE, infos), strict=True)], map(_OFFSET, infos)
+        else:
+            files, offsets, _ = zip(*cast("Sequence[Place]", mine), strict=True)
+        starts = [offset + e0 * size for offset, e0 in zip(offsets, begin, strict=True)]
+        stops = [*map(operator.add, starts, nbytes)]
+        parted = map(operator.or_, map(operator.ne, starts[1:], stops), map(operator.ne, files[1:], files))
+        heads = [0, *itertools.compress(range(1, len(mine)), parted)]
+        for i, j in itertools.pairwise([*heads, len(mine)]):
+            runs.append(Run(mine[i], starts[i], stops[j - 1] - starts[i], j - i))
     return runs
 
 
 def coded_in(spec: Spec, runs: Sequence[Sequence[Run]]) -> tuple[bool, ...]:
     """Which inputs of a unit kernels can take as codes and scales; empty where there are none."""
+    if {type(run.end) for column in runs for run in column} <= {FileRange, Memory}:
+        return ()
+    from fastmerge.ops.coded import fits
+
     found = [
-        all(fits(run.source, run.start, run.nbytes // d.size) for run in column)
+        all(fits(cast("Source", run.end), run.start, run.nbytes // d.size) for run in column)
         for d, column in zip(spec.dtypes, runs, strict=True)
     ]
     return tuple(found) if any(found) else ()
@@ -99,48 +110,45 @@ def spread(
     spec: Spec, runs: Sequence[Sequence[Run]], bases: Sequence[list[int]], lengths: Sequence[int]
 ) -> list[list[int]]:
     """Addresses of the pieces of every input, from those of its runs."""
-    return [
-        base if len(column) == len(lengths) else _pieces(column, base, [n * d.size for n in lengths])
-        for d, column, base in zip(spec.dtypes, runs, bases, strict=True)
-    ]
+    return [_pieces(column, base, lengths, d.size) for d, column, base in zip(spec.dtypes, runs, bases, strict=True)]
 
 
-def _pieces(runs: Sequence[Run], bases: list[int], sizes: Sequence[int]) -> list[int]:
+def _pieces(runs: Sequence[Run], bases: list[int], lengths: Sequence[int], size: int) -> list[int]:
+    if len(runs) == len(lengths):
+        return bases
     out: list[int] = []
     at = 0
     for run, base in zip(runs, bases, strict=True):
-        out += itertools.accumulate(sizes[at : at + run.pieces - 1], initial=base)
+        sizes = [n * size for n in lengths[at : at + run.pieces - 1]]
+        out += itertools.accumulate(sizes, initial=base)
         at += run.pieces
     return out
 
 
 def outs_of(
-    ops: Sequence[Op], firsts: Sequence[int], lengths: Sequence[int], size: int, cursor: int
+    ops: Sequence[Op], results: Sequence[Sequence[Run]], lengths: Sequence[int], cursor: int
 ) -> tuple[list[list[int]], int]:
-    """Addresses of the results by output, from a free byte on, and the first free byte behind them."""
-    outs: list[int] = []
-    shard = end = -1
-    for op, e0, length in zip(ops, firsts, lengths, strict=True):
-        for target in op.targets:
+    """Addresses of the pieces of every result, from a free byte on, and the first free byte behind them."""
+    size = ops[0].spec.out_dtype.size
+    bases: list[list[int]] = []
+    for column in results:
+        at: list[int] = []
+        first = 0
+        for target, start, nbytes, count in column:
+            packing = ops[first].spec.packing
+            first += count
+            if type(target) is Memory:
+                at.append(target.address + start * size)
+                continue
+            place = start
             if type(target) is Packed:  # the codes will lie where the values are
-                codes = cast("Packing", op.spec.packing).ranges(target, e0, length)[0]
+                codes = cast("Packing", packing).ranges(target, start, nbytes // size)[0]
                 place = codes.offset if codes.offset % ALIGN == 0 else 0
-                cursor += (place - cursor) % BLOCK
-                outs.append(cursor)
-                cursor += length * size
-                shard = -1
-                continue
-            if type(target) is not Place:
-                outs.append(cast("Memory", target).address + e0 * size)
-                continue
-            start = target.offset + e0 * size
-            if start != end or shard != target.shard:
-                cursor += (start - cursor) % BLOCK
-            shard, end = target.shard, start + length * size
-            outs.append(cursor)
-            cursor += length * size
-    count = len(ops[0].targets)
-    return [outs[i::count] for i in range(count)], cursor
+            cursor += (place - cursor) % BLOCK
+            at.append(cursor)
+            cursor += nbytes
+        bases.append(at)
+    return [_pieces(column, base, lengths, size) for column, base in zip(results, bases, strict=True)], cursor
 
 
 def lay(
@@ -174,6 +182,8 @@ def lay(
             cursor = (cursor + ALIGN - 1) & -ALIGN
             past = False
             if codes:
+                from fastmerge.ops.coded import coded as coded_input
+
                 packed = cast("Coded", coded_input(cast("Dequantised", source)))
                 made.append((packed, start, nbytes // dtype.size, cursor))
                 nbytes = packed.room(start, nbytes // dtype.size)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastmerge.ops.packing import Loss
+if TYPE_CHECKING:
+    from fastmerge.ops.packing import Loss
 
 
 class Losses:
@@ -18,7 +20,7 @@ class Losses:
     def add(self, name: str, loss: Loss) -> None:
         """Adds that of a piece of a tensor."""
         with self._lock:
-            self._found[name] = self._found.get(name, Loss()).and_(loss)
+            self._found[name] = self._found[name].and_(loss) if name in self._found else loss
 
     def facts(self) -> dict[str, Any]:
         """Of all tensors together, and of the one that loses most; empty where none was written as codes.
@@ -29,9 +31,7 @@ class Losses:
         """
         if not self._found:
             return {}
-        total = Loss()
-        for name in sorted(self._found):
-            total = total.and_(self._found[name])
+        total = functools.reduce(lambda a, b: a.and_(b), [self._found[name] for name in sorted(self._found)])
         worst = max(sorted(self._found), key=lambda n: self._found[n].relative)
         return {
             "tensors": len(self._found),

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from fastmerge.checkpoint import Files, Place, Writer
 from fastmerge.errors import CheckpointError
-from fastmerge.ops.coded import Coded
-from fastmerge.ops.packing import Packed
 from fastmerge.ops.segments import HEADER, I64, OUT, Segments, segment_table
-from fastmerge.ops.sources import FileRange, Made, Memory, Result
+from fastmerge.ops.sources import FileRange, Made, Memory, Packed, Result
 from fastmerge.ops.spec import Op, Source, Spec
 from fastmerge.runtime.devices import Buffer
 from fastmerge.runtime.finite import NonFinite
 from fastmerge.runtime.kept import NOTHING, Kept, Room
-from fastmerge.runtime.laying import Laid, Run, coded_in, lay, outs_of, runs_of, spread
+from fastmerge.runtime.laying import Laid, Run, coded_in, lay, outs_of, results_of, runs_of, spread
 from fastmerge.runtime.losses import Losses
 from fastmerge.runtime.results import Results
 from fastmerge.runtime.schedule import BLOCK, Job, Unit
+
+if TYPE_CHECKING:
+    from fastmerge.ops.coded import Coded
 
 COMPARE_BYTES = 1 << 20
 """Bytes of integer tensors that are compared at a time."""
@@ -89,7 +90,7 @@ class OpStore:
         keep = again and not self.done(job, unit)
         laid = self._inputs(spec, runs, unit, buffer, once=once, keep=keep)
         inputs = spread(spec, runs, laid.bases, lengths)
-        outs, end = outs_of(ops, firsts, lengths, spec.out_dtype.size, laid.end)
+        outs, end = outs_of(ops, results_of(ops, firsts, lengths, spec.out_dtype.size), lengths, laid.end)
         _check(end, buffer)
         table = segment_table(ops, [group_of[o] for o in numbers], firsts, lengths, outs, inputs)
         counters = np.zeros(len(table), np.int64)
@@ -167,6 +168,10 @@ class OpStore:
         if results:
             assert self._results is not None
             self._results.make(self, results)
+        if len(results) == len(made):
+            return
+        from fastmerge.ops.coded import Coded
+
         coded: dict[Coded, list[tuple[int, int, int]]] = {}
         for source, e0, n, address in made:
             if isinstance(source, Coded):
@@ -202,27 +207,20 @@ class OpStore:
         self._kept.drop(unit)
 
     def _write(self, writer: Writer, unit: Unit, segments: Segments) -> None:
-        size = segments.out_dtype.size
+        numbers, firsts, lengths = zip(*unit.pieces, strict=True)
+        ops, size = [self._ops[o] for o in numbers], segments.out_dtype.size
         columns = (OUT, *range(HEADER + len(segments.dtypes), segments.table.shape[1]))
-        addresses = zip(*[segments.table[:, c].tolist() for c in columns], strict=True)
         rows: list[tuple[int, int, int, int]] = []
         scales: list[npt.NDArray[np.uint8]] = []  # they are written before they go
-        packed: list[tuple[int, int, int, int]] = []
-        shard = begin = stop = first = last = -1
-        for (o, e0, length), outs in zip(unit.pieces, addresses, strict=True):
-            nbytes = length * size
-            for target, address in zip(self._ops[o].targets, outs, strict=True):
+        for column, runs in zip(columns, results_of(ops, firsts, lengths, size), strict=True):
+            at = 0
+            for target, start, nbytes, count in runs:
+                address = int(segments.table[at, column])
                 if type(target) is Packed:
-                    scales.append(self._pack(self._ops[o], target, (e0, length, address), packed))
-                if type(target) is not Place or not nbytes:
-                    continue
-                offset = target.offset + e0 * size
-                if offset != stop or address != last or target.shard != shard:
-                    rows.append((shard, begin, first, stop - begin))
-                    shard, begin, first = target.shard, offset, address
-                stop, last = offset + nbytes, address + nbytes
-        rows.append((shard, begin, first, stop - begin))
-        rows = [*rows[1:], *packed]  # the first ends what was before the first piece
+                    scales.append(self._pack(ops[at], target, (start, nbytes // size, address), rows))
+                elif type(target) is Place and nbytes:
+                    rows.append((target.shard, start, address, nbytes))
+                at += count
         if rows:
             writer.write(np.array(rows, np.int64))
 

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from fastmerge.checkpoint import Checkpoint
+from fastmerge.checkpoint import Checkpoint, Seen
 from fastmerge.errors import CheckpointError
 from tests.checkpoint.shim import file_bytes, raw, save, tensor, write_index
 from tests.counted import calls
@@ -45,6 +45,22 @@ def test_shards(tmp_path, index):
     info = model.tensors["b"]
     content = model.files[info.file].path.read_bytes()
     assert content[info.offset : info.offset + info.nbytes] == tensor("F32", 2, 2)[2]
+
+
+def test_models_with_the_same_headers_share_their_table(tmp_path):
+    seen = Seen()
+    one, other = (Checkpoint.open(two(tmp_path / name), seen=seen) for name in "xy")
+    assert one.tensors is other.tensors
+    save(tmp_path / "z", {A: {"a": tensor("BF16", 4)}, B: {"c": tensor("F32", 2, 2)}}, index=True)
+    assert list(Checkpoint.open(tmp_path / "z", seen=seen).tensors) == ["a", "c"]
+    assert list(one.tensors) == ["a", "b"]
+
+
+def test_a_tensor_in_two_files_is_found_in_every_model(tmp_path):
+    seen = Seen()
+    for name in "xy":
+        save(tmp_path / name, {A: {"a": tensor("BF16", 4)}, B: {"a": tensor("BF16", 4)}})
+        assert f"{tmp_path / name}: tensors in both {A} and {B}: 'a'" in refused(tmp_path / name, seen=seen)
 
 
 def test_index_given_by_name(tmp_path):

@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 
 import fastmerge as fm
+from fastmerge.checkpoint import Place, TensorInfo
 from fastmerge.checkpoint import io as _io
+from fastmerge.dtypes import BF16
 from fastmerge.ops.segments import segment_row, segment_table
+from fastmerge.ops.sources import FileRange, Memory
 from fastmerge.ops.spec import Op
 from fastmerge.runtime import placement, schedule
 from fastmerge.runtime.budget import PIECES
+from fastmerge.runtime.laying import outs_of, results_of, runs_of, spread
 from fastmerge.runtime.schedule import ALIGN, BLOCK
 from tests.checkpoint.shim import save
 from tests.runtime.ops import op
@@ -77,6 +81,29 @@ def test_a_unit_takes_as_many_neighbours_as_fit_whatever_their_specs():
     assert [p for u in units for p in u.pieces] == [(i, 0, 8) for i in range(500)]
     units = [u for j in schedule.schedule(ops, slot=slot, elements=100) for u in j.units]
     assert [len(u.pieces) for u in units] == [12] * 41 + [8]
+
+
+def test_runs_end_at_gaps_at_other_files_and_at_what_is_in_no_file():
+    def there(offset, file=0, model=0):
+        return FileRange(TensorInfo("x", BF16, (8,), file, offset, 16), model)
+
+    spec = op(0, (8,), "element", models=1).spec
+    memory = Memory(1 << 20, BF16, (8,))
+    sources = [there(0), there(16), there(40), there(56, file=1), there(72, file=1, model=1), memory, there(88)]
+    places = [*(Place(0, 16 * i, 16) for i in range(4)), Place(1, 64, 16), Place(1, 80, 16), Place(1, 112, 16)]
+    pairs = zip(sources, places, strict=True)
+    ops = [Op(str(i), spec, 0, (source,), (place,)) for i, (source, place) in enumerate(pairs)]
+    firsts, lengths = [0, 0, 0, 0, 0, 2, 0], [8, 8, 8, 8, 8, 4, 8]
+    (runs,) = runs_of(spec, ops, firsts, lengths)
+    places = [(0, 32, 2), (40, 16, 1), (56, 16, 1), (72, 16, 1), (2, 8, 1), (88, 16, 1)]
+    assert [run[1:] for run in runs] == places
+    assert [run.end for run in runs] == [sources[i] for i in (0, 2, 3, 4, 5, 6)]
+    assert spread(spec, [runs], [[100, 200, 300, 400, 500, 600]], lengths) == [[100, 116, 200, 300, 400, 500, 600]]
+    results = results_of(ops, [0] * 7, lengths, 2)
+    assert [run[1:] for run in results[0]] == [(0, 64, 4), (64, 24, 2), (112, 16, 1)]
+    (outs,), end = outs_of(ops, results, lengths, BLOCK)
+    assert outs == [BLOCK + at for at in (0, 16, 32, 48, 64, 80, 112)]  # each where it is in a block of its file
+    assert end == BLOCK + 128
 
 
 def test_a_table_is_its_rows():
