@@ -385,6 +385,8 @@ def test_the_model_is_mergekit_s_with_mergekit_s_rows(tmp_path, filled, name):
     for key, x in theirs.items():
         if key.endswith(("gate.weight", "expert_gate.weight")):
             assert (x.float() - ours[key].float()).abs().max() <= 2e-2 * x.float().abs().max(), key
+        elif key.endswith("shared_expert.down_proj.weight"):  # scaled: mergekit rounds the factor first
+            assert ((x - ours[key]).abs() <= 2**-23 * x.abs()).all(), key
         else:
             assert x.dtype == ours[key].dtype
             assert torch.equal(x, ours[key]), key
