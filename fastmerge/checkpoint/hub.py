@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastmerge.checkpoint.header import listing
-from fastmerge.errors import CheckpointError
+from fastmerge.errors import CheckpointError, hint
 
 PATTERNS = (
     "*.safetensors",
@@ -85,7 +85,7 @@ def locate(ref: str, revision: str | None = None, *, weights: bool = True) -> tu
     path = _expanded(ref)
     if not _exists(ref):
         if not looks_like_id(ref):
-            raise CheckpointError(f"{ref}: no such file or directory")
+            raise CheckpointError(f"{ref}: no such file or directory{_near(ref)}")
         snapshot = resolve(ref, revision=revision, weights=weights)
         return snapshot.ref, snapshot.path
     if not path.exists():
@@ -100,6 +100,16 @@ def _expanded(ref: str) -> Path:
 
 def _exists(ref: str) -> bool:
     return os.path.lexists(_expanded(ref))
+
+
+def _near(ref: str) -> str:
+    """A hint at the directory beside a path which is not there whose name is closest to it, if any is."""
+    path = _expanded(ref)
+    try:
+        beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    return hint(path.name, beside)
 
 
 def resolve(ref: str, *, revision: str | None = None, weights: bool = True) -> Snapshot:
@@ -153,7 +163,7 @@ def _library(ref: str) -> Any:
         return importlib.import_module("huggingface_hub")
     except ImportError:
         raise CheckpointError(
-            f"{ref}: no such path here, and hub ids need huggingface_hub; install it (the extra 'hub')"
+            f"{ref}: no such path here{_near(ref)}, and hub ids need huggingface_hub; install it (the extra 'hub')"
         ) from None
 
 
@@ -177,7 +187,7 @@ def _explain(ref: str, error: Exception, known: Sequence[str], *, offline: bool)
     if kind == "GatedRepoError":
         return f"{ref}: the repository is gated: accept its terms on the hub and log in with `hf auth login`"
     if kind == "RepositoryNotFoundError":
-        return f"{ref}: no such path on this machine, and no such repository on the hub (or it is private)"
+        return f"{ref}: no such path here{_near(ref)}, and no such repository on the hub (or it is private)"
     if kind == "RevisionNotFoundError":
         return f"{ref}: the repository has no such revision: name a branch, a tag or a commit of it"
     if known:
@@ -185,6 +195,7 @@ def _explain(ref: str, error: Exception, known: Sequence[str], *, offline: bool)
             f"{ref}: the local cache does not hold this revision, and HF_HUB_OFFLINE is set: it holds {listing(known)}"
         )
     if offline:
-        return f"{ref}: not a path, and not in the local cache (HF_HUB_OFFLINE is set): {kind}"
+        return f"{ref}: no such path here{_near(ref)}, and not in the local cache (HF_HUB_OFFLINE is set): {kind}"
     first = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{ref}: no such path here, and the hub could not be reached: {kind}: {re.sub(_PRIVATE, '***', first)[:300]}"
+    said = re.sub(_PRIVATE, "***", first)[:300]
+    return f"{ref}: no such path here{_near(ref)}, and the hub could not be reached: {kind}: {said}"

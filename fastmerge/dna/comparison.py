@@ -82,6 +82,8 @@ def compare(
         CheckpointError: a model on disk is not whole, or the models have vocabularies of different sizes.
         RecipeError: tokens that are none, or not of the vocabulary.
     """
+    for model in (dense, new):  # before any is loaded, which takes long
+        _look(model)
     import torch
 
     given = None if batches is None else list(_ids(batches))
@@ -147,9 +149,22 @@ def _loaded(model: Any, dtype: str | None) -> Iterator[tuple[Any, str]]:
         finally:
             model.train(training)
         return
+    yield _read(model, dtype), str(model)
+
+
+def _look(model: Any) -> None:
+    """Refuses what is neither a module nor a checkpoint.
+
+    Raises:
+        CheckpointError: with the path, and what is wrong with it.
+    """
+    from fastmerge.checkpoint import Checkpoint
+
+    if hasattr(model, "state_dict"):
+        return
     if not isinstance(model, str | os.PathLike):
         raise CheckpointError(f"expected a path or a module, got {type(model).__module__}.{type(model).__qualname__}")
-    yield _read(model, dtype), str(model)
+    Checkpoint.open(model)
 
 
 def _read(model: str | os.PathLike[str], dtype: str | None) -> Any:

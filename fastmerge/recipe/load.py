@@ -31,8 +31,11 @@ OTHER_COMMANDS = {
     "shared_experts": "mergekit-moe",
     "gate_mode": "mergekit-moe",
     "genome": "mergekit-evolve",
+    "evaluator": "search",
+    "executor": "farm run",
+    "recipes": "farm run",
 }
-"""Keys that only the files of mergekit's other commands have."""
+"""Keys that only the files of other commands have."""
 
 S = TypeVar("S", bound=Shape)
 

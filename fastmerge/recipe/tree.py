@@ -260,14 +260,16 @@ class _Builder:
             self.problems.append(f"{here}: {_tag(node)} has no place in a recipe")
             return out
         merged: list[Map] = []
-        for key, item in node.value:
+        for n, (key, item) in enumerate(node.value):
             line = key.start_mark.line + 1
             if key.tag == _PREFIX + "merge":
                 merged += self.inherited(item, depth, line)
                 continue
             if not isinstance(key, ScalarNode) or key.tag != _PREFIX + "str":
                 shown = repr(key.value[:60]) if isinstance(key, ScalarNode) else f"a {key.id}"
-                self.problems.append(f"{self.name}:{line}: keys are strings, not {shown} (quote it if it is a name)")
+                number = _number(node.value[n - 1][1] if n else None, key, item)
+                advice = f"write {number} for a number" if number else "quote it if it is a name"
+                self.problems.append(f"{self.name}:{line}: keys are strings, not {shown} ({advice})")
                 continue
             value = self.value(item, depth + 1)
             if key.value not in out:
@@ -315,3 +317,10 @@ def kind(value: Any) -> str:
         return repr(value)
     names = {Seq: "a list", Map: "a mapping", str: "a string", bool: "a boolean", type(None): "nothing"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+
+
+def _number(before: Node | None, key: Node, item: Node) -> str:
+    """What ``weight: 0,5`` was meant to be, which YAML takes for the entries ``weight: 0`` and ``5:``; else empty."""
+    parts = [node.value for node in (before, key, item) if isinstance(node, ScalarNode)]
+    whole, decimals, nothing = parts if len(parts) == 3 else ("", "", "")
+    return f"{whole}.{decimals}" if (whole.lstrip("+-") + decimals).isdecimal() and not nothing else ""

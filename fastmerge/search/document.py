@@ -90,6 +90,9 @@ class Document(BaseModel):
         if len(trees) != 1:
             raise RecipeError(f"{name}: expected one document with 'recipe' and 'evaluator', got {len(trees)}")
         problems = Problems(name, trees[0])
+        if "merge_method" in trees[0] and "recipe" not in trees[0]:
+            problems.add(("merge_method",), f"this is a recipe, which 'fastmerge merge' merges: {_EXPECTED}")
+            problems.check()
         try:
             return cls.model_validate(trees[0])
         except ValidationError as error:

@@ -130,6 +130,17 @@ def test_a_mistyped_path_is_said_to_be_none(library):
         Checkpoint.open("models/mth")
 
 
+@pytest.mark.parametrize("kind", ["ConnectionError", "RepositoryNotFoundError"])
+def test_a_mistyped_path_gets_the_name_that_is_there(library, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "maths").mkdir(parents=True)
+    library.error = type(kind, (Exception,), {})()
+    with pytest.raises(CheckpointError, match="^models/math: no such path here \\(did you mean 'maths'\\?\\), and "):
+        Checkpoint.open("models/math")
+    with pytest.raises(CheckpointError, match="models/math: no such file or directory \\(did you mean 'maths'\\?\\)$"):
+        Checkpoint.open(str(tmp_path / "models" / "math"))
+
+
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match="no such path here.*the extra 'hub'"):
@@ -168,7 +179,7 @@ for ref, revision in (("org/name@gone", None), ("org/name", "gone"), ("org/other
     unknown = "org/name@gone: the local cache does not hold this revision, and HF_HUB_OFFLINE is set: it holds "
     unknown += f"'main', '{SHA}'"
     assert run.stdout.count(unknown) == 2
-    assert "org/other@gone: not a path, and not in the local cache (HF_HUB_OFFLINE is set)" in run.stdout
+    assert "org/other@gone: no such path here, and not in the local cache (HF_HUB_OFFLINE is set)" in run.stdout
 
 
 @pytest.mark.parametrize("offline", [False, True])

@@ -111,6 +111,10 @@ def test_files_that_are_no_search(place):
         ("- 1\n", "expected a mapping with 'recipe' and 'evaluator'; this holds a list"),
         ("recipe: {}\n---\nrecipe: {}\n", "expected one document"),
         ("recipe: [", "not valid YAML"),
+        (
+            "merge_method: ties\nmodels: []\n",
+            r"^[^\n]*:1: merge_method: this is a recipe, which 'fastmerge merge' merges",
+        ),
     ):
         (place / "x.yml").write_text(text)
         with pytest.raises(RecipeError, match=said):

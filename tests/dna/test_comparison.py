@@ -65,3 +65,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
             compare(model, model, wrong)
     with pytest.raises(RecipeError, match="above 0"):
         compare(model, model, length=0)
+
+
+def test_both_models_are_looked_for_before_one_is_loaded(tmp_path, monkeypatch):
+    zoo.saved("llama", tmp_path / "model")
+    monkeypatch.setattr("fastmerge.dna.comparison._read", lambda *_: pytest.fail("a model was loaded"))
+    for pair in (("model", "mode"), ("mode", "model")):
+        with pytest.raises(CheckpointError, match=r"mode: no such file or directory \(did you mean 'model'\?\)"):
+            compare(*[tmp_path / name for name in pair])

@@ -99,6 +99,11 @@ def test_a_file_of_another_command_is_named():
         "recipe:2: experts: this is a file for mergekit-moe, which merges by no 'merge_method': "
         "'fastmerge mergekit-moe' takes it"
     )
+    (said,) = problems("recipe: {merge_method: ties}\nevaluator: {function: 'score.py:score'}\nbudget: 4\n")
+    assert said.startswith("recipe:2: evaluator: this is a file for search, which merges by no 'merge_method'")
+    assert said.endswith("'fastmerge search' takes it")
+    (said,) = problems("store: results\nrecipes: [a.yml]\n")
+    assert said.endswith("'fastmerge farm run' takes it")
     assert "mergekit-evolve" in problems("genome: {models: [a], merge_method: ties}\ntasks: []\n")[0]
 
 
