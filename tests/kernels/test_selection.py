@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 torch = pytest.importorskip("torch", reason="the Triton kernels need torch")
 import triton.language as tl
 
-from fastmerge.kernels import TritonKernels, _call, decide, kth, selection
+from fastmerge.kernels import TritonKernels, _call, decide, kth, sample, selection
 from fastmerge.kernels.ties import cut_kernel
 
 if _call.INTERPRETED:
@@ -197,3 +197,31 @@ def test_brackets_that_miss(miss, together, monkeypatch):
         assert decide.TALLIED in found.where, "some query took the slow way"
     if miss == "the first bracket":
         assert decide.TALLIED not in found.where
+
+
+@pytest.mark.parametrize(
+    ("k", "thr", "keep", "tied", "where", "span", "bracket"),
+    [
+        (12, 900, 2, 5, decide.UPPER, None, None),
+        (20, 100, 2, 8, decide.LOWER, None, None),
+        (10, 0, 0, 0, 0, {"end": 10, "low": 901}, (900, 2001)),
+        (16, 0, 0, 0, 0, {"end": 18, "above": 15, "high": 899, "low": 101}, (100, 900)),
+        (27, 0, 0, 0, 0, {"above": 26, "high": 99}, (49, 100)),
+    ],
+)
+def test_counts_end_a_query_or_narrow_its_span(k, thr, keep, tied, where, span, bracket):
+    """Ten keys are above 900, five at it, three between, which are not listed, eight at 100."""
+    never = 0x7FFFFFFF
+    fields = dict(zip(sample.FIELDS, (0, 0, 0, 0, k, 0, 0, 2000, 50), strict=True))
+    state = torch.tensor([[*fields.values(), *[0] * (sample.WIDTH - len(fields))]], device=DEVICE)
+    brackets = torch.tensor([[100, 900]], device=DEVICE)
+    counts = torch.tensor([[[4, 5, 0, 0]], [[6, 0, 8, 0]]], device=DEVICE)
+    pair, one = torch.tensor([0, 2], device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    listed, none = torch.full((1, 1), 3, device=DEVICE), torch.zeros((1, 2), dtype=torch.int64, device=DEVICE)
+    room = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    segments = torch.tensor([0, 1], device=DEVICE)
+    sizes = {"N": 1, "WIDE": False, "COLUMNS": sample.WIDTH, "BLOCK": 64, "SWEEP": 64, "INNER": 64, "RANKED": 64}
+    decide.decide_kernel[(1, 1)](state, brackets, counts, pair, segments, listed, room, none, room, one, **sizes)
+    wanted = fields | {"thr": thr, "keep": keep, "tied": tied, "where": where} | (span or {})
+    assert dict(zip(sample.FIELDS, state[0].tolist(), strict=False)) == wanted
+    assert tuple(brackets[0].tolist()) == (bracket or (never, never))
