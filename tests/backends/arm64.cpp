@@ -130,8 +130,20 @@ void delta_keys(Arguments& a) {
 void consensus(Arguments& a) {
   ConsensusArgs c{a.table(), a.word(), a.keep(),          a.word(),          a.flag(),
                   a.word(),  a.word(), a.array<double>(), a.array<double>(), a.array<int64_t>()};
-  c.keep.variance = a.flag();
+  c.keep.wide_sums = a.flag(), c.keep.variance = a.flag();
   kernels().consensus(c);
+}
+
+void l1(Arguments& a) {
+  L1Args l{a.table(), a.keep(), a.array<double>()};
+  l.keep.given = a.flag(), l.keep.wide_sums = a.flag();
+  kernels().l1(l);
+}
+
+void votes(Arguments& a) {
+  VotesArgs v{a.table(), a.keep(), a.word(), a.flag(), a.array<double>(), a.array<int64_t>()};
+  v.keep.wide_sums = a.flag();
+  kernels().votes(v);
 }
 
 void count(Arguments& a) {
@@ -194,9 +206,9 @@ bool run(const char* name, Arguments a, Answer& answer) {
   else if (is("kth"))
     find_kth(a);
   else if (is("l1"))
-    k.l1({a.table(), a.keep(), a.array<double>()});
+    l1(a);
   else if (is("votes"))
-    k.votes({a.table(), a.keep(), a.word(), a.flag(), a.array<double>(), a.array<int64_t>()});
+    votes(a);
   else if (is("consensus"))
     consensus(a);
   else if (is("replicate"))

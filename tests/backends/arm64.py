@@ -31,8 +31,8 @@ KERNELS = (
     "combine", "gram", "gram_kept", "dot", "delta_keys", "count", "kth", "l1", "votes", "consensus", "importance",
     "fuse", "replicate", *TABLELESS, *CODES,
 )  # fmt: skip
-VARIANCE = {"delta_keys": 8, "count": 13, "kth": 10, "consensus": 18}
-"""Kernels whose last argument says whether elements are ranked by variance: how many they have."""
+FLAGGED = {"delta_keys": 8, "count": 13, "kth": 10, "l1": 12, "votes": 14, "consensus": 19}
+"""Kernels that end in flags which calls may leave out: how many arguments they have."""
 
 
 def build(folder):
@@ -65,8 +65,8 @@ class Image:
         args = tuple([a for a in args if a is not None])  # bits that nobody left, which are last
         if name == "combine":
             args = (*args, False, False)[:10]  # far and wide
-        if name in VARIANCE:
-            args = (*args, False)[: VARIANCE[name]]
+        if name in FLAGGED:
+            args = (*args, False, False)[: FLAGGED[name]]
         if name in CODES:
             args = (rows_at(args[0], args[1], CODES[name]), *args[2:])
         table, rest = (None, args) if name in TABLELESS else (args[0].copy(), args[1:])

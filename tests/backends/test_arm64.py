@@ -25,6 +25,7 @@ from tests.backends import (
     test_native_select,
     test_native_values,
     test_native_variance,
+    test_native_wide_sums,
 )
 from tests.ops import test_gathered, test_quantised, test_replicate
 
@@ -198,6 +199,14 @@ def test_consensus(arm, part):
 def test_votes(arm, elect, split, monkeypatch):
     monkeypatch.setattr(test_native_consensus, "ISAS", [_native.isa()])
     test_native_consensus.test_votes("drop+index", elect, split, (2, 3, 1) if split else (1, 0, 2))
+    assert arm.unlike() == []
+
+
+def test_wide_sums(arm):
+    test_native_wide_sums.test_every_mode(1)
+    for models in (1, 3, 4):
+        test_native_wide_sums.test_fused_loops(models)
+    test_native_wide_sums.test_votes_and_l1_sums("drop+index")
     assert arm.unlike() == []
 
 

@@ -170,7 +170,7 @@ def test_coded_inputs(shape, kinds):
             table[:, 0] = out.ctypes.data + 2 * table[:, 2]
             f, scale, bad = np.full((1, models, 3), 0.5), np.ones((1, 3)), np.zeros(len(table), np.int64)
             kept = (-1, False, True, index, bern, thr, cut)
-            _native.consensus(table, ins, 3, *kept, 1, True, 0, 0, f, scale, bad, None, True)
+            _native.consensus(table, ins, 3, *kept, 1, True, 0, 0, f, scale, bad, None, False, True)
 
         assert np.array_equal(*pieces.both(merged, 2 * pieces.n))
 
@@ -185,7 +185,7 @@ def test_what_variance_does_not_go_with_is_refused():
         _native.delta_keys(table, ins, round_code, drop, index, bern, np.zeros((64, columns), np.uint32), True)
 
     def merge(trim=True, cut=cut, thr=thr):
-        rest = (1, True, 0, 0, np.ones((1, 2, 3)), np.ones((1, 3)), np.zeros(1, np.int64), None, True)
+        rest = (1, True, 0, 0, np.ones((1, 2, 3)), np.ones((1, 3)), np.zeros(1, np.int64), None, False, True)
         _native.consensus(table, ins, 1, -1, False, trim, index, bern, thr, cut, *rest)
 
     keys()

@@ -67,7 +67,7 @@ class Case:
 
     def sorted_keys(self, delta_args):
         """Keys of each (tensor, model) after the drop, ascending."""
-        round_code, drop, index, bern = delta_args
+        round_code, drop, index, bern, _ = delta_args
         found = []
         for g, tensors in enumerate(self.data):
             e0, key = int(self.segments.table[g, 2]), int(self.segments.table[g, 4]) % 2**64
