@@ -137,6 +137,19 @@ def test_a_dense_merge_needs_no_type(models, tmp_path):
     assert {t.dtype for t in got.values()} == {torch.bfloat16}
 
 
+def near(found, wanted):
+    """Codes of sums in fp32 beside those of sums in fp64: one in a thousand may be the next one."""
+    for name, want in wanted.items():
+        got = found[name]
+        if got.dtype.itemsize == 1:
+            steps = (got.view(torch.uint8).int() - want.view(torch.uint8).int()).abs()
+            assert steps.max() <= 1, name
+            assert steps.sum() <= got.numel() // 1000, name
+        else:
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    return True
+
+
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
 @pytest.mark.parametrize("kind", ["fp8", "plain"])
 def test_back_into_float8_as_transformers_quantises(models, tmp_path, method, kind):
@@ -156,7 +169,7 @@ def test_back_into_float8_as_transformers_quantises(models, tmp_path, method, ki
     for name, want in dense.items():
         if name.endswith("_proj.weight"):
             pair = quantiser().convert({name: want})
-            assert equal({n: got[n] for n in pair}, pair)
+            assert (equal if method == "linear" else near)({n: got[n] for n in pair}, pair)
             back = plain({n: got[n] for n in pair})[name].double()
             norm, wrong = norm + want.double().square().sum(), wrong + (back - want.double()).square().sum()
         else:
