@@ -360,7 +360,9 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=recipes.METHODS, default=[], help="only these")
     parser.add_argument("--runs", type=int, help="counted runs of fastmerge and of the floor [5]")
     parser.add_argument("--peer-runs", type=int, help="counted runs of mergekit [3]")
-    parser.add_argument("--peer-size", choices=("768x12", "1.5b", "8b"), default="768x12", help="the peer section's family")
+    parser.add_argument(
+        "--peer-size", choices=("768x12", "1.5b", "8b"), default="768x12", help="the peer section's family"
+    )
     parser.add_argument("--quick", action="store_true", help="small models, one run each; judges nothing")
     parser.add_argument("--no-save", action="store_true", help="print only; no file in results/")
     parser.add_argument("--option", action="append", default=[], help="a further argument for fastmerge merge")
