@@ -245,9 +245,18 @@ def _content(token: Any) -> str | None:
 
 
 def _tree(model: Checkpoint, name: str) -> dict[str, Any]:
+    """What a file of settings says; nothing where there is none.
+
+    Raises:
+        RecipeError: where it cannot be read: the tokens that it names would be lost.
+    """
     path = tokenfiles.vocabulary_file(model, name)
+    if path is None:
+        return {}
     try:
-        tree = parse_config(path.read_text("utf-8")) if path is not None else {}
-    except (OSError, ValueError):
-        tree = {}
-    return tree if isinstance(tree, dict) else {}
+        tree = parse_config(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"tokenizer: {path}: cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"tokenizer: {path}: expected a mapping; got a {type(tree).__name__}")
+    return tree

@@ -200,6 +200,15 @@ def test_settings_add_to_a_tokenizer_json(tmp_path, name):
     } | {"<new>": False}
 
 
+@pytest.mark.parametrize("text", ['{"pad_token": ', "[]"])
+def test_settings_that_cannot_be_read_lose_no_token(tmp_path, text):
+    one = make(tmp_path / "a", "gpt2", bytewise(END))
+    path = tmp_path / "a" / "tokenizer_config.json"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=f"^tokenizer: {path}: (cannot be read|expected a mapping)"):
+        read(one)
+
+
 def test_a_merge_of_such_models(tmp_path):
     """Rows go by tokens, and the output is read back with a row for each."""
     name, width = "transformer.wte.weight", 3
