@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 
 PACKAGES = ("mergekit", "numpy", "torch", "safetensors")
 
@@ -30,7 +31,7 @@ def provenance(directory: Path | None = None) -> dict[str, Any]:
     engine, isa = _engine()
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join([Path(sys.executable).name, *command()]),
         "commit": commit(),
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
@@ -42,6 +43,13 @@ def provenance(directory: Path | None = None) -> dict[str, Any]:
         "isa": isa,
         "versions": {"fastmerge": engine, **{name: version(name) for name in PACKAGES}},
     }
+
+
+def command() -> list[str]:
+    """The words of this process's command, without where the repository lies."""
+    script, *words = sys.argv
+    path = Path(script).resolve()
+    return [str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name, *words]
 
 
 def unfit(about: Mapping[str, Any]) -> str | None:

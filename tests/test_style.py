@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -230,6 +231,19 @@ def test_environment_variables_are_documented():
     text = (ROOT / "README.md").read_text()
     build = {"FASTMERGE_CUDA", "FASTMERGE_HAS_CUDA"}
     assert not {u for u in used - build if u not in text}
+
+
+def test_findings_can_be_run():
+    found = [*(ROOT / "findings").glob("*.sh")]
+    assert found
+    assert [path.name for path in found if not os.access(path, os.X_OK)] == []
+
+
+def test_results_say_nothing_of_the_machine_s_directories():
+    kept = [path for path in (ROOT / "bench" / "results").rglob("*") if path.is_file()]
+    assert kept
+    commands = re.compile(r'"command": "[^"]*?(?:^|[ "])/[^"]*\.py')
+    assert [path.name for path in kept if commands.search(path.read_text())] == []
 
 
 def test_no_test_reads_a_clock():

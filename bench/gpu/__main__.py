@@ -39,12 +39,13 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=540, help="seconds from start to exit [540]")
     parser.add_argument("--wheels", help="folder of wheels for packages that are missing")
     parser.add_argument("--cache", type=Path, default=cache, help="packages, build, models, outputs [.cache/gpu]")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="[bench/results]")
+    parser.add_argument("--results", type=Path, help="[bench/results; of a dry run the cache]")
     parser.add_argument("--commit", help="what the tree is, where it is a copy without history")
     parser.add_argument("--fresh", action="store_true", help="begin a new run, whatever is unfinished")
     parser.add_argument("--retry", action="store_true", help="run again what failed")
     parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU, in Triton's interpreter")
     args = parser.parse_args(words)
+    args.results = args.results or (args.cache if args.dry else ROOT / "bench" / "results")
     args.parts = args.parts.split() or list(PARTS)
     wrong = [p for p in args.parts if p not in PARTS]
     if wrong:
