@@ -1,5 +1,13 @@
-"""``python -m fastmerge``."""
+"""The program: ``python -m fastmerge``, and ``fastmerge`` where it is installed."""
 
-from fastmerge.cli import main
+from fastmerge import start
+from fastmerge.cli import main as commands
 
-main()
+
+def main() -> None:
+    """Runs the command line of the process."""
+    start.program(commands)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,17 @@
-"""What a process of our own does first, so that it starts soon."""
+"""What a process of our own does first, so that it starts soon, and last, so that it is gone soon."""
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import os
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _TYPES = "pydantic_core.core_schema"
 
@@ -38,3 +42,34 @@ def quickly() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Modules and plans are no garbage: looking for some every 700 objects takes 35 million instructions of a plan.
     gc.set_threshold(50_000)
+
+
+def program(commands: Callable[[], Any]) -> None:
+    """Runs a command line; where it says how it ended, the process ends without taking apart what it made.
+
+    The interpreter would free modules and objects one by one, 13 of the 140 ms of a ``plan``. Before that it joins
+    threads and calls what is registered with :mod:`atexit`, the last first: all of that has happened when it comes to
+    :func:`leave`. Where others registered before us (coverage does), or a stream cannot be flushed, it goes on as ever.
+
+    Args:
+        commands: raises SystemExit with its exit code.
+    """
+    code: Any = None
+
+    def leave() -> None:
+        if not isinstance(code, int):
+            return
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except (AttributeError, OSError, ValueError):  # no stream, a full disk, closed
+            return
+        os._exit(code)
+
+    if atexit._ncallbacks() == 0:  # noqa: SLF001 (nothing public tells)
+        atexit.register(leave)
+    try:
+        commands()
+    except SystemExit as end:
+        code = end.code
+        raise
