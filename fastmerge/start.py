@@ -13,31 +13,37 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_TYPES = "pydantic_core.core_schema"
+_STAND_INS: dict[str, dict[str, Any]] = {
+    # Some hundred typed dictionaries, 150 of the 800 million instructions of a ``plan``; the package that validates
+    # asks for these names of them, for annotations.
+    "pydantic_core.core_schema": dict.fromkeys(("CoreConfig", "CoreSchema", "CoreSchemaType", "ErrorType"), dict),
+    # Docstrings of numpy's functions and scalars, and its types of arrays: 12 of the 45 ms that numpy takes.
+    "numpy._core._add_newdocs": {},
+    "numpy._core._add_newdocs_scalars": {},
+    "numpy._typing": {"NDArray": list},
+}
+"""Modules that our process can do without, and what others ask of them at their import."""
 
 
-class _Types(ModuleType):
-    """Stands in for the types of pydantic's schemas, and becomes them where more than names for annotations is wanted.
-
-    They are some hundred typed dictionaries, which take 150 of the 800 million instructions of a ``plan``; the
-    package that validates asks for these four names of them and does nothing with them.
-    """
-
-    CoreConfig = CoreSchema = CoreSchemaType = ErrorType = dict
+class _StandIn(ModuleType):
+    """Stands in for a module, and becomes it where more is asked of it."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        if sys.modules.get(_TYPES) is self:
-            del sys.modules[_TYPES]
-        real = importlib.import_module(_TYPES)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        real = importlib.import_module(self.__name__)
         vars(self).update(vars(real))
         return getattr(real, name)
 
 
 def quickly() -> None:
     """Leaves out what other programs may want and a merge does not."""
-    sys.modules.setdefault(_TYPES, _Types(_TYPES))
+    for name, asked in _STAND_INS.items():
+        stand_in = _StandIn(name)
+        vars(stand_in).update(asked)
+        sys.modules.setdefault(name, stand_in)
     # Nothing here calls BLAS, whose threads numpy would start at import and let spin, one per core.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Modules and plans are no garbage: looking for some every 700 objects takes 35 million instructions of a plan.

@@ -203,13 +203,45 @@ def test_commands_load_no_more_than_they_need(paths, tmp_path, words, unwanted):
 def test_what_stands_in_for_types_of_schemas_becomes_them():
     code = (
         "from fastmerge import start\nstart.quickly()\nimport sys, pydantic_core\n"
-        "stand_in = sys.modules[start._TYPES]\nimport pydantic\n"
+        "name = 'pydantic_core.core_schema'\nstand_in = sys.modules[name]\nimport pydantic\n"
         "class A(pydantic.BaseModel):\n    x: int\n"
-        "print(A(x=1).x, stand_in.int_schema()['type'], sys.modules[start._TYPES] is not stand_in)\n"
-        "print(hasattr(stand_in, 'nothing'), stand_in.CoreSchema is sys.modules[start._TYPES].CoreSchema)"
+        "print(A(x=1).x, stand_in.int_schema()['type'], sys.modules[name] is not stand_in)\n"
+        "print(hasattr(stand_in, 'nothing'), stand_in.CoreSchema is sys.modules[name].CoreSchema)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "1 int True\nFalse True\n"
+
+
+def test_what_stands_in_for_types_of_arrays_becomes_them():
+    code = (
+        "from fastmerge import start\nstart.quickly()\nimport sys\nimport numpy as np\n"
+        "stand_in = sys.modules['numpy._typing']\n"
+        "print(type(stand_in).__name__, np.linalg.eigh(np.eye(2)).eigenvalues)\n"
+        "import numpy.typing as npt\nfrom numpy._typing import _nbit\n"
+        "print(stand_in.NDArray is npt.NDArray, _nbit.__name__, sorted(npt.__all__))\n"
+        "import numpy.ma, numpy.random, torch\nprint(np.random.default_rng(0).integers(5), torch.ones(2).numpy())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[:2] == [
+        "_StandIn [1. 1.]",
+        "True numpy._typing._nbit ['ArrayLike', 'DTypeLike', 'NBitBase', 'NDArray']",
+    ]
+
+
+@pytest.mark.parametrize("method", ["linear", "dare_ties", "ties", "model_stock", "passthrough"])
+def test_a_merge_asks_for_nothing_that_others_stand_in_for(paths, tmp_path, method):
+    given = {"ties": {"weight": 0.5, "density": 0.4}, "dare_ties": {"weight": 0.5, "density": 0.4}}
+    given |= {"linear": {"weight": 0.5}}
+    names = {"names": ("a",)} if method == "passthrough" else {}
+    base = None if method in ("linear", "passthrough") else "base"
+    (tmp_path / "recipe").write_text(tiny.recipe(paths, method, base=base, **names, **given.get(method, {})))
+    code = (
+        "import sys\nfrom fastmerge import start\nfrom fastmerge.cli import main\n"
+        "try:\n    main(['merge', 'recipe', 'out', '-q', '--device', 'cpu'])\n"
+        "finally:\n    print(*[n for n in start._STAND_INS if type(sys.modules[n]) is not start._StandIn])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == "\n"
 
 
 def test_public_names_are_sorted_and_exist():

@@ -11,17 +11,18 @@ import errno
 import importlib
 import os
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.errors import CheckpointError, NoSpace, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-I64 = npt.NDArray[np.int64]
+    import numpy.typing as npt
+
+I64: TypeAlias = "npt.NDArray[np.int64]"
 
 CALL_BYTES = 1 << 30
 """Longest row of one call; Linux moves at most 2,147,479,552 bytes at a time."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from fastmerge.checkpoint import io as _io
@@ -20,6 +19,8 @@ from fastmerge.errors import CheckpointError, NoSpace, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    import numpy.typing as npt
 
     from fastmerge.checkpoint.io import I64, Io
     from fastmerge.checkpoint.journal import Range

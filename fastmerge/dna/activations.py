@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dna.anatomy import Anatomy
 from fastmerge.dna.importance import ACTIVATION, Scores, mlps, read
@@ -18,12 +17,13 @@ from fastmerge.dna.reading import Reader
 from fastmerge.errors import RecipeError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
     Batch = Mapping[str, torch.Tensor]
     Look = Callable[[torch.Tensor], None]
 
-Array = npt.NDArray[np.float64]
+Array: TypeAlias = "npt.NDArray[np.float64]"
 
 GRAM_BYTES = 2 << 30
 """Gram matrices that are summed up at a time; a larger one is alone."""

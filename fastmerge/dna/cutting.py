@@ -7,10 +7,9 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dna.anatomy import Anatomy, Part
 from fastmerge.dna.draft import Draft, Request, Slot
@@ -26,7 +25,10 @@ from fastmerge.ops.picked import Gain, Held, Picked
 from fastmerge.ops.rotated import TurnedColumns, TurnedRows
 from fastmerge.ops.spec import Source
 
-Array = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array: TypeAlias = "npt.NDArray[np.float64]"
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.checkpoint.header import listing
 from fastmerge.dna.anatomy import Anatomy, Axis
@@ -34,11 +33,12 @@ from fastmerge.ops.sources import Bring
 from fastmerge.ops.spec import Source
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
     from fastmerge.dna.activations import Batch
 
-Array = npt.NDArray[np.float64]
+Array: TypeAlias = "npt.NDArray[np.float64]"
 
 Inner = tuple[str, int, int | None]
 """An inner dimension of an MLP: its axis, the layer, and the expert."""

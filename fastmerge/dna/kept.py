@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dna.anatomy import Anatomy, Axis
 from fastmerge.dna.importance import Inner, Scores, mlps
 from fastmerge.dna.layers import LayerSelection, choose_layers
 from fastmerge.errors import RecipeError
 
-Index = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Index: TypeAlias = "npt.NDArray[np.int64]"
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy.typing as npt
 from typing_extensions import Self
 
 from fastmerge.checkpoint import Files
@@ -16,6 +15,9 @@ from fastmerge.ops.made import load
 from fastmerge.ops.sources import Bring
 from fastmerge.ops.spec import Source
 from fastmerge.runtime.stores import OpStore
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 class Reader:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod, sqrt
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dna.anatomy import Anatomy, Axis, Located, Part
 from fastmerge.dna.axes import I64, Growth
@@ -19,6 +19,9 @@ from fastmerge.ops.gathered import Columns, Scaled
 from fastmerge.ops.made import Noise, Rows, rounded
 from fastmerge.ops.replicas import Split
 from fastmerge.ops.spec import Source
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 BEFORE = ("input_norm", "mlp_norm", "final_norm")
 """Norms in front of what reads the residual stream; the others of its size are behind what writes it."""

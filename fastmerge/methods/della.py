@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.methods.base import Contract, per_model, shared
 from fastmerge.methods.sparse import Sparse
@@ -15,6 +14,8 @@ from fastmerge.ops.consensus.masked import Draw
 from fastmerge.philox import DROP
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from fastmerge.ops.spec import Op, Spec
 
 ROWS = 1 << 16

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.methods.base import Contract, shared
 from fastmerge.methods.elementwise import Elementwise, deltas, number
@@ -14,6 +13,8 @@ from fastmerge.ops.elementwise import Array
 from fastmerge.ops.segments import I64
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from fastmerge.ops.spec import Op
 
 

@@ -7,20 +7,20 @@ returns flat tensors of ``W`` unless it says otherwise. Coefficients are fp64 nu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dtypes import DType
 from fastmerge.ops.segments import LANES, TILE
 from fastmerge.ops.spec import Spec
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
-Mask = npt.NDArray[np.bool_]
-Keys = npt.NDArray[np.unsignedinteger[Any]]
+Mask: TypeAlias = "npt.NDArray[np.bool_]"
+Keys: TypeAlias = "npt.NDArray[np.unsignedinteger[Any]]"
 
 NAN = {4: 0x7FC00000, 8: 0x7FF8000000000000}
 """The key of a NaN, by the bytes of a key."""

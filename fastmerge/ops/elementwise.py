@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dtypes import F32, F64, DType
 from fastmerge.ops.kernels import Kernels
@@ -20,6 +19,7 @@ from fastmerge.ops.spec import Op, Spec
 from fastmerge.ops.tiles import Partial
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
 Array: TypeAlias = "npt.NDArray[np.floating[Any]]"

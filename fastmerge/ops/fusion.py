@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.ops.kernels import Kernels
 from fastmerge.ops.program import OnePass
 from fastmerge.ops.segments import E0, GROUP, LENGTH, Segments
 from fastmerge.ops.spec import Op
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 def outlying(importance: npt.NDArray[Any]) -> float:

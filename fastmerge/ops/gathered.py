@@ -15,15 +15,17 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dtypes import F32, F64, DType, promote
 from fastmerge.ops.made import array, brought, load
 from fastmerge.ops.sources import Bring, workspace
 from fastmerge.ops.spec import Source
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 PANEL = 1 << 18
 """Elements of a result that are computed at a time, and one row at least: they stay in the cache."""
@@ -31,7 +33,7 @@ PANEL = 1 << 18
 RUNS = 64
 """Runs of neighbouring columns up to which each is copied by itself; beyond, numpy gathers single elements."""
 
-I64 = npt.NDArray[np.int64]
+I64: TypeAlias = "npt.NDArray[np.int64]"
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,15 +16,17 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dtypes import DType, promote
 from fastmerge.ops.made import array, brought
 from fastmerge.ops.sources import Bring, workspace
 from fastmerge.ops.spec import Source
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 PANEL = 1 << 19
 """Elements that are turned, or widened, at a time; one row of the result at least."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dtypes import F32, F64, DType
 from fastmerge.ops.made import NUMPY, array, load, widen
 from fastmerge.ops.sources import Bring, workspace
 from fastmerge.ops.spec import Source
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 PANEL = 1 << 18
 """Elements of a weight that an update is added to at a time: a part of A is put in order once for all of their rows."""

@@ -16,14 +16,16 @@ import ctypes
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dtypes import BF16, F16, F32, F64, DType, promote
 from fastmerge.ops.sources import Bring, FileRange, Memory, workspace
 from fastmerge.ops.spec import Source
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 PANEL = 1 << 16
 """Elements that are computed at a time: they stay in the cache."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dtypes import F32, F64
 from fastmerge.ops.elementwise import Array, convert
@@ -20,6 +19,7 @@ from fastmerge.ops.segments import E0, GROUP, HEADER, LENGTH, OUT, Segments
 from fastmerge.ops.spec import Op
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
 Matrix: TypeAlias = "npt.NDArray[np.float64]"

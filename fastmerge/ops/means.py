@@ -8,14 +8,17 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dtypes import F32, F64, DType, promote
 from fastmerge.ops.made import BLOCK, Rows, array, load
 from fastmerge.ops.sources import Bring, workspace
 from fastmerge.ops.spec import Source
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 def _wide(sources: tuple[Source, ...]) -> DType:

@@ -15,16 +15,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dtypes import BF16, F16, F32, DType
 from fastmerge.errors import OutputError
 from fastmerge.ops.made import array
 from fastmerge.ops.quantised import I64, NUMBERS, Coding, F32Array, extension, two_to, values
 from fastmerge.ops.sources import Packed, Range
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 Rule = Literal["reciprocal", "power", "divide", "mx"]
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dtypes import F32, F64, DType
 from fastmerge.ops.made import BLOCK, NEAR, array, load
 from fastmerge.ops.sources import Bring, workspace
 from fastmerge.ops.spec import Source
 
-Index = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Index: TypeAlias = "npt.NDArray[np.int64]"
 
 _BITS: dict[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 

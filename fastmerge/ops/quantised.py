@@ -9,10 +9,9 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dtypes import BF16, F16, F32, DType
 from fastmerge.ops.joined import matrices, scatter
@@ -20,9 +19,12 @@ from fastmerge.ops.made import array, bfloat16_bits
 from fastmerge.ops.sources import Bring, workspace
 from fastmerge.ops.spec import Source
 
-F32Array = npt.NDArray[np.float32]
-I64 = npt.NDArray[np.int64]
-U8 = npt.NDArray[np.uint8]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+F32Array: TypeAlias = "npt.NDArray[np.float32]"
+I64: TypeAlias = "npt.NDArray[np.int64]"
+U8: TypeAlias = "npt.NDArray[np.uint8]"
 
 N = TypeVar("N", int, I64)
 

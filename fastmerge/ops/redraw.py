@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dtypes import BY_NAME, F32, DType
 from fastmerge.errors import OutputError
@@ -31,6 +30,8 @@ from fastmerge.ops.tiles import Partial, gather, number
 from fastmerge.philox import UNITS, u16
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     Mask = npt.NDArray[np.bool_]
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import sys
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dtypes import BF16, F16, F64, DType
 from fastmerge.ops.gathered import I64, panel_rows, panels, raw
@@ -16,6 +15,9 @@ from fastmerge.ops.made import load
 from fastmerge.ops.sources import Bring, workspace
 from fastmerge.ops.spec import Source
 from fastmerge.philox import SPLIT, u16
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 try:
     from fastmerge import _native

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dtypes import F64, DType
 from fastmerge.ops.made import array, load
 from fastmerge.ops.sources import Bring, workspace
 from fastmerge.ops.spec import Source
 
-Array = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array: TypeAlias = "npt.NDArray[np.float64]"
 
 TILE = 64
 """Rows of a result that are made at a time."""

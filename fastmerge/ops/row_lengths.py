@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dtypes import F64, DType
 from fastmerge.ops.made import PANEL, array, load
 from fastmerge.ops.sources import Bring, workspace
 from fastmerge.ops.spec import Source
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 LANES = 2048
 """Sums of a row that run side by side."""

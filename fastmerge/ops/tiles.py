@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.ops.segments import E0, GROUP, I64, LENGTH, ROW, STATS, TILE, Segments
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 class Partial(NamedTuple):

@@ -13,10 +13,9 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.checkpoint import Checkpoint, Files, TensorInfo, system
 from fastmerge.commands.pairs import PAGE, read
@@ -24,12 +23,14 @@ from fastmerge.runtime.devices import Buffer, cores
 from fastmerge.runtime.workers import each
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from fastmerge.dtypes import DType
 
 ELEMENTS = 1 << 18
 """Of each model at a time: a core's cache holds the fp32 values of a few."""
 
-F64 = npt.NDArray[np.float64]
+F64: TypeAlias = "npt.NDArray[np.float64]"
 
 
 class Overlap(NamedTuple):

@@ -6,10 +6,9 @@ import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.errors import RecipeError
 from fastmerge.ops.made import Rows
@@ -32,13 +31,15 @@ from fastmerge.recipe.schema import Token
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy.typing as npt
+
     from fastmerge.checkpoint import Checkpoint
     from fastmerge.ops.spec import Source
     from fastmerge.planning.rows import Models
     from fastmerge.planning.tokenizers import Tokenizer, United
     from fastmerge.recipe import ModelRef, Recipe
 
-I64 = npt.NDArray[np.int64]
+I64: TypeAlias = "npt.NDArray[np.int64]"
 
 
 class _Table(NamedTuple):

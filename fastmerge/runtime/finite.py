@@ -6,16 +6,18 @@ import ctypes
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dtypes import DType
 from fastmerge.errors import OutputError
 from fastmerge.ops.segments import E0, HEADER, LENGTH, OUT, Segments
 from fastmerge.ops.spec import Op
 from fastmerge.runtime.schedule import Unit
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 NanPolicy = Literal["warn", "error", "zero"]
 """What to do with NaN and Inf in outputs; see :class:`NonFinite`."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.checkpoint import Files, Place, Writer
 from fastmerge.errors import CheckpointError
@@ -23,6 +22,8 @@ from fastmerge.runtime.results import Results
 from fastmerge.runtime.schedule import BLOCK, Job, Unit
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from fastmerge.ops.coded import Coded
 
 COMPARE_BYTES = 1 << 20

@@ -6,10 +6,9 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dna.anatomy import Anatomy, anatomy
 from fastmerge.dna.mixtures.document import MoEMergeConfig
@@ -23,8 +22,11 @@ from fastmerge.ops.sources import Bring
 from fastmerge.ops.spec import Source
 from fastmerge.philox import NOISE, normal, u16
 
-F64 = npt.NDArray[np.float64]
-Gates = npt.NDArray[np.float32]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+F64: TypeAlias = "npt.NDArray[np.float64]"
+Gates: TypeAlias = "npt.NDArray[np.float32]"
 
 NEAR = 0.95
 """Cosine of two experts' rows from which they are called alike."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fastmerge.dna.anatomy import Anatomy
@@ -15,7 +14,10 @@ from fastmerge.dna.mixtures.gates import tokenizer_of
 from fastmerge.dna.parent import Parent
 from fastmerge.errors import RecipeError
 
-F64 = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+F64: TypeAlias = "npt.NDArray[np.float64]"
 
 
 class States:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dna.anatomy import Anatomy
 from fastmerge.dna.mixtures.layout import expert, parts
 from fastmerge.dna.reading import Reader
 from fastmerge.errors import CheckpointError
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 PANEL_BYTES = 64 << 20
 """Of fp64 numbers that are looked at at a time: of all experts together."""
 
-F64 = npt.NDArray[np.float64]
+F64: TypeAlias = "npt.NDArray[np.float64]"
 
 
 def grams(reader: Reader, model: Anatomy, layer: int) -> list[F64]:

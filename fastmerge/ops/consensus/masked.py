@@ -6,9 +6,9 @@ The rule is numpy on the keys of one model; what stays goes to the kernels as on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.dtypes import F64
 from fastmerge.ops.blocks import Keys, Mask
@@ -21,7 +21,10 @@ from fastmerge.ops.segments import E0, GROUP, HEADER, LENGTH, Segments
 from fastmerge.ops.spec import Op
 from fastmerge.philox import u16
 
-Draw = Callable[[int, int, int, int, int], npt.NDArray[np.uint16]]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Draw: TypeAlias = "Callable[[int, int, int, int, int], npt.NDArray[np.uint16]]"
 """16-bit random numbers, with the arguments of :func:`fastmerge.philox.u16`."""
 
 Rule = Callable[[Op, int, Keys, Draw], Mask]

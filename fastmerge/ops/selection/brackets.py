@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.ops.segments import I64
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 BLOCKS = 256
 """Blocks of a sample."""

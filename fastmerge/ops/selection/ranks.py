@@ -8,14 +8,16 @@ for any rank: the threshold, and where among its ties the kept ones end.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.keys import threshold
 from fastmerge.ops.segments import I64
 from fastmerge.ops.selection.select import ALL_TILES
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 SHARE = 16
 """A table has at most one entry, of 8 bytes and sometimes a key, for so many elements, or few; or there is none."""
@@ -23,7 +25,7 @@ SHARE = 16
 FEW = 4096
 """Entries that any table may have."""
 
-Counted = tuple[npt.NDArray[Any], I64]
+Counted: TypeAlias = "tuple[npt.NDArray[Any], I64]"
 """The different keys of a tile, and how often it has each."""
 
 

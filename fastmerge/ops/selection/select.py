@@ -22,10 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fastmerge.keys import threshold
 from fastmerge.ops.kernels import Brackets, Deltas, Found, Kernels
@@ -34,7 +33,10 @@ from fastmerge.ops.selection.brackets import Span, blocks, bracket, narrow, with
 from fastmerge.ops.spec import Op
 from fastmerge.ops.tiles import Partial, gather, number
 
-U64 = npt.NDArray[np.uint64]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+U64: TypeAlias = "npt.NDArray[np.uint64]"
 
 ALL_TILES = 1 << 62
 """A tile number beyond every tile: all ties are kept."""
