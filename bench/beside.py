@@ -38,7 +38,7 @@ MERGES = {"768x12": (3, recipes.METHODS), "1.5b": (3, ("linear", "slerp", "ties"
 """Family to its fine-tunes and methods."""
 
 COLD = {"linear": 3, "slerp": 2, "ties": 3}
-"""Methods of the cold section and how many fine-tunes their family has."""
+"""Methods of the cold section and how many fine-tunes their family has; of 8b two, as four models are 64 GB."""
 
 TIES_COLD, FLOOR_COLD = 1.4, 0.95
 """How many times faster a cold TIES has to be; the share of the floor that the others may take."""
@@ -98,7 +98,7 @@ def cold_merges(bench: Bench, trees: Sequence[Path]) -> Iterator[Row]:
     for method, models in COLD.items():
         if method not in bench.chosen(list(COLD)):
             continue
-        path, files = bench.recipe(method, bench.family(bench.peer_size, models))
+        path, files = bench.recipe(method, bench.family(bench.peer_size, 2 if bench.peer_size == "8b" else models))
 
         def work(tree: Path, path: Path = path, files: list[Path] = files) -> Run:
             cold(files)

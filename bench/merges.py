@@ -129,7 +129,9 @@ class Bench:
 
 def peer(bench: Bench) -> list[Row]:
     """Every method on one family (768x12), fastmerge and mergekit in turn."""
-    return _beside(bench, bench.family(bench.peer_size, 3), bench.chosen(recipes.METHODS), PEER_TARGETS)
+    methods = bench.chosen(recipes.METHODS)
+    family = bench.family(bench.peer_size, 3 if {*methods} - {"slerp", "passthrough"} else 2)
+    return _beside(bench, family, methods, PEER_TARGETS)
 
 
 def karcher(bench: Bench) -> list[Row]:
