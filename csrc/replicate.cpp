@@ -109,92 +109,120 @@ void noisy_steps(const W* x, const uint16_t* u, W sigma, const NormalLine* lines
 
 #if defined(__AVX2__)
 
-// t + 16, from the bits t: see normal_place.
-FM_LANES Vec places8(Word t) {
-  return _mm256_castsi256_ps(_mm256_or_si256(t, _mm256_set1_epi32(0x4b000000))) - _mm256_set1_ps(8388592.0f);
-}
-
-// The same of the random bits of sixteen elements: of those at even places, and of those at odd ones.
-FM_LANES void places16(Word w, Vec& even, Vec& odd) {
-  const Word t = _mm256_and_si256(w, _mm256_set1_epi16(0x7fff));
-  even = places8(_mm256_blend_epi16(t, _mm256_setzero_si256(), 0xaa)), odd = places8(_mm256_srli_epi32(t, 16));
-}
-
-FM_LANES Word random16(const uint16_t* u) { return _mm256_loadu_si256(reinterpret_cast<const Word*>(u)); }
-
-// The slots of n elements. From random bits to a normal it takes some 60 cycles one after the other, and of those
-// chains a Zen 3 has room for two. Cut here, in memory, they are 1.2 times as fast with as many instructions (5.6 for
-// each number beside those of its bits). Reading the slots back at once, from a register's worth of memory, was slower
-// than either.
-void slots_of(const uint16_t* u, int64_t n, uint16_t* slots) {
-  for (int64_t j = 0; j < n; j += kStep) {
-    Vec even, odd;
-    places16(random16(u + j), even, odd);
-    const Word e = _mm256_srli_epi32(_mm256_castps_si256(even), 19), o = _mm256_srli_epi32(_mm256_castps_si256(odd), 3);
-    _mm256_storeu_si256(reinterpret_cast<Word*>(slots + j), _mm256_blend_epi16(e, o, 0xaa));
+// Lines of either sign, so that no number needs its sign put in; the negative ones are as far from the others as a sign
+// is in slots (see ranks16), and nothing between is touched.
+constexpr int kNegative = 0x8000 >> 3;
+struct SignedLines {
+  NormalLine lines[kNegative + kNormalLines];
+  explicit SignedLines(const NormalLine* positive) {
+    for (int i = 0; i < kNormalLines; ++i) {
+      lines[i] = positive[i];
+      lines[kNegative + i] = {-positive[i].a, -positive[i].b};
+    }
   }
-}
+};
+constexpr float kMostNormal = 8;  // and more than any number of the table, 4.325
 
-// Eight normal numbers, from t + 16 and the signs; slot i is that of lane i: see normal_on. A gather would take 39
-// operations on some processors for what are eight loads of a line.
-template <int kApart>
-FM_LANES Vec normals8(Vec place, Word signs, const uint16_t* slots, const NormalLine* lines) {
-  const auto two = [&](int i) {  // of slots
-    const auto line = [&](int k) {
-      return reinterpret_cast<const double*>(lines + static_cast<int64_t>(slots[k * kApart]) - 0x830);
-    };
-    return _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(line(i)), line(i + 1)));
-  };
-  const Vec p = _mm256_set_m128(two(4), two(0)), q = _mm256_set_m128(two(6), two(2));
-  const Vec n = _mm256_shuffle_ps(p, q, 0x88) + _mm256_shuffle_ps(p, q, 0xdd) * place;
-  return _mm256_xor_ps(n, _mm256_castsi256_ps(_mm256_and_si256(signs, _mm256_set1_epi32(~0x7fffffff))));
-}
-
-// Sixteen from their random bits, in the order of a storage type.
-template <class T>
-FM_LANES Lanes normals16(const uint16_t* u, const uint16_t* slots, const NormalLine* lines, const T*) {
-  Lanes r;
-  for (int p = 0; p < kParts; ++p) {
-    const Word w = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(u + p * kPart)));
-    const Vec place = places8(_mm256_and_si256(w, _mm256_set1_epi32(0x7fff)));
-    r.v[p] = normals8<1>(place, _mm256_slli_epi32(w, 16), slots + p * kPart, lines);
-  }
-  return r;
-}
-FM_LANES Lanes normals16(const uint16_t* u, const uint16_t* slots, const NormalLine* lines, const Bf16*) {
-  const Word w = random16(u);
-  Vec even, odd;
-  places16(w, even, odd);
-  return {normals8<2>(even, _mm256_slli_epi32(w, 16), slots, lines), normals8<2>(odd, w, slots + 1, lines)};
-}
-
-// y = x + sigma * normal(u) for whole steps of n elements of one storage type; x is widened, in its order.
-template <class T>
-int64_t noisy_fused(const float* x, const uint16_t* u, float sigma, const NormalLine* lines, int64_t n, T* y) {
+// What random bits come to: t + 16 (see normal_place), of sixteen elements at a time those at even places before those
+// at odd ones; and slots in the order of elements, with 0x830 and the sign left in.
+struct Ranks {
+  alignas(64) float places[kBlock];
   alignas(64) uint16_t slots[kBlock];
-  slots_of(u, n, slots);
+};
+
+// Of sixteen elements. From random bits to a result it takes some 60 cycles one after the other, and of those chains a
+// Zen 3 has room for two: cut here, in memory, they are 1.2 times as fast.
+FM_LANES void ranks16(Word w, float* places, uint16_t* slots) {
+  const Word bits = _mm256_set1_epi16(0x7fff), t = _mm256_and_si256(w, bits);
+  const Word e = _mm256_blend_epi16(t, _mm256_set1_epi16(0x4b00), 0xaa);
+  const Word o = _mm256_or_si256(_mm256_srli_epi32(t, 16), _mm256_set1_epi32(0x4b000000));
+  const Vec even = _mm256_castsi256_ps(e) - _mm256_set1_ps(8388592.0f);
+  const Vec odd = _mm256_castsi256_ps(o) - _mm256_set1_ps(8388592.0f);
+  _mm256_store_ps(places, even), _mm256_store_ps(places + kPart, odd);
+  const Word top = _mm256_blend_epi16(_mm256_srli_epi32(_mm256_castps_si256(even), 16), _mm256_castps_si256(odd), 0xaa);
+  put<false>(slots, _mm256_srli_epi16(_mm256_or_si256(top, _mm256_andnot_si256(bits, w)), 3));
+}
+
+// Of n elements from counter `first` on. Not inlined: one copy, as fast as three.
+__attribute__((noinline)) void ranks_of(uint64_t key, uint32_t model, uint64_t first, int64_t n, Ranks& to) {
+  const Stream stream(key, model, kNoise, static_cast<uint32_t>(first >> 32));
+  draw(stream, static_cast<uint32_t>(first), n, [&](int i, const Drawn& d) {
+    ranks16(d.low, to.places + 32 * i, to.slots + 32 * i);
+    ranks16(d.high, to.places + 32 * i + kStep, to.slots + 32 * i + kStep);
+  });
+}
+
+// Sixteen normal numbers, those at even places first. A gather would take 39 operations on some processors for what are
+// eight loads of a line. A Zen 4 does 2.5 such loads a cycle: slots that are loaded in pairs made replication 1.04
+// times as fast, with 8 instructions more.
+FM_LANES Lanes normals16(const float* places, const uint16_t* slots, const NormalLine* lines) {
+  const auto line = [&](uint32_t slot) {
+    return reinterpret_cast<const double*>(lines + static_cast<int64_t>(slot) - 0x830);
+  };
+  __m128d even[4], odd[4];
+  for (int i = 0; i < 4; ++i) {
+    uint32_t p, q;
+    memcpy(&p, slots + 4 * i, sizeof p), memcpy(&q, slots + 4 * i + 2, sizeof q);
+    even[i] = _mm_loadh_pd(_mm_load_sd(line(p & 0xffff)), line(q & 0xffff));
+    odd[i] = _mm_loadh_pd(_mm_load_sd(line(p >> 16)), line(q >> 16));
+  }
+  const auto eight = [](const __m128d* d, const float* place) {
+    const Vec p = _mm256_castpd_ps(_mm256_set_m128d(d[2], d[0])), q = _mm256_castpd_ps(_mm256_set_m128d(d[3], d[1]));
+    return _mm256_shuffle_ps(p, q, 0x88) + _mm256_shuffle_ps(p, q, 0xdd) * _mm256_load_ps(place);
+  };
+  return {eight(even, places), eight(odd, places + kPart)};
+}
+
+// From the order of a storage type to that of bf16, which is that of Ranks, and back.
+template <class T>
+FM_LANES void ranked(const T*, Lanes& a) {
+  if constexpr (!std::is_same_v<T, Bf16>) stored(static_cast<const Bf16*>(nullptr), a);
+}
+template <class T>
+FM_LANES void unranked(const T*, Lanes& a) {
+  if constexpr (!std::is_same_v<T, Bf16>) logical(static_cast<const Bf16*>(nullptr), a);
+}
+
+// y = x + sigma * normal for whole steps of n elements of one storage type; x is ranked. P: Peak, or Unwatched.
+template <class P, class T>
+int64_t noisy_fused(const float* x, const Ranks& ranks, float sigma, const NormalLine* lines, int64_t n, T* y) {
+  P peak{};
+  for (int64_t j = 0; j < n; j += kStep) {
+    Lanes r;
+    load16(x + j, r);
+    r = r + sigma * normals16(ranks.places + j, ranks.slots + j, lines);
+    unranked(y, r);
+    store16(r, y + j, peak);
+  }
+  if constexpr (std::is_same_v<P, Peak>) return finish_stored(peak, n, y);
+  return 0;
+}
+
+// n elements from `at` on, whole steps of one word of counters, for all outputs that have noise. a.lines: SignedLines.
+template <class T>
+int64_t block_fused(const ReplicateArgs& a, const Segment& s, int64_t at, int64_t n) {
+  alignas(64) float x[kBlock];
+  Ranks ranks;
+  const T* from = reinterpret_cast<const T*>(s.in[0]) + at;
   Peak peak;
   clear(peak);
   for (int64_t j = 0; j < n; j += kStep) {
     Lanes r;
-    load16(x + j, r);
-    store16(r + sigma * normals16(u + j, slots + j, lines, y), y + j, peak);
+    load16(from + j, r);
+    for (const Vec& v : r.v) peak32(peak, v);
+    ranked(from, r);
+    put16(r, x + j);
   }
-  return finish_stored(peak, n, y);
-}
-
-// n elements from `at` on, whole steps, for all outputs that have noise.
-template <class T>
-int64_t block_fused(const ReplicateArgs& a, const Segment& s, int64_t at, int64_t n) {
-  alignas(64) float x[kBlock];
-  alignas(64) uint16_t u[kBlock];
-  widen_stored(reinterpret_cast<const T*>(s.in[0]) + at, n, x);
+  // Results that cannot overflow need no watch: 1.04 times as fast.
+  const float most = largest_magnitude(peak), limit = std::is_same_v<T, Fp16> ? 0x1p15f : 0x1p126f;
+  const uint64_t first = static_cast<uint64_t>(s.e0 + at) >> 3;
   int64_t bad = 0;
   for (int32_t e = 0; e < a.table.outputs; ++e) {
     const auto sigma = static_cast<float>(a.sigma[s.group * a.table.outputs + e]);
     if (sigma == 0.0f) continue;
-    random_block(static_cast<uint64_t>(s.key), static_cast<uint32_t>(a.numbers[e]), kNoise, s.e0 + at, n, u);
-    bad += noisy_fused(x, u, sigma, a.lines, n, reinterpret_cast<T*>(a.table.output(s, e)) + at);
+    ranks_of(static_cast<uint64_t>(s.key), static_cast<uint32_t>(a.numbers[e]), first, n, ranks);
+    const auto run = most + sigma * kMostNormal < limit ? noisy_fused<Unwatched, T> : noisy_fused<Peak, T>;
+    bad += run(x, ranks, sigma, a.lines, n, reinterpret_cast<T*>(a.table.output(s, e)) + at);
   }
   return bad;
 }
@@ -205,7 +233,9 @@ int64_t block_fused(const ReplicateArgs& a, const Segment& s, int64_t at, int64_
 template <class W, bool kCount>
 int64_t block(const ReplicateArgs& a, const Segment& s, int64_t at, int64_t n) {
 #if defined(__AVX2__)
-  const int32_t code = n % kStep ? -1 : one_type(a.table, a.out_code);
+  const int64_t e = s.e0 + at;
+  const bool whole = n % kStep == 0 && e % 8 == 0 && same_high(static_cast<uint64_t>(e) >> 3) >= kBlock / 8;
+  const int32_t code = whole ? one_type(a.table, a.out_code) : -1;
   if (code == kBF16) return block_fused<Bf16>(a, s, at, n);
   if (code == kF16) return block_fused<Fp16>(a, s, at, n);
   if (code == kF32) return block_fused<float>(a, s, at, n);
@@ -257,7 +287,12 @@ int64_t segment(const ReplicateArgs& a, const Segment& s) {
 
 }  // namespace
 
-void replicate(const ReplicateArgs& a) {
+void replicate(const ReplicateArgs& given) {
+  ReplicateArgs a = given;
+#if defined(__AVX2__)
+  const SignedLines lines(a.lines);
+  a.lines = lines.lines;
+#endif
   const bool wide = a.table.wide(), counts = a.nonfinite != nullptr;
   const auto run = wide ? (counts ? segment<double, true> : segment<double, false>)
                         : (counts ? segment<float, true> : segment<float, false>);

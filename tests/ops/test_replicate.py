@@ -103,6 +103,7 @@ def test_native_equals_the_reference(kernels, code, out_code):
         (1023, 5, 3),
         (1024, 0, 0),
         (5000, 2**40 + 1, 1),
+        (2000, 2**32 * 8 - 512, 0),
     ]:
         x = stored(code, n + 3, seed=n)[3:]
         got = run(kernels, x, code, out_code, e0=e0, shift=shift)
