@@ -1,6 +1,7 @@
 // Expert replication on a CPU core: the source is read once, and written for every output while it stays in cache.
 #include "replicate.h"
 
+#include <cmath>
 #include <limits>
 #include <type_traits>
 
@@ -221,7 +222,7 @@ int64_t block_fused(const ReplicateArgs& a, const Segment& s, int64_t at, int64_
     const auto sigma = static_cast<float>(a.sigma[s.group * a.table.outputs + e]);
     if (sigma == 0.0f) continue;
     ranks_of(static_cast<uint64_t>(s.key), static_cast<uint32_t>(a.numbers[e]), first, n, ranks);
-    const auto run = most + sigma * kMostNormal < limit ? noisy_fused<Unwatched, T> : noisy_fused<Peak, T>;
+    const auto run = most + std::abs(sigma) * kMostNormal < limit ? noisy_fused<Unwatched, T> : noisy_fused<Peak, T>;
     bad += run(x, ranks, sigma, a.lines, n, reinterpret_cast<T*>(a.table.output(s, e)) + at);
   }
   return bad;
