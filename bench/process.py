@@ -59,8 +59,8 @@ def within(tree: Path, what: str) -> list[str]:
 
 
 def fastmerge(tree: Path | None = None) -> list[str]:
-    """The command line: of what is installed, or of a work tree."""
-    return [sys.executable, "-m", "fastmerge"] if tree is None else within(tree, "fastmerge")
+    """The command line: of what is installed, as its users start it, or of a work tree."""
+    return [str(Path(sys.executable).with_name("fastmerge"))] if tree is None else within(tree, "fastmerge")
 
 
 def run(command: Sequence[str], *, environment: dict[str, str] | None = None) -> Run:
