@@ -10,6 +10,11 @@
 #else
 #define FM_FUSED 0
 #endif
+#if defined(__AVX2__)  // a lane of a register by its number
+#define FM_SETS 1
+#else
+#define FM_SETS 0
+#endif
 
 namespace fastmerge {
 namespace {
@@ -168,9 +173,19 @@ struct Mixer {
   V c[N], g[N], factor, div;
   bool zero_plus, divides;
 
+  // Three models have eight sets that may agree with a sign: factor / sum g of each is a lane of one register. A
+  // division per element kept TIES at 0.9 of this speed.
+  static constexpr bool kSets = FM_SETS && kMix == kMean && sizeof(X) == 4 && N <= 3;
+  X quotients[8] = {};
+
   explicit Mixer(const FusedMerge<X>& m) : zero_plus(m.zero_plus), divides(m.div != X(1)) {
     for (int i = 0; i < N; ++i) c[i] = V{} + m.model[i].c, g[i] = V{} + m.model[i].g;
     factor = V{} + m.factor, div = V{} + m.div;
+    for (int set = 0; kSets && set < 1 << N; ++set) {
+      X sum = 0;
+      for (int i = 0; i < N; ++i) sum = sum + (set >> i & 1 ? m.model[i].g : X(0));
+      quotients[set] = m.factor / (sum == X(0) ? X(1) : sum);
+    }
   }
 
   FM_MEMBER Floats merged(Floats base, const Floats* kept) const {
@@ -201,14 +216,30 @@ struct Mixer {
       V b = masked(~sign, v[0]), sum = zero;
       for (int i = 1; i < N; ++i) b = b + masked(~sign, v[i]);
       const I minus = (zero_plus ? a < zero : a <= zero) & sign;
+      I set{};
       for (int i = 0; i < (kMix == kMean ? N : 0); ++i) {
-        const V turned = reinterpret_cast<V>(reinterpret_cast<I>(v[i]) ^ minus);
-        sum = sum + masked(turned > zero, g[i]);
+        const I agrees = reinterpret_cast<V>(reinterpret_cast<I>(v[i]) ^ minus) > zero;
+        if (kSets)
+          set = set | (agrees & (I{} + (1 << i)));
+        else
+          sum = sum + masked(agrees, g[i]);
       }
       a = a + reinterpret_cast<V>(reinterpret_cast<I>(b) ^ minus);
-      a = kMix == kMean ? a * (factor / select(sum == zero, one, sum)) : factor * a;
+      if (kSets)
+        a = a * quotient(set);
+      else
+        a = kMix == kMean ? a * (factor / select(sum == zero, one, sum)) : factor * a;
     }
     return base + a;
+  }
+
+  // Of a set per lane.
+  FM_MEMBER V quotient(I set) const {
+#if FM_SETS
+    if constexpr (kSets)
+      return reinterpret_cast<V>(_mm256_permutevar8x32_ps(_mm256_loadu_ps(quotients), reinterpret_cast<__m256i>(set)));
+#endif
+    return reinterpret_cast<V>(set);
   }
 };
 
