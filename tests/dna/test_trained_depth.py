@@ -40,7 +40,8 @@ def test_layers_of_no_effect_keep_the_loss_and_repeated_ones_do_not(models, tmp_
     for method in ("interleave", "stack"):
         depth_upscale(models["sort"], DepthUpscaleConfig(insertion_method=method), out=tmp_path / method)
         after[method] = loss(zoo.load(tmp_path / method))
-    assert min(after.values()) > before + 0.1, after
+    # The models are trained where they are tested, and differ with the processor: 19 times was seen with AVX-512.
+    assert min(after.values()) > 5 * before, after
     silent = DepthUpscaleConfig(preserve_output=True)
     depth_upscale(models["sort"], silent, out=tmp_path / "silent")
     assert loss(zoo.load(tmp_path / "silent")) == before

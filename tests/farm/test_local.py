@@ -39,8 +39,13 @@ def importable(monkeypatch):
 
 
 def command(*words, **how):
+    # What a shell starts in the background ignores SIGINT, and so do its children.
+    code = (
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from fastmerge.__main__ import main\nmain()"
+    )
     return subprocess.Popen(
-        [sys.executable, "-m", "fastmerge", "farm", *map(str, words)], stdout=subprocess.PIPE, text=True, **how
+        [sys.executable, "-c", code, "farm", *map(str, words)], stdout=subprocess.PIPE, text=True, **how
     )
 
 
