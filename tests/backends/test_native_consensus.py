@@ -157,6 +157,18 @@ def test_gates_that_vanish_cancel_or_overflow(codes):
     assert case.unlike_numpy() == []
 
 
+@pytest.mark.parametrize("models", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("code", [1, 2, 3])
+@pytest.mark.parametrize("mode", [(0, False, 0, 0), (1, False, 0, 0), (1, False, 1, 0), (1, False, 1, 1)], ids=str)
+def test_fused_loops(models, code, mode):
+    """All of one type, up to four models: gates whose sum depends on its order, and gates that cancel."""
+    for seed, keep in enumerate(["all", "drop", "index"]):
+        case = Case([51, models, seed], (code,) * (models + 1), code, keep, mode, turned(seed), [9, 1025, 4111] * 3)
+        case.f[::3, :, 1] = [1.0, -1.0, 0.3, -0.3, 1.0][:models]
+        case.f[1::3, :, 1] = [5.0, 3e8, -3e8, 1.0, 1.0][:models]
+        assert case.unlike_numpy() == [], keep
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("keep", ["index", "spread", "drop+index"])
 def test_adversarial_ties(kind, keep):
